@@ -1,1 +1,1 @@
-"""Floor 2, what makes a graph run: executors, engine, KV pools, the operator protocol."""
+"""Floor 2, the running of graphs: executors, engine, KV pools, the operator protocol."""

@@ -1,4 +1,4 @@
-"""Data structures: histograms, and persistent sequences, of which a change copies a small part."""
+"""Data structures: histograms, and immutable sequences that copy only a small part on a change."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -12,9 +12,9 @@ from immutables import Map
 
 
 class Buckets:
-    """Counts in buckets with fixed upper bounds; a sample costs a tenth of a microsecond.
+    """A mutable histogram with fixed upper bounds; `observe` takes 0.1 us.
 
-    A sample falls into the first bucket whose bound it does not exceed; the last bucket is
+    A sample counts in the first bucket whose bound it does not exceed; the last bucket is
     unbounded. `total`: the sum of all samples.
     """
 
@@ -30,7 +30,7 @@ class Buckets:
         self.total += value
 
     def copy(self) -> "Buckets":
-        """A copy of all counts."""
+        """An independent copy."""
         copied = Buckets(self.bounds)
         copied.counts, copied.total = self.counts.copy(), self.total
         return copied
@@ -45,20 +45,20 @@ class Buckets:
         return sum(self.counts)
 
     def cumulative(self) -> Iterator[tuple[float, int]]:
-        """(bound, samples up to the bound), with infinity last: the form of Prometheus."""
+        """Yield (bound, number of samples up to the bound) as Prometheus does, infinity last."""
         passed = 0
         for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
             passed += count
             yield bound, passed
 
 
-GROWTH = 1.02  # each bucket is 2 % wider than the last: a quantile is exact within 1 %
-_LEAST = 1e-9  # shorter durations, zero included, fall into the first bucket
+GROWTH = 1.02  # each bucket is 2 % wider than the previous bucket: quantiles are exact within 1 %
+_LEAST = 1e-9  # smaller samples, including zero, count in the first bucket
 _LOG_GROWTH = math.log(GROWTH)
 
 
 class LogHistogram(msgspec.Struct, frozen=True):
-    """Counts in logarithmic buckets, as a value; some hundred buckets span nanoseconds to days."""
+    """An immutable histogram of seconds with logarithmic buckets, from nanoseconds to days."""
 
     counts: Map[int, int] = Map()
     num_samples: int = 0
@@ -70,7 +70,7 @@ class LogHistogram(msgspec.Struct, frozen=True):
         )
 
     def with_samples(self, values: Sequence[float]) -> "LogHistogram":
-        """Add several samples; equal ones in a row, as the gaps of one engine step, cost little."""
+        """The histogram with several samples added. Equal samples in a row are added at once."""
         counts = self.counts
         for value, equal in groupby(values):
             bucket = _bucket(value)
@@ -78,9 +78,9 @@ class LogHistogram(msgspec.Struct, frozen=True):
         return LogHistogram(counts, self.num_samples + len(values))
 
     def quantile(self, share: float) -> float | None:
-        """The value that at least `share` (0 ... 1) of the samples do not exceed.
+        """The smallest value that at least `share` (0 ... 1) of the samples do not exceed.
 
-        None without samples.
+        Exact within 1 %. None without samples.
         """
         rank = max(math.ceil(share * self.num_samples), 1)
         for bucket in sorted(self.counts):
@@ -94,7 +94,7 @@ def _bucket(value: float) -> int:
     return int(math.log(value / _LEAST) / _LOG_GROWTH) if value > _LEAST else 0
 
 
-_WIDTH = 32  # an update copies one leaf and all minima: a microsecond for a thousand values
+_WIDTH = 32  # an update copies one leaf and all minima: 1 us for a thousand values
 
 _EMPTY = (math.inf,) * _WIDTH
 
@@ -107,7 +107,7 @@ def _with_item(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
 
 
 class MutableMinTree:
-    """A `MinTree` with one owner, changed in place. Values that were never set are infinite."""
+    """A mutable `MinTree`: numbers by index, with their minimum. Unset values are infinite."""
 
     __slots__ = ("_leaves", "_minima", "minimum")
 
@@ -130,9 +130,9 @@ class MutableMinTree:
 
 
 class MinTree:
-    """Numbers by index whose minimum is known; an immutable value.
+    """Immutable numbers by index, with their minimum. Unset values are infinite.
 
-    Values that were never set are infinite. An infinite value is never the minimum.
+    `minimum` is infinite only if all values are.
     """
 
     __slots__ = ("_leaves", "_minima", "minimum")
@@ -166,8 +166,9 @@ class MinTree:
         return changed
 
     def argmin(self, start: int = 0) -> int | None:
-        """The index of the smallest value: of equal values the first at or after `start`, else the
-        first of all. None where every value is infinite.
+        """The index of the smallest value; None if all values are infinite.
+
+        Among equal values, the first index from `start` on, or else the first index.
         """
         lowest = self.minimum
         if lowest == math.inf:
@@ -184,12 +185,15 @@ class MinTree:
 
 ItemT = TypeVar("ItemT", bound=tuple[Any, ...])
 
-_MAX_CHUNK = 128  # items; a longer chunk is cut in two
+_MAX_CHUNK = 128  # items; a longer chunk is split in two
 _first = itemgetter(0)
 
 
 class SortedChunks(Generic[ItemT]):
-    """An immutable sorted sequence in ascending order. Equal items may occur several times."""
+    """An immutable sequence of tuples in ascending order; equal items may occur several times.
+
+    A change copies one chunk of at most `_MAX_CHUNK` items.
+    """
 
     __slots__ = ("_chunks", "_len")
 
@@ -219,7 +223,7 @@ class SortedChunks(Generic[ItemT]):
         return self._chunks[0][0] if self._chunks else None
 
     def head(self, number: int) -> tuple[ItemT, ...]:
-        """The first `number` items, or all."""
+        """The first `number` items, or all items if there are fewer."""
         if self._chunks and len(self._chunks[0]) >= number:
             return self._chunks[0][:number]
         return tuple(islice(self, number))
@@ -227,7 +231,7 @@ class SortedChunks(Generic[ItemT]):
     def inserted(self, item: ItemT) -> "SortedChunks[ItemT]":
         if not self._chunks:
             return self._with(0, 0, ((item,),), 1)
-        if item >= self._chunks[-1][-1]:  # often
+        if item >= self._chunks[-1][-1]:  # a fast path: in FIFO order, new items come last
             index = len(self._chunks) - 1
             chunk = self._chunks[index] + (item,)
         else:
@@ -240,8 +244,8 @@ class SortedChunks(Generic[ItemT]):
         return self._with(index, index + 1, cut, 1)
 
     def removed(self, item: ItemT) -> "SortedChunks[ItemT]":
-        """The sequence without one `item`. Raises KeyError where the item is missing."""
-        if self._chunks and self._chunks[0][0] is item:  # often
+        """The sequence without one occurrence of `item`. Raises KeyError without any."""
+        if self._chunks and self._chunks[0][0] is item:  # a fast path: queues remove the first item
             rest = self._chunks[0][1:]
             return self._with(0, 1, (rest,) if rest else (), -1)
         index = max(bisect_right(self._chunks, item, key=_first) - 1, 0)

@@ -1,7 +1,7 @@
 """Feedback: what operators and the core report upstream, one struct for each kind.
 
-The fields `node`, `replica` and `sequence` name the reporter. Operators leave them out, and the
-core fills them in. `sequence` rises by one for each (node, replica, kind).
+`node` and `replica` name the reporter. `sequence` rises by one with each report of the same node,
+replica and kind. Operators leave the three fields out, and the core fills them in.
 """
 
 from typing import TypeAlias
@@ -14,27 +14,28 @@ from sagellm.runtime.prefixes import PrefixIndex
 
 
 class Backlog(msgspec.Struct, frozen=True):
-    """The value of feedback "queue". Tokens are those that an engine has to compute.
+    """The requests that wait in a queue, and how fast the queue has been served.
 
-    `num_served`, `num_served_tokens` and `busy_s` count from the opening of the graph: requests
-    that were sent on, and seconds that passed, while requests waited or the engines were full. Room
-    that came while nothing waited counts as one request of mean size. A request that is sent on as
-    it arrives, to an engine with room, does not count: it says nothing of how fast room comes.
+    Prompt tokens are those that an engine must compute, without cached tokens. `busy_s`: the time
+    since the graph was opened during which requests waited or the engines were full, in seconds.
+    `num_served`: requests that were sent to engines during that time. A request that never waited
+    does not count, because it shows nothing of how fast engines get room. If an engine gets room
+    while the queue is empty, one request of mean size is counted.
     """
 
     num_requests: int = 0
     num_tokens: int = 0  # uncached prompt tokens and max_tokens
     num_prompt_tokens: int = 0
-    num_patient: int = 0  # requests that let all requests with an objective go first
-    num_patient_tokens: int = 0  # of the prompts of patient requests
+    num_patient: int = 0  # requests without an objective, in a queue that serves them last
+    num_patient_tokens: int = 0  # prompt tokens of these requests
     num_served: int = 0
-    num_served_tokens: int = 0  # of prompts
+    num_served_tokens: int = 0  # prompt tokens of the served requests
     busy_s: float = 0.0
     num_full: int = 0  # queues whose engines have no room for any request
 
     @property
     def is_open(self) -> bool:
-        """Whether a request that arrives now is sent on at once."""
+        """Whether a request that arrives now is sent to an engine at once."""
         return not (self.num_requests or self.num_full)
 
 
@@ -45,20 +46,23 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class CreditChanged(_Report, frozen=True, tag="credit"):
-    """A replica granted or returned credit: `num_left` requests may be sent to it now."""
+    """A replica granted credit, or got credit back; now `num_left` requests may be sent to it.
+
+    `request_id`: the request that returned its credit, or empty.
+    """
 
     num_left: float = 0.0
     request_id: str = ""
 
 
 class LoadReported(_Report, frozen=True, tag="load"):
-    """The load of an engine after a step; only the latest report counts."""
+    """The load of an engine after a step; each report replaces the previous report."""
 
     load: EngineLoad
 
 
 class QueueChanged(_Report, frozen=True, tag="queue"):
-    """The requests that wait in an operator."""
+    """The backlog of an operator with a queue has changed."""
 
     backlog: Backlog
 
@@ -66,9 +70,9 @@ class QueueChanged(_Report, frozen=True, tag="queue"):
 class FirstToken(_Report, frozen=True, tag="first_token"):
     """A first token was emitted `seconds` after its request left the queue.
 
-    `computed_s`: the part of that time in which the engine computed the prompt, of which it
-    computed `num_computed_tokens`; 0 where unknown. `since_arrival_s`: since the request arrived;
-    None where the token is not the first of its answer. `slo_ttft_s`: the objective of the request.
+    `num_computed_tokens`, `computed_s`: the prompt tokens that the engine computed, and the time
+    that it took; 0 if unknown. `since_arrival_s`: the TTFT, in seconds from the arrival; None for a
+    request that resumes. `slo_ttft_s`: the TTFT objective of the request.
     """
 
     seconds: float
@@ -79,17 +83,16 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
 
 
 class RoomChanged(_Report, frozen=True, tag="room"):
-    """Whether any service operator that requests of `node` enter next has credit for a request.
+    """Whether any service operator that requests from `node` enter next has credit for a request.
 
-    The core reports to each subscriber its own room, at the end of an event; `node` is the
-    subscriber.
+    The core sends the report to `node` itself, if `node` subscribes to "room".
     """
 
     has_room: bool
 
 
 class HealthChanged(_Report, frozen=True, tag="health"):
-    """The engine of a replica is up, or is lost or ejected."""
+    """The engine of a replica is up, or it was lost or ejected."""
 
     is_up: bool
 
@@ -104,8 +107,8 @@ KINDS: dict[type, str] = {kind: str(kind.__struct_config__.tag) for kind in Feed
 class Topology(msgspec.Struct, frozen=True, tag="topology"):
     """The replicas of all engines. `epoch` rises with each change.
 
-    `num_replicas`: by engine, removed replicas included, so that numbers are 0 ... num_replicas -
-    1. `removed`: replicas that will not come back.
+    `num_replicas`: by engine, the number of replicas so far. Removed replicas are included: replica
+    numbers are 0 ... `num_replicas` - 1. `removed`: lost replicas that will not come back.
     """
 
     epoch: int = 0
@@ -114,9 +117,9 @@ class Topology(msgspec.Struct, frozen=True, tag="topology"):
 
 
 class PrefixesChanged(msgspec.Struct, frozen=True, gc=False, tag="prefixes"):
-    """The prefix blocks of all replicas of an engine, for operators that subscribe to "cache".
+    """The prefix blocks of an engine's replicas have changed; for subscribers to "cache".
 
-    The core keeps one index for each engine, shared by all operators.
+    `index`: the new index, shared by all operators.
     """
 
     engine: str

@@ -1,8 +1,8 @@
-"""Forecasts of waits and latencies, as values that operators keep and update.
+"""Forecasts of queueing times and latencies, learned from feedback.
 
-A forecast learns from feedback alone. An operator that subscribes to "queue", "first_token" or
-"load" passes the feedback to `after` and asks for predictions. A prediction without evidence is
-None.
+A `Forecast` is immutable. An operator that subscribes to "queue", "first_token" or "load" passes
+each report to `Forecast.after` and keeps the returned forecast in its state. A prediction is None
+until enough reports have come.
 """
 
 import math
@@ -15,33 +15,34 @@ from msgspec.structs import astuple, replace
 from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
 from sagellm.runtime.messages import Request
 
-_SPREAD = 0.1  # of the mean: a smaller spread of tokens shows no slope
-_MEMORY_S = 2.0  # of busy time: the weight of a served request falls to 1/e
-_MIN_SERVED = 8  # served requests before the first prediction, and before anything is forgotten
-_FIRST_TOKEN_WEIGHT = 1 / 8  # of the latest first token in the mean
+_SPREAD = 0.1  # least standard deviation of tokens, relative to their mean, to fit a slope
+_MEMORY_S = 2.0  # busy time after which the weight of a served request has fallen to 1/e
+_MIN_SERVED = 8  # served requests before the first prediction, and before old ones may fade
+_FIRST_TOKEN_WEIGHT = 1 / 8  # weight of the latest first token in the moving mean
 _DEVIATIONS = 3.0  # standard deviations above the mean wait
-_NUM_GAPS = 32  # silences that are kept
-_BURST_S = 1e-3  # shorter gaps between departures count as one burst
-_QUANTILE = 0.95  # of the silences, for the prediction of a long one
+_NUM_GAPS = 32  # gaps between departures that are kept
+_BURST_S = 1e-3  # departures with a shorter gap count as simultaneous
+_QUANTILE = 0.95  # quantile of the kept gaps that predicts the end of a gap
 _MIN_PREFILLS = 8.0  # observed prefills before the first prediction
-_FADE = 1 - 1 / 64  # of the weight of earlier prefills, with each new one
-_STEP_WEIGHT = 1 / 8  # of the latest step in the mean step time
-# A late first token lengthens predicted waits; one in time shortens them. The two are in balance
-# where 2 of 100 first tokens are late.
+_FADE = 1 - 1 / 64  # factor on the weight of earlier prefills, with each new prefill
+_STEP_WEIGHT = 1 / 8  # weight of the latest step in the moving mean
+# Factors on predicted waits after a first token that missed or met the objective. At 2 % of late
+# first tokens the two cancel each other out.
 _LATE_FACTOR = 1.25
 _IN_TIME_FACTOR = 0.995
 _MAX_CORRECTION = 4.0
 
 
 class LineFit(msgspec.Struct, frozen=True):
-    """A least-squares line of seconds by tokens, in which older samples fade; a value.
+    """An immutable least-squares fit of seconds by tokens, in which older samples lose weight.
 
-    The line never falls and never starts below zero. Samples of about one size show no slope: the
-    line then goes through the origin. `weight`: the weight of all samples; a new sample weighs 1.
+    The slope and the intercept are at least zero. If all samples have about the same number of
+    tokens, the line goes through the origin. `weight`: the sum of all weights; a new sample has
+    weight 1.
     """
 
     weight: float = 0.0
-    tokens: float = 0.0  # faded sums
+    tokens: float = 0.0  # weighted sums, as are the next fields
     seconds: float = 0.0
     squares: float = 0.0
     products: float = 0.0
@@ -49,9 +50,9 @@ class LineFit(msgspec.Struct, frozen=True):
     def with_samples(
         self, num_tokens: float, seconds: float, *, count: int = 1, kept: float = 1.0
     ) -> "LineFit":
-        """Add `count` equal samples with these sums.
+        """The fit with `count` equal samples added, `num_tokens` and `seconds` in total.
 
-        `kept`: the share of their weight that earlier samples keep.
+        `kept`: a factor on the weight of earlier samples.
         """
         return LineFit(
             self.weight * kept + count,
@@ -62,7 +63,7 @@ class LineFit(msgspec.Struct, frozen=True):
         )
 
     def seconds_of(self, num_tokens: float, count: float = 1.0) -> float:
-        """The time of `count` requests with `num_tokens` together. Needs at least one sample."""
+        """The time of `count` requests with `num_tokens` in total. Needs at least one sample."""
         mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
         slope = self._slope(mean, mean_s)
         return count * (mean_s - slope * mean) + slope * num_tokens
@@ -78,13 +79,14 @@ class LineFit(msgspec.Struct, frozen=True):
 
 
 class QueuePace(msgspec.Struct, frozen=True):
-    """How fast a queue is served, learned from backlogs and first tokens; a value.
+    """How fast a queue is served, learned from backlogs and first tokens. Immutable.
 
-    `intervals`: the time between departures, by tokens. Where engines mostly prefill, intervals
-    grow with tokens; where long answers hold all places, they do not. Intervals fade with busy
-    time, so that they follow the load, but no faster than requests are served: nothing may leave
-    for minutes, and the known pace must outlast that. `silent_s`: time since the last departure, as
-    of `seen_s`. `gaps`: the silences before the latest departures.
+    A departure is a request that leaves the queue for an engine. `intervals`: the time between
+    departures by prompt tokens. If engines mostly prefill, the time grows with the tokens; if long
+    answers occupy all engines, it does not. Intervals lose weight with busy time, so that the fit
+    follows the load, but never faster than requests are served: the fit must outlast minutes
+    without a departure. `silent_s`: busy time from the last departure to `seen_s`. `gaps`: busy
+    time before each of the latest departures.
     """
 
     backlog: Backlog = Backlog()
@@ -92,10 +94,10 @@ class QueuePace(msgspec.Struct, frozen=True):
     silent_s: float = 0.0
     seen_s: float = 0.0
     gaps: tuple[float, ...] = ()
-    first_token_s: float = 0.0  # mean, from the queue to the first token
+    first_token_s: float = 0.0  # moving mean of the time from the queue to the first token
 
     def with_backlog(self, backlog: Backlog, now: float) -> "QueuePace":
-        """The pace after a report of the backlog."""
+        """The pace with one more report of the backlog."""
         silent_s = self.silent_s + backlog.busy_s - self.backlog.busy_s
         num_served = backlog.num_served - self.backlog.num_served
         if not num_served:
@@ -113,21 +115,23 @@ class QueuePace(msgspec.Struct, frozen=True):
         )
 
     def with_first_token(self, seconds: float) -> "QueuePace":
-        """The pace after a first token, `seconds` after its request left the queue."""
+        """The pace with one more first token, `seconds` after its request left the queue."""
         if not self.first_token_s:
             return replace(self, first_token_s=seconds)
         change = _FIRST_TOKEN_WEIGHT * (seconds - self.first_token_s)
         return replace(self, first_token_s=self.first_token_s + change)
 
     def long_wait_s(self, now: float) -> float | None:
-        """The wait of a new request after all that are not patient; all but a few in a hundred wait
-        less.
+        """A high quantile of the queueing time of a new request with an objective, in seconds.
 
-        None without evidence. The longer of two estimates counts. By rate: departures are taken as
-        Poisson, so that the time of n departures has a standard deviation of 1 / sqrt(n) of itself.
-        By silence: the next departure comes as late as after 95 % of the silences that lasted at
-        least as long as the running one. Answers of equal length that begin together end together,
-        and a long silence follows that the rate does not show.
+        Only a few in a hundred wait longer. Waiting requests without an objective (`num_patient`)
+        do not count, because they are served later. None until enough requests were served.
+
+        The larger of two estimates. By rate: departures are taken as a Poisson process, in which
+        the time of n departures has the relative standard deviation 1 / sqrt(n). By gaps: among
+        the kept gaps that were at least as long as the current gap, the 95th percentile. The second
+        covers answers of equal length that begin together: they also end together, and a long gap
+        follows, which the rate does not show.
         """
         backlog = self.backlog
         num_ahead = backlog.num_requests - backlog.num_patient
@@ -139,11 +143,11 @@ class QueuePace(msgspec.Struct, frozen=True):
         return max(by_rate_s, self._rest_of_silence_s(now))
 
     def wait_s(self, now: float) -> float | None:
-        """The time until all waiting requests have left the queue; None without evidence."""
+        """The time until all waiting requests have left the queue; None if unknown."""
         return self._seconds_of(self.backlog.num_requests, self.backlog.num_prompt_tokens, now)
 
     def _silence_s(self, now: float) -> float:
-        """Busy time since the last departure."""
+        """The current gap: busy time since the last departure."""
         if self.backlog.is_open:
             return self.silent_s
         return self.silent_s + max(now - self.seen_s, 0.0)
@@ -154,7 +158,10 @@ class QueuePace(msgspec.Struct, frozen=True):
         return longer[int(_QUANTILE * len(longer))] - silence_s if longer else 0.0
 
     def _seconds_of(self, num_requests: int, num_tokens: int, now: float) -> float | None:
-        """The time until so many waiting requests have left; the running silence counts too."""
+        """The time until `num_requests` waiting requests have left; None if unknown.
+
+        The current gap lowers the estimated rate, so that the estimate grows while nothing leaves.
+        """
         known = self.intervals
         if self.backlog.num_served < _MIN_SERVED or known.seconds + self._silence_s(now) <= 0:
             return None
@@ -166,16 +173,16 @@ class QueuePace(msgspec.Struct, frozen=True):
 
 
 class Forecast(msgspec.Struct, frozen=True):
-    """Predicted waits, prefills and steps of the engines after an operator.
+    """Predicted queueing, prefill and step times of the engines downstream of an operator.
 
-    `pace`: of all queues together; `backlogs`: the latest backlog of each operator. `prefills`: the
-    latest ones. `step_s`: the mean time of a step while a replica was busy. `steps`: by replica,
-    the number of the latest step and when it was reported.
+    `pace`: the pace of all queues together. `backlogs`: the latest backlog of each operator.
+    `prefills`: the time of prefills by tokens. `step_s`: the mean time of a step while a replica
+    was busy. `steps`: by replica, the number of the latest step and the time of its report.
 
-    `correction`: a factor on predicted waits, raised when first tokens come later than
-    `objective_s`: on a machine with other work, the pace may fall after a request was admitted.
-    Requests with another objective do not count: clients choose those, and must not delay each
-    other by them.
+    `correction`: a factor on predicted waits. It rises when first tokens come later than
+    `objective_s`, because the pace may fall after a request was admitted, for example if other
+    programs use the machine. Only requests with exactly this objective count: a client's own
+    objective must not affect other clients.
     """
 
     pace: QueuePace = QueuePace()
@@ -187,7 +194,7 @@ class Forecast(msgspec.Struct, frozen=True):
     objective_s: float | None = None
 
     def after(self, happened: QueueChanged | FirstToken | LoadReported, now: float) -> "Forecast":
-        """The forecast after one report of feedback."""
+        """The forecast with one more report of feedback."""
         match happened:
             case QueueChanged(node=node, backlog=backlog):
                 return self._with_backlog(node, backlog, now)
@@ -197,15 +204,16 @@ class Forecast(msgspec.Struct, frozen=True):
                 return self._with_load(happened, now)
 
     def prefill_s(self, num_tokens: float) -> float | None:
-        """The time that a prefill of so many tokens adds to an engine's work; None if unknown."""
+        """The time that an engine computes for a prefill of `num_tokens`; None if unknown."""
         if self.prefills.weight < 0.9 * _MIN_PREFILLS or self.prefills.tokens <= 0:
             return None
         return self.prefills.seconds_of(num_tokens)
 
     def first_token_s(self, request: Request) -> float:
-        """The time from the queue to the first token.
+        """The time from leaving the queue to the first token, in seconds.
 
-        The mean of all requests, until there are enough prefills to predict one by its tokens.
+        Until enough prefills were seen, this is the mean of all requests. Then the prefill part of
+        the mean is replaced by the prediction for the tokens of this request.
         """
         mean_s = self.pace.first_token_s
         own_s = self.prefill_s(request.num_uncached_tokens)
@@ -215,10 +223,9 @@ class Forecast(msgspec.Struct, frozen=True):
         return max(mean_s - usual_s, 0.0) + own_s
 
     def ttft_s(self, request: Request, now: float) -> float | None:
-        """The TTFT of a request that enters the queue now, since its arrival; few in a hundred
-        exceed it.
+        """A high quantile of the TTFT of a request that enters the queue now.
 
-        None without evidence.
+        Counted from the arrival of the request. Only a few in a hundred exceed it. None if unknown.
         """
         wait_s = self.pace.long_wait_s(now)
         if wait_s is None:
@@ -246,11 +253,12 @@ class Forecast(msgspec.Struct, frozen=True):
         if since_s is None or objective_s is None or first.slo_ttft_s != objective_s:
             return self.correction
         changed = self.correction * (_LATE_FACTOR if since_s > objective_s else _IN_TIME_FACTOR)
-        return min(max(changed, 1.0), _MAX_CORRECTION)
+        return min(max(changed, 1.0), _MAX_CORRECTION)  # never below 1: only lengthens waits
 
     def _with_load(self, reported: LoadReported, now: float) -> "Forecast":
         load, name = reported.load, (reported.node, reported.replica)
         before = self.steps.get(name)
+        # After an idle phase the time between reports is not step time: infinity excludes it.
         steps = self.steps.set(name, (load.num_steps, now if load.num_running else math.inf))
         step_s = self.step_s
         if before is not None and load.num_steps > before[0] and now > before[1]:

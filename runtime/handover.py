@@ -1,4 +1,4 @@
-"""How operators hand requests to engines: needs, held requests, leases, stamps and phases."""
+"""Helpers of operators with engines: required capabilities, held requests, leases and stamps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ def _names_tokens(request: Request) -> bool:
     )
 
 
-# Capability -> whether a request needs it, and the message and code of a refusal without it.
+# Capability -> (whether a request needs it, message and code of the refusal without it).
 NEEDS: dict[str, tuple[Callable[[Request], bool], str, str]] = {
     LOGPROBS: (
         _asks_logprobs,
@@ -60,7 +60,7 @@ NEEDS: dict[str, tuple[Callable[[Request], bool], str, str]] = {
 
 
 def check_needs(request: Request, facts: EngineFacts) -> None:
-    """Raise EngineRefusal where a request needs a capability that the engine lacks."""
+    """Raise EngineRefusal if a request needs a capability that the engine lacks."""
     for capability in NEEDS.keys() - facts.capabilities:
         is_needed, why, code = NEEDS[capability]
         if is_needed(request):
@@ -69,15 +69,18 @@ def check_needs(request: Request, facts: EngineFacts) -> None:
 
 @dataclass(slots=True)
 class _HeldRequest:
-    """A request and what was emitted of it: token ids, or texts where the engine gives no ids."""
+    """A request in an engine, and the tokens that the engine has emitted.
+
+    `texts`: (text, number of tokens) of each event, if the engine gives no token ids.
+    """
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
-    texts: list[tuple[str, int]] = field(default_factory=list)  # each with its number of tokens
+    texts: list[tuple[str, int]] = field(default_factory=list)
 
 
 class HeldRequests:
-    """The requests that one operator has in its engine, each with what was emitted of it."""
+    """The requests that one operator has in its engine, each with its emitted tokens."""
 
     def __init__(self) -> None:
         self._requests: dict[ChoiceKey, _HeldRequest] = {}
@@ -92,9 +95,9 @@ class HeldRequests:
         return held.request if held is not None else None
 
     def note(self, event: TokenEvent) -> Request | None:
-        """Record an emitted event, and drop the request with its last event.
+        """Record the tokens of an event; drop the request if the event is its last.
 
-        Returns the request, or None where the operator does not hold it.
+        Returns the request, or None if the operator does not hold it.
         """
         held = self._requests.get((event.request_id, event.choice))
         if held is None:
@@ -115,7 +118,7 @@ class HeldRequests:
             del self._choices[key[0]]
 
     def recall(self, key: ChoiceKey) -> Request | None:
-        """Drop a request, and return it with everything that was emitted of it."""
+        """Drop a request, and return it with all its emitted tokens; None if it is not held."""
         held = self._requests.get(key)
         if held is None:
             return None
@@ -129,9 +132,9 @@ class HeldRequests:
         )
 
     def cancel(self, ctx: Context, signal: Signal) -> None:
-        """Cancel the choices that a signal concerns in the engine.
+        """Cancel in the engine the held choices that a signal concerns.
 
-        The cost does not grow with the other held requests.
+        The time does not depend on the number of other held requests.
         """
         for choice in tuple(self._choices.get(signal.request_id, ())):
             key = signal.request_id, choice
@@ -140,7 +143,7 @@ class HeldRequests:
 
 
 def release_leases(ctx: Context, item: Item) -> None:
-    """Free the leases of an item in whichever pools they are. Repeating it does no harm."""
+    """Free the leases of an item in their pools. A repeated call does nothing."""
     if not isinstance(item, Prefilled):
         return
     for lease in (item.lease, item.reservation):
@@ -150,12 +153,14 @@ def release_leases(ctx: Context, item: Item) -> None:
 
 
 def merge_stamps(request: Request, event: TokenEvent) -> TokenEvent:
-    """The event with the stamps of earlier phases.
+    """The event with the stamps that the request got in earlier phases.
 
-    An earlier stamp wins: a decode engine starts a sequence that a prefill engine started before.
+    If both have a stamp, that of the request counts: the decode engine starts the sequence again
+    that the prefill engine has started.
     """
     before = msgspec.structs.asdict(request.stamps)
     after = msgspec.structs.asdict(event.stamps)
+    # `arrived_s` is never None, so that of the request always counts.
     known = {name: value for name, value in before.items() if value is not None}
     return msgspec.structs.replace(event, stamps=Stamps(**{**after, **known}))
 
@@ -166,14 +171,16 @@ def refusal_event(request: Request, error: EngineRefusal, now: float) -> TokenEv
 
 
 def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> None:
-    """Report the latency of the first token upstream, once for each request.
+    """Send the feedback `FirstToken` upstream if `event` has the first token of `request`.
 
-    The latency runs from the queue to this operator's outlet.
+    Does nothing for later events, and for requests that passed no queue. The latency counts from
+    leaving the queue until now.
     """
     dispatched_s = request.stamps.dispatched_s
     if dispatched_s is None or event.position != request.num_emitted or not event.num_tokens:
         return
     now, slo_ttft_s = ctx.now(), request.slo_ttft_s
+    # A resumed request had its first token before: its TTFT must not count again.
     since_s = None if request.num_emitted else now - request.stamps.arrived_s
     first = FirstToken(seconds=now - dispatched_s, since_arrival_s=since_s, slo_ttft_s=slo_ttft_s)
     started_s, prefilled_s = event.stamps.started_s, event.stamps.prefilled_s
@@ -190,7 +197,7 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
 
 
 class Phases(NamedTuple):
-    """Seconds of each phase; 0 for a phase that the request never reached or the graph lacks."""
+    """The seconds that a request spent in each phase; 0 for a phase that it did not enter."""
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -210,9 +217,9 @@ class Phases(NamedTuple):
 def phases_of(stamps: Stamps) -> Phases:
     """Split the time of a request into phases, by its stamps.
 
-    A request is queued until an engine begins with it, so waiting inside an engine counts as
-    queued. Each later phase begins where the previous one ended. A request that ended in the queue
-    spent all its time there.
+    The queue phase lasts until an engine starts to compute the prompt, so it includes waiting
+    inside the engine. Each later phase begins when the previous phase ended. If the request ended
+    early, the last phase that it entered lasts until the end.
     """
     arrived, finished = stamps.arrived_s, stamps.finished_s
     started = _known(stamps.started_s, _known(finished, arrived))

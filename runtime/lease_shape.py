@@ -1,4 +1,4 @@
-"""The shape of a lease: how many blocks of a pool a sequence takes, and which are still read."""
+"""The shape of a lease: how many blocks of a KV pool a sequence needs, and which it still reads."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -6,7 +6,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """Layers that keep the KV of the same tokens: of all tokens, or of the last `window`.
+    """Layers that keep the KV of the same tokens: the last `window` tokens, or with None all.
 
     For every `block_size` tokens, a group takes one block in each of its `num_tables` block tables.
     """
@@ -19,8 +19,8 @@ class TokenGroup:
 class LeaseShape:
     """What a lease holds: block tables of token groups, and a snapshot of recurrent state.
 
-    `groups`: full attention comes first, if there is any. `num_state_blocks`: of one snapshot.
-    `max_ahead`: the most tokens that steps in progress compute of one sequence.
+    `groups`: the group of full attention is first, if there is one. `num_state_blocks`: the blocks
+    of one snapshot. `max_ahead`: the most tokens of one sequence in the steps in progress.
     """
 
     block_size: int
@@ -30,39 +30,40 @@ class LeaseShape:
 
     @property
     def has_full(self) -> bool:
-        """Whether some layers keep all tokens."""
+        """Whether some layers keep the KV of all tokens."""
         return bool(self.groups) and self.groups[0].window is None
 
     @property
     def num_blocks_per_block(self) -> int:
-        """Blocks that a long sequence takes for `block_size` more tokens."""
+        """The number of blocks that a long sequence takes for `block_size` more tokens."""
         return self.groups[0].num_tables if self.has_full else 0
 
     @property
     def forgets(self) -> bool:
-        """Whether some blocks become unread before their sequence ends."""
+        """Whether a sequence stops reading some of its blocks before it ends."""
         return self.num_state_blocks > 0 or any(group.window for group in self.groups)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """For each group, the number of tables up to its end."""
+        """For each group, the number of tables of all groups up to and including it."""
         return tuple(accumulate(group.num_tables for group in self.groups))
 
     def num_full(self, num_tokens: int) -> int:
-        """Blocks of one table without a window."""
+        """The number of blocks in one table without a window, for `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def first(self, group: TokenGroup, position: int) -> int:
-        """The first block of a table that the token at `position` reads."""
+        """The index in a table of `group` of the first block that the token at `position` reads."""
         if group.window is None:
             return 0
         return max(0, position - group.window + 1) // self.block_size
 
     def spans(self, num_tokens: int, start: int) -> list[tuple[int, int]]:
-        """The range of blocks in the tables of each group, for a sequence of `num_tokens`.
+        """For each group, the range (first, end) of blocks that each of its tables needs.
 
-        The sequence computes the tokens from `start` on. A window reuses the blocks that it has
-        left.
+        For a sequence of `num_tokens` tokens that computes the tokens from `start` on. A group with
+        a window needs fewer blocks than it fills, because blocks that the window has passed are
+        reused.
         """
         end = self.num_full(num_tokens)
         found = []
@@ -72,26 +73,29 @@ class LeaseShape:
         return found
 
     def num_blocks(self, num_tokens: int, start: int = 0) -> int:
-        """Blocks that a sequence takes when it starts and shares none."""
+        """The number of blocks that a sequence takes at its start if it shares none."""
         spans = zip(self.groups, self.spans(num_tokens, start), strict=True)
         held = sum(group.num_tables * (end - first) for group, (first, end) in spans)
         return held + self.num_state_blocks
 
     def num_needed(self, num_tokens: int) -> int:
-        """Blocks with which a sequence of that length always advances.
+        """The number of blocks with which a sequence of `num_tokens` can always be computed.
 
-        Recurrent state counts twice: a sequence may start from one snapshot and write another.
+        Recurrent state counts twice: a sequence may read one snapshot and write another.
         """
         return self.num_blocks(num_tokens) + self.num_state_blocks
 
     def num_fixed(self, num_tokens: int) -> int:
-        """The part of `num_needed` that does not grow once the sequence exceeds all windows."""
+        """The part of `num_needed` that does not grow once a sequence exceeds all windows."""
         full = self.groups[0].num_tables * self.num_full(num_tokens) if self.has_full else 0
         return self.num_needed(num_tokens) - full
 
     def num_tokens(self, num_blocks: int, most: int) -> int:
-        """The longest sequence, up to `most` tokens, that always advances in `num_blocks`."""
-        low, high = 0, -(-most // self.block_size)
+        """The length of the longest sequence that can always be computed with `num_blocks` blocks.
+
+        At most `most` tokens.
+        """
+        low, high = 0, -(-most // self.block_size)  # bisection: `num_needed` never falls
         while low < high:
             middle = (low + high + 1) // 2
             if self.num_needed(middle * self.block_size) <= num_blocks:
@@ -101,5 +105,6 @@ class LeaseShape:
         return min(low * self.block_size, most)
 
     def _reach(self, group: TokenGroup, end: int) -> int:
-        """Blocks of one table that a sequence reads and writes at the same time."""
+        """The most blocks of one table that a sequence uses at the same time."""
+        # One block more, because a window rarely begins at the start of a block.
         return end if group.window is None else self.num_full(group.window + self.max_ahead) + 1

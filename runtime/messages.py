@@ -1,4 +1,4 @@
-"""Messages: requests travel forward, tokens travel back, and engines take sequence states."""
+"""The messages between operators (requests, tokens, answers), and the sequences for engines."""
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -9,21 +9,21 @@ from sagellm.runtime.sampling import Sampling
 FinishReason: TypeAlias = Literal[
     "stop", "length", "cancelled", "refused", "expired", "failed", "filtered"
 ]
-# Why a request ended, for programs: a gateway chooses its status and the retry advice by the code.
+# Machine-readable reasons of an end: a gateway chooses HTTP status and retry advice by the code.
 CODES: dict[str, str] = {
     "bad_request": "the request itself cannot be served",
     "queue_full": "too many requests or tokens wait",
     "slo_unreachable": "its first token would come too late",
     "slow_reader": "its reader did not read",
     "shutting_down": "the graph is being closed",
-    "unavailable": "no engine is there that could serve it",
-    "request_quarantined": "engines died of it, or of its like",
+    "unavailable": "no engine that could serve it is up",
+    "request_quarantined": "it, or an equal request, may have crashed two engines",
     "operator_failed": "an operator, or a function that it calls, raised",
     "engine_failed": "engines, or the links between them, failed while they computed it",
 }
 OPERATOR_FAILED = "operator_failed"
 ENGINE_FAILED = "engine_failed"
-# (request_id, choice). A plain tuple: one is made for every token, and a named one costs 0.3 us.
+# (request_id, choice). A plain tuple: one is made for every token, and a NamedTuple costs 0.3 us.
 ChoiceKey: TypeAlias = tuple[str, int]
 SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons of a complete answer
 
@@ -32,7 +32,7 @@ NORMAL = PRIORITIES["normal"]
 
 
 class EngineReplica(NamedTuple):
-    """One replica of an engine, by the name of the engine and the number of the replica."""
+    """The name of an engine, and the number of one of its replicas."""
 
     engine: str
     number: int
@@ -53,13 +53,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """One choice of one request on its way to an engine, identified by (request_id, choice).
 
     For an engine that takes text, `prompt_token_ids` is empty and the engine encodes `prompt` or
-    `messages`. A request with `emitted_token_ids`, or with `emitted_text` of
-    `num_emitted_without_ids` tokens, resumes after those tokens.
+    `messages`. A request whose answer was begun elsewhere resumes after its emitted tokens. These
+    are `emitted_token_ids`, or for an engine without token ids `emitted_text`, a text of
+    `num_emitted_without_ids` tokens.
     """
 
     request_id: str
     choice: int = 0
-    epoch: int = 0  # rises when the request enters again; fences its leases
+    epoch: int = 0  # rises when the request enters again: leases of older epochs are invalid
     prompt: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
@@ -67,13 +68,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     priority: int = NORMAL  # 0 critical ... 4 background
     user_id: str = ""
     model: str = ""
-    salt: str = ""  # of the tenant: prefix blocks are shared within one salt only
-    slo_ttft_s: float | None = None  # objective for the first token, from arrival
-    expires_s: float | None = None  # clock time after which the answer is not wanted
+    salt: str = ""  # the tenant's: prefix blocks are shared only by requests with equal salts
+    slo_ttft_s: float | None = None  # TTFT objective, counted from arrival
+    expires_s: float | None = None  # clock time at which the request is ended as expired
     cost_budget: float | None = None
     placement: dict[str, int] = {}  # node name -> the replica that route chose
     avoid: tuple[EngineReplica, ...] = ()  # replicas that failed on this request
-    num_cached_tokens: int = 0  # of the prompt, as the router knows
+    num_cached_tokens: int = 0  # prompt tokens that the router believes to be cached
     emitted_token_ids: tuple[int, ...] = ()
     emitted_text: str = ""
     num_emitted_without_ids: int = 0
@@ -86,7 +87,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
 
     @property
     def num_emitted(self) -> int:
-        """Tokens of the answer that were emitted already; a request with any resumes."""
+        """Tokens of the answer that were emitted before; above 0, the request resumes."""
         return len(self.emitted_token_ids) + self.num_emitted_without_ids
 
     @property
@@ -122,11 +123,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
 class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     """All that an engine needs to start or resume one sequence. Versioned, as it crosses processes.
 
-    The prompt is `prompt_token_ids`, or for an engine that takes text `prompt` or `messages`. A
-    sequence with `emitted_token_ids`, or with `emitted_text` of `num_emitted_without_ids` tokens,
-    resumes after those tokens. Events go to the operator `owner`. `hold_kv`: stop after the first
-    token and keep the lease for an export. `lease`: blocks in the engine's own pool that already
-    hold the KV of the prompt.
+    Fields with the names of `Request` mean the same. The engine gives the events to the operator
+    `owner`. `hold_kv`: stop after the first token and keep the lease for an export. `lease`: blocks
+    in the engine's own pool that already hold the KV of the prompt.
     """
 
     version: int = 1
@@ -140,7 +139,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     emitted_token_ids: tuple[int, ...] = ()
     emitted_text: str = ""
     num_emitted_without_ids: int = 0
-    sampling: Sampling = Sampling()  # its seed is resolved
+    sampling: Sampling = Sampling()  # the session has set a seed
     salt: str = ""
     adapter: str | None = None
     grammar: str | None = None
@@ -161,7 +160,10 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
 
 
 class LeaseRef(msgspec.Struct, frozen=True, kw_only=True, tag="lease"):
-    """Names a lease of one pool outside that pool. (request_id, choice, epoch) is the fence."""
+    """A reference to a lease of a KV pool, for use outside that pool.
+
+    The pool refuses the reference if (request_id, choice, epoch) is not that of the lease.
+    """
 
     engine: str
     replica: int
@@ -173,21 +175,24 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True, tag="lease"):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
-    """The log probability of a sampled token, and the most likely tokens, best first."""
+    """The log probability of a token, and the most likely tokens at its position, best first.
+
+    `top`: (token id, log probability) of each.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    rank: int | None = None  # 1: most likely; known of prompt tokens only
+    rank: int | None = None  # 1: the most likely; None for sampled tokens
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=False):
     """New tokens of one choice, or the end of the choice, or both.
 
-    `position` is the position of the first token. The last event of a choice, and no other event,
-    has a `finish_reason`. `text` is the output text that these tokens complete; `text` may be empty
-    and never ends inside a character. Where an engine gives text without token ids,
-    `num_tokens_without_ids` counts the tokens.
+    `position`: the index in the answer of the first token. Only the last event of a choice has a
+    `finish_reason`. `text`: the output text that these tokens complete; `text` may be empty, and
+    never ends inside a character. `num_tokens_without_ids`: the number of tokens from an engine
+    that gives text without token ids.
     """
 
     request_id: str
@@ -198,7 +203,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=Fal
     num_tokens_without_ids: int = 0
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of all prompt tokens but the first
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one for each prompt token after the first
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that matched
     error: str | None = None  # why the choice was refused or failed; safe to show
@@ -206,7 +211,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=Fal
     retry_after_s: float | None = None  # wait before a refused request is tried again
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
-    num_preemptions: int = 0  # of the sequence, in the engine of this event
+    num_preemptions: int = 0  # how often the engine of this event preempted the sequence
     stamps: Stamps = Stamps()
 
     @property
@@ -224,10 +229,10 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=Fal
 
 
 class Prefilled(msgspec.Struct, frozen=True, kw_only=True, tag="prefilled"):
-    """A request after prefill: its first token, and where its KV blocks are.
+    """A request after prefill: its first token, and the leases of its KV blocks.
 
-    `lease` is the filled lease in the prefill pool, or None after the handover and where the first
-    token was the last. `reservation` is the lease that the decode pool has reserved.
+    `lease`: the filled lease in the prefill pool; None after the transfer, or if the first token
+    was the last. `reservation`: the lease in the decode pool that receives the blocks.
     """
 
     request: Request
@@ -287,7 +292,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag="forked"):
-    """Announces to the session that one request became the choices 0 ... num_choices - 1."""
+    """The announcement to the session that a request became the choices 0 ... num_choices - 1."""
 
     request_id: str
     num_choices: int
@@ -305,7 +310,7 @@ def refusal(
     code: str = "",
     retry_after_s: float | None = None,
 ) -> TokenEvent:
-    """The last event of a request that ends before an engine takes the request."""
+    """The last event of a request that ends before an engine has taken it."""
     stamps = msgspec.structs.replace(request.stamps, finished_s=now)
     return TokenEvent(
         request_id=request.request_id,

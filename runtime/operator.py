@@ -16,7 +16,7 @@ from sagellm.runtime.prefixes import Hasher, new_hasher
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):
-    """How much may be in transit to one replica: requests, prompt tokens and KV blocks."""
+    """Requests, prompt tokens and KV blocks in transit to a replica: its capacity, or a cost."""
 
     requests: float = math.inf
     tokens: float = math.inf
@@ -28,17 +28,17 @@ EncodeText: TypeAlias = Callable[[str, str], tuple[int, ...]]
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
-    """An item at an inlet."""
+    """An item arrives at an inlet."""
 
     item: Item
     inlet: str = "in"
 
 
 class Signal(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Overtakes items, goes to every operator, and may come twice.
+    """A signal about a request. It overtakes items, goes to every operator, and may come twice.
 
-    `cancel` and `expire` end a request. `forget` says that the last terminal event of a request has
-    passed.
+    `cancel` and `expire` end the request. `forget` comes after the request has ended: operators
+    drop what they know of the request.
     """
 
     kind: Literal["cancel", "expire", "forget"]
@@ -46,66 +46,63 @@ class Signal(msgspec.Struct, frozen=True, array_like=True, gc=False):
     choice: int | None = None  # None: all choices of the request
 
     def concerns(self, key: ChoiceKey) -> bool:
+        """Whether the signal is about this choice."""
         return key[0] == self.request_id and self.choice in (None, key[1])
 
 
 class OfferTaken(msgspec.Struct, frozen=True, gc=False):
-    """An item of this operator's `Offer` was accepted downstream."""
+    """An item that this operator offered (`Offer`) was sent."""
 
     item: Item
 
 
 class Wake(msgspec.Struct, frozen=True, gc=False):
-    """The time that the operator asked for by `wake_at` has come."""
+    """The time `Step.wake_at` that the operator asked for has come."""
 
 
 Input: TypeAlias = Arrival | Signal | Feedback | PrefixesChanged | Topology | OfferTaken | Wake
 
 
 class Emit(msgspec.Struct, frozen=True, gc=False):
-    """Send an item. Without credit for the item, the whole input is undone and waits."""
+    """Send an item. Without credit for the item, the core undoes the whole input and parks it."""
 
     item: Item
     outlet: str = "out"
 
 
 class EmitAll(msgspec.Struct, frozen=True, gc=False):
-    """Send several items in order in one transaction.
-
-    An operator with `on_batch` may answer with it.
-    """
+    """Send several items in order in one transaction; a possible answer to `on_batch`."""
 
     items: Sequence[Item]
     outlet: str = "out"
 
 
 class EmitFirst(msgspec.Struct, frozen=True):
-    """Send the first of these choices that has credit: one item, placed in several ways.
+    """Send one item, on the first of several possible placements that has credit.
 
-    Each choice comes with the operator's state after it; choices are made as they are tried.
-    Without credit for any, the whole input is undone and waits. `hold_s`: the input waits for the
-    first choice, for so long from its first try, even where other choices have credit.
+    `choices`: for each placement, the placed item and the operator's state after sending it. The
+    iterable is read lazily, one placement at a time. If no placement has credit, the core undoes
+    the whole input and parks it. `hold_s`: for this many seconds after the first try, only the
+    first placement is used, even if others have credit.
     """
 
-    choices: Iterable[tuple[Item, Any]]
+    choices: Iterable[tuple[Item, Any]]  # not the choices of a request
     outlet: str = "out"
     hold_s: float = 0.0
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
-    """Undo the whole input and wait for credit.
-
-    `node`: the service operator that the item would go to, none of whose replicas has credit.
-    """
+    """Undo the whole input, and park it until a replica of service operator `node` has credit."""
 
     node: str
 
 
 class Offer(msgspec.Struct, frozen=True, gc=False):
-    """Send the first of these items that has credit, if any; answered by `OfferTaken`.
+    """Send the first of these items that has credit. Without credit for any, nothing happens.
 
-    A request that is sent is stamped with the time. Only an operator that keeps the other items may
-    offer, such as policy_sort.
+    If an item is sent, the operator gets the input `OfferTaken`; a sent request gets the stamp
+    `dispatched_s`. The operator must keep the items that were not sent, as the queue of policy_sort
+    does.
     """
 
     items: tuple[Item, ...]
@@ -113,10 +110,10 @@ class Offer(msgspec.Struct, frozen=True, gc=False):
 
 
 class Terminate(msgspec.Struct, frozen=True):
-    """Send the last event of a request over the implicit outlet `terminal` to the sink.
+    """Send the last event of a choice over the implicit outlet `terminal` to the sink.
 
-    `cause`: the exception that ended the request, if any, for the log and for a caller in this
-    process.
+    `cause`: the exception that ended the choice, if any. It is logged, and callers in this process
+    can read it.
     """
 
     event: TokenEvent
@@ -124,7 +121,7 @@ class Terminate(msgspec.Struct, frozen=True):
 
 
 class Announce(msgspec.Struct, frozen=True):
-    """Announce to the session that a request became several choices, before the first of them."""
+    """Announce to the session that a request became several choices, before sending any of them."""
 
     forked: Forked
 
@@ -143,7 +140,11 @@ S = TypeVar("S")
 
 
 class Step(msgspec.Struct, Generic[S], frozen=True):
-    """The answer of a logic operator: its next state, its outputs, and when to wake it."""
+    """The answer of a logic operator to an input: its next state, its outputs, and when to wake it.
+
+    `wake_at`: the time of the next input `Wake`, in seconds of the executor's clock; None for no
+    wake-up. It replaces an earlier request.
+    """
 
     state: S
     outputs: tuple[OperatorOutput, ...] = ()
@@ -151,9 +152,9 @@ class Step(msgspec.Struct, Generic[S], frozen=True):
 
 
 class Draw:
-    """A random source: a pure function of (seed, node, number of the input).
+    """A random source for one input: its numbers depend only on (seed, node, number of the input).
 
-    Valid only while that input is answered.
+    An operator may use it only until `on` returns.
     """
 
     __slots__ = ("_node", "_seed", "count", "number")
@@ -162,7 +163,7 @@ class Draw:
         self._seed = seed
         self._node = node
         self.number = number
-        self.count = 0  # numbers drawn for this input
+        self.count = 0  # how many random numbers this input has used
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
@@ -170,7 +171,7 @@ class Draw:
         salt = self.count.to_bytes(8, "little")
         key = f"{self._seed}/{self._node}/{self.number}".encode()
         digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
-        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53  # 53 bits: a float has no more
 
     def below(self, bound: int) -> int:
         """Uniform in 0 ... bound - 1."""
@@ -179,10 +180,10 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A replicated operator downstream, over which a router chooses.
+    """An operator with an engine downstream of a router, which chooses one of its replicas.
 
-    `is_next`: requests enter it without passing another service operator. `outlets`: the outlets of
-    the own operator that lead there.
+    `is_next`: whether requests enter the target without passing another service operator.
+    `outlets`: the outlets of the router that lead to the target.
     """
 
     node: str
@@ -196,12 +197,12 @@ class Target:
 class Setup:
     """What an operator is built with: its place in the graph, and functions it may call.
 
-    `facts`: of the engines, where known. `models`: the engines of each model by its key, the
-    default model first; empty where the graph serves one model.
+    `facts`: the facts of engines by name, if known. `models`: the names of the engines of each
+    model, by the key of the model, the default model first; empty if the graph serves one model.
     """
 
     name: str
-    targets: tuple[Target, ...] = ()  # downstream, up to the next router
+    targets: tuple[Target, ...] = ()  # the targets downstream, up to the next router
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     encode: EncodeText | None = None
     seed: int = 0
@@ -213,11 +214,11 @@ class Setup:
 class Logic(Protocol[S]):
     """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers.
 
-    Three members are optional. `on_batch(state, items, now, draw) -> Step` is given all items of
-    one engine step; it must answer all and keep none. `keeps(state, request_id) -> bool` limits
-    signals "forget" to the requests that the operator keeps. `subscribes` limits the feedback kinds
-    of the spec to those that the options need. Prefix blocks ("cache") are reported if any operator
-    asks for them in this way, and then to all operators whose specs name them.
+    Three members are optional. `on_batch(state, items, now, draw) -> Step` gets all items of one
+    engine step; its Step must answer every item and keep none. `keeps(state, request_id) -> bool`
+    limits the signal "forget" to the requests that the operator keeps. `subscribes` is the subset
+    of the spec's feedback kinds that the operator needs with its options. If any operator
+    subscribes to prefix blocks ("cache"), all operators whose specs name "cache" get them.
     """
 
     @property
@@ -227,17 +228,17 @@ class Logic(Protocol[S]):
 
 
 class Context(Protocol):
-    """What the executor lends a service operator. `replica`: the operator's own number."""
+    """What the executor lends to replica number `replica` of a service operator."""
 
     name: str
     replica: int
 
     @property
     def engine(self) -> Engine:
-        """The engine of the option `engine`, at this operator's replica."""
+        """The replica `self.replica` of the engine that the operator's option `engine` names."""
 
     def engine_of(self, node: str, replica: int) -> Engine:
-        """The engine of another operator."""
+        """A replica of the engine that the operator `node` uses."""
 
     def engine_named(self, name: str, replica: int) -> Engine: ...
 
@@ -247,14 +248,15 @@ class Context(Protocol):
         """Send an item, waiting for credit."""
 
     async def emit_batch(self, items: Iterable[TokenEvent], done: "Sent") -> None:
-        """Send the events of one engine step, in order.
+        """Send the events of one engine step in order, waiting for credit.
 
-        `done` is called for each event once it is sent and before anybody can react to it: the
-        request id may be in use again while later events still wait.
+        `done` is called for each event once that event is sent, before any other task runs. A call
+        after the whole batch would be too late: while later events wait for credit, a new request
+        may already use the id of a request that has ended.
         """
 
     async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
-        """Send a last event to the sink; `cause` as in `Terminate`."""
+        """Send the last event of a choice to the sink; `cause` as in `Terminate`."""
 
     def report(self, feedback: Feedback) -> None:
         """Send feedback upstream."""
@@ -263,47 +265,47 @@ class Context(Protocol):
         """Return the credit of an item that this operator no longer holds."""
 
     def not_transferred(self, item: Item, *, has_failed: bool) -> None:
-        """Record that the KV blocks of the current item do not come.
+        """Record that the KV blocks of `item` were not transferred; the item continues without.
 
-        `has_failed`: a transfer has failed; False where none was tried. The item goes on without
-        blocks.
+        `has_failed`: True if a transfer failed, False if no transfer was tried.
         """
 
 
+# The callback of `Context.emit_batch`.
 Sent: TypeAlias = Callable[[Context, TokenEvent], None]
 
 
 @runtime_checkable
 class Service(Protocol):
-    """An operator that owns something outside: an engine, a socket, a user's async function.
+    """An operator that may wait: for an engine, a socket or a user's async function.
 
-    The executor calls `on_item` in up to `concurrency` tasks. A cancel signal cancels the call that
-    holds the request. The executor then emits the terminal event, and always calls `on_signal`, so
-    that the operator can clean up elsewhere, such as in its engine. `holds`: the credit of an item
-    is kept after `on_item` returns, until `release`.
+    The executor runs `on_item` in up to `concurrency` tasks. A signal "cancel" or "expire" cancels
+    the `on_item` of its request, and the executor emits the last event. The executor then also
+    calls `on_signal`, so that the operator can clean up elsewhere, such as in its engine. `holds`:
+    whether the credit of an item stays spent after `on_item` returns, until `Context.release`.
     """
 
     concurrency: int
     holds: bool
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
-        """The credit that one replica grants; `facts` are those of its engine, if any."""
+        """The credit that one replica grants; `facts`: those of its engine, None without engine."""
 
     async def on_item(self, ctx: Context, item: Item) -> None: ...
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
-        """Handle events of the engine; called only where the spec has an engine."""
+        """Handle events of the engine; called only if the operator has an engine."""
 
     def on_signal(self, ctx: Context, signal: Signal) -> None: ...
 
     def recall(self, ctx: Context, key: ChoiceKey) -> Request | None:
         """Forget a sequence that the engine lost, and return its request with all emitted tokens.
 
-        None where this operator does not hold the sequence.
+        Returns None if this operator does not hold the sequence.
         """
 
     def discard(self, ctx: Context, item: Item) -> None:
-        """Free what an item holds that ended before the operator took it."""
+        """Free the resources, such as leases, of an item that ends early or goes elsewhere."""
 
 
 Build: TypeAlias = Callable[[Any, Setup], "Logic[Any] | Service"]
@@ -311,7 +313,7 @@ Build: TypeAlias = Callable[[Any, Setup], "Logic[Any] | Service"]
 
 @dataclass(frozen=True, slots=True)
 class OperatorModule:
-    """One operator that the resolver found: its spec, and how to build it from options."""
+    """An operator as the resolver finds it: its spec, and the function that builds it."""
 
     spec: OpSpec
     build: Build

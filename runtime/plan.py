@@ -1,4 +1,4 @@
-"""A plan: the operators of a checked stream graph, built and wired, for any executor."""
+"""A plan: the built operators of a checked stream graph, and queries on their connections."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,11 +27,11 @@ _SERVICE = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The operators, engines and topology that an executor runs: a value, renewed with each
-    topology.
+    """The operators, engines and topology that an executor runs. Immutable.
 
-    `engines`: how many replicas each engine has had; their numbers are 0 ... count - 1. `epoch`
-    rises with each change of the topology. The executor owns the engines themselves.
+    The core replaces its plan when replicas are added or removed; each change raises `epoch`.
+    `engines`: by engine, the number of replicas so far, including removed replicas; replica numbers
+    are 0 ... number - 1. The executor owns the engines themselves.
     """
 
     graph: Graph
@@ -42,41 +42,44 @@ class Plan:
     seed: int = 0
     removed: frozenset[EngineReplica] = frozenset()  # replicas that will not come back
     epoch: int = 0
-    facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by engine, where known
+    facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by engine, if known
     block_key: bytes = b""  # the secret of block hashes
 
     @property
     def max_prefix_blocks(self) -> int:
-        """The bound on the prefix block hashes of the core."""
+        """The most prefix block hashes that the core keeps."""
         executor = self.graph.attrs.get("executor")
         given = executor.get("max_prefix_blocks") if isinstance(executor, FrozenMap) else None
         return given if isinstance(given, int) else MAX_PREFIX_BLOCKS
 
     def reads_cache(self, engine: str) -> bool:
-        """Whether any operator asks which prefix blocks an engine has."""
+        """Whether any operator subscribes to the prefix blocks of an engine."""
         return any(CACHE in self.subscribes(name) for name in self.cache_readers(engine))
 
     def cache_readers(self, engine: str) -> tuple[str, ...]:
-        """The operators that get the prefix blocks of an engine, if any operator asks for them."""
+        """The operators that get the prefix blocks of an engine if any operator subscribes to them.
+
+        These are all logic operators upstream whose specs name "cache".
+        """
         upstream = (name for node in self.nodes_of(engine) for name in self._reached(node))
         logic = (name for name in dict.fromkeys(upstream) if name in self.logic)
         return tuple(name for name in logic if CACHE in self.spec(name).subscribes)
 
     @property
     def topology(self) -> Topology:
-        """The replicas of all engines, as operators get them."""
+        """The replicas of all engines, as an input for operators."""
         return Topology(self.epoch, dict(self.engines), self.removed)
 
     def with_replica(self, engine: str) -> "Plan":
-        """The plan with one more replica of an engine, numbered by the old count."""
+        """The plan with one more replica of an engine; its number is the previous count."""
         return replace(self, engines={**self.engines, engine: self.engines[engine] + 1})
 
     def num_replicas(self, node: str) -> int:
-        """How many replicas an operator has had: those of its engine, or one."""
+        """The number of replicas of an operator so far: that of its engine, or 1 without engine."""
         return self.engines.get(self.engine_name(node) or "", 1)
 
     def spec(self, node: str) -> OpSpec:
-        """The spec of an operator; an empty one where the operator was built without a spec."""
+        """The spec of an operator; an empty spec if the plan was built without one."""
         return self.specs.get(node) or OpSpec(node)
 
     def nodes_of(self, engine: str) -> tuple[str, ...]:
@@ -88,10 +91,10 @@ class Plan:
         return not set(self.nodes_of(engine)) & unrouted_nodes(self.graph)
 
     def can_avoid(self, engine: str) -> bool:
-        """Whether requests take another path while no replica of an engine is up.
+        """Whether requests can take another path while no replica of an engine is up.
 
-        Another path needs an operator upstream that subscribes to "health" and has an outlet that
-        leads to other engines only.
+        For each operator that uses the engine, some operator upstream must subscribe to "health"
+        and have an outlet that does not lead to the engine.
         """
         nodes = self.nodes_of(engine)
         return bool(nodes) and all(self._can_avoid(node, set(nodes)) for node in nodes)
@@ -105,12 +108,12 @@ class Plan:
         )
 
     def _outlets(self, node: str) -> tuple[Edge, ...]:
-        """The edges out of an operator with several outlets."""
+        """The edges out of an operator; empty if it has one outlet only."""
         edges = tuple(edge for edge in self.graph.outputs(node) if not edge.feedback)
         return edges if len({edge.outlet for edge in edges}) > 1 else ()
 
     def _descendants(self, edge: Edge) -> tuple[str, ...]:
-        """The nodes that an edge leads to."""
+        """All nodes that are reached through an edge."""
         found = {edge.target: None}
         level = [edge.target]
         for name in level:
@@ -121,22 +124,23 @@ class Plan:
         return tuple(found)
 
     def engine_name(self, node: str) -> str | None:
+        """The name of the engine that an operator uses, or None."""
         name = self.graph.node(node).attrs.get("engine")
         return name if isinstance(name, str) else None
 
     @property
     def last_engine_nodes(self) -> tuple[str, ...]:
-        """The operators with an engine that precede no other operator with an engine."""
+        """The operators with an engine that have no other operator with an engine downstream."""
         nodes = [node for node in self.services if self.engine_name(node)]
         before = {name for node in nodes for name in self.ancestors(node)}
         return tuple(node for node in nodes if node not in before)
 
     @property
     def decoders(self) -> dict[str, str]:
-        """For operators that take requests: the operator whose credit a request reserves too.
+        """For each operator that takes requests, the decode operator where it reserves credit.
 
-        The second operator decodes the requests later, or on the same engine. Operators with
-        several candidates are left out.
+        The decode operator is downstream, or uses the same engine. Operators with several
+        candidates are left out.
         """
         decoders = tuple(name for name in self.services if self._decodes(name))
         found: dict[str, str] = {}
@@ -166,10 +170,10 @@ class Plan:
         return tuple(found)
 
     def entrance(self, node: str) -> "str | Edge":
-        """The place where a request enters again after an engine of `node` lost it.
+        """Where a request enters again that was lost with an engine of `node`.
 
-        The place is the nearest operator upstream that queues, or else the edge to the first of the
-        operators that place requests.
+        The nearest operator upstream with a queue. Without a queue, the edge on which requests
+        enter the routers (operators that subscribe to "health") before `node`.
         """
         for name in (node, *self.ancestors(node)):
             if self.spec(name).queues:
@@ -182,24 +186,25 @@ class Plan:
     def subscribers(self, node: str, kind: str) -> tuple[str, ...]:
         """The logic operators that get feedback of one kind from `node`.
 
-        These are the subscribers upstream, nearest first, and those that a feedback edge leads to.
+        These are the subscribers upstream, nearest first, then subscribers at the end of feedback
+        edges of `node`.
         """
         return tuple(name for name in self._reached(node) if kind in self.subscribes(name))
 
     def _reached(self, node: str) -> dict[str, None]:
-        """The operators that feedback of a node can reach."""
+        """The operators that feedback from a node can reach."""
         led = tuple(edge.target for edge in self.graph.outputs(node) if edge.feedback)
         return dict.fromkeys((*self.ancestors(node), *led))
 
     def subscribes(self, node: str) -> frozenset[str]:
-        """The feedback kinds that an operator gets: those of its spec, or its own `subscribes`."""
+        """The feedback kinds of an operator: its attribute `subscribes`, or else its spec's."""
         if node not in self.logic:
             return frozenset()
         kinds: frozenset[str] = getattr(self.logic[node], "subscribes", self.spec(node).subscribes)
         return kinds
 
     def _request_edge(self, node: str) -> Edge:
-        """The edge over which requests come to `node`, or to the prefill before it."""
+        """The edge on which requests come to `node`, or to the first service operator before it."""
         edge = self._edge_to(node)
         while edge.source in self.services:
             edge = self._edge_to(edge.source)
@@ -220,11 +225,11 @@ def plan(
     facts: Mapping[str, EngineFacts] | None = None,
     block_key: bytes | None = None,
 ) -> Plan:
-    """Build the operators of a graph that `check` has passed. Raises GraphError.
+    """Build the operators of a graph that `check` has accepted. Raises GraphError.
 
-    `engines`: the number of replicas of each engine. `facts`: of each engine; nothing is known of
-    the prefix blocks of an engine without facts. `block_key`: the secret of the engines' block
-    hashes; this process's secret if None.
+    `engines`: the number of replicas of each engine. `facts`: the facts of each engine; without
+    facts, the prefix blocks of an engine are not tracked. `block_key`: the secret of the engines'
+    block hashes; None: the secret of this process.
     """
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
     hasher = Hasher(block_key or hash_secret())
@@ -252,9 +257,10 @@ def build_operators(
     replicas: Mapping[str, int],
     common: Setup,
 ) -> "dict[str, Logic[Any] | Service]":
-    """Build every operator of a graph, by name.
+    """Build every operator of a graph, and return them by name.
 
-    Raises GraphError with all mistakes, including those that only operators can find.
+    `replicas`: the number of replicas by node. `common`: the parts of the setup that all operators
+    share. Raises GraphError with all mistakes, including those that only `build` can find.
     """
     made: dict[str, Logic[Any] | Service] = {}
     mistakes: list[Diagnostic] = []
@@ -290,7 +296,7 @@ def _has(ports: Iterable[Port], carries: str) -> bool:
 
 
 def _missing(operator: object) -> str:
-    """The members that an operator lacks: of Service if it has `on_item`, else of Logic."""
+    """The members of Service (if the operator has `on_item`) or of Logic that it lacks."""
     kind = _SERVICE if hasattr(operator, "on_item") else _LOGIC
     return ", ".join(name for name in kind if not hasattr(operator, name))
 
@@ -303,7 +309,10 @@ def _num_replicas(node: Node, engines: Mapping[str, int]) -> int:
 def targets_of(
     graph: Graph, node: Node, vocabulary: Vocabulary, replicas: Mapping[str, int]
 ) -> tuple[Target, ...]:
-    """The engine operators downstream of a node, up to the next operator of the same op."""
+    """The operators with engines downstream of a node, up to the next node of the same kind.
+
+    A router uses them as targets: the next router of its kind has its own targets.
+    """
     outlets: dict[str, set[str]] = {}  # by operator: the outlets of `node` that lead there
     near = {node.name}  # reached without passing a service operator
     level = [(edge.target, edge) for edge in graph.outputs(node.name)]

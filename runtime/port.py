@@ -14,9 +14,9 @@ from sagellm.runtime.messages import ChoiceKey, LeaseRef, SequenceState, TokenEv
 
 
 class EngineRefusal(ValueError):
-    """An engine cannot serve a sequence; the message says why and is safe to show.
+    """An engine cannot serve a sequence. The message gives the reason, and clients may see it.
 
-    `code`: a key of CODES; empty where neither the request nor the moment is at fault.
+    `code`: a key of CODES, or empty if no code fits.
     """
 
     def __init__(self, message: str, code: str = "bad_request") -> None:
@@ -25,22 +25,23 @@ class EngineRefusal(ValueError):
 
 
 class StaleLease(LookupError):
-    """A lease is gone, or its fence (request, epoch) names another request."""
+    """A lease is gone, or its fence (request, choice, epoch) names another request."""
 
 
 class DamagedBlocks(RuntimeError):
     """Blocks arrived damaged several times, or did not arrive in time."""
 
 
-# Why an engine lost a question: its process died, perhaps of the question; its link ended; or
-# neither: the engine was sent away, or was gone before.
+# Why an engine lost a sequence or call. "death": its process died, perhaps because of this request.
+# "link": the link to its process ended. "none": the engine was stopped on purpose, or was gone
+# before the sequence or the call reached it.
 LossCause: TypeAlias = Literal["death", "link", "none"]
 
 
 class EngineLost(ConnectionError):
-    """The process of an engine replica is gone with everything it held; another replaces it.
+    """The process of an engine replica is gone, with all its sequences; a new process replaces it.
 
-    `cause`: of the question that was lost; "none" where the engine was gone before.
+    `cause`: why the call was lost.
     """
 
     def __init__(self, name: str, replica: int, *, cause: LossCause = "none") -> None:
@@ -49,10 +50,10 @@ class EngineLost(ConnectionError):
 
 
 class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done"):
-    """A `hold_kv` sequence has its first token; its blocks wait under `lease` for an export.
+    """A sequence with `hold_kv` has its first token; its blocks wait under `lease` for an export.
 
     The owner must `export` the lease and release it, or `cancel` the sequence. If the first token
-    was the last (`first.is_last`), the lease is None and the blocks are free already.
+    was the last (`first.is_last`), `lease` is None and the blocks are free already.
     """
 
     first: TokenEvent
@@ -60,10 +61,9 @@ class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done")
 
 
 class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
-    """The engine is gone, and this sequence with it; no more events follow.
+    """The engine was lost with this sequence; no more events of the sequence follow.
 
-    All emitted tokens came before this event, so that the sequence can be submitted again
-    elsewhere.
+    All its tokens came before this event, so another engine can resume after them.
     """
 
     request_id: str
@@ -85,39 +85,41 @@ class LeaseOffer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     request_id: str
     choice: int
     epoch: int
-    num_tokens: int  # whose KV will arrive
-    layout_hash: str  # of the sender's KV groups and blocks: equal in both pools
+    num_tokens: int  # tokens whose KV will arrive
+    layout_hash: str  # the hash of the sender's KV layout; must equal the receiver's
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What checks and operators may know of an engine without touching it.
+    """Constant properties of an engine, for graph checks and operators.
 
-    `capabilities`: of CAPABILITIES (`graphs/vocabulary.py`). An engine that manages its own memory
-    has no blocks, and takes `max_num_seqs` sequences at a time. `lease_shape`: how many blocks a
-    sequence takes; None for one block per `block_size` tokens.
+    `capabilities`: a subset of CAPABILITIES (`graphs/vocabulary.py`). `num_blocks` is 0 for an
+    engine that manages its own memory; such an engine takes `max_num_seqs` sequences at a time.
+    `lease_shape`: how many blocks a sequence takes; None: one block per `block_size` tokens.
     """
 
     model: str
     max_model_len: int
     max_num_seqs: int
     capabilities: frozenset[str] = field(default_factory=frozenset)
-    model_hash: str = ""  # of config and dtype: equal for prefill and decode
+    model_hash: str = ""  # hash of config and dtype: equal for prefill and decode
     block_size: int = 1
     num_blocks: int = 0
     kv_block_bytes: int = 0
-    layout_hash: str = ""  # of the KV layout: equal in pools that exchange blocks
+    layout_hash: str = ""  # hash of the KV layout: equal in pools that exchange blocks
     lease_shape: LeaseShape | None = None
 
     @property
     def shape(self) -> LeaseShape:
+        """`lease_shape`, or its default."""
         return self.lease_shape or LeaseShape(self.block_size)
 
     @property
     def num_token_blocks(self) -> float:
-        """How many times `block_size` tokens of long sequences fit into the pool.
+        """The capacity of the pool for long sequences, in units of `block_size` tokens.
 
-        Infinite without blocks, and where long sequences take no more blocks than short ones.
+        Infinite for an engine without blocks, and if long sequences take no more blocks than short
+        sequences (all layers have a window or a recurrent state).
         """
         per_block = self.shape.num_blocks_per_block if self.num_blocks else 0
         return self.num_blocks // per_block if per_block else math.inf
@@ -125,9 +127,9 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class DraftCounts:
-    """Counts of speculative decoding since the start; zero without speculation.
+    """Counts of speculative decoding since the engine started; zero without speculation.
 
-    `accepted_at[i]`: drafts whose token i and all tokens before it were accepted.
+    `accepted_at[i]`: the number of drafts whose tokens 0 ... i were all accepted.
     """
 
     num_drafts: int = 0
@@ -144,11 +146,11 @@ NO_DRAFTS = DraftCounts()
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A snapshot of an engine for routing and metrics.
+    """A snapshot of the load and counters of an engine, for routing and metrics.
 
-    Blocks are free, cached (kept for a shared prefix, and freed where blocks run out) or leased.
-    `num_prefix_queries` and `num_prefix_hits`: tokens of sequences when they first got blocks, and
-    those of them that were cached.
+    A block is free, cached (holds a prefix, and is evicted when free blocks run out) or leased.
+    `num_prefix_queries`: tokens that were looked up in the prefix cache. `num_prefix_hits`: the
+    cached part of these tokens. Each sequence counts once, when it first gets blocks.
     """
 
     num_running: int = 0
@@ -164,8 +166,8 @@ class EngineLoad:
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     num_evicted_blocks: int = 0
-    num_damaged_chunks: int = 0  # of blocks from other workers; asked for again
-    num_early_blocks: int = 0  # from other workers, before their whole prompt was computed
+    num_damaged_chunks: int = 0  # chunks from other workers that came damaged and were resent
+    num_early_blocks: int = 0  # blocks from other workers that came before their prefill ended
     drafts: DraftCounts = NO_DRAFTS
 
 
@@ -173,11 +175,11 @@ class EngineLoad:
 class EngineHealth:
     """Whether an engine makes progress.
 
-    `step_p99_s` is None before the first step has ended. `is_hung`: sequences run or wait, and
-    nothing has moved for long.
+    `step_p99_s`: the 99th percentile of step times, in seconds; None before the first step has
+    ended. `is_hung`: the engine has sequences, but has made no progress for a long time.
     """
 
-    busy_for_s: float = 0.0  # time of the running step; 0 where none runs
+    busy_for_s: float = 0.0  # how long the current step has run; 0 between steps
     step_p99_s: float | None = None
     num_steps: int = 0
     is_hung: bool = False
@@ -185,24 +187,24 @@ class EngineHealth:
 
 @runtime_checkable
 class CountingSteps(Protocol):
-    """An engine that counts the tokens of its steps."""
+    """An engine with a histogram of tokens per step."""
 
     @property
     def step_tokens(self) -> Buckets: ...
 
 
 class KVSource(Protocol):
-    """The sending side of a transfer; its lease is `sending` until released."""
+    """The sending side of a KV transfer; its lease is in state `sending` until `release`."""
 
     @property
     def lease(self) -> LeaseRef: ...
 
     def release(self) -> None:
-        """Free the blocks: the receiver has acknowledged, or the transfer was given up."""
+        """Free the blocks, after the receiver has acknowledged them or the transfer has failed."""
 
 
 class KVTarget(Protocol):
-    """The receiving side of a transfer; its blocks are `reserved`, `receiving`, then `filled`."""
+    """The receiving side of a KV transfer; its lease is `reserved`, `receiving`, then `filled`."""
 
     @property
     def lease(self) -> LeaseRef: ...
@@ -210,7 +212,7 @@ class KVTarget(Protocol):
     async def receive(self, source: KVSource) -> None:
         """Copy all blocks, with a checkpoint after each chunk; then the lease is `filled`.
 
-        Raises StaleLease where either lease is gone, EngineLost, DamagedBlocks. Cancellation aborts
+        Raises StaleLease if either lease is gone, EngineLost, DamagedBlocks. Cancellation aborts
         the lease.
         """
 
@@ -221,8 +223,8 @@ class KVTarget(Protocol):
 class Engine(Protocol):
     """One replica of an engine of any kind. All methods are called from the trio thread.
 
-    The executor starts `run` in the nursery of the graph. No block of a sequence is freed before
-    the last step that may write to the block is over; `idle` waits for that.
+    With async scheduling, a step may still write to blocks of a sequence that has ended: an engine
+    frees these blocks only after that step. `idle` waits for it.
     """
 
     facts: EngineFacts
@@ -236,13 +238,13 @@ class Engine(Protocol):
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
         """End a sequence, or free the lease that is held, reserved or received for it.
 
-        An unknown sequence, or one of another epoch, is ignored. A submitted sequence ends with
-        exactly one event with finish reason "cancelled". A sequence after its `PrefillDone` gives
-        no further event.
+        Does nothing if no sequence has this id, choice and epoch. A running or waiting sequence
+        ends with exactly one event, with finish reason "cancelled". After `PrefillDone`, the lease
+        is freed and no event follows.
         """
 
     def events(self, owner: str) -> AsyncIterator[tuple[EngineEvent, ...]]:
-        """Events of the sequences of `owner`, one batch a step, until the engine stops."""
+        """The events of the sequences of `owner`, in one batch per step, until the engine stops."""
 
     @property
     def load(self) -> EngineLoad: ...
@@ -251,7 +253,7 @@ class Engine(Protocol):
     def health(self) -> EngineHealth: ...
 
     async def idle(self) -> None:
-        """Wait until no step computes: a step may still use blocks of sequences that have ended."""
+        """Wait until no step runs: a step may still use blocks of sequences that have ended."""
 
     async def run(self) -> None:
         """Step until cancelled; the executor starts `run` in the nursery of the graph."""
@@ -264,13 +266,13 @@ class KVEngine(Engine, Protocol):
     """
 
     def export(self, lease: LeaseRef) -> KVSource:
-        """Turn a held `filled` lease to `sending`. Raises StaleLease."""
+        """Change the state of a held lease from `filled` to `sending`. Raises StaleLease."""
 
     async def import_(self, offer: LeaseOffer) -> KVTarget:
-        """Reserve blocks, waiting in order of arrival until there are enough.
+        """Reserve blocks. Waits, in order of arrival, until enough blocks are free.
 
         A repeated offer of the same (request, choice, epoch) returns the same target. Raises
-        EngineRefusal where the layouts differ or the whole pool is too small, EngineLost.
+        EngineRefusal if the layouts differ or the whole pool is too small, EngineLost.
         """
 
 
@@ -285,10 +287,10 @@ def has_kv_transfer(facts: EngineFacts) -> bool:
 
 
 def kv_engine(engine: Engine) -> KVEngine:
-    """The engine itself, as a KVEngine.
+    """The engine, typed as a KVEngine. Raises TypeError if its KV blocks cannot move.
 
-    Raises TypeError where its KV blocks cannot move; the check of a graph excludes that for every
-    operator that needs `kv_transfer`.
+    An operator whose spec needs `kv_transfer` never meets the error: graph checks refuse other
+    engines for it.
     """
     if not moves_kv(engine):
         raise TypeError(f"the engine of model {engine.facts.model!r} cannot move KV blocks")

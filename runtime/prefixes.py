@@ -1,14 +1,14 @@
-"""Prefix blocks: how they are hashed, what engines report, and how prompts are looked up.
+"""Prefix blocks: how they are hashed, how engines report them, and how prompts are looked up.
 
-All engines and routers of a graph hash alike. A hash covers all tokens up to the end of its block
-and the salt of the tenant, and is keyed by a secret of the process that opened the graph: nobody
-else can provoke a collision, or test a guess of a prompt. Worker processes get the secret over
-their link. No log line has it; a decision log has it where operators read prefixes, beside the
-prompts.
+All engines and routers of a graph compute the same hashes. A hash covers the salt of the tenant and
+all tokens up to the end of its block. It is keyed by a secret of the process that opened the graph,
+so that clients cannot provoke collisions or test guesses of prompts. Worker processes get the
+secret over their link. It is never logged, except in a decision log if operators read prefixes;
+such a log also has the prompts.
 
-A look-up hashes a prompt's blocks, in order, as far as any replica has them and at most twice as
-far, at 1.5 us a block: 10 ms for 100,000 cached tokens, 0.2 ms for 2,000, microseconds for a new
-prompt. A later look-up of the same prompt reuses the hashes and takes microseconds.
+A look-up hashes at most twice as many blocks of the prompt as any replica has, at 1.5 us a block:
+10 ms for 100,000 cached tokens, 0.2 ms for 2,000, microseconds for a new prompt. A second look-up
+of the same prompt reuses the hashes and takes microseconds.
 """
 
 import hashlib
@@ -25,21 +25,22 @@ from msgspec.structs import replace
 
 from sagellm.runtime.messages import Request
 
-HASH_BYTES = 8  # of a digest, in reports of engines
+HASH_BYTES = 8  # a block hash: the first bytes of its digest
 _DIGEST_BYTES = 16
 _SECRET_BYTES = 32
+# Mutable, so that the default `key` of `block_digest` follows `set_hash_secret`.
 _SECRET = bytearray(secrets.token_bytes(_SECRET_BYTES))
 
 
 def hash_secret() -> bytes:
-    """The secret of this process."""
+    """The secret key of block hashes in this process."""
     return bytes(_SECRET)
 
 
 def set_hash_secret(given: bytes) -> None:
-    """Use the secret of another process, before any engine is open here.
+    """Replace the secret of this process by that of the process that opened the graph.
 
-    Raises ValueError for a wrong length.
+    To be called before any engine is opened. Raises ValueError for a wrong length.
     """
     if len(given) != _SECRET_BYTES:
         raise ValueError(f"a secret has {_SECRET_BYTES} bytes, not {len(given)}")
@@ -47,23 +48,24 @@ def set_hash_secret(given: bytes) -> None:
 
 
 def block_content(token_ids: Iterable[int], salt: str | None) -> bytes:
-    """The hashed bytes of a block; `salt` is given for the first block of a sequence only."""
+    """The bytes to hash for a block. `salt`: None except for the first block of a sequence."""
     content = array("I", token_ids).tobytes()
+    # surrogatepass: a salt from a client's JSON may have lone surrogates.
     return content if salt is None else salt.encode(errors="surrogatepass") + content
 
 
 def block_digest(parent: bytes, content: bytes, key: bytes | bytearray = _SECRET) -> bytes:
-    """The digest of a block after the block `parent`, which is empty for the first block."""
+    """The digest of a block. `parent`: the digest of the previous block; empty for the first."""
     return hashlib.blake2b(parent + content, key=key, digest_size=_DIGEST_BYTES).digest()
 
 
 class CacheChanged(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="cache"):
     """Prefix blocks that a replica of an engine stored and dropped since its previous report.
 
-    `sequence` rises by one within an `epoch`, one life of the replica. `is_first`: earlier reports
-    are void, and the reports from this one on list all blocks. `stored` and `dropped`: concatenated
-    hashes of HASH_BYTES; a block is in at most one of them, and never before the blocks that
-    precede it.
+    `epoch`: changes when the replica restarts. `sequence`: rises by one with each report of an
+    epoch. `is_first`: discard all earlier reports; this report and the next reports list all
+    blocks. `stored` and `dropped`: concatenated hashes of HASH_BYTES each. A block is in at most
+    one of the two, and comes after the blocks that precede it in its sequence.
     """
 
     engine: str
@@ -80,29 +82,29 @@ OnCacheChanged: TypeAlias = Callable[[CacheChanged], None]
 
 @runtime_checkable
 class ReportsCache(Protocol):
-    """An engine that reports its prefix blocks. Any other engine counts as having none."""
+    """An engine that reports its prefix blocks. Other engines count as having none."""
 
     def report_cache(self, on_change: OnCacheChanged) -> None:
-        """Call `on_change` with all blocks at once, and with later changes: about once a step.
+        """Call `on_change` with all blocks now, and then with every change, about once per step.
 
-        A second call starts over with all blocks. Nothing is recorded or sent before the first
-        call.
+        Each further call starts over with all blocks. The engine tracks its blocks only after the
+        first call.
         """
 
 
 def hashes_in(packed: bytes) -> Iterator[bytes]:
-    """The single hashes of concatenated ones."""
+    """Split concatenated hashes."""
     return (packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES))
 
 
-MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB where four replicas share no blocks
-_MAX_KEPT_TOKENS = 1 << 20  # of the prompts whose hashes are kept: those on their way to engines
+MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB of memory if four replicas share no blocks
+_MAX_KEPT_TOKENS = 1 << 20  # total tokens of the prompts whose hashes a Hasher keeps
 
 
 class PromptHashes:
-    """The hashes of the full blocks of a prompt, computed when first read.
+    """The hashes of the full blocks of a prompt, each computed when it is first read.
 
-    The last token is left out: it is always computed, for its logits.
+    The last token is left out: an engine always computes it, because it needs its logits.
     """
 
     __slots__ = ("_block_size", "_digest", "_hashes", "_key", "_salt", "num_blocks", "tokens")
@@ -117,7 +119,7 @@ class PromptHashes:
         self._hashes: list[bytes] = []
 
     def __getitem__(self, index: int) -> bytes:
-        """The hash of a block. Raises IndexError past the last block."""
+        """The hash of block `index`. Raises IndexError past the last block."""
         hashes = self._hashes
         if index >= self.num_blocks:
             raise IndexError(index)
@@ -131,10 +133,10 @@ class PromptHashes:
 
 
 class Hasher:
-    """Hashes prompts with the `key` of the engines of a graph.
+    """Hashes prompts with the secret `key` of the engines of a graph.
 
-    The hashes of the latest prompts are kept, up to 1 Mi tokens, because several operators read
-    them.
+    Keeps the hashes of the latest prompts, up to 1 Mi tokens in total, because several operators
+    need the hashes of the same prompt.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -143,12 +145,12 @@ class Hasher:
         self._num_tokens = 0
 
     def hashes(self, request: Request, block_size: int) -> PromptHashes:
-        """The hashes of all known tokens of a request: the prompt and emitted tokens."""
+        """The block hashes of the prompt of a request and its emitted tokens."""
         tokens = request.prompt_token_ids
-        if request.emitted_token_ids:  # rare: an engine of the request was lost
+        if request.emitted_token_ids:  # rare, so not kept: the request resumes
             known = tokens + request.emitted_token_ids
             return PromptHashes(known, request.salt, block_size, self.key)
-        # The hashes keep the tuple alive, so its id is not used again.
+        # The kept hashes keep the tuple alive, so no other tuple can get its id.
         name = id(tokens), request.salt, block_size
         found = self._kept.get(name)
         if found is None:
@@ -161,21 +163,21 @@ class Hasher:
 
 
 class Cached(NamedTuple):
-    """How much of a prompt the replicas have.
+    """The number of cached tokens of a prompt at each replica.
 
-    `levels`: (tokens, mask of the replicas that have exactly so many), most tokens first. A replica
-    without any is in no level.
+    `levels`: (number of tokens, bit mask of the replicas that have cached this number), most tokens
+    first. A replica without cached tokens is in no level.
     """
 
     levels: tuple[tuple[int, int], ...] = ()
 
     @property
     def most(self) -> int:
-        """The tokens of the replica that has most."""
+        """The number of cached tokens of the replica that has most."""
         return self.levels[0][0] if self.levels else 0
 
     def num_tokens(self, replica: int) -> int:
-        """The tokens of one replica."""
+        """The number of cached tokens of one replica."""
         for num_tokens, mask in self.levels:
             if mask >> replica & 1:
                 return num_tokens
@@ -186,10 +188,11 @@ NOTHING_CACHED = Cached()
 
 
 class PrefixIndex(msgspec.Struct, frozen=True):
-    """The replicas of one engine that have each block, as a bit mask by the hash of the block.
+    """Which replicas of one engine have each prefix block. Immutable.
 
-    The index follows reports: a block may be evicted before a request arrives. Replicas in the mask
-    `void` count as empty, although `blocks` may still list them while their blocks are removed.
+    `blocks`: hash of the block -> bit mask of the replicas. `void`: a bit mask of replicas that
+    count as empty; `blocks` may still list them while their blocks are removed. The index is as old
+    as the latest reports: a block may be evicted before a request arrives.
     """
 
     block_size: int
@@ -197,10 +200,10 @@ class PrefixIndex(msgspec.Struct, frozen=True):
     void: int = 0
 
     def cached(self, request: Request, hasher: Hasher, among: int = -1) -> Cached:
-        """The tokens of a request that replicas in the mask `among` have.
+        """The cached tokens of a request at the replicas in the bit mask `among`.
 
-        Without any known block nothing is hashed. A request for prompt logprobs computes its whole
-        prompt, so nothing counts as cached.
+        Nothing counts as cached for a request with prompt logprobs, because it computes its whole
+        prompt. An empty index answers without hashing.
         """
         blocks = self.blocks
         if not blocks or request.sampling.prompt_logprobs is not None:
@@ -218,10 +221,10 @@ class PrefixIndex(msgspec.Struct, frozen=True):
         return Cached(tuple(reversed(levels)))
 
     def _end(self, hashes: PromptHashes, held: int, start: int) -> int:
-        """The first block from `start` on that some replica of `held` lacks.
+        """The index of the first block from `start` on that some replica in `held` lacks.
 
-        A replica that has a block has all blocks before it. The search doubles its steps, then
-        halves.
+        A galloping search, as a replica that has a block has all blocks before it: the step doubles
+        until some replica lacks a block, then a binary search follows.
         """
         blocks, low, step = self.blocks, start, 1
         while low < hashes.num_blocks and blocks.get(hashes[low], 0) & held == held:
@@ -245,7 +248,7 @@ def new_hasher() -> Hasher:
 
 
 class TargetEngine(Protocol):
-    """What a lookup reads of a `Target` of the operator protocol."""
+    """The part of `Target` that a lookup reads. A Protocol, as operator.py imports this module."""
 
     @property
     def engine(self) -> str: ...
@@ -258,7 +261,7 @@ class TargetEngine(Protocol):
 
 
 class LookupSetup(Protocol):
-    """What a lookup reads of a `Setup` of the operator protocol."""
+    """The part of `Setup` that a lookup reads. A Protocol, as operator.py imports this module."""
 
     @property
     def targets(self) -> tuple[TargetEngine, ...]: ...
@@ -272,10 +275,11 @@ class LookupSetup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PrefixLookup:
-    """Looks prompts up in the indexes of the `engines` that requests enter next.
+    """Estimates the cached tokens of requests before a router has chosen a replica.
 
-    In a graph of several models, only the engines of the request's model count (`models`). The
-    replica with most tokens counts: the router has not chosen a replica yet.
+    `engines`: the engines that requests enter next. `models`: the engines of each model; in a graph
+    of several models, only those of the request's model count. The estimate is the number of
+    tokens at the replica that has most.
     """
 
     hasher: Hasher
@@ -284,13 +288,16 @@ class PrefixLookup:
 
     @classmethod
     def of(cls, setup: LookupSetup, outlet: str | None = None) -> "PrefixLookup":
-        """For the engines downstream of an operator, or of one of its outlets."""
+        """A lookup for the engines that requests enter next after an operator.
+
+        `outlet`: only those behind this outlet of the operator.
+        """
         entered = (target for target in setup.targets if target.is_next and target.engine)
         engines = (one.engine for one in entered if outlet is None or outlet in one.outlets)
         return cls(setup.hasher, frozenset(engines), setup.models)
 
     def looked_up(self, request: Request, indexes: Indexes) -> Request:
-        """The request with its number of cached tokens; unchanged where no engine reports."""
+        """The request with `num_cached_tokens` set; unchanged if no engine reports its blocks."""
         known = [indexes[name] for name in self._engines_of(request) if name in indexes]
         if not known:
             return request

@@ -1,4 +1,4 @@
-"""Registries: what a name in a graph means, and how the options of that name are read."""
+"""Registries of operators, functions and policies by name, and the reading of their options."""
 
 import os
 import sys
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 
 class BrokenEntryPoint(ValueError):
-    """An entry point of an installed package cannot be loaded."""
+    """An entry point of an installed package cannot be loaded, or two packages offer its name."""
 
 
 class Registry(Mapping[str, T], Generic[T]):
     """Objects of one `kind` by name: operators, functions, policies, strategies or engine kinds.
 
-    A look-up tries what sagellm ships, then registered names, then the entry points of installed
-    packages in `group`. An entry point is imported at the first look-up of its name. `read` turns
-    its object into a T, or raises TypeError or ValueError.
+    A look-up tries the objects that sagellm ships (`ours`), then registered objects, then the entry
+    points of installed packages in `group`. An entry point is imported at the first look-up of its
+    name; `read(name, imported)` makes a T of it, or raises TypeError or ValueError.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self.group = group
         self.ours = ours
         self._read = read
-        self._registered: dict[str, tuple[T, str]] = {}  # with the place in the user's code
+        self._registered: dict[str, tuple[T, str]] = {}  # (object, file and line of `register`)
         self._loaded: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> None:
-        """Register a value. The same line of code may do so again, as a reloaded module does.
+        """Register an object under a name.
 
-        Raises ValueError for a name that is no identifier or is taken; the message names both
-        places.
+        The same line of code may register a name again, because a notebook or a reload runs it
+        again. Raises ValueError for a name that is no identifier, or is taken by other code.
         """
         if not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(f"{name!r} is no name for a {self.kind}: use letters, digits and `_`")
@@ -64,17 +64,18 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @property
     def at_hand(self) -> Mapping[str, T]:
-        """Shipped and registered values, without entry points."""
+        """Shipped and registered objects, without those of entry points."""
         return {**self.ours, **{name: value for name, (value, _) in self._registered.items()}}
 
     def is_registered_here(self, name: str) -> bool:
-        """Whether this process registered the name; no other process knows it."""
+        """Whether code in this process registered the name. Other processes do not know it."""
         return name in self._registered
 
     def find(self, name: str) -> T:
-        """The value of a name. Raises BrokenEntryPoint.
+        """The object of a name.
 
-        Raises ValueError for an unknown name, with the nearest name or all names.
+        Raises BrokenEntryPoint, and ValueError for an unknown name, with the nearest known name or
+        all names in the message.
         """
         if name in self:
             return self[name]
@@ -83,7 +84,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise ValueError(f"unknown {self.kind} {name!r}: {hint}")
 
     def __getitem__(self, name: str) -> T:
-        """Raises KeyError, BrokenEntryPoint."""
+        """The object of a name. Raises KeyError, BrokenEntryPoint."""
         if name in self.ours:
             return self.ours[name]
         if name in self._registered:
@@ -121,7 +122,7 @@ class Registry(Mapping[str, T], Generic[T]):
             packages = " and ".join(sorted(map(_package_of, offers.values())))
             raise BrokenEntryPoint(f"{self.kind} {name!r} is offered by {packages}: remove one")
         (offer,) = offers.values()
-        count_as_own(offer.module)
+        count_as_own(offer.module)  # first, so that an error while loading names its place
         try:
             return self._read(name, offer.load())
         except Exception as error:
@@ -133,7 +134,10 @@ class Registry(Mapping[str, T], Generic[T]):
 
 @lru_cache(maxsize=16)
 def _installed(path: tuple[str, ...], group: str) -> EntryPoints:
-    """The entry points of all packages on `sys.path`; reading them takes milliseconds."""
+    """The entry points of a group in all packages on `sys.path`; cached, as reading takes long.
+
+    `path`: the current `sys.path`, so that a change of it misses the cache.
+    """
     return entry_points(group=group)
 
 
@@ -142,7 +146,7 @@ def _package_of(offer: EntryPoint) -> str:
 
 
 def _caller() -> FrameType:
-    """The frame of the user's code that called into sagellm."""
+    """The frame of the code that registers something: the first outside `_OWN_MODULES`."""
     frame = sys._getframe(1)
     while frame.f_back and str(frame.f_globals.get("__name__")) in _OWN_MODULES:
         frame = frame.f_back
@@ -159,9 +163,10 @@ _OWN_MODULES = {__name__, "sagellm.runtime.resolver", "sagellm.extensions"}
 
 
 def check_callable(name: str, value: Any, takes: tuple[str, ...] | None = None) -> Any:
-    """The value itself.
+    """Return the value if it is callable.
 
-    Raises TypeError where the value is not callable, or not with the positional arguments `takes`.
+    `takes`: the names of the positional arguments of the call. Raises TypeError if the value is not
+    callable, or not with these arguments.
     """
     if not callable(value):
         raise TypeError(f"{name!r} must be a function, not {type(value).__name__}")
@@ -174,20 +179,20 @@ def check_callable(name: str, value: Any, takes: tuple[str, ...] | None = None) 
 
 
 def _can_take(value: Callable[..., Any], number: int) -> bool:
-    """Whether a function accepts so many arguments; True where its signature is unknown."""
+    """Whether a function accepts `number` positional arguments; True if that is unknown."""
     try:
         signature(value).bind(*range(number))
     except TypeError:
         return False
-    except ValueError:  # written in C
+    except ValueError:  # functions written in C may have no signature
         return True
     return True
 
 
 def check_user_class(what: str, value: type, parts: tuple[str, ...]) -> type:
-    """The class itself.
+    """Return the class. Raises TypeError if it lacks an attribute of `parts` or is no dataclass.
 
-    Raises TypeError where the class lacks one of `parts`, or is no dataclass.
+    `what`: names the class in the message.
     """
     missing = [part for part in parts if not hasattr(value, part)]
     if missing:
@@ -197,7 +202,7 @@ def check_user_class(what: str, value: type, parts: tuple[str, ...]) -> type:
     return value
 
 
-# The user's functions, for the option `function` of operators. sagellm ships none.
+# Functions that users register for the option `function` of operators. sagellm ships none.
 FUNCTIONS: Registry[Callable[..., Any]] = Registry(
     "function", "sagellm.functions", {}, check_callable
 )
@@ -207,11 +212,11 @@ log = get_logger("sagellm.options")
 
 
 class OptionError(ValueError):
-    """A value does not fit the type of its option."""
+    """An option is unknown, or its value has the wrong type."""
 
 
 def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
-    """Build the dataclass `options` from checked values. Raises OptionError."""
+    """Build the dataclass `options` from the values of a graph. Raises OptionError."""
     attrs = with_current_names(options, attrs)
     known = {option.name for option in fields(options)}  # type: ignore[arg-type]
     plain: dict[str, Any] = {name: thaw(value) for name, value in attrs.items() if name in known}
@@ -225,9 +230,9 @@ def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
 
 
 def with_current_names(options: type, values: Mapping[str, Value]) -> Mapping[str, Value]:
-    """The values with old spellings of options replaced by current names; logs a warning.
+    """The option values with old option names replaced by the current names, with a warning each.
 
-    An old spelling beside its current name stays, and the check of the options refuses it.
+    If both names of an option are given, the old name stays, and the option check refuses it.
     """
     current = {old: name for old, name in old_names(options).items() if name not in values}
     for old in current.keys() & values.keys():
@@ -235,13 +240,13 @@ def with_current_names(options: type, values: Mapping[str, Value]) -> Mapping[st
     return {current.get(name, name): value for name, value in values.items()}
 
 
-@lru_cache(maxsize=64)  # once a process: options are read again and again
+@lru_cache(maxsize=64)  # warn once per process: the same options are read many times
 def _warn_of_old_name(old: str, name: str) -> None:
     log.warning("option_renamed", option=old, use=name)
 
 
 def check_and_read_options(made: type[T], given: Mapping[str, Any], path: Path) -> T:
-    """Check the values at `path` of a graph, and build the dataclass `made` of them.
+    """Check the option values at `path` of a graph, and build the dataclass `made` from them.
 
     Raises GraphError with all mistakes.
     """
@@ -254,7 +259,10 @@ def check_and_read_options(made: type[T], given: Mapping[str, Any], path: Path) 
 
 
 def refuse_options(what: str, given: Mapping[str, Any], path: Path) -> None:
-    """Raise GraphError where values are given at `path` for something without options."""
+    """Raise GraphError if options are given at `path` for something that has none.
+
+    `what`: names it in the message.
+    """
     if given:
         message = f"{what} has no options of its own"
         raise GraphError((Diagnostic("unknown-option", path, message, "leave them out"),))

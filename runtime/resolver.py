@@ -1,4 +1,4 @@
-"""The resolver: the one place where the name of an operator leads to its code."""
+"""The resolver: finds the code of an operator by its name."""
 
 import importlib
 import pkgutil
@@ -12,11 +12,11 @@ from sagellm.runtime.registry import Registry, check_callable
 
 
 class UnknownOperator(LookupError):
-    """No operator has that name."""
+    """No operator has the requested name."""
 
 
 class ShippedOperators(Mapping[str, OperatorModule]):
-    """The modules of `sagellm.operators`; each is imported at its first look-up."""
+    """The operators in `sagellm.operators`, by name; each is imported at its first look-up."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, OperatorModule] = {}
@@ -45,9 +45,9 @@ class ShippedOperators(Mapping[str, OperatorModule]):
 
 
 def read_module(name: str, module: Any) -> OperatorModule:
-    """The operator in a module, or in any object, with `SPEC` and `build`.
+    """The operator that a module defines with `SPEC` and `build`; any object with both will do.
 
-    Raises TypeError, ValueError.
+    Raises TypeError, and ValueError if the name in SPEC is not `name`.
     """
     spec, build = getattr(module, "SPEC", None), getattr(module, "build", None)
     if not isinstance(spec, OpSpec) or build is None:
@@ -58,16 +58,16 @@ def read_module(name: str, module: Any) -> OperatorModule:
 
 
 def checked_operator(module: OperatorModule) -> OperatorModule:
-    """The operator itself. Raises TypeError where a part has the wrong type."""
+    """Return the operator. Raises TypeError if a part has the wrong type."""
     if not isinstance(module.spec, OpSpec):
         raise TypeError(f"spec must be an OpSpec, not {type(module.spec).__name__}")
     check_callable("build", module.build)
-    _ = module.spec.option_types  # raises TypeError where the options are no dataclass
+    _ = module.spec.option_types  # raises TypeError if the options are no dataclass
     return module
 
 
 class _Specs(Vocabulary):
-    """The specs of all operators; a look-up imports its operator only."""
+    """The specs of all operators. A look-up imports only the operator of that name."""
 
     def __init__(self, operators: Registry[OperatorModule]) -> None:
         super().__init__({})
@@ -87,7 +87,7 @@ class _Specs(Vocabulary):
 
 
 class Resolver:
-    """Finds operators by name: shipped ones, registered ones, and entry points `sagellm.operators`.
+    """Finds operators by name: shipped, registered, or from entry points `sagellm.operators`.
 
     The shipped operator `prefill` is the module `sagellm.operators.prefill`.
     """
@@ -98,9 +98,9 @@ class Resolver:
             self._operators.register(name, module)
 
     def register(self, spec: OpSpec, build: Build) -> None:
-        """Register an operator.
+        """Register an operator under the name in its spec.
 
-        Raises ValueError where the name is taken, TypeError for wrong parts.
+        Raises ValueError if the name is taken, TypeError if a part has the wrong type.
         """
         self._operators.register(spec.name, checked_operator(OperatorModule(spec, build)))
 
@@ -109,10 +109,7 @@ class Resolver:
         return tuple(self._operators)
 
     def operator(self, name: str) -> OperatorModule:
-        """The operator of that name.
-
-        Raises UnknownOperator with the nearest name, and BrokenEntryPoint.
-        """
+        """The operator with a name. Raises UnknownOperator, BrokenEntryPoint."""
         if name not in self._operators:
             close = nearest(name, self.names)
             raise UnknownOperator(f"no operator {name!r}; did you mean {close!r}?")

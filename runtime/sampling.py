@@ -1,4 +1,4 @@
-"""Sampling parameters, and one table of the values that each may have."""
+"""Sampling parameters, and the types and ranges of their values."""
 
 from collections.abc import Iterable
 from operator import attrgetter
@@ -27,15 +27,14 @@ _SAMPLING_OTHERS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("skip_special_tokens", bool, "True or False"),
     ("include_stop_str_in_output", bool, "True or False"),
 )
-_KNOWN_TYPES: set[tuple[type, ...]] = set()  # the types of all values of parameters that were valid
+_KNOWN_TYPES: set[tuple[type, ...]] = set()  # the types of all fields of a Sampling that was valid
 _MAX_KNOWN_TYPES = 256
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to sample tokens: greedily unless a temperature is given. Names are those of the OpenAI
-    API.
+    """How to sample tokens: greedily unless a temperature is given. Names as in the OpenAI API.
 
-    `seed` None: the session draws a seed where the request enters. `top_k` 0 and an empty
+    `seed` None: the session sets a random seed when the request enters. `top_k` 0 and an empty
     `allowed_token_ids` allow all tokens. No answer completes a sequence of `bad_words_token_ids`;
     the session resolves the texts `bad_words` to such sequences. An answer without any token left
     to sample ends with reason "stop".
@@ -60,14 +59,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; k: of the sampled token and of the k most likely
-    prompt_logprobs: int | None = None  # the same for prompt tokens, in the first event
+    logprobs: int | None = None  # k: of the sampled token and the k most likely tokens; None: none
+    prompt_logprobs: int | None = None  # like `logprobs`, for prompt tokens; in the first event
     n: int = 1
 
     def __post_init__(self) -> None:
         """Raise TypeError for a value of a wrong type; `sampling_fault` checks the ranges.
 
-        Types that were valid once are remembered: a request costs one look-up.
+        Valid combinations of types are remembered, so that most requests cost one look-up.
         """
         kinds = tuple(map(type, msgspec.structs.astuple(self)))
         if kinds not in _KNOWN_TYPES:
@@ -78,6 +77,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def _check_types(self) -> None:
         for name, kinds, wanted in _SAMPLING_NUMBERS:
             value = getattr(self, name)
+            # bool is a subclass of int, but True is no number of tokens.
             if not isinstance(value, kinds) or (value is True or value is False):
                 raise TypeError(f"{name} is {value!r}; it must be {wanted}")
         for name, kind, wanted in _SAMPLING_OTHERS:
@@ -117,7 +117,10 @@ _BIAS = 100.0  # as in the OpenAI API
 
 
 def sampling_fault(sampling: Sampling) -> str | None:
-    """The first fault of the parameters (name, value and range), or None. Knows no model."""
+    """A message on the first invalid parameter (name, value and range), or None.
+
+    Checks nothing that depends on the model, such as the size of its vocabulary.
+    """
     for (name, low, high, kinds), value in zip(_CHECKS, _values(sampling), strict=True):
         if value is None:
             continue
@@ -139,7 +142,7 @@ def sampling_fault(sampling: Sampling) -> str | None:
 
 
 def _fault_of_parts(sampling: Sampling) -> str | None:
-    """Check the types of the elements of collections."""
+    """A message on the first collection with an element of a wrong type, or None."""
     if not all(isinstance(ids, tuple | list) for ids in sampling.bad_words_token_ids):
         return "bad_words_token_ids has something that is no sequence of token ids"
     token_ids: tuple[tuple[str, Iterable[object]], ...] = (
@@ -170,5 +173,5 @@ def _fault_of_bans(sampling: Sampling) -> str | None:
 
 
 def _shown(number: float) -> str:
-    """A whole number without a point or an exponent."""
+    """A number as text; a whole number has neither a decimal point nor an exponent."""
     return str(int(number)) if number == int(number) else f"{number:g}"

@@ -1,4 +1,4 @@
-"""Errors of a user's own code: where they were raised, and how messages name them."""
+"""Errors of a user's own code: finds where they were raised, and writes messages about them."""
 
 import asyncio
 import inspect
@@ -13,13 +13,13 @@ from typing import Any
 _STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _TEXT_CHARS = 500
-_user_packages: set[str] = set()  # installed packages that offer operators, functions, ...
+_user_packages: set[str] = set()  # installed packages whose operators or functions are used
 
 
 class WrongResult(TypeError):
-    """A user's code returned a value that its operator does not take.
+    """A user's code returned a value that its operator does not accept.
 
-    The message has types and no values, so that it is safe to show.
+    The message has only types and no values, so clients may see it.
     """
 
     def __init__(self, message: str, place: str | None = None) -> None:
@@ -28,7 +28,7 @@ class WrongResult(TypeError):
 
 
 class NamedError(RuntimeError):
-    """Stands for an error of the type `kind`."""
+    """Represents an error whose type has the name `kind`, for example one read from a log."""
 
     def __init__(self, kind: str, text: str = "") -> None:
         super().__init__(text)
@@ -36,9 +36,9 @@ class NamedError(RuntimeError):
 
 
 class CodeLeft(NamedError):
-    """A user's code raised SystemExit, or CancelledError of asyncio.
+    """A user's code raised SystemExit or `asyncio.CancelledError`.
 
-    Both would end the program or its task; they count as an error of the request instead.
+    Either would end the program or a task; only the request fails instead.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -47,26 +47,26 @@ class CodeLeft(NamedError):
         self.__traceback__ = error.__traceback__
 
 
-LEAVING = (SystemExit, asyncio.CancelledError)
+LEAVING = (SystemExit, asyncio.CancelledError)  # not subclasses of Exception; see CodeLeft
 
 
 def as_error(error: BaseException) -> Exception:
-    """The exception of a user's code as an error of its request."""
+    """The exception itself, or a CodeLeft for an exception of `LEAVING`."""
     return error if isinstance(error, Exception) else CodeLeft(error)
 
 
 def name_of(error: BaseException) -> str:
-    """The type of an error, for a message."""
+    """The name of an error's type, for messages."""
     return error.kind if isinstance(error, NamedError) else type(error).__name__
 
 
 def count_as_own(*modules: str) -> None:
-    """Count the packages of these modules as the user's own code, installed or not."""
+    """Treat the packages of these modules as the user's own code, even if they are installed."""
     _user_packages.update(module.partition(".")[0] for module in modules)
 
 
 def module_of(code: object) -> str:
-    """The module of a function or of an object's class; empty if unknown."""
+    """The name of the module of a function, or of an object's class; empty if unknown."""
     plain = getattr(code, "func", code)  # functools.partial has `func`
     return str(getattr(plain, "__module__", None) or "")
 
@@ -74,8 +74,8 @@ def module_of(code: object) -> str:
 def place_of(error: BaseException) -> str | None:
     """file:line of the innermost frame in the user's own code; None without such a frame.
 
-    Frames of sagellm, the standard library and installed packages are skipped, but for packages
-    that `count_as_own`.
+    The user's own code is all code outside sagellm, the standard library and installed packages,
+    and the packages given to `count_as_own`.
     """
     if isinstance(error, WrongResult) and error.place:
         return error.place
@@ -88,7 +88,7 @@ def place_of(error: BaseException) -> str | None:
 def place_of_code(code: Callable[..., Any]) -> str | None:
     """file:line of the definition of a function, or of an object's `__call__`.
 
-    None for code of sagellm itself.
+    None for code of sagellm.
     """
     plain = inspect.unwrap(getattr(code, "func", code))  # functools.partial has `func`
     plain = plain if hasattr(plain, "__code__") else getattr(type(plain), "__call__", plain)  # noqa: B004
@@ -99,7 +99,7 @@ def place_of_code(code: Callable[..., Any]) -> str | None:
 
 
 def traceback_of(error: BaseException) -> str | None:
-    """The traceback from the user's first frame on, as text; None without such a frame."""
+    """The traceback as text, from the first frame in the user's code; None without such a frame."""
     if isinstance(error, WrongResult) and error.place:
         return f"{error.place}: {error}"
     first = next((trace for trace in _traces(error.__traceback__) if _is_user_frame(trace)), None)
@@ -119,9 +119,9 @@ def error_text(error: BaseException) -> str:
 
 
 def failure_text(public: str, cause: BaseException | None) -> str:
-    """The public part of a message (operator and type), with the text and place of its cause.
+    """A message with the public part (operator and error type), and the text and place of `cause`.
 
-    Only callers in this process may see the whole: the text of a cause may hold private data.
+    Only for callers in this process: the text of a cause may quote private data.
     """
     if cause is None:
         return public
@@ -134,7 +134,7 @@ def failure_text(public: str, cause: BaseException | None) -> str:
 
 
 def kind_of(value: object) -> str:
-    """How a message names a wrong value: None, NaN, or its type."""
+    """A description of a wrong value for messages: None, NaN, or its type."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
     return "None" if value is None else f"a value of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""A user's function inside a graph: how it is found, called, and what its results become."""
+"""User functions in a graph: how operators find and call them, and apply their results to items."""
 
 import inspect
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from sagellm.runtime.user_code import (
 
 @dataclass(frozen=True, slots=True)
 class UserFunction:
-    """A function that an operator calls; `symbol` is the name of the function in the graph."""
+    """A user's function that an operator calls; `symbol`: the name of the function in the graph."""
 
     operator: str
     symbol: str
@@ -45,7 +45,7 @@ class UserFunction:
         return is_async(self.call) or is_async(getattr(self.call, "__call__", None))  # noqa: B004
 
     def __call__(self, item: Item) -> Any:
-        """Call the function. Raises WrongResult where it returns a coroutine."""
+        """Call the function. Raises WrongResult if it returns a coroutine, CodeLeft."""
         try:
             result = self.call(item)
         except LEAVING as error:
@@ -56,7 +56,7 @@ class UserFunction:
         return result
 
     async def wait(self, item: Item) -> Any:
-        """Call an async function and wait for its result."""
+        """Call an async function, and await its result. Raises CodeLeft."""
         try:
             return await self.call(item)
         except LEAVING as error:
@@ -70,14 +70,17 @@ class UserFunction:
         return self.wrong(f"returned {kind_of(result)}; {wanted} was wanted")
 
     def explain(self, error: Exception) -> str:
-        """Name the operator, the function and the type of the error, without its private text."""
+        """A message for clients: the operator, the function and the type of an error.
+
+        The text of the error is left out because it may quote private data.
+        """
         if isinstance(error, WrongResult):
             return f"{self.operator}: the function {self.symbol} {error}"
         return f"{self.operator}: the function {self.symbol} raised {name_of(error)}"
 
 
 def find_function(setup: Setup, symbol: str) -> UserFunction:
-    """The registered function of that name. Raises ValueError."""
+    """The registered function with the name `symbol`. Raises ValueError for an unknown name."""
     if symbol not in setup.functions:
         close = nearest(symbol, list(setup.functions))
         hint = f"did you mean {close}?" if close else "register it before the graph opens"
@@ -88,9 +91,9 @@ def find_function(setup: Setup, symbol: str) -> UserFunction:
 
 
 def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
-    """The registered function of that name, for an operator that cannot wait.
+    """The registered function with the name `symbol`, for an operator that cannot await.
 
-    Raises ValueError, also for an async function.
+    Raises ValueError for an unknown name or an async function.
     """
     function = find_function(setup, symbol)
     if function.is_async:
@@ -102,7 +105,7 @@ def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
 
 
 def failure_event(item: Item, why: str, *, now: float) -> TokenEvent:
-    """The last event of a choice that fails in an operator; clients see `why`."""
+    """The last event of the choice of `item`, on which an operator failed. Clients see `why`."""
     event = end_event(item, "failed", now=now, error=why)
     return msgspec.structs.replace(event, code=OPERATOR_FAILED)
 
@@ -110,13 +113,13 @@ def failure_event(item: Item, why: str, *, now: float) -> TokenEvent:
 def end_event(
     item: Item, reason: FinishReason, *, now: float, error: str | None = None
 ) -> TokenEvent:
-    """The last event of the choice of `item`, which ends at an operator."""
+    """The last event of the choice of `item`, if an operator and not an engine ends the choice."""
     if isinstance(item, Prefilled):
         item = item.first
     emitted = item.num_emitted if isinstance(item, Request) else item.num_tokens
     start = item.position if isinstance(item, TokenEvent) else 0
     known = len(item.prompt_token_ids) if isinstance(item, Request) else item.num_prompt_tokens
-    # In a request, the number of cached tokens is a guess.
+    # The cached tokens of a request are only the router's estimate.
     cached = 0 if isinstance(item, Request) else item.num_cached_tokens
     return TokenEvent(
         request_id=item.request_id,
@@ -137,10 +140,10 @@ def apply_result(
     result: object,
     encode: EncodeText | None,
 ) -> Item:
-    """The item after a user's function returned `result` for it.
+    """Apply the result of a user's function to its item, and return the new item.
 
-    The identity of the item and the end of a sequence stay. Raises WrongResult where the result
-    does not fit the item.
+    The function cannot change the id, choice and epoch of the item, or how a sequence ends. Raises
+    WrongResult if the result does not fit the item.
     """
     if isinstance(item, Request):
         return _rewritten_request(function, item, result, encode)
@@ -157,7 +160,11 @@ def _rewritten_request(
     result: object,
     encode: EncodeText | None,
 ) -> Request:
-    """Encode the prompt again where it or the model changed and the token ids did not."""
+    """The request with the changes of a user's function.
+
+    If the function changed the prompt or the model but not the token ids, the prompt is encoded
+    again.
+    """
     if isinstance(result, str):
         result = msgspec.structs.replace(item, prompt=result)
     if not isinstance(result, Request):
@@ -169,6 +176,7 @@ def _rewritten_request(
         had_ids = bool(item.prompt_token_ids) and result.model == item.model
         if encode and not ids and (had_ids or not result.prompt):
             raise function.wrong("returned an empty prompt; one with tokens was wanted")
+    # Identity, progress, deadline and tenant are not the function's to change.
     return msgspec.structs.replace(
         result,
         request_id=item.request_id,
@@ -189,7 +197,10 @@ def _rewritten_request(
 
 
 def _sampling(function: UserFunction, item: Request, result: Request) -> Sampling:
-    """The sampling parameters of a result; the seed stays unless the function gives another."""
+    """The sampling parameters of a result; the old seed is kept if the function sets no seed.
+
+    Raises WrongResult for invalid parameters.
+    """
     wanted = result.sampling
     seed = item.sampling.seed if wanted.seed is None else wanted.seed
     sampling = msgspec.structs.replace(wanted, n=item.sampling.n, seed=seed)

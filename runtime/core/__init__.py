@@ -1,1 +1,1 @@
-"""The core: all decisions that need no waiting. Start reading at `core.py`."""
+"""The core: makes all decisions of a running graph, without I/O. Start reading at `core.py`."""

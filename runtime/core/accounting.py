@@ -1,4 +1,4 @@
-"""The accounts of a core: the ledger of requests, and the meters of operators and edges."""
+"""The ledger, which checks that nothing is lost, and the meters of operators and edges."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,18 +10,17 @@ from sagellm.runtime.messages import Answer, ChoiceKey, Forked, Item, TokenEvent
 
 
 class LedgerError(AssertionError):
-    """The accounts do not balance: a fault of sagellm, never of its user."""
+    """A request or a token was lost or doubled: a fault of sagellm, never of its user."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Checks that every accepted request ends once, and that its tokens come in order without a
-    gap.
+    """Checks that every accepted choice ends once, and that its tokens come in order without gaps.
 
-    `check` raises LedgerError for all faults.
+    Faults are collected; `check` raises LedgerError if there are any.
     """
 
-    gaps: bool = False  # whether a user's filter or map may leave tokens out
+    gaps: bool = False  # whether gaps are allowed: a user's filter or map may drop tokens
     num_accepted: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     num_tokens: int = 0
@@ -33,20 +32,20 @@ class Ledger:
         return len(self._next_position)
 
     def accept(self, key: ChoiceKey, *, position: int = 0) -> None:
-        """A choice enters; `position`: of its first new token."""
+        """Record that a choice enters. `position`: the position of its first new token."""
         self.num_accepted += 1
         if key in self._next_position:
             self.faults.append(f"{key} was accepted twice")
         self._next_position[key] = position
 
     def fork(self, forked: Forked) -> None:
-        """The one choice of a request became several."""
+        """Record that a request became several choices."""
         for choice in range(forked.num_choices):
             if (forked.request_id, choice) not in self._next_position:
                 self.accept((forked.request_id, choice))
 
     def record(self, item: Item) -> None:
-        """An item reached the sink."""
+        """Record that an item reached the sink."""
         if isinstance(item, TokenEvent):
             self.record_tokens(item)
         elif item.key not in self._next_position:
@@ -56,7 +55,7 @@ class Ledger:
             self._end(item.key, item.finish_reason)
 
     def record_tokens(self, event: TokenEvent) -> None:
-        """Tokens, or the end of a choice, reached the sink."""
+        """Record that tokens, or the end of a choice, reached the sink."""
         key, position = event.key, event.position
         num_tokens = len(event.token_ids) + event.num_tokens_without_ids
         expected = self._next_position.get(key)
@@ -78,10 +77,9 @@ class Ledger:
         self.ended[reason] += 1
 
     def check(self) -> None:
-        """Check an idle graph: as many requests ended as were accepted, none is open, no fault
-        occurred.
+        """Raise LedgerError for any fault so far, and for any choice that is still open.
 
-        Raises LedgerError.
+        To be called when the graph is idle.
         """
         if self._next_position:
             self.faults.append(f"never ended: {sorted(self._next_position)[:8]}")
@@ -96,13 +94,13 @@ Clock: TypeAlias = Callable[[], float]
 
 @dataclass(slots=True)
 class CommittedCount:
-    """A count of items; a transaction adds to it when it is committed."""
+    """A count of items that changes only when a transaction is committed."""
 
     count: int = 0
 
 
 class Stopwatch:
-    """The total time during which at least one interval is open."""
+    """Measures the total time during which at least one of its intervals is open."""
 
     __slots__ = ("_clock", "_since_s", "_total_s", "level")
 
@@ -129,9 +127,12 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class LogicMeter:
-    """The meter of a logic operator. The meters of its edges count its items."""
+    """The meter of a logic operator. Its items are counted by the meters of its edges.
 
-    blocked: Stopwatch  # its input was undone, or its queue waits for credit
+    `is_queue`: whether the operator has reported a backlog.
+    """
+
+    blocked: Stopwatch  # runs while an undone input or a queued item waits for credit
     ended: CommittedCount = field(default_factory=CommittedCount)
     errors: CommittedCount = field(default_factory=CommittedCount)
     process_s: float = 0.0
@@ -148,10 +149,10 @@ class LogicMeter:
 
 @dataclass(slots=True)
 class ServiceMeter:
-    """The meter of one replica of a service operator: busy while it holds an item."""
+    """The meter of one replica of a service operator."""
 
-    held: Stopwatch
-    blocked: Stopwatch  # one of its tasks waits for credit downstream
+    held: Stopwatch  # runs while the replica holds any item
+    blocked: Stopwatch  # runs while any task of the replica waits for credit downstream
     num_in: int = 0
     num_sent: int = 0
     num_ended: int = 0
@@ -167,9 +168,10 @@ _ONE_EACH: Mapping[str, int] = {}
 
 
 class Meter:
-    """All meters of one graph. Reading changes nothing, so there may be any number of readers.
+    """All meters of one graph. Reading the meters does not change them.
 
-    `clock` only times the operators; no decision depends on it.
+    `replicas`: the number of replicas of each service operator, 1 by default. `clock` only measures
+    time; no decision depends on it.
     """
 
     def __init__(
@@ -196,13 +198,13 @@ class Meter:
         self.services[node, replica] = ServiceMeter(Stopwatch(self.clock), Stopwatch(self.clock))
 
     def sent(self, source: str, replica: int, number: int = 1) -> None:
-        """Count items that a service operator, or the source, has sent."""
+        """Count items that a service operator has sent; items from the source are ignored."""
         service = self.services.get((source, replica))
         if service is not None:
             service.num_sent += number
 
     def entered(self, node: str, replica: int) -> None:
-        """Count an item that a service operator was given."""
+        """Count an item that was given to a service operator."""
         service = self.services[node, replica]
         service.num_in += 1
         service.held.enter()
@@ -213,11 +215,15 @@ class Meter:
             self.logic[node].queue(num_queued)
 
     def waiting(self, source: str, replica: int, undone: Sequence[str]) -> list[Stopwatch]:
-        """The stopwatches to run while an item of `source` waits for credit."""
+        """The stopwatches to run while an item of `source` waits for credit.
+
+        `undone`: the logic operators of the undone transaction.
+        """
         watches = self.blocked_watches(undone)
         if (source, replica) in self.services:
             watches.append(self.services[source, replica].blocked)
         return watches
 
     def blocked_watches(self, nodes: Sequence[str]) -> list[Stopwatch]:
+        """The stopwatches to run while an input of these logic operators waits for credit."""
         return [self.logic[node].blocked for node in dict.fromkeys(nodes)]

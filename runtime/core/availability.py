@@ -1,4 +1,4 @@
-"""The availability of engine replicas, and what the core does when it changes."""
+"""The availability of engine replicas: closes their gates, and informs the operators."""
 
 import math
 from dataclasses import replace
@@ -14,14 +14,14 @@ from sagellm.runtime.feedback import CreditChanged, HealthChanged
 from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.plan import Plan
 
-_CHECKS_PER_HOLD = 8  # of waiting requests, within `max_hold_s`
+_CHECKS_PER_HOLD = 8  # how often waiting requests are checked again within `max_hold_s`
 
 
 class Availability:
-    """Which replicas are present; closes and reopens their gates.
+    """Keeps track of which replicas are present, and closes and reopens their gates.
 
-    `max_hold_s`: how long requests wait for an engine without any replica. The cost of marking one
-    replica does not grow with their number, except for the last one of an engine.
+    `max_hold_s`: how long requests wait for an engine without any replica, in seconds. The time to
+    mark a replica does not depend on the number of replicas, except for an engine's last replica.
     """
 
     def __init__(self, plan: Plan, gates: Gates, max_hold_s: float) -> None:
@@ -34,7 +34,7 @@ class Availability:
         self._until_s: dict[str, float] = {}  # engines without a replica: when their requests end
 
     def mark(self, engine: str, replica: int, now: float, *, is_up: bool) -> None:
-        """A replica of an engine is lost, or is back."""
+        """Mark a replica as lost or as up, and close or open its gates."""
         marked = EngineReplica(engine, replica)
         (self._mark_up if is_up else self._mark_lost)(marked)
         if self.num_present(engine):
@@ -44,9 +44,9 @@ class Availability:
         self.gates.blocked = self._blocked()
 
     def remove(self, engine: str, replica: int) -> None:
-        """A lost replica will not come back.
+        """Mark a lost replica as removed for good.
 
-        Its gates open: requests that were placed there fail, and are placed again.
+        Its gates open, so that requests that were placed there enter, fail and are placed again.
         """
         self._removed.add(EngineReplica(engine, replica))
         for node in self.plan.nodes_of(engine):
@@ -58,25 +58,25 @@ class Availability:
         return replica in self._lost
 
     def num_present(self, engine: str) -> int:
-        """The replicas of an engine that are up."""
+        """The number of replicas of an engine that are up."""
         return self.plan.engines.get(engine, 0) - self._num_lost.get(engine, 0)
 
     @property
     def is_cut(self) -> bool:
-        """Whether no path through the graph is left."""
+        """Whether no path is left through the graph: all its last engine operators are blocked."""
         if not self._until_s:
             return False
         return all(node in self.gates.blocked for node in self.plan.last_engine_nodes)
 
     @property
     def next_end_s(self) -> float:
-        """When the first waiting request has waited long enough."""
+        """The time at which the first waiting request has waited `max_hold_s`."""
         return min(self._until_s.values(), default=math.inf)
 
     def take_due(self, now: float) -> bool:
-        """Whether a request may have waited long enough at `now`.
+        """Whether some waiting request may have waited `max_hold_s` at `now`.
 
-        Later requests are checked soon after.
+        Schedules the next check for the requests that came later.
         """
         late = [engine for engine, until_s in self._until_s.items() if until_s <= now]
         for engine in late:
@@ -99,13 +99,15 @@ class Availability:
         if replica not in self._lost:
             self._lost.add(replica)
             self._num_lost[engine] = self._num_lost.get(engine, 0) + 1
-        if replica not in self._removed:
+        if replica not in self._removed:  # the gates of a removed replica stay open
             for node in self.plan.nodes_of(engine):
                 self.gates.close(CreditGate(node, number))
 
     def _blocked(self) -> frozenset[str]:
-        """The operators that take nothing: those of an engine without replicas, and all engine
-        operators before them, whose results would have nowhere to go.
+        """The operators that must take no items.
+
+        These are the operators of an engine without replicas, and all engine operators upstream of
+        them: nothing could process their results.
         """
         plan, blocked = self.plan, set[str]()
         for engine in self._until_s:
@@ -116,9 +118,10 @@ class Availability:
 
 
 class ReplicaSet:
-    """Keeps the plan, the gates and the operators up to date with the replicas of engines.
+    """Applies changes of the replicas of engines to the plan, the gates and the operators.
 
-    `num_replicas`: by service operator; updated here.
+    `num_replicas`: the number of replicas of each service operator; a shared dict that `add`
+    updates.
     """
 
     def __init__(
@@ -144,11 +147,11 @@ class ReplicaSet:
 
     @property
     def next_time_s(self) -> float:
-        """When a hold or an ejection ends."""
+        """The time at which the next hold of requests, or ejection of a replica, ends."""
         return min(self.availability.next_end_s, self.outliers.next_end_s)
 
     def open(self, opened: Opened) -> None:
-        """A replica of a service operator is up, and grants credit."""
+        """Open the gate of a replica of a service operator, and report its credit."""
         gate = CreditGate(opened.node, opened.replica)
         self._gates.open(gate, opened.capacity, opened.block_size)
         num_left = self._gates.accounts[gate].requests
@@ -159,7 +162,7 @@ class ReplicaSet:
             self._prefixes.ask(engine, opened.replica)
 
     def add(self, engine: str) -> None:
-        """Add a replica to an engine; the replica takes nothing before it is marked as up."""
+        """Add a replica to an engine. The replica gets no items before it is marked as up."""
         number = self.plan.engines[engine]
         self._change(self.plan.with_replica(engine))
         for node in self.plan.nodes_of(engine):
@@ -168,7 +171,7 @@ class ReplicaSet:
         self.mark(engine, number, is_up=False)
 
     def mark(self, engine: str, number: int, *, is_up: bool) -> None:
-        """Close the gates of a lost replica, or open those of a replica that is back."""
+        """Apply the loss or the return of a replica to gates, outliers, prefixes and operators."""
         replica = EngineReplica(engine, number)
         self.availability.mark(engine, number, self._reaction.now, is_up=is_up)
         self.outliers.forget(replica)
@@ -181,7 +184,7 @@ class ReplicaSet:
         self._report_health(replica, is_up=is_up)
 
     def remove(self, engine: str, number: int) -> None:
-        """A lost replica will not come back."""
+        """Remove a lost replica from the plan for good."""
         self.availability.remove(engine, number)
         self._change(
             replace(self.plan, removed=self.plan.removed | {EngineReplica(engine, number)})
@@ -192,12 +195,15 @@ class ReplicaSet:
         self._inputs.change(self.plan.topology)
 
     def _eject(self, replica: EngineReplica, for_s: float) -> None:
-        """Announce that a replica is ejected for some time, or with 0 seconds is back."""
+        """Announce that a replica is ejected for `for_s` seconds, or with 0 is readmitted."""
         self._reaction.effects.append(Ejected(*replica, for_s))
         self._report_health(replica, is_up=for_s == 0)
 
     def _report_health(self, replica: EngineReplica, *, is_up: bool) -> None:
-        """Report the health of a replica; a lost replica is never reported as up."""
+        """Report the health of a replica to its subscribers.
+
+        The end of an ejection does not make a lost replica up.
+        """
         engine, number = replica
         is_up = is_up and not self.availability.is_lost(replica)
         for node in self.plan.nodes_of(engine):

@@ -1,4 +1,4 @@
-"""The core: all decisions that need no waiting, in one entry point `on(event, now) -> effects`."""
+"""The core: makes all decisions of a running graph, through `on(event, now) -> effects`."""
 
 import math
 from collections.abc import Callable
@@ -47,19 +47,19 @@ from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.operator import Signal, Wake
 from sagellm.runtime.plan import Plan
 
-# Events after which a hold or an ejection may end at another time.
+# Events that may change when a hold or an ejection ends.
 _MAY_MOVE_WAKE = frozenset(
     {ReplicaMarked, ReplicaAdded, ReplicaRemoved, Transferred, EngineFailed, TimeCame}
 )
 
 
 class Core:
-    """Decides for a plan: its logic operators, credit, requests, recovery, replicas and the ledger.
+    """Runs the logic operators of a plan, and keeps its credit, requests, recovery and replicas.
 
-    The core never waits and has neither a clock nor a random source: equal events at equal times
-    have equal effects, so that a log of events can be replayed. `max_hold_s`: how long requests
-    wait for an engine without any replica. `clock` only times the operators; no decision depends on
-    it.
+    The core does no I/O, never waits, and reads neither a clock nor a random source: equal events
+    at equal times have equal effects, so that a log of events can be replayed. `max_hold_s`: how
+    long a request waits while its engine has no replica, in seconds. `clock` only measures the run
+    time of operators; no decision depends on it.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Core:
         self._handlers = _event_handlers(self)
 
     def on(self, event: Event, now: float) -> list[Effect]:
-        """The effects of an event, in order. `now` must never decrease."""
+        """Process an event, and return its effects in order. `now` must never decrease."""
         reaction = self._reaction
         reaction.now, reaction.effects = now, []
         self._handlers[type(event)](event)
@@ -128,16 +128,16 @@ class Core:
 
     @property
     def plan(self) -> Plan:
-        """The current plan: a new replica makes a new one."""
+        """The current plan; it is replaced when replicas are added or removed."""
         return self.replicas.plan
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether no request is open, and no engine works for a request that has ended."""
+        """Whether no request is open, and no engine still computes a request that has ended."""
         return self.register.is_empty
 
     def _request_wake(self) -> None:
-        """Request a wake-up, unless its time is unchanged."""
+        """Ask the executor for a wake-up at the earliest due time, if that time has changed."""
         at_s = min(
             self.logic_graph.next_wake_s, self.register.next_expiry_s, self.replicas.next_time_s
         )
@@ -147,7 +147,8 @@ class Core:
 
     def _arrive(self, arrived: Arrived) -> None:
         self.lifecycle.open(arrived.requests)
-        self._inputs.settle()  # operators forget an earlier request of the same id first
+        self._inputs.settle()  # first, let operators forget an earlier request with the same id
+        # Before any operator sees the request: a quarantined one must not reach an engine.
         for request in arrived.requests:
             if self.recovery.is_blocked(request):
                 self.lifecycle.end(quarantined_event(request, self._reaction.now), None)
@@ -162,10 +163,10 @@ class Core:
         self.lifecycle.end(ended.event, fault)
 
     def _signal(self, signal: Signal) -> None:
-        """Pass on a signal; one for an unknown request does nothing."""
+        """Pass a signal to everything that keeps its request; ignore unknown requests."""
         if signal.request_id not in self.register.entries:
             return
-        # First, because items that the signal overtakes must find the tombstone.
+        # First, because items of the request that are sent later must find the tombstone.
         self.register.record_signal(signal)
         self._reentry.end_waiting(signal)
         self._inputs.signal(signal)
@@ -173,14 +174,15 @@ class Core:
         self._flow.retry_request(signal.request_id)
 
     def _release(self, released: Released) -> None:
-        """Return the credit of an item, and retry what waits for credit."""
+        """Return the credit of an item, and retry parked entries that wait for credit there."""
         gate = CreditGate(released.node, released.replica)
         key = released.request_id, released.choice
         if not self.gates.give(gate, key):
             return
         self.meter.services[gate].held.leave()
         unused = self.gates.reserved.gate_of(key)
-        if unused is not None and len(self.gates.holders(*key)) == 1:  # the item will not get there
+        # With no other credit left, the choice will never reach the operator of its reservation.
+        if unused is not None and len(self.gates.holders(*key)) == 1:
             self.gates.give(unused, key)
         node, replica = gate
         num_left = self.gates.accounts[gate].requests
@@ -194,6 +196,7 @@ class Core:
 
     def _emit(self, emitted: Emitted) -> None:
         node, replica, items = emitted.node, emitted.replica, emitted.items
+        # Tokens clear a suspect; nearly always there is none, and the items are not looked at.
         if self.outliers.suspects and any(getattr(item, "num_tokens", 0) for item in items):
             self.outliers.computed(EngineReplica(self.plan.engine_name(node) or "", replica))
         self._flow.emit(emitted.ticket, node, replica, items, emitted.outlet)
@@ -212,12 +215,12 @@ class Core:
         self._flow.retry_all()
 
     def _remove(self, removed: ReplicaRemoved) -> None:
-        """Remove a lost replica. Requests that were placed on it fail, and are placed again."""
+        """Remove a lost replica for good. Requests that were placed on it are placed again."""
         self.replicas.remove(removed.engine, removed.replica)
         self._flow.retry_all()
 
     def _wake(self) -> None:
-        """Expire requests, wake operators, and end what has waited long enough."""
+        """Expire requests, wake operators, and end the holds and ejections that are due."""
         now = self._reaction.now
         for request_id in self.register.take_expired(now):
             self._signal(Signal("expire", request_id))
@@ -230,11 +233,11 @@ class Core:
             self._reentry.end_unserved(availability.max_hold_s)
             self._flow.retry_all()
         self.outliers.readmit_due()
-        self._wake_at_s = math.nan  # the requested time has passed: request the next one anew
+        self._wake_at_s = math.nan  # unequal to any time, so that the next wake-up is requested
 
 
 def _event_handlers(core: Core) -> dict[type, Callable[[Any], None]]:
-    """The handler of each kind of event."""
+    """The method that handles each type of event."""
     return {
         Opened: core.replicas.open,
         Arrived: core._arrive,

@@ -1,4 +1,4 @@
-"""Credit: how much may be in transit to the replicas of service operators."""
+"""Credit: bounds the requests, tokens and blocks in transit to each replica."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,13 +10,13 @@ from sagellm.runtime.operator import Credit
 
 
 class CreditGate(NamedTuple):
-    """One replica of a service operator, which grants credit."""
+    """One replica of a service operator; an item needs credit there to enter."""
 
     node: str
     replica: int
 
 
-# By gate and choice: the cost of each item.
+# (gate, choice) -> the cost of each item that holds credit there, in order of arrival.
 _Spent: TypeAlias = dict[tuple[CreditGate, int], tuple[Credit, ...]]
 
 _ONE = Credit(1, 0, 0)
@@ -32,9 +32,9 @@ def cost_of(item: Item, block_size: int) -> Credit:
 
 
 class NoCredit(Exception):
-    """An item found no credit at the service operator `node`: its transaction must be undone.
+    """The service operator `node` has no credit for an item: the transaction must be undone.
 
-    `replica`: the one where the item was placed; None: no replica has credit.
+    `replica`: the replica that the router had chosen; None: no replica of `node` has credit.
     """
 
     def __init__(self, node: str, replica: int | None) -> None:
@@ -44,7 +44,7 @@ class NoCredit(Exception):
 
 
 class Account:
-    """The credit of one replica: what is left, and how many items have spent some."""
+    """The credit that one replica has left, and the number of items that hold credit there."""
 
     __slots__ = ("block_size", "blocks", "capacity", "num_items", "requests", "tokens")
 
@@ -59,7 +59,11 @@ class Account:
         )
 
     def take(self, cost: Credit) -> bool:
-        """Spend a cost if it is covered. An item that exceeds the whole capacity passes alone."""
+        """Spend the cost of an item; False, with nothing spent, if the credit does not cover it.
+
+        If no other item holds credit, any cost is covered: otherwise an item that exceeds the whole
+        capacity could never enter.
+        """
         requests, tokens = self.requests - cost.requests, self.tokens - cost.tokens
         blocks = self.blocks - cost.blocks
         if self.num_items and (requests < 0 or tokens < 0 or blocks < 0):
@@ -77,7 +81,7 @@ class Account:
 
     @property
     def room(self) -> float:
-        """Blocks that a request may take now; negative where no request may enter.
+        """The blocks that a request may take now; minus infinity if no request may enter.
 
         Infinite on an idle replica, where even an item that exceeds the whole capacity may enter.
         """
@@ -87,11 +91,12 @@ class Account:
 
 
 class ReservedCredit:
-    """Credit that choices have spent at operators that they will reach later.
+    """Credit that choices hold at an operator which they have not reached yet.
 
-    `later`: for operators that requests enter, the operator that decodes them, or another one on
-    the same engine. A request that enters the first spends credit at the second too, so that it has
-    a place there. A request without both waits in its queue.
+    `later`: the decode operator for each operator that takes requests, such as a prefill operator.
+    A request that enters the first operator also takes credit at the decode operator, so that a
+    finished prefill never waits for decode capacity. If either lacks credit, the request stays in
+    its queue. An operator that shares its engine with the decode operator reserves there too.
     """
 
     def __init__(self, later: Mapping[str, str]) -> None:
@@ -102,7 +107,7 @@ class ReservedCredit:
         self._gates[key] = gate
 
     def remove(self, key: ChoiceKey) -> None:
-        """Drop a reservation: the choice has arrived, or its credit was returned."""
+        """Drop the reservation of a choice that has arrived, or whose credit was returned."""
         del self._gates[key]
 
     def is_at(self, gate: CreditGate, key: ChoiceKey) -> bool:
@@ -113,17 +118,19 @@ class ReservedCredit:
 
 
 class Gates:
-    """The credit left for each service operator; every take can be undone.
+    """The credit of all service operators. `give` undoes a `take`.
 
-    `closed`: gates that take no requests, which may go elsewhere. `blocked`: operators that take
-    nothing, except at `removed` gates: a request that was placed there must fail and be placed
-    again.
+    `closed`: gates that take no new requests; a router may place the requests elsewhere. `blocked`:
+    operators that take no items at all, because an engine has no replica left. `removed`: gates of
+    replicas that will not come back. These gates take items even in blocked operators: an item that
+    was placed there must fail, so that it is placed again.
     """
 
     def __init__(self, later: Mapping[str, str] | None = None) -> None:
         self.reserved = ReservedCredit(later or {})
         self.accounts: dict[tuple[str, int], Account] = {}
-        self._rooms: dict[str, MutableMinTree] = {}  # by operator: minus the room of each replica
+        # By operator: minus the room of each replica, as the tree keeps a minimum, not a maximum.
+        self._rooms: dict[str, MutableMinTree] = {}
         # By request id, so that a signal finds its gates without a search.
         self._spent: dict[str, _Spent] = {}
         self.closed: set[CreditGate] = set()
@@ -132,12 +139,13 @@ class Gates:
         self.full: set[str] = set()  # operators without room for a request at any replica
 
     def open(self, gate: CreditGate, capacity: Credit, block_size: int = 1) -> None:
+        """Add the gate of a replica that is up, with all its credit left."""
         self.accounts[gate] = Account(capacity, block_size)
         self._rooms.setdefault(gate.node, MutableMinTree())
         self._note_room(gate)
 
     def close(self, gate: CreditGate) -> None:
-        """Let no more requests in."""
+        """Admit no more requests at a gate."""
         self.closed.add(gate)
         self._note_room(gate)
 
@@ -146,7 +154,10 @@ class Gates:
         self._note_room(gate)
 
     def may_take(self, node: str, item: Item) -> bool:
-        """Whether any replica of `node` might take an item. False is certain; True is not."""
+        """Whether any replica of `node` might take an item.
+
+        A quick test that ignores tokens: False is certain, but `take` may refuse after True.
+        """
         rooms = self._rooms.get(node)
         if rooms is None or isinstance(item, Prefilled):
             return True
@@ -171,13 +182,13 @@ class Gates:
     def take(
         self, gate: CreditGate, item: Item, later: CreditGate | None = None
     ) -> CreditGate | None:
-        """Spend the cost of an item, at the gate `later` too if the item will go there.
+        """Spend the cost of an item at `gate`, and at the gate `later` that it will reach later.
 
-        Returns the gate without credit, and then spends nothing. An item that exceeds the whole
-        capacity passes alone. A closed gate admits an item that already has its place and cannot
-        choose another; the item returns if its replica is lost.
+        Returns None, or the gate without credit; then nothing is spent. A closed gate still admits
+        a Prefilled, whose replica cannot be changed any more; the request returns if that replica
+        is lost.
         """
-        # Nearly always both are empty.
+        # Usually both sets are empty.
         if (self.closed or self.blocked) and self._is_closed_to(gate, item):
             return gate
         key, block_size = item.key, self.accounts[gate].block_size
@@ -186,7 +197,7 @@ class Gates:
             return gate
         if later is None:
             return None
-        if self.accounts[later].block_size != block_size:
+        if self.accounts[later].block_size != block_size:  # the cost in blocks differs
             cost = cost_of(item, self.accounts[later].block_size)
         if not self._spend(later, key, cost):
             self.give(gate, key)
@@ -195,7 +206,7 @@ class Gates:
         return None
 
     def give(self, gate: CreditGate, key: ChoiceKey) -> bool:
-        """Return the cost of the last item of `key`; False where it had spent nothing."""
+        """Return the cost of the last item of `key`; False if it held no credit at this gate."""
         request_id, choice = key
         spent, place = self._spent.get(request_id, {}), (gate, choice)
         if place not in spent:
@@ -216,12 +227,12 @@ class Gates:
     def holders(
         self, request_id: str, choice: int | None = None
     ) -> tuple[tuple[CreditGate, int], ...]:
-        """The gates that hold a part of a request, each with the choice that it holds."""
+        """The gates at which a request holds credit, each with the choice that holds it."""
         spent = self._spent.get(request_id, {})
         return tuple(place for place in spent if choice is None or place[1] == choice)
 
     def holds(self, request_id: str) -> bool:
-        """Whether any gate holds a part of a request."""
+        """Whether a request holds credit at any gate."""
         return request_id in self._spent
 
     def _spend(self, gate: CreditGate, key: ChoiceKey, cost: Credit) -> bool:

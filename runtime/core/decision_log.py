@@ -1,8 +1,9 @@
-"""The decision log: the events of a core, with their times and effects, in a file.
+"""The decision log: a file of the events of a core, with their times and effects.
 
-A header, then one frame for each event: four bytes of length, most significant first, and a
-MessagePack array [seconds, event, effects]. An empty frame ends a log that reached its size limit.
-Exceptions are kept as the name of their type and, where the text is safe to show, their text.
+The file has `MAGIC`, then frames: a length of four bytes (big-endian), and MessagePack content. The
+first frame is the `Header`. Each other frame is an array [seconds, event, effects]. An empty frame
+ends a log that reached its size limit. Exceptions are written as the name of their type, with their
+text only if the text is safe to show.
 """
 
 from collections.abc import Iterator
@@ -26,16 +27,16 @@ class LogError(ValueError):
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a core is built from: the graph (MessagePack), engine replicas, seed and hold limit.
+    """What is needed to build the same core for a replay.
 
-    If operators read prefix blocks, also the facts of the engines and the secret of the block
-    hashes.
+    `graph`: MessagePack. `engines`: the number of replicas of each engine. `facts` and `block_key`
+    (the secret of block hashes) are present only if operators read prefix blocks.
     """
 
     graph: bytes
     engines: dict[str, int]
     seed: int = 0
-    max_hold_s: float | None = None  # None: forever
+    max_hold_s: float | None = None  # None: no limit
     facts: dict[str, EngineFacts] = {}
     block_key: bytes = b""
 
@@ -47,25 +48,25 @@ class _Decision(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _ErrorText(msgspec.Struct, frozen=True):
-    """An exception in a log. `wrong`: the text of a WrongResult, which is safe to show."""
+    """An exception in a log: the name of its type, and in `wrong` the text of a WrongResult."""
 
     error: str
     wrong: str | None = None
 
 
 class DecisionWriter:
-    """Writes a log of up to `max_bytes`. Raises OSError where the disk does."""
+    """Writes a log of up to `max_bytes` bytes. All methods raise OSError if a write fails."""
 
     def __init__(self, file: BufferedWriter, header: Header, max_bytes: int) -> None:
         self._file = file
-        # One length is reserved for the frame that marks a full log.
+        # Room is reserved for the empty frame that marks a full log.
         self._num_left = max_bytes - len(MAGIC) - _LENGTH_BYTES
         self.is_full = False
         file.write(MAGIC)
         self._write(_encode(header))
 
     def record(self, now: float, event: Event, effects: list[Effect]) -> None:
-        """Write one event and its effects; nothing once the log is full."""
+        """Write one event and its effects. Does nothing after the log is full."""
         if not self.is_full:
             self._write(_encode((now, event, effects)))
 
@@ -78,9 +79,10 @@ class DecisionWriter:
 
 
 class DecisionReader:
-    """Reads a log. Raises LogError.
+    """Reads a log. All methods raise LogError.
 
-    `is_cut`, valid after reading: the log reached its limit, or its writer was killed.
+    `is_cut`: whether the log reached its size limit or its writer was killed; valid after the last
+    event was read.
     """
 
     def __init__(self, file: BufferedReader) -> None:
@@ -94,7 +96,7 @@ class DecisionReader:
         self.header: Header = _decode(header, Header)
 
     def __iter__(self) -> Iterator[tuple[float, Event, bytes]]:
-        """Times, events and encoded effects."""
+        """Yield (seconds, event, encoded effects) of each frame."""
         while (content := self._read()) is not None:
             decision: _Decision = _decode(content, _Decision)
             yield decision.now, decision.event, bytes(decision.effects)
@@ -112,23 +114,23 @@ class DecisionReader:
 
 
 def encode_effects(effects: list[Effect]) -> bytes:
-    """Effects as a log has them: equal effects give equal bytes."""
+    """Effects encoded as in a log. Equal effects give equal bytes."""
     return _encode(effects)
 
 
 def shown_effects(content: bytes) -> list[Any]:
-    """Encoded effects as plain values, for people to read."""
+    """Encoded effects as plain lists and dicts, to be printed."""
     return list(msgspec.msgpack.decode(content))
 
 
 def _plain(value: Any) -> Any:
-    """A value for a type that MessagePack lacks."""
+    """An encodable value for an object that MessagePack cannot encode."""
     if isinstance(value, OperatorFault):
         return [value.node, _plain(value.error)]
     if isinstance(value, Exception):
         wrong = str(value) if isinstance(value, WrongResult) else None
         return _ErrorText(name_of(value), wrong)
-    return {"object": type(value).__name__}  # the value that a user's function gave an answer
+    return {"object": type(value).__name__}  # `Answer.value` from a user's function
 
 
 def _real(kind: type, value: Any) -> Any:

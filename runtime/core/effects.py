@@ -1,4 +1,4 @@
-"""Effects: what the core asks its executor to do, in order."""
+"""Effects: what the core asks its executor to do after an event."""
 
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -11,7 +11,7 @@ from sagellm.runtime.user_code import WrongResult, name_of
 
 
 class OperatorFault(Exception):
-    """`error` was raised by the operator `node`, or by a function that it called."""
+    """The operator `node`, or a function that it called, raised `error`."""
 
     def __init__(self, node: str, error: Exception) -> None:
         super().__init__(node, error)
@@ -20,20 +20,24 @@ class OperatorFault(Exception):
 
     @property
     def public(self) -> str:
-        """Names the operator and the type of the error, without its text, which may be private."""
+        """A message for clients: the operator and the type of the error.
+
+        The text of the error is left out because it may quote private data.
+        """
         if isinstance(self.error, WrongResult):
             return f"{self.node}: {self.error}"
         return f"{self.node}: the operator raised {name_of(self.error)}"
 
 
 class _Effect(msgspec.Struct, frozen=True, array_like=True):
-    """Tagged, and an array on the wire. `gc=False`, where no reference cycle is possible, is
-    cheaper.
+    """Base of the effects: encoded as a tagged array, which is small.
+
+    `Send` uses `gc=False` to save time; it is never part of a reference cycle.
     """
 
 
 class Send(_Effect, frozen=True, gc=False, tag="send"):
-    """Give an item to a replica of a service operator; its credit is spent."""
+    """Give an item to a replica of a service operator. Its credit is already spent."""
 
     node: str
     replica: int
@@ -41,14 +45,14 @@ class Send(_Effect, frozen=True, gc=False, tag="send"):
 
 
 class Deliver(_Effect, frozen=True, tag="deliver"):
-    """Give an item to the session. `error`: the exception that ended the choice."""
+    """Give an item to the session. `error`: the exception that ended the choice, if any."""
 
     item: Item | Forked
     error: Exception | None = None
 
 
 class Interrupt(_Effect, frozen=True, tag="interrupt"):
-    """Give a signal to a replica that holds a part of the request."""
+    """Give a signal to a replica of a service operator that holds a choice of the request."""
 
     node: str
     replica: int
@@ -56,7 +60,7 @@ class Interrupt(_Effect, frozen=True, tag="interrupt"):
 
 
 class Discard(_Effect, frozen=True, tag="discard"):
-    """Free what an item holds: an operator failed on the item, which this replica had emitted."""
+    """Let the replica that emitted an item free its resources, after an operator failed on it."""
 
     node: str
     replica: int
@@ -64,21 +68,21 @@ class Discard(_Effect, frozen=True, tag="discard"):
 
 
 class Parked(_Effect, frozen=True, tag="parked"):
-    """`num_sent` items of a ticket had credit; the other items wait."""
+    """Of the items of a ticket, the first `num_sent` were sent; the others wait for credit."""
 
     ticket: int
     num_sent: int
 
 
 class Resumed(_Effect, frozen=True, tag="resumed"):
-    """`num_sent` more of the parked items of a ticket had credit."""
+    """The next `num_sent` parked items of a ticket were sent."""
 
     ticket: int
     num_sent: int
 
 
 class WakeAt(_Effect, frozen=True, tag="wake_at"):
-    """Send the event `TimeCame` at this time instead of any earlier request; infinite: never."""
+    """Dispatch `TimeCame` at `at_s`; infinite: never. Replaces the previous `WakeAt`."""
 
     at_s: float
 
@@ -91,7 +95,7 @@ class Faulted(_Effect, frozen=True, tag="faulted"):
 
 
 class FailedOn(_Effect, frozen=True, tag="failed_on"):
-    """Log that the engine of a replica failed on a request, and why."""
+    """Log that the engine of a replica failed on a request, with the error."""
 
     engine: str
     replica: int
@@ -100,7 +104,7 @@ class FailedOn(_Effect, frozen=True, tag="failed_on"):
 
 
 class Ejected(_Effect, frozen=True, tag="ejected"):
-    """Log that a replica gets no new requests for `for_s` seconds; 0: it gets them again."""
+    """Log that a replica gets no new requests for `for_s` seconds, or with 0 gets them again."""
 
     engine: str
     replica: int
@@ -108,7 +112,7 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
 
 
 class QueryCache(_Effect, frozen=True, tag="ask_cache"):
-    """Ask the engine of a replica to report all prefix blocks, and later changes."""
+    """Ask the engine of a replica to report all its prefix blocks, and then every change."""
 
     engine: str
     replica: int

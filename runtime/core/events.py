@@ -1,7 +1,4 @@
-"""Events: everything that may change a decision of the core.
-
-The log of (now, event) is the decision log.
-"""
+"""Events: the inputs of the core. All its decisions follow from its events and their times."""
 
 from typing import TypeAlias
 
@@ -15,15 +12,14 @@ from sagellm.runtime.prefixes import CacheChanged
 
 
 class _Event(msgspec.Struct, frozen=True, array_like=True):
-    """Tagged, and an array on the wire, as most events are small.
+    """Base of the events: encoded as a tagged array, which is small.
 
-    The most frequent events, which are part of no reference cycle, use `gc=False` because it is
-    cheaper.
+    The most frequent events use `gc=False` to save time; they are never part of a reference cycle.
     """
 
 
 class Opened(_Event, frozen=True, tag="opened"):
-    """A replica of a service operator is up, and grants credit."""
+    """A replica of a service operator is up, and grants the credit `capacity`."""
 
     node: str
     replica: int
@@ -32,9 +28,10 @@ class Opened(_Event, frozen=True, tag="opened"):
 
 
 class Arrived(_Event, frozen=True, gc=False, tag="arrived"):
-    """All choices of one request are to enter through `source`. No open request has the same id.
+    """All choices of one request arrive at `source`. No open request has the same id.
 
-    If a choice has no credit, the effect `Parked` names the ticket.
+    If a choice has no credit, it is parked with all later choices, and the effect `Parked` has the
+    ticket.
     """
 
     ticket: int
@@ -42,9 +39,9 @@ class Arrived(_Event, frozen=True, gc=False, tag="arrived"):
 
 
 class Emitted(_Event, frozen=True, gc=False, tag="emitted"):
-    """A service operator sends items, in order.
+    """A service operator sends items in order.
 
-    If an item has no credit, it and all later items are parked, and the effect `Parked` names the
+    If an item has no credit, it is parked with all later items, and the effect `Parked` has the
     ticket.
     """
 
@@ -56,13 +53,13 @@ class Emitted(_Event, frozen=True, gc=False, tag="emitted"):
 
 
 class Withdrawn(_Event, frozen=True, tag="withdrawn"):
-    """The task that waited for a ticket is gone: drop the parked items."""
+    """The task that waited for a ticket was cancelled: the parked items must be dropped."""
 
     ticket: int
 
 
 class Released(_Event, frozen=True, gc=False, tag="released"):
-    """A service operator no longer holds an item: its credit is free."""
+    """A service operator no longer holds an item, and returns its credit."""
 
     node: str
     replica: int
@@ -79,7 +76,7 @@ class Ended(_Event, frozen=True, tag="ended"):
 
 
 class Failed(_Event, frozen=True, tag="failed"):
-    """A service operator raised an exception while it had an item."""
+    """A service operator raised an exception on an item."""
 
     node: str
     item: Item
@@ -87,14 +84,14 @@ class Failed(_Event, frozen=True, tag="failed"):
 
 
 class Finished(_Event, frozen=True, tag="finished"):
-    """A signal ended an item that a service operator had taken."""
+    """A service operator dropped an item because of a signal; the choice must end."""
 
     item: Item
     reason: FinishReason
 
 
 class Returned(_Event, frozen=True, tag="returned"):
-    """An engine of `node` lost a request."""
+    """A request was lost with an engine of the operator `node`, and may enter again."""
 
     node: str
     request: Request
@@ -102,9 +99,9 @@ class Returned(_Event, frozen=True, tag="returned"):
 
 
 class EngineFailed(_Event, frozen=True, tag="engine_failed"):
-    """The engine of a replica failed while it computed a request, and has released the request.
+    """An engine failed on a request, and has released the request.
 
-    `last`: the event that ends the request, unless another replica takes it.
+    `last`: the event that ends the choice, unless the core sends the request to another replica.
     """
 
     node: str
@@ -122,7 +119,7 @@ class Transferred(_Event, frozen=True, tag="transferred"):
 
 
 class Reported(_Event, frozen=True, gc=False, tag="reported"):
-    """A service operator gives feedback."""
+    """A service operator reports feedback."""
 
     feedback: Feedback
 
@@ -134,19 +131,19 @@ class CacheReported(_Event, frozen=True, gc=False, tag="cache_reported"):
 
 
 class Signalled(_Event, frozen=True, tag="signalled"):
-    """A caller ends a request, or one of its choices."""
+    """A caller cancels a request or one of its choices."""
 
     signal: Signal
 
 
 class ReplicaAdded(_Event, frozen=True, tag="replica_added"):
-    """An engine has one more replica, which is not up yet."""
+    """An engine got one more replica, which is not up yet."""
 
     engine: str
 
 
 class ReplicaMarked(_Event, frozen=True, tag="replica_marked"):
-    """A replica of an engine is up, or is lost."""
+    """A replica of an engine is up, or was lost."""
 
     engine: str
     replica: int
@@ -161,7 +158,7 @@ class ReplicaRemoved(_Event, frozen=True, tag="replica_removed"):
 
 
 class TimeCame(_Event, frozen=True, tag="time_came"):
-    """The time of the last `WakeAt` has come."""
+    """The time of the latest effect `WakeAt` has come."""
 
 
 class Stopped(_Event, frozen=True, tag="stopped"):

@@ -1,4 +1,4 @@
-"""The flow of items into logic operators: first tries, retries, and requests that enter again."""
+"""The flow of items: first tries, retries of parked items, and the re-entry of lost requests."""
 
 from msgspec.structs import replace
 
@@ -24,7 +24,10 @@ from sagellm.runtime.user_code import WrongResult
 
 
 class Flow:
-    """Sends the items of ports and service operators; items without credit are parked, in order."""
+    """Sends items from the source and from service operators along the edges of the graph.
+
+    Items without credit are parked in order, and retried when credit returns.
+    """
 
     def __init__(
         self,
@@ -45,9 +48,13 @@ class Flow:
     def emit(
         self, ticket: int, source: str, replica: int, items: tuple[Item, ...], outlet: str = "out"
     ) -> None:
-        """Send items in order. The first item without credit is parked, with all later items."""
+        """Send items in order. The first item without credit is parked with all later items.
+
+        If items are parked, the effect `Parked` with `ticket` is recorded; ticket 0 records none.
+        """
         first = items[0]
         if len(items) > 1:
+            # The events of one engine step: one transaction is cheaper than one for each event.
             if type(first) is TokenEvent and self._send_all(source, replica, items, outlet):
                 return
         elif self._send(source, replica, first, outlet) is None:
@@ -62,7 +69,9 @@ class Flow:
                 self._reaction.effects.append(Parked(ticket, num_sent))
 
     def withdraw(self, ticket: int) -> None:
-        """Drop the items of a ticket; requests that have not entered end as cancelled."""
+        """Drop the parked items of a ticket. Requests among them that come from the source end as
+        cancelled.
+        """
         parked = self._parking.of_ticket(ticket)
         if parked is None:
             return
@@ -72,7 +81,7 @@ class Flow:
                 self._lifecycle.finish(item, "cancelled")
 
     def retry(self, node: str, replica: int) -> None:
-        """Retry the entries that wait for a replica, until one is blocked again."""
+        """Retry the entries that wait for a replica in order, until an entry stays blocked."""
         if self._parking.is_empty:
             return
         for gate in (BlockedAt(node, replica), BlockedAt(node, None)):
@@ -80,10 +89,10 @@ class Flow:
                 pass
 
     def end_holds(self, node: str, replica: int, request_ids: list[str], num_left: float) -> None:
-        """Stop holding requests back for a replica.
+        """End the holds of requests that waited for one replica although others had room.
 
-        Their parked inputs are retried. Operators that keep requests offer them again, as after a
-        change of credit.
+        Retries their parked inputs. Reports a change of credit, so that operators that keep
+        requests offer them again.
         """
         credit = CreditChanged(node=node, replica=replica, num_left=num_left)
         self._inputs.report(credit)
@@ -91,17 +100,17 @@ class Flow:
             self.retry_request(request_id)
 
     def retry_all(self) -> None:
-        """Retry all parked entries, after gates may have opened."""
+        """Retry all parked entries; for changes that may have opened any gate."""
         for parked in self._parking.all:
             self._try(parked)
 
     def retry_request(self, request_id: str) -> None:
-        """Retry the parked entries of a request, after a signal or the end of its hold."""
+        """Retry the parked entries of a request after a signal, or after the end of its hold."""
         for parked in self._parking.of_request(request_id):
             self._try(parked)
 
     def _try(self, parked: ParkedInput | ParkedItems) -> bool:
-        """Retry a parked entry; False where it is blocked at the same gate."""
+        """Retry a parked entry. Returns False if it is blocked at the same gate as before."""
         before = parked.blocked_at
         if isinstance(parked, ParkedItems):
             num_sent = self._send_parked(parked)
@@ -121,7 +130,7 @@ class Flow:
         return is_over or parked.blocked_at != before
 
     def _send_parked(self, parked: ParkedItems) -> int:
-        """Send parked items until one has no credit. Returns how many were sent."""
+        """Send parked items until an item has no credit. Returns how many were sent."""
         num_sent = 0
         for item in parked.items:
             refused = self._send(parked.source, parked.replica, item, parked.outlet)
@@ -134,7 +143,7 @@ class Flow:
         return num_sent
 
     def _send(self, source: str, replica: int, item: Item, outlet: str) -> NoCredit | None:
-        """Send one item. Without credit, return NoCredit; then nothing has changed."""
+        """Send one item. Returns NoCredit if the item has no credit; then nothing has changed."""
         register = self._lifecycle.register
         if isinstance(item, Request):
             signal = register.tombstone(item.request_id)
@@ -148,7 +157,7 @@ class Flow:
         except Exception as error:  # an operator's fault must not stop the graph
             fault = error if isinstance(error, OperatorFault) else OperatorFault(source, error)
             self._lifecycle.fail(fault, item)
-            if source != SOURCE:
+            if source != SOURCE:  # only items of service operators hold resources
                 self._reaction.effects.append(Discard(source, replica, item))
             return None
         self._meter.sent(source, replica)
@@ -156,7 +165,10 @@ class Flow:
         return None
 
     def _send_all(self, source: str, replica: int, items: tuple[Item, ...], outlet: str) -> bool:
-        """Send all items in one transaction; False, with nothing changed, where that fails."""
+        """Send all items in one transaction. Returns False if that fails; nothing has changed then.
+
+        The caller then sends the items one by one, so that a fault ends its own request only.
+        """
         try:
             outcomes = self._logic_graph.send_all(source, items, outlet, self._reaction.now)
         except (NoCredit, OperatorFault, WrongResult):
@@ -167,11 +179,11 @@ class Flow:
         return True
 
 
-_MAX_REPLICAS = 2  # that a request on which engines fail is tried on
+_MAX_REPLICAS = 2  # other replicas that are tried after an engine failed on a request
 
 
 class Reentry:
-    """Requests whose engine was lost: they enter again or end, as `Recovery` decides."""
+    """Lets requests enter again, or ends them, after their engine was lost or failed on them."""
 
     def __init__(
         self,
@@ -189,7 +201,10 @@ class Reentry:
         self._recovery = lifecycle.recovery
 
     def enter_again(self, returned: Returned) -> None:
-        """Let a request enter again after its emitted tokens, unless it must end."""
+        """Handle a request whose engine was lost: let it resume if `Recovery` allows it.
+
+        `Recovery` may also keep the request for a trial. Otherwise the request ends.
+        """
         request, lifecycle = returned.request, self._lifecycle
         if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
             request.key
@@ -205,9 +220,9 @@ class Reentry:
             lifecycle.end(retries_spent_event(request, self._reaction.now), None)
 
     def fail_over(self, failed: EngineFailed, engine: str, num_present: int) -> None:
-        """Send a request on which an engine failed to a replica that it has not met.
+        """Send a request on which an engine failed to a replica that it was not tried on.
 
-        Without such a replica, or after enough of them, the request ends.
+        If no such replica is present, or `_MAX_REPLICAS` others were tried, the request ends.
         """
         request, lifecycle = failed.request, self._lifecycle
         replica = EngineReplica(engine, failed.replica)
@@ -225,22 +240,23 @@ class Reentry:
             lifecycle.end(failed.last, None)
 
     def try_next(self) -> None:
-        """Send the next requests on trial, one at a time."""
+        """Let the next request on trial enter, unless another request is on trial."""
         while (due := self._recovery.next()) is not None:
             self._enter(*due)
             self._inputs.settle()
 
     def end_waiting(self, signal: Signal) -> None:
-        """End the requests of a signal that wait for their trial."""
+        """End the requests that wait for their trial and that a signal concerns."""
         for request in self._recovery.drop(signal.concerns):
             self._lifecycle.finish(request)
 
     def end_unserved(self, max_hold_s: float) -> None:
-        """End the requests that have waited too long for an engine without replicas."""
+        """End the requests that have waited for an engine without replicas for `max_hold_s`."""
         now, lifecycle = self._reaction.now, self._lifecycle
         for request_id, entry in tuple(lifecycle.register.entries.items()):
             for choice in sorted(entry.choices):
                 since_s = self._recovery.lost_s((request_id, choice)) or entry.arrived_s
+                # A choice that a service operator holds is being served, and does not wait.
                 if now - since_s >= max_hold_s and not lifecycle.is_held(request_id, choice):
                     entry.unavailable.add(choice)
                     signal = Signal("cancel", request_id, choice)
@@ -251,6 +267,7 @@ class Reentry:
 
     def _enter(self, node: str, request: Request) -> None:
         self._recovery.num_migrated += 1
+        # The new epoch makes leases and late events of the lost engine invalid.
         again = replace(request, epoch=request.epoch + 1, placement={}, num_cached_tokens=0)
         entrance = self._plan.entrance(node)
         if isinstance(entrance, str):

@@ -1,4 +1,4 @@
-"""The inputs of logic operators: given in order, with everything that they lead to."""
+"""The queue of inputs of logic operators: gives each input, and applies its outcomes."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from sagellm.runtime.prefixes import PrefixIndex
 
 
 class RoomReports:
-    """The feedback "room": the latest report to each subscriber, and later changes."""
+    """Finds the changes to report as feedback "room": whether downstream operators have credit."""
 
     def __init__(self, plan: Plan, gates: Gates) -> None:
         self._gates = gates
@@ -37,16 +37,16 @@ class RoomReports:
             for name in plan.logic
             if "room" in plan.spec(name).subscribes
         }
-        self._full: set[str] = set()  # subscribers whose latest report says that nothing has room
-        self._full_services: set[str] = set()  # at the last call of `changes`
+        self._full: set[str] = set()  # subscribers whose latest report has `has_room` False
+        self._full_services: set[str] = set()  # `Gates.full` at the last call of `changes`
 
     @property
     def may_have_changed(self) -> bool:
-        """Whether other service operators are full than at the last call of `changes`."""
+        """Whether other service operators are full now than at the last call of `changes`."""
         return self._gates.full != self._full_services
 
     def changes(self) -> list[RoomChanged]:
-        """All changes since the last call. Changes that cancel each other out are left out."""
+        """The reports that differ from the latest report to the same subscriber."""
         self._full_services = set(self._gates.full)
         found = []
         for node, names in self._entrances.items():
@@ -57,7 +57,7 @@ class RoomReports:
         return found
 
     def _has_no_room(self, node: str) -> bool:
-        """Whether neither an operator nor the operator that decodes for it has room."""
+        """Whether an operator has no room, or its decode operator (`Plan.decoders`) has none."""
         gates = self._gates
         return node in gates.full or gates.reserved.later.get(node) in gates.full
 
@@ -67,9 +67,9 @@ _Subscribers = tuple[str, ...]
 
 @dataclass(slots=True)
 class _Subscription:
-    """The subscribers to one kind of feedback of a node.
+    """The subscribers to one kind of feedback from a node.
 
-    `numbers`: how many reports each replica has given.
+    `numbers`: the number of reports so far, by replica.
     """
 
     subscribers: _Subscribers
@@ -77,10 +77,10 @@ class _Subscription:
 
 
 class InputQueue:
-    """Gives inputs to operators one at a time, in order.
+    """Gives inputs to logic operators one at a time, in order.
 
-    Everything that an input leads to, feedback included, is done before the next input. An input
-    without credit is parked.
+    The outcomes of an input are applied before the next input is given; feedback among them is
+    queued as further inputs. An input that leads to an item without credit is parked.
     """
 
     def __init__(
@@ -113,9 +113,7 @@ class InputQueue:
         self._cache_readers = {engine: plan.cache_readers(engine) for engine in plan.engines}
 
     def feed(self, node: str, happened: Input) -> None:
-        """Give an operator an input. A fault is logged, and ends the requests that depend on the
-        input.
-        """
+        """Give an operator an input. If the operator fails, its requests that depend on it end."""
         self._inputs.append((node, happened))
         self.settle()
 
@@ -130,7 +128,7 @@ class InputQueue:
         self.settle()
 
     def report_room(self, changes: Iterable[RoomChanged]) -> None:
-        """Give each change to its subscriber."""
+        """Give each report of room to its subscriber."""
         self._inputs += ((changed.node, changed) for changed in changes)
         self.settle()
 
@@ -145,7 +143,7 @@ class InputQueue:
         self._inputs += ((name, changed) for name in self._cache_readers[engine])
 
     def settle(self) -> None:
-        """Give all queued inputs; each may queue more."""
+        """Give all queued inputs, until none is left: an input may queue further inputs."""
         lifecycle, inputs = self._lifecycle, self._inputs
         while inputs or lifecycle.to_forget:
             if lifecycle.to_forget:
@@ -160,7 +158,7 @@ class InputQueue:
                 self._parking.add(ParkedInput(node, happened, gate, watches))
 
     def _forget(self, request_id: str) -> None:
-        """Signal to the operators that keep a part of a request that the request has ended."""
+        """Queue the signal "forget" of an ended request for the operators that know the request."""
         self._logic_graph.forget(request_id)
         forget = Signal("forget", request_id)
         for name, keeps in self._forget_takers:
@@ -169,7 +167,10 @@ class InputQueue:
                 self._inputs.append((name, forget))
 
     def give(self, node: str, happened: Input) -> NoCredit | None:
-        """Give an operator one input. Without credit, return NoCredit; then nothing has changed."""
+        """Give an operator one input, and apply the outcomes.
+
+        Returns NoCredit if the input leads to an item without credit; then nothing has changed.
+        """
         try:
             outcomes = self._logic_graph.feed(node, happened, self._reaction.now)
         except NoCredit as refused:
@@ -180,7 +181,7 @@ class InputQueue:
             return None
         if outcomes:
             self.apply(outcomes)
-        # An operator that has dropped its state would never send what it held.
+        # Items in a state that the operator has dropped would never be sent: end their requests.
         if type(happened) is Wake and (lost := self._logic_graph.lost(node)) is not None:
             self._end_by_fault(node, happened, OperatorFault(node, lost))
         return None
@@ -203,7 +204,7 @@ class InputQueue:
                 self._publish(outcome.feedback, outcome.node)
 
     def is_to_wake(self, node: str) -> bool:
-        """Whether a wake-up of an operator is to come, or waits for credit."""
+        """Whether an operator has asked for a wake-up, or a wake-up of it is parked."""
         waits = any(
             isinstance(parked, ParkedInput)
             and parked.node == node
@@ -213,7 +214,7 @@ class InputQueue:
         return waits or self._logic_graph.cells[node].wake_at is not None
 
     def _publish(self, feedback: Feedback, node: str) -> None:
-        """Number feedback of a node, and queue it for all subscribers."""
+        """Number a report of a node, and queue it for all subscribers."""
         kind = type(feedback)
         if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
@@ -230,10 +231,11 @@ class InputQueue:
                 self._inputs.append((name, numbered))
 
     def _end_by_fault(self, node: str, happened: Input, fault: OperatorFault) -> None:
-        """End the requests that depended on an input that failed.
+        """Log the fault of an operator, and end the requests that depend on the failed input.
 
-        A signal and an item concern one request. Any other input may be what all held requests
-        waited for: all of them end, unless a wake-up is to come.
+        If the input is an item or a signal, only its own request ends. Otherwise the operator may
+        have needed the input to send any of its held requests: all of them end, unless the operator
+        will be woken and can try again.
         """
         self._reaction.effects.append(Faulted(fault, getattr(happened, "request_id", "")))
         held = self._logic_graph.held_items.of(node)

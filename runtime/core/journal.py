@@ -1,4 +1,4 @@
-"""The journal of a transaction over logic operators: every change, so that it can be undone."""
+"""The journal of a transaction over logic operators: records every change, to undo it if needed."""
 
 from collections import deque
 from collections.abc import Container
@@ -20,8 +20,8 @@ _Choices = dict[int, Item]
 class HeldItems:
     """The latest item of each open choice that stays at a logic operator.
 
-    These choices end if the operator fails. `held`: by operator, request and choice. `entries`: the
-    ids of all open requests; an item that arrives after the end of its request is not recorded.
+    If the operator fails, these choices must end. `held`: the items by operator, request id and
+    choice. `entries`: the ids of all open requests; items of closed requests are not recorded.
     """
 
     def __init__(self, nodes: tuple[str, ...], entries: Container[str]) -> None:
@@ -29,17 +29,18 @@ class HeldItems:
         self.held: dict[str, dict[str, _Choices]] = {node: {} for node in nodes}
 
     def take(self, node: str, item: Item) -> None:
+        """Record that an operator keeps an item."""
         if item.request_id in self._entries:
             self.held[node].setdefault(item.request_id, {})[item.choice] = item
 
     def send(self, node: str, item: Item) -> None:
-        """Record that an operator sent an item of this choice."""
-        held = self.held.get(node, {})  # ports and service operators are not in it
+        """Record that an operator has sent an item: its choice is no longer held there."""
+        held = self.held.get(node, {})  # empty for the source and service operators
         if item.request_id in held:
             self._drop(held, item.request_id, item.choice)
 
     def forget(self, request_id: str, choice: int | None = None) -> None:
-        """Drop a choice that has ended; None: all choices of the request."""
+        """Drop a choice that has ended, or with None all choices of the request."""
         for held in self.held.values():
             if choice is None:
                 held.pop(request_id, None)
@@ -47,7 +48,7 @@ class HeldItems:
                 self._drop(held, request_id, choice)
 
     def of(self, node: str) -> tuple[Item, ...]:
-        """The items at an operator, in the order in which their requests came."""
+        """The items held at an operator, in the order in which their requests came."""
         return tuple(item for choices in self.held[node].values() for item in choices.values())
 
     @staticmethod
@@ -61,7 +62,8 @@ class HeldItems:
 class ReachedSink(msgspec.Struct):
     """An item reached the sink.
 
-    `terminal`: over the implicit outlet. `fault`: the fault that ended the choice.
+    `terminal`: whether it came over the implicit outlet `terminal`. `fault`: the fault that ended
+    its choice, if any.
     """
 
     item: Item | Forked
@@ -70,7 +72,7 @@ class ReachedSink(msgspec.Struct):
 
 
 class UpstreamFeedback(msgspec.Struct):
-    """Feedback of a logic operator for operators upstream."""
+    """Feedback from the logic operator `node` to operators upstream."""
 
     node: str
     feedback: Feedback
@@ -82,7 +84,7 @@ START: Mark = (0, 0, 0, 0, 0, 0, 0)
 
 
 class LogicCell:
-    """One logic operator with its state between inputs."""
+    """One logic operator, with its state between inputs."""
 
     __slots__ = (
         "draw", "initial", "meter", "name", "num_inputs", "on", "operator", "state", "wake_at",
@@ -100,24 +102,32 @@ class LogicCell:
 
 
 class Journal:
-    """The changes of one transaction. Counts and held items change only on commit."""
+    """The changes of one transaction.
+
+    States and credit change at once, and `roll_back` restores them. Counts and held items change
+    only on `commit`.
+    """
 
     def __init__(self, cells: tuple[str, ...], gates: Gates, entries: Container[str]) -> None:
-        """`entries`: the ids of the requests that are open."""
+        """`entries`: the ids of all open requests."""
         self.held_items = HeldItems(cells, entries)
         self.held = self.held_items.held
-        self.accepted: deque[tuple[LogicCell, Item]] = deque()  # offers to answer
+        self.accepted: deque[tuple[LogicCell, Item]] = deque()  # offers without `OfferTaken` yet
         self.outcomes: list[TransactionOutcome] = []
         self._gates = gates
         self.cells: list[tuple[LogicCell, Any, int, float | None]] = []  # cells as they were before
         self._taken: list[tuple[CreditGate, ChoiceKey, CreditGate | None]] = []
-        self._arrived: list[Item] = []  # items that arrived where they had reserved credit
+        self._arrived: list[Item] = []  # items that arrived at the gate of their reservation
         self.counts: list[tuple[CommittedCount, int]] = []
-        self.held_changes: list[tuple[str, Item, bool]] = []  # operator, item, is kept
+        self.held_changes: list[tuple[str, Item, bool]] = []  # (operator, item, kept or sent)
         self.keeping: set[str] = set()  # operators that keep an item of this transaction
 
     def take(self, gate: CreditGate, item: Item, later: CreditGate | None) -> CreditGate | None:
-        """Spend credit for an item, also at the gate `later`; returns the gate without credit."""
+        """Spend credit for an item at `gate`, and at the gate `later` that it will reach later.
+
+        Spends nothing if the item reserved credit at `gate` before. Returns None, or the gate
+        without credit.
+        """
         if self._gates.reserved.is_at(gate, item.key):
             self._arrived.append(item)
         else:
@@ -146,6 +156,7 @@ class Journal:
         )  # fmt: skip
 
     def roll_back(self, mark: Mark) -> None:
+        """Undo all changes after a mark."""
         cells, taken, accepted, outcomes, counts, held_changes, arrived = mark
         while len(self.cells) > cells:
             cell, *before = self.cells.pop()
@@ -171,7 +182,7 @@ class Journal:
             for committed, number in self.counts:
                 committed.count += number
             self.counts.clear()
-            if self._taken:  # credit is taken at the end of an edge, and every edge counts
+            if self._taken:  # empty if `counts` is: an edge counts every item that takes credit
                 self._taken.clear()
         if self.held_changes:
             for node, item, is_in in self.held_changes:

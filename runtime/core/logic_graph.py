@@ -1,4 +1,4 @@
-"""The logic operators of a graph, run as one: each input is a transaction over their states."""
+"""The logic operators of a graph: each input is one transaction over their states."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -16,10 +16,10 @@ from sagellm.runtime.user_code import WrongResult
 
 
 class LogicGraph:
-    """The logic operators of a graph and the edges that leave them.
+    """Runs the logic operators of a graph, without I/O or a clock.
 
-    Nothing here waits or has a clock. `feed` and `send` either do everything that an input leads to
-    and return the outcomes, or raise and have changed nothing.
+    `feed`, `send` and `send_all` are transactions: they run all operators that the input reaches
+    and return the outcomes, or they raise and change nothing.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class LogicGraph:
         self.cells = {
             name: LogicCell(name, made, meter.logic[name], seed) for name, made in logic.items()
         }
-        self.undone: tuple[str, ...] = ()  # operators whose latest input had no credit
+        self.undone: tuple[str, ...] = ()  # operators in the last transaction that had no credit
         self._journal = Journal(tuple(logic), gates, entries)
         self.held_items = self._journal.held_items
         self._propagation = Propagation(
@@ -54,7 +54,7 @@ class LogicGraph:
 
     @property
     def next_wake_s(self) -> float:
-        """When the first operator wants to be woken, or the first hold ends."""
+        """The time of the first wake-up of an operator, or of the first end of a hold."""
         if self._propagation.wakes_changed:
             self._propagation.wakes_changed = False
             wakes = (cell.wake_at for cell in self.cells.values() if cell.wake_at is not None)
@@ -62,7 +62,7 @@ class LogicGraph:
         return min(self._next_wake_s, self.holds.next_end_s)
 
     def take_due(self, now: float) -> list[str]:
-        """The operators whose wake-up is due; each must ask for the next one."""
+        """Take and return the operators whose wake-up is due; they must ask for the next one."""
         due = []
         for name, cell in self.cells.items():
             if cell.wake_at is not None and cell.wake_at <= now:
@@ -76,31 +76,43 @@ class LogicGraph:
         self.holds.forget(request_id)
 
     def restart(self, node: str) -> None:
-        """Reset an operator to its first state, after it failed on the current one."""
+        """Reset an operator to its initial state, after a fault that ends all requests in it.
+
+        The caller ends the requests of the items that the operator held.
+        """
         cell = self.cells[node]
         cell.state, cell.wake_at, self._propagation.wakes_changed = cell.initial, None, True
 
     def lost(self, node: str) -> WrongResult | None:
-        """The error of an operator that dropped its state with requests in it; None without one."""
+        """The error of an operator that has dropped held items from its state; None if it did not.
+
+        An operator that asked for a wake-up is not checked: it may still send the items.
+        """
         cell, items = self.cells[node], self.held_items.of(node)
         if not items or cell.wake_at is not None:
             return None
         return state_was_lost(cell.operator, cell.state, cell.initial, items)
 
     def feed(self, node: str, happened: Input, now: float) -> list[TransactionOutcome]:
-        """The outcomes of an input. Raises NoCredit and OperatorFault; then nothing has changed."""
+        """Give an operator an input, and return the outcomes.
+
+        Raises NoCredit and OperatorFault; then nothing has changed.
+        """
         try:
             has_led_on = self._propagation.run_input(self.cells[node], happened, now)
         except BaseException as error:
             self._undo(error)
             raise
-        if not has_led_on:
+        if not has_led_on:  # most feedback: only the cells have to be committed
             self._journal.cells.clear()
-            return self._journal.outcomes  # no outcomes
+            return self._journal.outcomes  # an empty list
         return self._journal.commit()
 
     def send(self, source: str, item: Item, outlet: str, now: float) -> list[TransactionOutcome]:
-        """Send an item from a port or a service operator. Raises as `feed` does."""
+        """Send an item from the source or a service operator, and return the outcomes.
+
+        Raises as `feed` does.
+        """
         try:
             self._propagation.propagate(source, item, outlet, now)
         except BaseException as error:
@@ -111,7 +123,7 @@ class LogicGraph:
     def send_all(
         self, source: str, items: Sequence[Item], outlet: str, now: float
     ) -> list[TransactionOutcome]:
-        """Send items in one transaction. Raises as `feed` does where any item fails."""
+        """Send items in one transaction. Raises as `feed` does if any of the items fails."""
         try:
             self._propagation.propagate_batch(source, items, outlet, now)
         except BaseException as error:
@@ -123,4 +135,4 @@ class LogicGraph:
         if isinstance(error, NoCredit):
             self.undone = tuple(kept[0].name for kept in self._journal.cells)
         self._journal.roll_back(START)
-        self._propagation.wakes_changed = True
+        self._propagation.wakes_changed = True  # rolled-back cells may have other wake-up times

@@ -1,10 +1,12 @@
-"""Outlier detection: replicas that fail again and again get no new requests for some time.
+"""Outlier detection: replicas that fail repeatedly get no new requests for some time.
 
-Transfers fail over a bad link, computations by bad memory or weights. After `MOST_FAULTS` faults in
-a row a replica is ejected, for `FIRST_S` the first time, twice that the second time, and so on, as
-in Envoy; then it is tried again. At most half of an engine's replicas are ejected. Running requests
-continue. For a failed transfer, the end that failed with more peers is to blame, or else the
-receiver.
+A fault is a failed KV transfer (bad link) or a failed computation (bad memory or weights). After
+`MOST_FAULTS` faults in a row a replica is ejected, as in Envoy: for `FIRST_S` seconds the first
+time, 2 * `FIRST_S` the second time, and so on. Then it gets requests again. At most half of an
+engine's replicas are ejected at a time. Requests on an ejected replica continue.
+
+A failed transfer counts against both of its replicas. If both are due for ejection, the replica
+whose transfers failed with more different peers is ejected, and on a tie the receiver.
 """
 
 import math
@@ -16,27 +18,27 @@ from sagellm.runtime.messages import EngineReplica
 
 MOST_FAULTS = 5
 FIRST_S = 10.0
-_MAX_PEERS = 4 * MOST_FAULTS
+_MAX_PEERS = 4 * MOST_FAULTS  # faults that are kept for each replica, to bound the memory
 
 
 @dataclass(slots=True)
 class _Record:
     """The faults of one replica.
 
-    `peers`: of its failed transfers since the last success. `because`: the peers for which it is
-    ejected.
+    `peers`: the other replica of each failed transfer since the last success; for a failed
+    computation, the replica itself. `because`: the part of `peers` that led to the ejection.
     """
 
     replica: EngineReplica
     peers: list[EngineReplica] = field(default_factory=list)
     because: list[EngineReplica] = field(default_factory=list)
-    num_ejections: int = 0  # in a row
+    num_ejections: int = 0  # ejections without a rehabilitation between them
     until_s: float | None = None  # end of the ejection; None while admitted
     back_s: float = 0.0  # end of the last ejection
 
 
 class Presence(Protocol):
-    """Which replicas are present."""
+    """What `Outliers` asks about the availability of replicas."""
 
     def is_lost(self, replica: EngineReplica) -> bool: ...
 
@@ -44,9 +46,10 @@ class Presence(Protocol):
 
 
 class Outliers:
-    """`on_change(replica, for_s)`: called when a replica is ejected for so long, or readmitted (0).
+    """Counts faults, and ejects and readmits replicas.
 
-    `clock`: the core's.
+    `on_change(replica, for_s)` is called when a replica is ejected for `for_s` seconds, and with 0
+    seconds when it is readmitted. `clock`: the core's clock, in seconds.
     """
 
     def __init__(
@@ -55,15 +58,18 @@ class Outliers:
         clock: Callable[[], float],
         on_change: Callable[[EngineReplica, float], None],
     ) -> None:
-        self.num_ejections: dict[tuple[str, int], int] = {}  # since the start
-        self.suspects: set[EngineReplica] = set()  # their engine failed, and gave no token since
+        self.num_ejections: dict[tuple[str, int], int] = {}  # by replica, since the start
+        self.suspects: set[EngineReplica] = set()  # replicas without a token since a failure
         self._presence = presence
         self._clock = clock
         self._on_change = on_change
         self._records: dict[tuple[str, int], _Record] = {}
 
     def failed(self, sender: EngineReplica, receiver: EngineReplica) -> None:
-        """A transfer failed; either end may be to blame, unless one of them is lost."""
+        """Count a failed transfer against both replicas, and eject a replica that is due.
+
+        A transfer with a lost replica does not count: the loss explains the failure.
+        """
         if self._presence.is_lost(sender) or self._presence.is_lost(receiver):
             return
         ends = [self._records.setdefault(one, _Record(one)) for one in (receiver, sender)]
@@ -76,7 +82,7 @@ class Outliers:
                 self._clear_peer(record.replica)
 
     def passed(self, sender: EngineReplica, receiver: EngineReplica) -> None:
-        """A transfer succeeded: neither end is to blame for the failures before."""
+        """Clear the faults of both replicas after a transfer that succeeded."""
         for replica in (sender, receiver):
             record = self._records.get(replica)
             if record is None:
@@ -86,7 +92,7 @@ class Outliers:
                 del self._records[replica]
 
     def computed_wrong(self, replica: EngineReplica) -> None:
-        """The engine of a replica failed on a request."""
+        """Count a request that the engine of a replica failed to compute."""
         if self._presence.is_lost(replica):
             return
         self.suspects.add(replica)
@@ -97,12 +103,15 @@ class Outliers:
             self._eject(record)
 
     def computed(self, replica: EngineReplica) -> None:
-        """The engine of a replica gave a token: the requests caused its earlier failures."""
+        """Clear the faults of a replica whose engine gave a token.
+
+        An engine that can still compute did not cause its earlier failures; the requests did.
+        """
         self.suspects.discard(replica)
         self.passed(replica, replica)
 
     def forget(self, replica: EngineReplica) -> None:
-        """A replica is lost, or is back with a new process: forget all faults with it."""
+        """Forget all faults of and with a replica that was lost, or is back with a new process."""
         self.suspects.discard(replica)
         record = self._records.pop(replica, None)
         if record is not None and record.until_s is not None:
@@ -121,7 +130,7 @@ class Outliers:
 
     @property
     def next_end_s(self) -> float:
-        """When the next replica is readmitted."""
+        """The time at which the next replica is readmitted; infinite if none is ejected."""
         ends = (record.until_s for record in self._records.values())
         return min((end for end in ends if end is not None), default=math.inf)
 
@@ -132,7 +141,7 @@ class Outliers:
                 self._readmit(record)
 
     def _clear_peer(self, culprit: EngineReplica) -> None:
-        """Clear the faults of other replicas with the culprit."""
+        """Clear the faults that other replicas have because of the ejected `culprit`."""
         for record in self._records.values():
             if record.replica != culprit:
                 record.peers = [peer for peer in record.peers if peer != culprit]
@@ -142,13 +151,16 @@ class Outliers:
         return [one for one in records if one.replica.engine == engine and one.until_s is not None]
 
     def _readmit_for_quorum(self, engine: str) -> None:
-        """Readmit replicas, the next in line first, where others are lost."""
+        """Readmit replicas until at most half of the present replicas are ejected.
+
+        The replicas whose ejection ends first are readmitted first.
+        """
         out = sorted(self._ejected(engine), key=lambda record: record.until_s or 0.0)
         while 2 * len(out) > self._presence.num_present(engine):
             self._readmit(out.pop(0))
 
     def _eject(self, record: _Record) -> bool:
-        """Eject a replica, unless too many are ejected; True where it was."""
+        """Eject a replica, unless too many are ejected. Returns whether it was ejected."""
         engine, _ = record.replica
         if 2 * (len(self._ejected(engine)) + 1) > self._presence.num_present(engine):
             return False
@@ -167,5 +179,5 @@ class Outliers:
         self._on_change(record.replica, 0.0)
 
     def _is_rehabilitated(self, record: _Record) -> bool:
-        """Whether a replica has been admitted for as long as its last ejection."""
+        """Whether a replica has worked for as long as its last ejection lasted."""
         return self._clock() - record.back_s >= FIRST_S * record.num_ejections

@@ -1,6 +1,6 @@
 """Outputs of operators: how each kind is checked and carried out inside a transaction.
 
-A wrong output is an error of its operator, so that no request gets lost.
+A wrong output raises an error, which ends the requests concerned; ignoring it would lose them.
 """
 
 import math
@@ -35,14 +35,17 @@ _LOST = "its request would never end: emit or terminate it"
 
 
 def must_be_answered(item: Item) -> bool:
-    """Whether a request hangs if an operator drops this item. Tokens may be left out."""
+    """Whether the request of an item would never end if an operator dropped the item.
+
+    False only for tokens that do not end their choice.
+    """
     return not isinstance(item, TokenEvent) or item.is_last
 
 
 def check_step(operator: Any, happened: Input, step: object, before: object) -> None:
-    """Raise WrongResult for anything but a Step, and for a Step that loses an item.
+    """Raise WrongResult if the answer to an input is no valid Step, or loses an arrived item.
 
-    An item is lost if the operator sends nothing, keeps its state and asks for no wake-up.
+    The item is lost if the Step has no outputs, the same state as `before` and no wake-up.
     """
     if not isinstance(step, Step):
         raise wrong_result(operator.on, f"`on` returned {kind_of(step)}; a Step was wanted")
@@ -71,10 +74,10 @@ def _is_time(value: object) -> bool:
 def state_was_lost(
     operator: Any, state: object, initial: object, held: Iterable[Item]
 ) -> WrongResult | None:
-    """The error of an operator that has dropped the items it kept.
+    """The error of an operator whose state no longer has the items that it holds, or None.
 
-    Such an operator was given items, has sent none of them, waits for nothing, and has its initial
-    state or None.
+    `held`: items that the operator got and has not sent. They are lost if the state is None or
+    equals the initial state.
     """
     item = next((item for item in held if must_be_answered(item)), None)
     if item is None or not (state is None or _is_same(state, initial)):
@@ -92,7 +95,7 @@ def _is_same(state: object, initial: object) -> bool:
 
 
 def check_item(operator: Any, item: object) -> None:
-    """Raise WrongResult for an object that cannot travel."""
+    """Raise WrongResult if an object that an operator sends is no Item."""
     if type(item) not in ITEMS:
         cause = f"it sent {kind_of(item)}; a Request, TokenEvent, Prefilled or Answer was wanted"
         raise wrong_result(operator.on, cause)
@@ -120,7 +123,10 @@ def unknown_outlet(operator: Any, outlet: str, known: Iterable[str]) -> WrongRes
 
 
 def not_answered(service: Any, item: Item) -> WrongResult:
-    """The error of a service operator with `holds` False that sent nothing for an item."""
+    """The error of a service operator whose `on_item` returned without sending anything.
+
+    Only for operators with `holds` False: others may send later.
+    """
     kind = type(item).__name__
     return wrong_result(service.on_item, f"`on_item` took a {kind} and sent nothing; {_LOST}")
 
@@ -134,7 +140,7 @@ OutputHandler: TypeAlias = Callable[[LogicCell, Any, float, SendItem], None]
 
 
 class ItemSender(Protocol):
-    """Sends items along edges. Both methods raise NoCredit and OperatorFault."""
+    """Sends items of an operator along its edges. Both methods raise NoCredit and OperatorFault."""
 
     def propagate(self, node: str, item: Item, outlet: str, now: float) -> None: ...
     def propagate_batch(
@@ -143,9 +149,9 @@ class ItemSender(Protocol):
 
 
 class Outputs:
-    """`by_type`: the handler of each kind of output, called as (cell, output, now, send).
+    """The handlers of outputs, by the type of the output, in `by_type`.
 
-    `send` sends an item that the operator emits.
+    A handler is called with (cell, output, now, send); `send` sends an emitted item.
     """
 
     def __init__(
@@ -180,10 +186,9 @@ class Outputs:
         self._propagation.propagate_batch(cell.name, output.items, output.outlet, now)
 
     def _emit_first(self, cell: LogicCell, output: EmitFirst, now: float, send: SendItem) -> None:
-        """Send the first choice that has credit.
+        """Send an item on its first placement that has credit.
 
-        Raises NoCredit where none has credit, and while the input is held back for the first
-        choice.
+        Raises NoCredit if none has credit, and while the input waits for its first placement.
         """
         refused: NoCredit | None = None
         mark, choices = self._journal.mark(), iter(output.choices)
@@ -195,14 +200,14 @@ class Outputs:
                 return
             except NoCredit as error:
                 self._journal.roll_back(mark)
-                # Only the first choice may hold the input back.
+                # Only the first placement may hold the input back.
                 if refused is None and output.hold_s and error.replica is not None:
                     gate = CreditGate(error.node, error.replica)
                     if self._holds.holds(cell.name, item, gate, output.hold_s, now):
                         raise
                 refused = refused or error
                 if not self._gates.may_take(error.node, item):
-                    break  # no replica has credit: other choices are tried in vain
+                    break  # no replica has credit, so no other placement can succeed
         if refused is None:
             raise WrongResult("an EmitFirst has no item; give one at least")
         raise NoCredit(refused.node, None)
@@ -213,8 +218,8 @@ class Outputs:
     def _offer(self, cell: LogicCell, output: Offer, now: float, send: SendItem) -> None:
         """Send the first offered item that has credit.
 
-        If an operator downstream fails on an item, the item counts as accepted and ends as failed.
-        In its queue it would fail every later request.
+        If an operator downstream fails on an item, the item leaves its queue and ends as failed. If
+        it stayed, each later offer would fail on it again.
         """
         mark = self._journal.mark()
         for item in self._refusals.worth_trying(cell.name, output.items):
@@ -246,7 +251,7 @@ class Outputs:
 
 
 def _next(cell: LogicCell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
-    """The next choice, which the operator makes now: its exceptions are faults of the operator."""
+    """The next placement. The operator computes it now, so its exceptions are operator faults."""
     try:
         return next(choices, None)
     except (Exception, *LEAVING) as error:
@@ -255,7 +260,7 @@ def _next(cell: LogicCell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, A
 
 
 def _dispatched(item: Item, now: float) -> Item:
-    """A request that leaves its queue, stamped with the time."""
+    """The item; a request gets the stamp `dispatched_s`, as it leaves its queue."""
     if not isinstance(item, Request):
         return item
     return replace(item, stamps=replace(item.stamps, dispatched_s=now))

@@ -1,4 +1,4 @@
-"""Inputs and items that wait for credit, requests held back, and offers that were refused."""
+"""What waits for credit: parked inputs and items, holds for one replica, and refused offers."""
 
 import heapq
 import math
@@ -20,7 +20,7 @@ from sagellm.runtime.operator import Arrival, Input
 
 
 class BlockedAt(NamedTuple):
-    """A service operator without credit, at one replica or, where that is None, at all."""
+    """A service operator without credit: at one replica, or with None at every replica."""
 
     node: str
     replica: int | None
@@ -31,26 +31,26 @@ _NOT_TRIED = BlockedAt("", None)
 
 @dataclass(slots=True, eq=False)
 class ParkedInput:
-    """An input of a logic operator that leads to an item without credit at `blocked_at`."""
+    """An undone input of a logic operator: it led to an item without credit at `blocked_at`."""
 
     node: str
     happened: Input
     blocked_at: BlockedAt
-    watches: list[Stopwatch]
-    number: int = 0
+    watches: list[Stopwatch]  # run while the input waits
+    number: int = 0  # its place in the order of all entries
 
     @property
     def request_id(self) -> str | None:
-        """The request that waits; None where the input is not the arrival of a request."""
+        """The request that waits; None if the input is not the arrival of a request."""
         item = self.happened.item if isinstance(self.happened, Arrival) else None
         return item.request_id if isinstance(item, Request) else None
 
 
 @dataclass(slots=True, eq=False)
 class ParkedItems:
-    """Items from a port or a service operator; the first has no credit at `blocked_at`.
+    """Items from the source or a service operator; the first has no credit at `blocked_at`.
 
-    `request_id`: of the request, where the items are requests. Such items all belong to one.
+    `request_id`: the request of which all items are choices; None if the items are no requests.
     """
 
     ticket: int
@@ -68,7 +68,7 @@ ParkedEntry: TypeAlias = ParkedInput | ParkedItems
 
 
 class Parking:
-    """All parked entries, by the gate that blocks them (in order), by request and by ticket."""
+    """All parked entries: by the gate that blocks them, in order; by request; and by ticket."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
@@ -88,12 +88,12 @@ class Parking:
             watch.enter()
 
     def move(self, parked: ParkedEntry, before: BlockedAt) -> None:
-        """File an entry under its new gate; `before` is the old one."""
+        """Move an entry from the gate `before` to its new gate `parked.blocked_at`."""
         self._leave(parked, before)
         self._by_gate[parked.blocked_at][parked.number] = parked
 
     def remove(self, parked: ParkedEntry, before: BlockedAt) -> None:
-        """Remove an entry that is filed under `before`, and stop its stopwatches."""
+        """Remove an entry from the gate `before`, and stop its stopwatches."""
         self._leave(parked, before)
         if parked.request_id is not None:
             del self._by_request[parked.request_id][parked.number]
@@ -109,7 +109,7 @@ class Parking:
         return not self._by_gate
 
     def first(self, blocked_at: BlockedAt) -> ParkedEntry | None:
-        """The entry that has waited longest for a gate."""
+        """The entry that has waited longest at a gate."""
         waiting = self._by_gate.get(blocked_at)
         return next(iter(waiting.values())) if waiting else None
 
@@ -146,8 +146,8 @@ class _Hold:
 class Holds:
     """Requests that wait a limited time for one replica, although other replicas have room.
 
-    Each operator holds back a request once, from the first try on. A hold is kept until its request
-    ends, so that a request that is tried again gets no second hold.
+    An operator holds a request back at most once; the time counts from the first try. A hold is
+    remembered until the request ends, so that a retried request gets no second hold.
     """
 
     _by_request: dict[str, dict[_HoldKey, _Hold]] = field(default_factory=dict)
@@ -156,7 +156,10 @@ class Holds:
     has_changed: bool = False  # whether the next end may have changed since it was read
 
     def holds(self, node: str, item: Item, gate: CreditGate, limit_s: float, now: float) -> bool:
-        """Whether operator `node` may hold an item back for `gate`, for up to `limit_s`."""
+        """Whether operator `node` still holds an item back for `gate`.
+
+        The first call for an item begins its hold, which lasts up to `limit_s` seconds.
+        """
         if not isinstance(item, Request):
             return False
         known = self._by_request.setdefault(item.request_id, {})
@@ -178,14 +181,14 @@ class Holds:
 
     @property
     def next_end_s(self) -> float:
-        """When the first hold ends; infinite without holds."""
+        """The time at which the first hold ends; infinite without holds."""
         self.has_changed = False
         while self._ends and self._ends[0][2].is_over:
             heapq.heappop(self._ends)
         return self._ends[0][0] if self._ends else math.inf
 
     def take_due(self, now: float) -> dict[CreditGate, list[str]]:
-        """End the holds that are due. Returns their requests, by the gate that they waited for."""
+        """End the holds that are due. Returns their requests by the gate where they waited."""
         due: dict[CreditGate, list[str]] = {}
         while self._ends and self._ends[0][0] <= now:
             hold = heapq.heappop(self._ends)[2]
@@ -196,7 +199,10 @@ class Holds:
 
 
 class _Refusal(msgspec.Struct, frozen=True, gc=False):
-    """The service operator `node` refused an item; `states` are those that led the item there."""
+    """The service operator `node` refused an item.
+
+    `states`: the states of branching operators at that time, which led the item to `node`.
+    """
 
     node: str
     item: Item
@@ -204,10 +210,10 @@ class _Refusal(msgspec.Struct, frozen=True, gc=False):
 
 
 class RefusalCache:
-    """The service operators that refused offered requests, so that no offer is tried in vain.
+    """Remembers which service operator refused each offered request, to skip hopeless tries.
 
-    A refusal is valid while neither the request nor the state of an operator with several outlets
-    changes: until then the request would go to the same service operator.
+    A refusal is valid until the state of an operator with several outlets changes: until then, the
+    request would go to the same service operator again.
     """
 
     def __init__(self, graph: Graph, cells: Mapping[str, LogicCell], gates: Gates) -> None:
@@ -216,23 +222,25 @@ class RefusalCache:
         outlets = {name: {edge.outlet for edge in graph.outputs(name)} for name in cells}
         self._branching = tuple(cell for name, cell in cells.items() if len(outlets[name]) > 1)
         self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
-        # By the identity of the item: a refusal keeps its item alive, so no id is used again.
+        # By id(item), which hashes fast; a refusal keeps its item alive, so no id is used again.
         self._refusals: dict[int, _Refusal] = {}
         self._by_request: dict[str, set[int]] = {}  # the keys of `_refusals`
 
     def remember(self, item: Item, node: str) -> None:
-        """Record that a service operator refused an item that `worth_trying` had yielded."""
+        """Record that service operator `node` refused an item that `worth_trying` had yielded."""
         if isinstance(item, Request):
             self._refusals[id(item)] = _Refusal(node, item, self._states)
             self._by_request.setdefault(item.request_id, set()).add(id(item))
 
     def worth_trying(self, node: str, items: tuple[Item, ...]) -> Iterator[Item]:
-        """The items of `node` that a service operator might take: the operator that refused the
-        item, where its refusal is valid, or any operator. States must not change meanwhile.
+        """The items offered by `node` that a service operator might take now.
+
+        For an item with a valid refusal, only the operator that refused it is asked. Operator
+        states must not change while the caller iterates.
         """
         refusals, states, gates = self._refusals, self._states_now(), self._gates
         entered = self._entrances[node]
-        full = ""  # an operator that has no room for any request
+        full = ""  # the latest operator found without room for any request
         for item in items:
             refusal = refusals.get(id(item))
             if refusal is None or refusal.states is not states:
@@ -246,7 +254,10 @@ class RefusalCache:
                 full = refusal.node
 
     def _states_now(self) -> tuple[Any, ...]:
-        """The states of branching operators: the same tuple object until one of them changes."""
+        """The states of operators with several outlets.
+
+        The same tuple object is returned until a state changes, so that tuples compare by identity.
+        """
         states = [cell.state for cell in self._branching]
         if not all(map(is_, states, self._states)):
             self._states = tuple(states)
@@ -259,9 +270,9 @@ class RefusalCache:
 
 
 def replica_for(item: Item, node: str, num_replicas: int) -> int:
-    """The replica of `node` that the router placed an item on, or the only replica.
+    """The replica of `node` that a router chose for an item, or the only replica.
 
-    Raises LookupError where there are several replicas and no router chose one.
+    Raises LookupError if there are several replicas and no router chose one.
     """
     if num_replicas == 1:
         return 0
@@ -272,7 +283,7 @@ def replica_for(item: Item, node: str, num_replicas: int) -> int:
 
 
 def entrances(graph: Graph, cells: Container[str], start: str) -> tuple[str, ...]:
-    """The service operators, and the sink, that items of `start` reach through logic operators."""
+    """The service operators and sink that items of `start` reach through logic operators only."""
     found: dict[str, None] = {}
     level = [start]
     for node in level:  # grows while it is read: breadth first

@@ -1,4 +1,4 @@
-"""Indexes of the prefix blocks that engines report, shared by all operators that subscribe."""
+"""Keeps the indexes of prefix blocks up to date with the reports of engines."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ FORGOTTEN_AT_ONCE = 1024  # blocks in one event: 1 to 4 ms
 
 @dataclass(slots=True)
 class _Reporter:
-    """The last report of one replica, and the blocks that it has.
+    """The last report of one replica, and the blocks that the replica has.
 
-    Each hash in `blocks` is the one bytes object that all replicas and the index share. While
-    `is_valid` is False, reports are ignored until the replica reports all blocks. `is_asked_later`:
-    the replica is asked after its old blocks are forgotten.
+    `blocks`: hash -> the same hash, as the bytes object that the index and all replicas share, to
+    save memory. `is_valid` False: changes are ignored until the replica reports all its blocks.
+    `is_asked_later`: ask for that report once the old blocks are removed.
     """
 
     epoch: int = 0
@@ -31,23 +31,24 @@ class _Reporter:
 
 
 class PrefixIndexes:
-    """One `PrefixIndex` for each engine; operators get a new value with every change.
+    """One `PrefixIndex` for each engine. Every change makes a new index, which operators get.
 
-    Reports are applied in order. After a gap, an epoch that did not begin with all blocks, or a
-    loss, the replica is asked to report all blocks, and counts as empty until then. Its old blocks
-    are forgotten in slices, one slice an event; the replica is asked after the last slice.
+    The reports of a replica must be consecutive. If one is missing, or a new epoch does not begin
+    with all blocks, the replica counts as empty and is asked to report all its blocks. Its old
+    blocks are removed in slices, one slice per event of the core, so that no event takes long. The
+    replica is asked after the last slice.
 
-    All indexes together keep at most `plan.max_prefix_blocks` hashes. Blocks beyond that are left
-    out. The blocks that engines keep longest stay known: engines evict what is used least, and
-    every eviction makes room. After one block of a replica was left out, no more blocks of the
-    replica are stored, because they may follow the missing block. For each eighth of the bound that
-    becomes free, one such replica is asked to report all blocks.
+    All indexes together hold at most `plan.max_prefix_blocks` hashes; further blocks are left out.
+    Over time the index keeps the most used blocks, because engines evict the others, and every
+    eviction makes room. If a block of a replica was left out, the replica is truncated: later
+    blocks are left out too, because a block is useless without the blocks before it. Each time an
+    eighth of the bound has become free, one truncated replica is asked to report all its blocks.
     """
 
     def __init__(
         self, plan: Plan, reaction: Reaction, on_change: Callable[[str, PrefixIndex], None]
     ) -> None:
-        """`on_change` is called with an engine and its new index."""
+        """`on_change` is called with the name of an engine and its new index."""
         self.indexes = {
             engine: PrefixIndex(plan.facts[engine].block_size)
             for engine in plan.engines
@@ -57,13 +58,13 @@ class PrefixIndexes:
         self._reaction = reaction
         self._on_change = on_change
         self._num_blocks = 0
-        self._num_freed = 0  # by drops and losses, since a replica was truncated
+        self._num_freed = 0  # hashes removed since a replica was truncated
         self._reporters: dict[tuple[str, int], _Reporter] = {}  # by replica
-        self._forgetting: dict[EngineReplica, None] = {}  # in order
-        self._truncated: dict[EngineReplica, None] = {}  # in order
+        self._forgetting: dict[EngineReplica, None] = {}  # a queue: old blocks are being removed
+        self._truncated: dict[EngineReplica, None] = {}  # a queue: blocks were left out
 
     def ask(self, engine: str, number: int) -> None:
-        """Ask a replica for all its blocks, if any operator subscribes to them."""
+        """Ask a replica to report all its blocks, if any operator subscribes to them."""
         if engine in self.indexes:
             self._ask(EngineReplica(engine, number))
 
@@ -88,7 +89,7 @@ class PrefixIndexes:
         self._change(replica, known, changed.stored, changed.dropped)
 
     def lose(self, engine: str, number: int) -> None:
-        """Forget the blocks of a replica that is lost."""
+        """Forget the blocks of a lost replica."""
         replica = EngineReplica(engine, number)
         known = self._reporters.get(replica)
         if known is not None:
@@ -96,7 +97,10 @@ class PrefixIndexes:
             self._forget(replica, known)
 
     def settle(self) -> None:
-        """Forget one slice of blocks and ask one truncated replica again, after each event."""
+        """Remove one slice of old blocks, and ask one truncated replica if there is room for it.
+
+        The core calls this after each event.
+        """
         if self._forgetting:
             self._forget_slice()
         if not self._truncated:
@@ -110,11 +114,11 @@ class PrefixIndexes:
 
     @property
     def num_blocks(self) -> int:
-        """Hashes in all indexes."""
+        """The number of hashes in all indexes."""
         return self._num_blocks
 
     def num_blocks_of(self, engine: str, number: int) -> int:
-        """Blocks that a replica is known to have; 0 while they are being forgotten."""
+        """The number of blocks that a replica is known to have; 0 while old blocks are removed."""
         replica = EngineReplica(engine, number)
         known = self._reporters.get(replica)
         return 0 if known is None or replica in self._forgetting else len(known.blocks)
@@ -131,7 +135,10 @@ class PrefixIndexes:
         self._ask(replica)
 
     def _forget(self, replica: EngineReplica, known: _Reporter) -> None:
-        """Count a replica as empty; many blocks are marked void, and removed in later events."""
+        """Count a replica as empty, and remove its blocks.
+
+        More than `FORGOTTEN_AT_ONCE` blocks are marked void now, and removed in later events.
+        """
         known.is_valid = known.is_asked_later = False
         self._truncated.pop(replica, None)
         if not known.blocks or replica in self._forgetting:
@@ -144,7 +151,7 @@ class PrefixIndexes:
         self._set(replica.engine, replace(index, void=index.void | 1 << replica.number))
 
     def _forget_slice(self) -> None:
-        """Remove the latest blocks first, so that no block outlives the blocks before it."""
+        """Remove one slice of blocks, the latest first, so that no block outlives its parent."""
         replica = next(iter(self._forgetting))
         known, bit = self._reporters[replica], 1 << replica.number
         index = self.indexes[replica.engine]
@@ -195,7 +202,7 @@ class PrefixIndexes:
         self._set(engine, PrefixIndex(index.block_size, after, index.void))
 
     def _shared(self, engine: str, held: int, block: bytes) -> bytes:
-        """The bytes object of a block's hash, from the first replica that has the block."""
+        """The shared bytes object of a block's hash, from the first replica in the mask `held`."""
         first = (held & -held).bit_length() - 1
         return self._reporters[engine, first].blocks[block]
 

@@ -1,4 +1,4 @@
-"""The propagation of items through logic operators, inside one transaction."""
+"""Propagates an item through logic operators inside one transaction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,9 +35,9 @@ _SENDING = frozenset({EmitFirst, Wait, Terminate})  # outputs after which an ite
 
 
 class Propagation:
-    """Runs operators and passes their outputs along edges, and records all changes in the journal.
+    """Runs operators, sends their outputs along edges, and records all changes in the journal.
 
-    `num_replicas`: the current number for each service operator.
+    `num_replicas`: the current number of replicas of each service operator.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Propagation:
         self._output_handlers = Outputs(self, gates, journal, self.refusals, self.holds).by_type
 
     def run_input(self, cell: LogicCell, happened: Input, now: float) -> bool:
-        """Run an input, and answer the offers that it leads to.
+        """Give an operator an input, carry out its outputs, and answer accepted offers.
 
-        Returns False where the input has changed nothing but the state of the operator.
+        Returns False if only the state of the operator has changed.
         """
         outputs = self._run_operator(cell, cell.on, happened, now)
         if type(happened) is Arrival:
@@ -86,7 +86,7 @@ class Propagation:
         return True
 
     def _answer_offers(self, now: float) -> None:
-        """Answer the offers that were accepted."""
+        """Give `OfferTaken` to each operator whose offer was accepted."""
         accepted = self._journal.accepted
         while accepted:
             offering, item = accepted.popleft()
@@ -94,14 +94,14 @@ class Propagation:
             self._carry_out(offering, outputs, now, self._send_separately)
 
     def propagate(self, node: str, item: Item, outlet: str, now: float) -> None:
-        """Pass an item along the edge from an outlet. Raises NoCredit, OperatorFault."""
+        """Send an item along the edge from an outlet. Raises NoCredit, OperatorFault."""
         found = self._edges.get((node, outlet))
         if found is None:
             raise self._outlet_error(node, outlet)
         target, inlet, cell, count = found
         journal = self._journal
-        journal.counts.append((count, 1))
-        # Sending changes what is held only where this node holds the item, or took it just now.
+        journal.counts.append((count, 1))  # not counted now: the transaction may be undone
+        # Most nodes do not hold the item: record a change only if this node held it or kept it.
         held = journal.held.get(node)
         if (held and item.request_id in held) or node in journal.keeping:
             journal.held_changes.append((node, item, False))
@@ -116,7 +116,7 @@ class Propagation:
             self._enter(target, item)
 
     def propagate_batch(self, node: str, items: Sequence[Item], outlet: str, now: float) -> None:
-        """Pass several items along one edge: at once, if the operator there takes batches."""
+        """Send several items along one edge: in one call, if the operator there has `on_batch`."""
         found = self._edges.get((node, outlet))
         if found is None:
             raise self._outlet_error(node, outlet)
@@ -136,7 +136,10 @@ class Propagation:
     def _send_on(
         self, cell: LogicCell, item: Item, outputs: tuple[OperatorOutput, ...], now: float
     ) -> None:
-        """Carry out the answer to an item; nearly all operators send the item on at once."""
+        """Carry out the outputs for an item, and record the item as held if it was not sent on.
+
+        The first branch is a fast path: most operators send the same item on at once.
+        """
         if len(outputs) == 1 and type(outputs[0]) is Emit:
             sent = outputs[0].item
             if sent is item or (type(sent) is Request and sent.key == item.key):
@@ -148,9 +151,9 @@ class Propagation:
     def _run_operator(
         self, cell: LogicCell, method: Callable[..., Any], given: Any, now: float
     ) -> tuple[OperatorOutput, ...]:
-        """The outputs of an operator for an input; the cell gets the new state.
+        """Run one method of an operator, store the new state, and return the outputs.
 
-        The checks before `check_step` avoid its call for nearly all answers.
+        The inline checks avoid the call of `check_step` for most answers.
         """
         before, number, draw = cell.state, cell.num_inputs, cell.draw
         self._journal.cells.append((cell, before, number, cell.wake_at))
@@ -193,7 +196,7 @@ class Propagation:
     def _send_separately(self, node: str, item: Item, outlet: str, now: float) -> None:
         """Send one of the items that an operator kept.
 
-        If an operator downstream fails on the item, only that item ends.
+        If an operator downstream fails on the item, only its choice ends; the transaction goes on.
         """
         mark = self._journal.mark()
         try:
@@ -207,7 +210,8 @@ class Propagation:
         decoder, later = self._gates.reserved.later.get(node), None
         if decoder is not None:
             assert isinstance(item, Request)
-            # The same replica, where both operators use one engine.
+            # If no router chose a replica of the decoder, both operators use the same replica of
+            # one engine.
             later = CreditGate(decoder, item.placement.get(decoder, replica))
         refusing = self._journal.take(CreditGate(node, replica), item, later)
         if refusing is not None:

@@ -1,11 +1,11 @@
-"""Recovery of requests whose engine was lost: enter again at once, on trial, or never.
+"""Recovery: whether a request whose engine was lost enters again at once, on trial, or never.
 
-A request that got tokens since its last loss enters again at once. Any other request may be what
-the engine died of: such requests are tried one at a time, each until its first token, so that a
-second death has one cause. After two deaths a request is quarantined, and equal requests are
-refused for `QUARANTINE_S`.
+A request that got a token since its last loss enters again at once. Any other request may have
+crashed the engine. Such requests are tried one at a time, each until its first token, so that only
+one request can be to blame for the next crash. A request that may have crashed two engines is
+quarantined: it ends, and equal requests are refused for `QUARANTINE_S`.
 
-The loss of a link counts as half a death, because a request is rarely its cause.
+The loss of a link counts half as much as a crash, because a request rarely causes it.
 """
 
 import hashlib
@@ -23,17 +23,20 @@ RecoveryVerdict: TypeAlias = Literal["now", "later", "never", "spent"]
 
 QUARANTINE_S = 600.0
 _BLAME: dict[LossCause, float] = {"death": 1.0, "link": 0.5, "none": 0.0}
-_MAX_BLAME = 2.0  # since the last token
+_MAX_BLAME = 2.0  # blame that quarantines a request; a new token resets the blame
 _GAPS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_MAX_RETURNS = 100  # of one request, for whatever cause: engines are replaced, but not so often
+_MAX_RETURNS = 100  # losses of one request for any cause: stops an endless loop
 
 
 class Recovery:
-    """`clock`: the executor's, in seconds."""
+    """Decides which requests enter again, and keeps those that wait for their trial.
+
+    `clock`: the executor's clock, in seconds.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.num_migrated = 0
-        self.gaps_s = Buckets(_GAPS_S)  # from a loss to the next token or the end
+        self.gaps_s = Buckets(_GAPS_S)  # seconds from a loss to the next token or the end
         self._clock = clock
         self._lost_s: dict[ChoiceKey, float] = {}
         self._num_returns: dict[ChoiceKey, int] = {}
@@ -44,10 +47,11 @@ class Recovery:
         self._blocked_until_s: dict[bytes, float] = {}
 
     def judge(self, node: str, request: Request, cause: LossCause) -> RecoveryVerdict:
-        """Decide on a request that an engine of `node` lost.
+        """Decide on a request that an engine of the operator `node` lost.
 
-        `now`: let it enter. `later`: kept here, and returned by `next`. `never`: engines died of
-        it. `spent`: it returned too often, although no fault of its own is known.
+        `now`: let the request enter. `later`: the request is kept here until `next` returns it.
+        `never`: the request may have crashed two engines; it must end. `spent`: the request was
+        lost too often, though nothing suggests that it is the cause; it must end.
         """
         key = request.key
         self._lost_s.setdefault(key, self._clock())
@@ -72,7 +76,10 @@ class Recovery:
         return "later"
 
     def next(self) -> tuple[str, Request] | None:
-        """The next request to try, which is now on trial; None while another is on trial."""
+        """Put the next waiting request on trial, and return it with its operator.
+
+        Returns None while another request is on trial, or if no request waits.
+        """
         if self._on_trial is not None or not self._waiting:
             return None
         node, request = self._waiting.popleft()
@@ -80,7 +87,7 @@ class Recovery:
         return node, request
 
     def lost_s(self, key: ChoiceKey) -> float | None:
-        """When a request was lost, if it has had no token since."""
+        """The time at which a request was lost; None if it has had a token since."""
         return self._lost_s.get(key)
 
     @property
@@ -89,7 +96,7 @@ class Recovery:
         return bool(self._lost_s)
 
     def note(self, item: Item) -> None:
-        """An item reached the sink: its first token, or its end, completes the recovery."""
+        """Complete the recovery of a choice when tokens, or its end, reach the sink."""
         if item.key not in self._lost_s:
             return
         if isinstance(item, TokenEvent) and not item.num_tokens and not item.is_last:
@@ -99,14 +106,14 @@ class Recovery:
             self._on_trial = None
 
     def drop(self, concerned: Callable[[ChoiceKey], bool]) -> tuple[Request, ...]:
-        """Remove and return the requests that wait for their trial and are concerned."""
+        """Remove and return the requests that wait for their trial and match `concerned`."""
         dropped = tuple(request for _, request in self._waiting if concerned(request.key))
         if dropped:
             self._waiting = deque(one for one in self._waiting if not concerned(one[1].key))
         return dropped
 
     def forget(self, key: ChoiceKey) -> None:
-        """The choice has ended."""
+        """Drop everything about a choice that has ended."""
         if key not in self._num_returns:
             return
         for known in (self._num_returns, self._blame, self._num_known):
@@ -128,7 +135,10 @@ class Recovery:
 
 
 def _digest(request: Request) -> bytes:
-    """The digest of everything that a request makes an engine compute, for any client."""
+    """A digest of the prompt and the sampling parameters.
+
+    The seed and the client are left out: a crash rarely depends on them.
+    """
     sampling = msgspec.structs.replace(request.sampling, seed=None)
     prompt = request.prompt_token_ids or (request.prompt, request.messages)
     content = msgspec.msgpack.encode((prompt, sampling))

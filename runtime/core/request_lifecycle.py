@@ -1,4 +1,4 @@
-"""The life cycle of requests: which are open, their signals, and how each choice ends."""
+"""The life cycle of requests: opens them, keeps their signals, and ends each choice once."""
 
 import heapq
 import math
@@ -26,26 +26,26 @@ from sagellm.runtime.user_function import end_event, failure_event
 
 
 class OpenChoices(msgspec.Struct):
-    """One open request, with the choices that have had no last event yet."""
+    """One open request, with those of its choices that have not ended."""
 
     choices: set[int]
     expires_s: float | None = None
-    tombstone: Signal | None = None
+    tombstone: Signal | None = None  # the first signal that ended the whole request
     arrived_s: float = 0.0
     unavailable: set[int] = set()  # choices that waited too long for an engine
 
 
 class Register:
-    """The open requests: opened on entry, and closed choice by choice.
+    """The open requests. A request is opened when it enters, and closed choice by choice.
 
-    `abandoned`: choices that ended outside their engine, until the engine has released them.
+    `abandoned`: choices that have ended, but that their engine has not released yet.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, OpenChoices] = {}
         self.abandoned: set[ChoiceKey] = set()
-        self.expiries_changed = False  # since `next_expiry_s` was read last
-        self._expiries: list[tuple[float, str]] = []
+        self.expiries_changed = False  # whether `next_expiry_s` may differ from its last value
+        self._expiries: list[tuple[float, str]] = []  # a heap; may hold requests that have ended
 
     def __contains__(self, request_id: str) -> bool:
         if request_id in self.entries:
@@ -69,12 +69,12 @@ class Register:
         return entry is not None and key[1] in entry.choices
 
     def is_over(self, key: ChoiceKey) -> bool:
-        """Whether a choice has ended, or is about to end."""
+        """Whether a choice has ended, or is about to end because no engine is available."""
         entry = self.entries.get(key[0])
         return entry is None or key[1] not in entry.choices or key[1] in entry.unavailable
 
     def close(self, key: ChoiceKey) -> bool:
-        """Close a choice; True where it was the last of its request."""
+        """Close a choice. Returns whether it was the last open choice of its request."""
         entry = self.entries[key[0]]
         entry.choices.discard(key[1])
         if entry.choices:
@@ -85,25 +85,26 @@ class Register:
         return True
 
     def tombstone(self, request_id: str) -> Signal | None:
+        """The signal that ended a request that is still open; None without one."""
         entry = self.entries.get(request_id)
         return entry.tombstone if entry else None
 
     def record_signal(self, signal: Signal) -> None:
-        """Keep a signal until its request ends, for operators that the request reaches later."""
+        """Keep a signal until its request is closed, for items that it overtook."""
         entry = self.entries[signal.request_id]
         if signal.choice is None and entry.tombstone is None:
             entry.tombstone = signal
 
     @property
     def next_expiry_s(self) -> float:
-        """When the first open request expires. Drops requests that ended before."""
+        """The time at which the first open request expires; infinite if none does."""
         self.expiries_changed = False
         while self._expiries and not self._is_due(*self._expiries[0]):
             heapq.heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else math.inf
 
     def take_expired(self, now: float) -> list[str]:
-        """The requests that have expired, each once."""
+        """Take and return the requests that have expired since the last call."""
         due = []
         while self.next_expiry_s <= now:
             due.append(heapq.heappop(self._expiries)[1])
@@ -121,7 +122,10 @@ _STOPPED = "the graph stopped before this request ended"
 
 
 class RequestLifecycle:
-    """`drops_tokens`: an operator of the graph may leave tokens of an answer out."""
+    """Opens requests, delivers their items to the session, and ends each choice exactly once.
+
+    `drops_tokens`: whether an operator may leave out tokens of an answer.
+    """
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class RequestLifecycle:
         self._held_items = held_items
 
     def open(self, requests: tuple[Request, ...]) -> None:
-        """All choices of one request enter."""
+        """Open a request with all its choices."""
         first, numbers = requests[0], {request.choice for request in requests}
         if first.request_id in self._releasing:
             self._releasing.remove(first.request_id)
@@ -154,9 +158,10 @@ class RequestLifecycle:
     def deliver(
         self, item: Item | Forked, *, terminal: bool = False, error: Exception | None = None
     ) -> None:
-        """Deliver an item, and close a choice with its last item.
+        """Deliver an item to the session, and close its choice if the item is the last.
 
-        Later items of a choice are dropped: a choice may end outside its engine.
+        Items of a closed choice are dropped: a choice may end while its engine still computes.
+        `terminal`: whether an operator or the core, not an engine, ended the choice.
         """
         if type(item) is TokenEvent and item.finish_reason is None:
             self._deliver_tokens(item, error)
@@ -172,7 +177,7 @@ class RequestLifecycle:
                 self._close(item, terminal=terminal)
 
     def _deliver_tokens(self, event: TokenEvent, error: Exception | None) -> None:
-        """Deliver tokens that do not end their choice: nearly all items."""
+        """Deliver tokens that do not end their choice; a fast path, as most items are such."""
         entry = self.register.entries.get(event.request_id)
         if entry is not None and event.choice in entry.choices:
             self.ledger.record_tokens(event)
@@ -181,25 +186,25 @@ class RequestLifecycle:
                 self.recovery.note(event)
 
     def finish(self, item: Item, reason: FinishReason | None = None) -> None:
-        """Send a choice its last event, unless it has ended. `reason` None: by its signal."""
+        """End the choice of an item, unless it has ended. Without `reason`, its signal decides."""
         reason = reason or reason_of(self.register.tombstone(item.request_id))
         self.deliver(end_event(item, reason, now=self._reaction.now), terminal=True)
 
     def fail(self, fault: OperatorFault, item: Item, *, is_logged: bool = False) -> None:
-        """End a choice as failed by an operator, and log the fault unless it is logged."""
+        """End the choice of an item on which an operator failed. Logs an unlogged fault."""
         if not is_logged:
             self._reaction.effects.append(Faulted(fault, item.request_id))
         event = failure_event(item, fault.public, now=self._reaction.now)
         self.deliver(event, terminal=True, error=fault.error)
 
     def end(self, event: TokenEvent, fault: OperatorFault | None) -> None:
-        """Send a choice its last event; log the fault, unless the choice had ended before."""
+        """End a choice with `event`, unless it has ended, and log the fault that ended it."""
         if fault is not None and self.register.is_open(event.key):
             self._reaction.effects.append(Faulted(fault, event.request_id))
         self.deliver(event, terminal=True, error=fault.error if fault is not None else None)
 
     def fail_open(self) -> None:
-        """The graph stops: end all open choices as failed."""
+        """End all open choices as failed, because the graph stops."""
         for request_id, entry in tuple(self.register.entries.items()):
             for choice in sorted(entry.choices):
                 last = TokenEvent(
@@ -210,22 +215,22 @@ class RequestLifecycle:
         self.register.entries.clear()
 
     def take_to_forget(self) -> list[str]:
-        """The ended requests that operators are to forget, each once."""
+        """Take and return the ended requests that operators must forget."""
         taken, self.to_forget = self.to_forget, []
         return taken
 
     def interrupt(self, signal: Signal) -> None:
-        """Give a signal to the replicas that hold a part of its request."""
+        """Give a signal to the replicas that hold a choice of its request."""
         holders = self._gates.holders(signal.request_id, signal.choice)
         for node, replica in dict.fromkeys(gate for gate, _ in holders):
             self._reaction.effects.append(Interrupt(node, replica, signal))
 
     def is_held(self, request_id: str, choice: int) -> bool:
-        """Whether a service operator holds a part of a choice."""
+        """Whether a service operator holds a choice."""
         return bool(self._gates.holders(request_id, choice))
 
     def note_released(self, key: ChoiceKey) -> None:
-        """A service operator has released an item of a choice."""
+        """Record that a service operator has released an item of a choice."""
         if key in self.register.abandoned and not self.is_held(*key):
             self.register.abandoned.discard(key)
         if key[0] in self._releasing and not self._gates.holds(key[0]):
@@ -240,7 +245,7 @@ class RequestLifecycle:
             self._reaction.effects.append(Deliver(forked))
 
     def _with_reason(self, item: Item) -> Item:
-        """Operators report every outside end as `cancelled`; supply the real reason."""
+        """The item with the real reason: operators report every end by a signal as `cancelled`."""
         if getattr(item, "finish_reason", None) != "cancelled":
             return item
         assert isinstance(item, TokenEvent | Answer)
@@ -259,10 +264,10 @@ class RequestLifecycle:
         self._held_items.forget(key[0], None if is_last else key[1])
         self.recovery.forget(key)
         if terminal and self.is_held(*key):
-            # The choice ended outside its engine (a user's function failed): stop the engine too.
+            # The engine still computes the choice (for example, a user's function failed on it).
             self.register.abandoned.add(key)
             self.interrupt(Signal("cancel", *key))
-        # Operators that count credit must know the request until all of it is back.
+        # Operators that count credit must know the request until all its credit is returned.
         if is_last and self._gates.holds(key[0]):
             self._releasing.add(key[0])
         elif is_last:
@@ -271,7 +276,7 @@ class RequestLifecycle:
 
 def ends(item: Item | Forked) -> bool:
     """Whether an item is the last of its choice."""
-    if isinstance(item, TokenEvent):  # nearly all items are
+    if isinstance(item, TokenEvent):  # first, as nearly all items are token events
         return item.is_last
     return not isinstance(item, Forked | Request | Prefilled)
 
@@ -281,15 +286,15 @@ def reason_of(signal: Signal | None) -> FinishReason:
 
 
 def unavailable_event(request: Request, now: float) -> TokenEvent:
-    """The end of a request that no engine can serve."""
+    """The last event of a request that no engine can serve."""
     return refusal(request, "refused", now=now, error=_NO_ENGINE, code="unavailable")
 
 
 def quarantined_event(request: Request, now: float) -> TokenEvent:
-    """The end of a request of which engines may have died."""
+    """The last event of a request that may have crashed engines."""
     return refusal(request, "failed", now=now, error=_QUARANTINED, code="request_quarantined")
 
 
 def retries_spent_event(request: Request, now: float) -> TokenEvent:
-    """The end of a request that returned too often, although no fault of its own is known."""
+    """The last event of a request that was lost too often, though probably not by its own fault."""
     return refusal(request, "failed", now=now, error=_SPENT, code="engine_failed")

@@ -1,1 +1,1 @@
-"""Executors: how the operators of a stream graph are run."""
+"""Executors: they run the operators of a stream graph."""

@@ -1,4 +1,4 @@
-"""What the executor lends a service operator: its context, and emissions that wait for credit."""
+"""The context of a service operator, and the emissions of tasks that wait for credit."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -27,7 +27,10 @@ from sagellm.runtime.port import Engine
 
 
 class _Emission:
-    """Items that a task waits to have sent."""
+    """The items of one waiting task that still have to be sent.
+
+    `sent`: called with each item once it is sent.
+    """
 
     def __init__(self, items: tuple[Item, ...], sent: Callable[[Item], None] | None) -> None:
         self._items = iter(items)
@@ -36,7 +39,7 @@ class _Emission:
         self.is_done = trio.Event()
 
     def advance(self, number: int) -> None:
-        """`number` more of the items were sent."""
+        """Record that the next `number` items were sent; let the task go on after the last."""
         for item in islice(self._items, number):
             if self._sent is not None:
                 self._sent(item)
@@ -46,16 +49,16 @@ class _Emission:
 
 
 class Emissions:
-    """The items that tasks send into the core, and the tasks that wait for credit.
+    """Sends items from tasks into the core, and lets the tasks wait for credit.
 
-    `dispatch` gives an event to the core and carries out its effects.
+    `dispatch`: gives an event to the core and carries out its effects.
     """
 
     def __init__(self, dispatch: Callable[[Event], None]) -> None:
         self._dispatch = dispatch
         self._tickets = count(1)
-        self._num_sent: dict[int, int] = {}  # by ticket, until its task waits
-        self._emissions: dict[int, _Emission] = {}  # of waiting tasks, by ticket
+        self._num_sent: dict[int, int] = {}  # by ticket, for tasks that do not wait yet
+        self._emissions: dict[int, _Emission] = {}  # by ticket, for tasks that wait
 
     async def emit(
         self,
@@ -65,8 +68,8 @@ class Emissions:
         outlet: str = "out",
         sent: Callable[[Item], None] | None = None,
     ) -> None:
-        """Send items of a service operator, waiting for credit. `sent` is called for each."""
-        # No full checkpoint: with credit, an item costs no switch of tasks.
+        """Send items of a service operator, waiting for credit. `sent` is called for each item."""
+        # No full checkpoint: if there is credit, sending must not cost a task switch.
         await trio.lowlevel.checkpoint_if_cancelled()
         await self.wait(items, lambda ticket: Emitted(ticket, node, replica, items, outlet), sent)
 
@@ -76,13 +79,14 @@ class Emissions:
         event: Callable[[int], Event],
         sent: Callable[[Item], None] | None = None,
     ) -> None:
-        """Dispatch an event with items, and wait until all of them have had credit.
+        """Dispatch an event that brings items into the core, and wait until all items are sent.
 
-        Cancellation withdraws the items that are still parked.
+        `event`: makes the event from its ticket. `sent`: called for each item. Cancellation
+        withdraws the items that are still parked.
         """
         ticket = next(self._tickets)
         self._dispatch(event(ticket))
-        num_sent = self._num_sent.pop(ticket, len(items))
+        num_sent = self._num_sent.pop(ticket, len(items))  # without an entry, none was parked
         if sent is not None:
             for item in items[:num_sent]:
                 sent(item)
@@ -98,7 +102,10 @@ class Emissions:
             del self._emissions[ticket]
 
     def advance(self, effect: Parked | Resumed) -> None:
-        """Items of a ticket were sent; its task may not wait yet."""
+        """Record that `effect.num_sent` items of a ticket were sent.
+
+        Before the task of the ticket waits, only the number is kept, and `wait` reads it.
+        """
         emission = self._emissions.get(effect.ticket)
         if emission is not None:
             emission.advance(effect.num_sent)
@@ -107,13 +114,13 @@ class Emissions:
             self._num_sent[effect.ticket] = before + effect.num_sent
 
     def end(self) -> None:
-        """The graph stops: let every task continue."""
+        """Let every waiting task continue, because the graph stops."""
         for emission in self._emissions.values():
             emission.is_done.set()
 
 
 class Executor(Protocol):
-    """What a context and its host need of the executor."""
+    """The members of an executor that contexts and hosts use."""
 
     core: Core
     engines: dict[str, tuple[Engine, ...]]
@@ -126,10 +133,10 @@ class Executor(Protocol):
 
 
 class ServiceContext:
-    """Implements the protocol Context.
+    """The implementation of the protocol `Context`.
 
-    `unanswered`: items that the operator took and has sent nothing for. `untransferred`: items
-    whose KV blocks do not come.
+    `unanswered`: items in `on_item` for which the operator has sent nothing yet. `untransferred`:
+    items whose KV blocks were not transferred.
     """
 
     def __init__(self, executor: Executor, name: str, replica: int) -> None:
@@ -190,7 +197,10 @@ class ServiceContext:
             self.note_transfer(item, succeeded=False)
 
     def note_transfer(self, item: Item, *, succeeded: bool) -> None:
-        """Report to the core between which replicas KV blocks were transferred, if any were."""
+        """Report to the core whether the KV blocks of an item were transferred.
+
+        Does nothing for an item without blocks to transfer.
+        """
         if isinstance(item, Prefilled) and item.lease is not None and item.reservation is not None:
             sender = EngineReplica(item.lease.engine, item.lease.replica)
             receiver = EngineReplica(item.reservation.engine, item.reservation.replica)

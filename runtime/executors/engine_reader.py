@@ -13,9 +13,9 @@ from sagellm.runtime.user_function import failure_event
 
 
 class EngineReader:
-    """Gives events to the operator.
+    """Gives the events of an engine to the operator.
 
-    Requests that the engine lost, or on which it failed, return to the core.
+    Requests that the engine lost, or failed on, go back to the core, which may retry them.
     """
 
     def __init__(self, context: ServiceContext, service: Service) -> None:
@@ -30,15 +30,15 @@ class EngineReader:
         )
 
     async def run(self) -> None:
-        """Read until the engine stops."""
+        """Read events until the engine stops."""
         context, clock = self._context, self._context.executor.clock
         async for events in context.engine.events(context.name):
-            if isinstance(events[0], Lost):  # a batch of losses holds nothing else
+            if isinstance(events[0], Lost):  # then all events of the batch are losses
                 self._recall(events)
                 continue
             begun_s = clock()
             failed = [one for one in events if getattr(one, "code", "") == ENGINE_FAILED]
-            if failed:  # failures come after the tokens of their step, which the requests keep
+            if failed:  # first the tokens of the same step, so that a retry resumes after them
                 await self._hand_on(tuple(one for one in events if one not in failed))
                 events = tuple(one for one in failed if not self._is_failed_over(one))
             await self._hand_on(events)
@@ -55,9 +55,9 @@ class EngineReader:
             self._fail_events(events, as_error(error))
 
     def _is_failed_over(self, last: EngineEvent) -> bool:
-        """Let the core decide where a request goes on which the engine failed.
+        """Give a request on which the engine failed to the core, which retries or ends it.
 
-        False where the operator does not hold the request.
+        Returns False if the operator does not hold the request.
         """
         context = self._context
         assert isinstance(last, TokenEvent)
@@ -71,7 +71,10 @@ class EngineReader:
         return True
 
     def _fail_events(self, events: tuple[EngineEvent, ...], error: Exception) -> None:
-        """End the choices of events on which the operator raised: its state of them is unknown."""
+        """End the choices of events on which the operator raised.
+
+        The operator may have handled some of the events, so none of the choices can continue.
+        """
         context = self._context
         self._meter.num_errors += 1
         fault = OperatorFault(context.name, error)
@@ -84,7 +87,7 @@ class EngineReader:
             self._context.release(first.key)
 
     def _recall(self, lost: tuple[EngineEvent, ...]) -> None:
-        """The engine is gone: return the requests that it held to the core."""
+        """Give the requests of lost sequences back to the core."""
         for event in lost:
             assert isinstance(event, Lost)
             request = self._recalled(event.key)
@@ -93,7 +96,10 @@ class EngineReader:
                 self._dispatch(Returned(self._context.name, request, event.cause))
 
     def _recalled(self, key: tuple[str, int]) -> Request | None:
-        """Take the request of a sequence from the operator, with everything emitted of it."""
+        """Take the request of a sequence from the operator, with all its emitted tokens.
+
+        Returns None if the operator does not hold it, or fails; then the choice has ended.
+        """
         try:
             return self._service.recall(self._context, key)
         except (Exception, *LEAVING) as error:
@@ -107,5 +113,5 @@ class EngineReader:
 
 
 def last_event(key: tuple[str, int], reason: FinishReason) -> TokenEvent:
-    """The end of a choice of which nothing else is known."""
+    """A last event for a choice of which only the key is known."""
     return TokenEvent(request_id=key[0], choice=key[1], finish_reason=reason)

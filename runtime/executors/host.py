@@ -1,4 +1,4 @@
-"""A host: one replica of a service operator, its queue of items and its tasks."""
+"""The host of one replica of a service operator: its queue of items and its tasks."""
 
 from collections import deque
 from collections.abc import Callable
@@ -21,10 +21,10 @@ log = get_logger("sagellm.executor")
 
 
 def log_fault(fault: OperatorFault, *, request_id: str) -> None:
-    """Log where an operator failed, and for which request.
+    """Log a fault of an operator, with the place in the code and the request.
 
-    An error of the user's own code is logged with its text and traceback, because the user has to
-    fix the code. Any other error is logged without its text, which may quote a request.
+    An error from the user's own code is logged with its text and traceback, because the user has to
+    fix it. Any other error is logged without its text, which may quote a request.
     """
     error = fault.error
     fields = {"node": fault.node, "request_id": request_id, "error": name_of(error)}
@@ -36,7 +36,7 @@ def log_fault(fault: OperatorFault, *, request_id: str) -> None:
 
 
 def _places(error: Exception) -> list[str]:
-    """file:line of each frame, outermost first."""
+    """file:line of each frame of an error's traceback, outermost first."""
     places, trace = [], error.__traceback__
     while trace is not None:
         places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
@@ -45,10 +45,10 @@ def _places(error: Exception) -> list[str]:
 
 
 class ItemQueue:
-    """The items that wait for one service operator, first in, first out.
+    """A FIFO queue of the items that wait for one service operator.
 
-    The credit of the operator bounds the queue. Items of an ended request are removed from the
-    middle.
+    Its length is bounded by the credit that the operator grants. Unlike trio's channels, it can
+    remove the items of an ended request from its middle.
     """
 
     def __init__(self) -> None:
@@ -63,14 +63,14 @@ class ItemQueue:
         self._waiting.unpark()
 
     async def take(self) -> Item:
-        """The oldest item; waits for one. Cancelled, it takes nothing."""
+        """Wait for an item, and take the oldest. If cancelled, takes nothing."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._items:
             await self._waiting.park()
         return self._items.popleft()
 
     def remove(self, unwanted: Callable[[Item], bool]) -> tuple[Item, ...]:
-        """Remove and return the unwanted items."""
+        """Remove and return the items for which `unwanted` is true."""
         removed = tuple(item for item in self._items if unwanted(item))
         if removed:
             self._items = deque(item for item in self._items if not unwanted(item))
@@ -78,9 +78,9 @@ class ItemQueue:
 
 
 class ServiceHost:
-    """Gives items to a service operator, in up to `concurrency` tasks.
+    """Gives items to one replica of a service operator, in `concurrency` tasks.
 
-    Ends items that are signalled meanwhile, or on which the operator raises.
+    If a signal ends the request of an item, or the operator raises on it, the host ends the item.
     """
 
     def __init__(self, executor: Executor, name: str, replica: int, service: Service) -> None:
@@ -96,6 +96,7 @@ class ServiceHost:
         executor.dispatch(Opened(name, replica, service.capacity(facts), block_size))
 
     def start(self, nursery: trio.Nursery) -> None:
+        """Start the tasks of the operator, and the reader of its engine."""
         for _ in range(self._service.concurrency):
             nursery.start_soon(self._work)
         if self._context.engine_name:
@@ -106,13 +107,14 @@ class ServiceHost:
         return len(self._mailbox)
 
     def put(self, item: Item) -> None:
-        """Queue an item whose credit is spent; end one whose cancel signal came before it."""
+        """Queue an item; end it instead if the signal that cancels its request came before."""
         if isinstance(item, TokenEvent) or self._register.tombstone(item.request_id) is None:
             self._mailbox.put(item)
         else:
             self._end(item)
 
     def signal(self, signal: Signal) -> None:
+        """End the queued and running items that a signal concerns, and give it to the operator."""
         for item in self._mailbox.remove(lambda item: _is_ended_by(item, signal)):
             self._end(item)
         for item, scope in self._scopes:
@@ -120,7 +122,7 @@ class ServiceHost:
                 scope.cancel()
         try:
             self._service.on_signal(self._context, signal)
-        except (Exception, *LEAVING) as error:  # other operators must get the signal too
+        except (Exception, *LEAVING) as error:  # a fault must not keep the signal from the others
             self._log(as_error(error), signal.request_id)
             self._end_held(signal)
 
@@ -141,7 +143,8 @@ class ServiceHost:
                     self._context.note_transfer(item, succeeded=False)
                 self._meter.num_errors += _is_transfer(item)
                 self._return_request(item, error)
-                # `take` does not yield while items wait, and all may have lost their engine.
+                # `take` does not yield while items wait: without a checkpoint, a queue of items
+                # that all lost their engine would block the thread.
                 await trio.lowlevel.checkpoint()
                 return
             except (Exception, *LEAVING) as error:
@@ -162,7 +165,7 @@ class ServiceHost:
             self._context.release(item.key)
 
     async def _take(self, item: Item) -> None:
-        """Run the operator. Raises WrongResult where it has dropped an item without an answer."""
+        """Run `on_item`. Raises WrongResult if it returned without an answer to the item."""
         if not self._service.holds and must_be_answered(item):
             self._context.unanswered.add(item.key)
         try:
@@ -173,7 +176,7 @@ class ServiceHost:
             self._context.unanswered.discard(item.key)
 
     def _return_request(self, item: Item, error: Exception) -> None:
-        """The operator had an item when its engine, or the engine's data, was lost."""
+        """Give the request of an item back to the core, after its engine or blocks were lost."""
         try:
             recalled = self._service.recall(self._context, item.key)
         except (Exception, *LEAVING) as fault:
@@ -191,14 +194,14 @@ class ServiceHost:
             self._executor.dispatch(Returned(self._context.name, request, cause))
 
     def _end(self, item: Item) -> None:
-        """A signal ended an item; the operator no longer holds it."""
+        """End an item because of a signal, and return its credit."""
         self._discard_and_release(item)
         self._executor.dispatch(
             Finished(item, reason_of(self._register.tombstone(item.request_id)))
         )
 
     def _end_held(self, signal: Signal) -> None:
-        """The operator failed on a signal: end everything it keeps of that request."""
+        """End all choices of a request that the operator holds, after it raised on a signal."""
         if not self._service.holds or signal.kind == "forget":
             return
         gate = self._context.name, self._context.replica
@@ -217,19 +220,20 @@ class ServiceHost:
         self._context.release(item.key)
 
     def discard(self, item: Item) -> None:
+        """Let the operator free the resources of an item; log its fault if it raises."""
         try:
             self._service.discard(self._context, item)
         except (Exception, *LEAVING) as error:
             self._log(as_error(error), item.request_id)
 
     def _log(self, error: Exception, request_id: str) -> None:
-        """Log a fault during clean-up; the request ends in any case."""
+        """Count and log a fault of the operator during clean-up; the request ends in any case."""
         self._meter.num_errors += 1
         log_fault(OperatorFault(self._context.name, error), request_id=request_id)
 
 
 def _is_transfer(item: Item) -> bool:
-    """Whether the blocks of an item are to move to another pool."""
+    """Whether an item has KV blocks to transfer to another pool."""
     return isinstance(item, Prefilled) and item.lease is not None and item.reservation is not None
 
 
@@ -240,5 +244,8 @@ def _request_of(item: Item) -> Request | None:
 
 
 def _is_ended_by(item: Item, signal: Signal) -> bool:
-    """Requests end at once; tokens of a running sequence continue to their last event."""
+    """Whether a signal ends an item at once.
+
+    False for tokens: they are delivered, up to the last event of their sequence.
+    """
     return not isinstance(item, TokenEvent) and signal.concerns(item.key)

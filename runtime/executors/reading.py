@@ -1,4 +1,4 @@
-"""The readings of an executor's meters, and how operators spent the time between two of them."""
+"""Readings of an executor's meters, and how operators spent the time between two readings."""
 
 import math
 from collections import deque
@@ -16,10 +16,11 @@ TERMINAL = "terminal"  # the implicit outlet of every operator to the sink
 
 @dataclass(frozen=True, slots=True)
 class OperatorReading:
-    """One logic operator, or one replica of a service operator, since the graph was opened.
+    """The counters of a logic operator, or of one replica of a service operator, since the start.
 
-    `num_out` counts all outlets, the implicit `terminal` included. `process_s` sums up calls, which
-    may overlap; `busy_s`, `backpressured_s` and the idle rest sum up to the elapsed time.
+    `num_out` counts all outlets, including the implicit `terminal`. `process_s`: the sum of the
+    times of all calls, which may overlap. `busy_s`, `backpressured_s` and idle time do not overlap,
+    and together are the elapsed time.
     """
 
     node: str
@@ -38,7 +39,7 @@ class OperatorReading:
 
 @dataclass(frozen=True, slots=True)
 class EdgeReading:
-    """One edge, explicit or implicit."""
+    """The number of items that have passed one edge, explicit or implicit."""
 
     source: str
     outlet: str
@@ -56,9 +57,9 @@ class Reading:
 
 
 def read(meter: Meter, plan: Plan, gates: Gates, waiting: Mapping[tuple[str, int], int]) -> Reading:
-    """Read all meters; nothing changes.
+    """Read all meters, without changing them.
 
-    `waiting`: how many items wait for each service operator.
+    `waiting`: the number of items in the queue of each (service operator, replica).
     """
     edges = _edges(meter, plan)
     operators: list[OperatorReading] = []
@@ -129,7 +130,7 @@ def _edges(meter: Meter, plan: Plan) -> tuple[EdgeReading, ...]:
 
 
 def _bound(plan: Plan, node: str) -> int | None:
-    """How many items may wait at `node`, by the nearest operator that bounds its queue."""
+    """The option `max_queued` of `node`, or else of the nearest operator upstream; None without."""
     for name in (node, *plan.ancestors(node)):
         bound = option_of(plan, name, "max_queued")
         if isinstance(bound, int):
@@ -138,12 +139,12 @@ def _bound(plan: Plan, node: str) -> int | None:
 
 
 def option_of(plan: Plan, node: str, option: str) -> Any:
-    """An option of a logic operator that keeps its `options`; None if it has none such."""
+    """The value of an option of a logic operator; None if the operator has no such option."""
     return getattr(getattr(plan.logic.get(node), "options", None), option, None)
 
 
 class Shares(NamedTuple):
-    """How an operator spent a span of time; the three shares sum up to one."""
+    """The shares of a span of time that an operator spent busy, idle and backpressured; sum 1."""
 
     busy: float
     idle: float
@@ -151,7 +152,7 @@ class Shares(NamedTuple):
 
 
 def shares(before: OperatorReading, after: OperatorReading, elapsed_s: float) -> Shares:
-    """The shares of a span; all idle where no time has passed."""
+    """The shares of the span between two readings; all idle if no time has passed."""
     if elapsed_s <= 0:
         return Shares(0.0, 1.0, 0.0)
     busy = min(max((after.busy_s - before.busy_s) / elapsed_s, 0.0), 1.0)
@@ -161,8 +162,9 @@ def shares(before: OperatorReading, after: OperatorReading, elapsed_s: float) ->
 
 
 class Window:
-    """The readings of the last `span_s` seconds, so that shares do not depend on when they are
-    read.
+    """The readings of the last `span_s` seconds, from which shares are computed.
+
+    Every reader gets shares over the same span, no matter how often it reads.
     """
 
     def __init__(self, span_s: float) -> None:
@@ -170,15 +172,18 @@ class Window:
         self._readings: deque[Reading] = deque()
 
     def add(self, reading: Reading) -> None:
-        """Keep a reading, newer than all before. The newest that is a whole span old stays."""
+        """Add a reading, which must be newer than all others, and drop readings that are too old.
+
+        The newest reading that is at least `span_s` old is kept.
+        """
         self._readings.append(reading)
         while len(self._readings) > 1 and self._readings[1].at_s <= reading.at_s - self._span_s:
             self._readings.popleft()
 
     def shares(self, now: Reading) -> dict[tuple[str, int], Shares]:
-        """(operator, replica) -> its shares since the oldest reading.
+        """(operator, replica) -> shares since the oldest kept reading.
 
-        A replica that is newer than that reading counts as idle.
+        A replica that is not in that reading counts as idle.
         """
         since = self._readings[0] if self._readings else now
         before = {(one.node, one.replica): one for one in since.operators}

@@ -1,4 +1,4 @@
-"""The `tasks` executor: one graph as trio tasks of one process, in one nursery."""
+"""The `tasks` executor: runs one graph as trio tasks of one process, in one nursery."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ from sagellm.runtime.prefixes import ReportsCache
 
 
 class Timer:
-    """Dispatches `TimeCame` at the time that the core asked for last."""
+    """Dispatches `TimeCame` at the time of the latest `WakeAt`."""
 
     def __init__(self, dispatch: Callable[[Event], None]) -> None:
         self._dispatch = dispatch
@@ -59,7 +59,7 @@ class Timer:
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            self._moved = trio.Event()
+            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
             with trio.move_on_at(self._at_s):
                 await self._moved.wait()
                 continue
@@ -72,18 +72,18 @@ RecordDecision: TypeAlias = Callable[[float, Event, list[Effect]], None]
 
 
 class ExecutorStopped(RuntimeError):
-    """A request came to a graph that has stopped."""
+    """A request was submitted to a graph that has stopped."""
 
     def __init__(self) -> None:
         super().__init__("the graph has stopped; open it again")
 
 
 class TasksExecutor:
-    """Runs a core under trio: logic operators in the core, service operators in tasks of their own.
+    """Runs a core under trio: logic operators in the core, service operators in their own tasks.
 
-    Every item at the sink is given to `deliver`, which must not wait; `max_tokens` bounds the items
-    of one request there. `engines`: the replicas of each engine of the plan. `record`: called with
-    each event, its time and its effects.
+    `deliver`: called with every item at the sink. It must not block, and may buffer the items:
+    `max_tokens` bounds the items of a request. `engines`: the replicas of each engine of the plan.
+    `record`: called with (time, event, effects) after each event.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class TasksExecutor:
         record: RecordDecision | None = None,
     ) -> None:
         self.engines = dict(engines or {})
-        self.cause: Exception | None = None  # the exception of the end that is being delivered
+        self.cause: Exception | None = None  # the exception that ended the item being delivered
         self.clock = trio.lowlevel.current_clock().current_time
-        self.now = trio.current_time
+        self.now = trio.current_time  # operators read the same clock as the core
         self.core = Core(plan, max_hold_s=max_hold_s, clock=self.clock)
         self._deliver = deliver
         self._record = record
@@ -134,9 +134,9 @@ class TasksExecutor:
         }
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run until cancelled, or until an engine or an operator's task fails.
+        """Run until cancelled, or until an engine or a task of an operator raises.
 
-        All open requests then end as failed, so that no caller waits for them.
+        Then all open requests end as failed, so that no caller waits forever.
         """
         try:
             async with trio.open_nursery() as nursery:
@@ -148,7 +148,7 @@ class TasksExecutor:
                 nursery.start_soon(self._timer.run)
                 task_status.started()
         finally:
-            # In this order: no new request may enter, and all open ones end before tasks go on.
+            # In this order, no new request can enter, and all requests end before tasks continue.
             self.is_stopped = True
             self.dispatch(Stopped())
             self._at_rest.unpark_all()
@@ -156,19 +156,19 @@ class TasksExecutor:
 
     @property
     def plan(self) -> Plan:
-        """The current plan: a new replica makes a new one."""
+        """The current plan; it is replaced when replicas are added or removed."""
         return self.core.plan
 
     @property
     def all_engines(self) -> tuple[Engine, ...]:
-        """The replicas of every engine."""
+        """All replicas of all engines."""
         return tuple(engine for replicas in self.engines.values() for engine in replicas)
 
     async def submit(self, *choices: Request) -> None:
-        """Let all choices of one request in through `source`.
+        """Send all choices of one request into the graph through `source`.
 
-        Waits only in a graph without a queue. Cancelled there, choices that have not entered end as
-        cancelled. Raises ExecutorStopped, and ValueError where the request id is in use.
+        In a graph without a queue, waits for credit; if cancelled meanwhile, the request ends as
+        cancelled. Raises ExecutorStopped, and ValueError if the request id is in use.
         """
         if self.is_stopped:
             raise ExecutorStopped
@@ -182,7 +182,7 @@ class TasksExecutor:
             raise
 
     def signal(self, signal: Signal) -> None:
-        """End a request or one of its choices; an unknown one is ignored."""
+        """End a request or one of its choices. Unknown requests are ignored."""
         self.dispatch(Signalled(signal))
 
     async def idle(self) -> None:
@@ -201,7 +201,7 @@ class TasksExecutor:
         return self.plan.is_routed(engine)
 
     def add(self, name: str, engine: Engine) -> None:
-        """Add a replica to a routed engine. The replica gets no request before `mark`."""
+        """Add a replica to a routed engine. It gets no request before `mark` with `is_up` True."""
         assert self._nursery is not None
         replica = len(self.engines[name])
         self.engines[name] = (*self.engines[name], engine)
@@ -214,17 +214,17 @@ class TasksExecutor:
             host.start(self._nursery)
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
-        """A replica of an engine is lost, or is back."""
+        """Record that a replica of an engine is up, or was lost."""
         self.dispatch(ReplicaMarked(engine, replica, is_up))
 
     def remove(self, engine: str, replica: int) -> None:
-        """A lost replica will not come back."""
+        """Record that a lost replica will not come back."""
         self.dispatch(ReplicaRemoved(engine, replica))
 
     def dispatch(self, event: Event) -> None:
-        """Give an event to the core and carry out its effects.
+        """Give an event to the core, and carry out its effects.
 
-        Events that arise from the effects are dispatched after them, in order.
+        If an effect dispatches another event, that event is queued until all effects are done.
         """
         self._events.append(event)
         if self._is_dispatching:  # the core is not re-entrant
