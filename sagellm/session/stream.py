@@ -168,16 +168,18 @@ class Stream:
                     self._causes[item.choice] = cause
         elif isinstance(item, Forked):
             self._num_open += item.num_choices - 1
-        overruns = self._overruns
+        is_overrun = self._mark_overrun()
         if self._is_due and self._arrived:
             self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
-        return overruns
+        return is_overrun
 
-    @property
-    def _overruns(self) -> bool:
-        """Whether the limits are exceeded for the first time, while more items can come."""
+    def _mark_overrun(self) -> bool:
+        """Record that the unread items exceed the limits. Return True the first time only.
+
+        Return False if all choices have ended: nothing is left to cancel.
+        """
         if self._num_open == 0 or not self._unread.is_limited or self._is_overrun:
             return False
         self._is_overrun = self._is_too_much
