@@ -41,7 +41,7 @@ class HostedModel:
 
 
 class ClaimedIds(NamedTuple):
-    """The ids of a call: its own, unique among open calls, and those of its graph requests."""
+    """The ids of one call. `id`: its own id, unique among open calls. `request_ids`: graph ids."""
 
     id: str
     request_ids: tuple[str, ...]

@@ -74,7 +74,7 @@ class Observer(Protocol):
 
 
 class Session:
-    """An open graph, for callers inside trio: `stream`, `generate` and `cancel` requests."""
+    """Sends requests to an open graph, from tasks of the trio loop that runs the graph."""
 
     def __init__(self, models: Models, make_executor: Callable[..., TasksExecutor]) -> None:
         self.observers: list[Observer] = []
@@ -97,7 +97,7 @@ class Session:
         limit_bytes: int | None = None,
         **fields: Any,
     ) -> Stream:
-        """Return the stream of one request. The first read of the stream submits the request.
+        """Return the stream of one request. Entering or reading the stream submits the request.
 
         `prompt` is a text, token ids, both (`Encoded`), or chat messages. `fields` may be
         request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, waited_s,
@@ -224,6 +224,7 @@ class Session:
             msgspec.structs.replace(request, stamps=stamps, expires_s=expires_s)
             for request in stream.requests
         ]
+        # Before the graph gets the choices, whose first items may arrive during `submit`.
         self._streams[request_id] = weakref.ref(stream, partial(self._collected, request_id))
         self._notify("submitted", choices)
         await self.executor.submit(*choices)
@@ -238,11 +239,11 @@ class Session:
 
     def _collected(self, request_id: str, stream: weakref.ref[Stream]) -> None:
         """Forget a stream without references. The garbage collector calls this in any thread."""
-        with suppress(trio.RunFinishedError):
+        with suppress(trio.RunFinishedError):  # the graph is closed, and its requests have ended
             self._token.run_sync_soon(self._forget_collected, request_id, stream)
 
     def _forget_collected(self, request_id: str, stream: weakref.ref[Stream]) -> None:
-        if self._streams.get(request_id) is stream:
+        if self._streams.get(request_id) is stream:  # a new stream may have the same id
             self._dismiss(request_id)
             self.cancel(request_id)
 
@@ -265,7 +266,7 @@ class Session:
             _log_end(item)
         known = self._streams.get(item.request_id)
         stream = None if known is None else known()
-        if stream is None:
+        if stream is None:  # the stream was closed or dropped, and its request is being cancelled
             return
         if stream.put(item, self.executor.cause):
             self._end(item.request_id, "slow_reader")

@@ -106,6 +106,7 @@ def _encoded(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
         text = _unicode(tokenizer.apply_chat_template(cast(Messages, prompt)))
         return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
     token_ids = _read_ids(prompt)
+    # With special tokens: an operator may rewrite this text, which is then encoded again.
     return Encoded(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
 
 
@@ -119,7 +120,7 @@ def _unicode(text: str) -> str:
 
 def _read_ids(prompt: Sequence[Any]) -> tuple[int, ...]:
     """Return token ids as plain integers. The engine checks them against its vocabulary."""
-    for token in prompt:
+    for token in prompt:  # bool is a subclass of int, but true is no token id
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < _SPAN:
             raise RequestError(f"the prompt has {token!r} where a token id should be")
     return tuple(prompt)
@@ -242,9 +243,9 @@ class RequestFailed(RuntimeError):
 
 
 def raise_unserved(end: TokenEvent | Answer, cause: BaseException | None = None) -> None:
-    """Raise RequestRefused or RequestFailed if the finish reason of `end` is one of these.
+    """Raise RequestRefused if `end` has finish reason "refused", RequestFailed if "failed".
 
-    Served, filtered, expired and cancelled choices raise nothing.
+    `cause` is the exception that made the choice fail. Other finish reasons raise nothing.
     """
     if end.finish_reason == "refused":
         raise RequestRefused(end)

@@ -162,6 +162,7 @@ class ChatForm:
         self._is_plain = not (asked.has_logprobs or asked.has_token_ids or self._shows_prompt)
 
     def opening(self, usage: ApiUsage | None) -> bytes:
+        # Clients learn the role of each choice before its text, as in the OpenAI API.
         roles = [
             self._chunk([ChatChunkChoice(index, _ROLE)], usage, self._prompt_ids)
             for index in range(self._asked.num_indices)

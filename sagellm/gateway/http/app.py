@@ -247,7 +247,7 @@ class Overflow:
         return self._app.objective_s is not None
 
     def is_strained(self, now: float) -> bool:
-        """Whether connections queue up, or were refused within the last objective's time.
+        """Whether connections queue up, or were refused during the last `objective_s` seconds.
 
         The server should then accept connections one by one: each accepted call delays others.
         """
@@ -310,7 +310,10 @@ class Overflow:
         return self._app.generating.get(target.partition(b"?")[0])
 
     def _answer(self, sent: bytes) -> bytes:
-        """Return a whole HTTP response with a 503. `sent` has the client's request id, if any."""
+        """Return a whole HTTP response with a 503. `sent`: the bytes of the call.
+
+        The response repeats the call's x-request-id.
+        """
         error = shed(self._app.lag_s, should_retry=False)
         given = _ID.search(sent.partition(b"\r\n\r\n")[0] + b"\r\n")
         request_id = read_request_id([(b"x-request-id", given[1])] if given else [])

@@ -84,7 +84,7 @@ class RouteTable:
         for route in self.routes:
             methods = self._methods(route.path)
             methods[route.method] = route
-            if route.method == "GET":
+            if route.method == "GET":  # servers send no body in an answer to HEAD
                 methods.setdefault("HEAD", route)
 
     def find(self, scope: Scope) -> EndpointRoute:
@@ -101,6 +101,7 @@ class RouteTable:
         if route is not None:
             return route
         scope["allowed_methods"] = tuple(methods)
+        # The 405 needs the same key as the path's routes, so it reveals no admin path.
         any_route = next(iter(methods.values()))
         return EndpointRoute(scope["method"], any_route.path, not_allowed, any_route.access, True)
 
@@ -118,7 +119,7 @@ class RouteTable:
         return EndpointRoute(scope["method"], route.path, without_slash, while_draining=True)
 
     def _methods(self, path: str) -> dict[str, EndpointRoute]:
-        """Return the routes of a path by method; add the path if it is new."""
+        """Return the routes of a path, by method. Add the path if it is new."""
         if path in self.paths:
             return self._lookup(path.encode())[0]
         self.paths += (path,)

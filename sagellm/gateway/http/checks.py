@@ -225,7 +225,7 @@ def _digest(key: str) -> bytes:
 
 
 def _digest_of(scope: Scope) -> bytes:
-    """Return the hash of a call's key. Without exactly one key, return a hash of no key."""
+    """Return the hash of a call's key. Without exactly one key, the hash matches no known key."""
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     return sha256(key.strip()).digest() if scheme.lower() == b"bearer" else bytes(32)

@@ -115,7 +115,7 @@ class GatewayServing(Protocol):
 
 
 class ServingHere:
-    """The gateway of this process."""
+    """Controls the gateway of this process, for `serve`."""
 
     close_s = CLOSE_S
 

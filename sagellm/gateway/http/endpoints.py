@@ -80,6 +80,7 @@ def _json(content: dict[str, object]) -> Response:
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """Answer the metrics, in the text format that the Accept header asks for."""
+    # `no-store`: a cache between scraper and gateway would repeat old values.
     body, content_type = await gateway.meters.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 

@@ -35,7 +35,7 @@ from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.sampling import Sampling
 from sagellm.session.requests import Encoded, Timing
 
-CLIENT_LEFT = 499  # never sent; for the log and the metrics
+CLIENT_LEFT = 499  # seen only in the log and the metrics: the client is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

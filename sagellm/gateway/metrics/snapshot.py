@@ -162,6 +162,7 @@ def _reading(
     name: str, replica: int, engine: Engine, core: Core, lives: Restarts | None
 ) -> EngineReading:
     outliers = core.outliers
+    # Copied: another thread may read the snapshot while the engine counts on.
     steps = engine.step_tokens.copy() if isinstance(engine, CountingSteps) else None
     worker = engine if isinstance(engine, Replaceable) else None
     return EngineReading(

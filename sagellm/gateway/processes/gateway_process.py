@@ -90,6 +90,7 @@ class GatewayEndpoint:
         """Cancel a request. `request_id`: its id in the gateway. Return False if unknown."""
         return self._cancel(lambda asked_id: asked_id == request_id)
 
+    # A call may have several requests in the graph, each with an id that starts with the call's.
     def cancel_call(self, call_id: str) -> bool:
         """Cancel the requests of a call. Return False if this gateway has no such call."""
         return self._cancel(lambda asked_id: call_of(asked_id) == call_id)

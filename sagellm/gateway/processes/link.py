@@ -296,6 +296,7 @@ class MessageLink(Generic[T]):
 
     async def flush(self) -> None:
         """Wait until `send` has sent all queued messages, or the link is broken."""
+        # Polled: this is called once, at the end of a process, so `send` needs no event for it.
         while (self._waiting or self._is_sending) and not self.is_broken:  # noqa: ASYNC110
             await anyio.sleep(0.001)
 

@@ -143,6 +143,7 @@ def openapi(
 ) -> dict[str, Any]:
     """Return the OpenAPI document of routes. `needs_key`: users need a key."""
     structs = [one for known in OPERATIONS.values() for one in (*known.takes, *known.gives)]
+    # `dict.fromkeys` removes repeated types and keeps their order.
     schemas = schemas_of(dict.fromkeys(structs), limits or RequestLimits())
     paths: dict[str, Schema] = {}
     for route in routes:

@@ -117,7 +117,7 @@ def kept_ids(
 
 def check_ids(param: str, token_ids: Iterable[int], facts: ModelBounds) -> None:
     """Raise ApiError (400) for the first id that is not in the vocabulary."""
-    if facts.takes_text and any(True for _ in token_ids):
+    if facts.takes_text and any(True for _ in token_ids):  # `token_ids` may have no length
         raise wrong(param, "has token ids; the engine of this model takes text alone")
     unknown = next((token for token in token_ids if not 0 <= token < facts.vocab_size), None)
     if unknown is not None:
