@@ -255,6 +255,8 @@ class BudgetHold:
         except BaseException as error:
             self._note(error)
             raise
+        finally:  # a last event to a client that does not read needs no place
+            self._release()
 
     def first_token(self) -> None:
         """Record the call's first token: its requests wait no longer. Later calls do nothing."""

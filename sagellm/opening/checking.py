@@ -10,11 +10,16 @@ from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
+from sagellm.graphs.models import family as families
 from sagellm.graphs.sections import KIND, ROUTE_MODEL, ServedModel, engine_kind, served_models
 from sagellm.graphs.text.yaml import Document
-from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.opening.graph_engines import KindViews, describe_engine
-from sagellm.opening.sources import assignment, override, with_engine_options
+from sagellm.opening.sources import (
+    assignment,
+    override,
+    with_engine_options,
+    with_outlet_names,
+)
 from sagellm.operators.policies import OWN, POLICIES
 from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
@@ -88,7 +93,7 @@ def checked_graph(
     )
     engines: dict[str, EngineDescription] = {}
     _load_operators(document, graph, resolver)
-    graph = _with_outlet_names(graph, resolver.vocabulary)
+    graph = with_outlet_names(graph, resolver.vocabulary)
     found = check(graph, resolver.vocabulary, facts)
     if not found:  # describing an engine may download its model: only for a graph that is right
         given = _given_models(graph, overrides or {}, model)
@@ -106,6 +111,7 @@ def checked_graph(
     if not found:
         found = _mistaken_executor(graph)
         found += _kinds_of_this_process(graph) + _backends_of_this_process(graph)
+        found += _families_of_this_process(graph, engines)
     if not found:
         found = _unbuildable(graph, resolver, functions)
     if found:
@@ -130,22 +136,6 @@ def _path_as_given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
     if target == "executor.kind":
         return (f"--executor {overrides[target]}",)
     return (assignment(target, overrides[target]),)
-
-
-def _with_outlet_names(graph: Graph, vocabulary: Vocabulary) -> Graph:
-    """The graph with aliases of outlets (`joint` of `pd_split`) replaced by the outlets' names, so
-    that nothing later knows of aliases. Each alias is logged.
-    """
-    ops, edges = {node.name: node.op for node in graph.nodes}, []
-    for edge in graph.edges:
-        spec = vocabulary.get(ops.get(edge.source, ""))
-        port = spec.outlet(edge.outlet) if spec is not None else None
-        if port is not None and port.name != edge.outlet:
-            old, new = f"{edge.source}.{edge.outlet}", f"{edge.source}.{port.name}"
-            LOG.warning("outlet_renamed", graph=graph.name, outlet=old, fix=f"write {new}")
-            edge = replace(edge, outlet=port.name)
-        edges.append(edge)
-    return replace(graph, edges=tuple(edges))
 
 
 class _RegistryNames(Collection[str]):
@@ -226,6 +216,30 @@ def _backends_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
         )
         for name, device in devices.items()
         if is_registered_here(device.partition(":")[0])
+    )
+
+
+def _families_of_this_process(
+    graph: Graph, engines: Mapping[str, EngineDescription]
+) -> tuple[Diagnostic, ...]:
+    """Engines whose model family no worker process has: workers import no code of the user."""
+    if processes_options(graph) is None:
+        return ()
+    folders = {name: engine.folder for name, engine in engines.items() if engine.folder is not None}
+    architectures = {
+        name: families.architecture_of(folder.config) for name, folder in folders.items()
+    }
+    return tuple(
+        Diagnostic(
+            "bad-engine",
+            ("engines", name, "model", VALUE),
+            f"the model family of `{architecture}` is registered in this process; worker processes "
+            "do not know it",
+            "install it as a package with an entry point `sagellm.model_families`, or use "
+            "`kind: tasks` of the executor",
+        )
+        for name, architecture in architectures.items()
+        if families.is_registered_here(architecture)
     )
 
 
