@@ -245,8 +245,9 @@ class BudgetHold:
     def widened(self, num_requests: int) -> Iterator[None]:
         """Count `num_requests` requests for the call, instead of the number given to `hold`.
 
-        Raises ApiError 429 if the budget has no room for them. If the block is cancelled, that
-        counts as a cancel, even if an outer block absorbs the cancellation.
+        The end of the block uncounts them. Raises ApiError 429 if the budget has no room for them.
+        If the block is cancelled, that counts as a cancel, even if an outer block absorbs the
+        cancellation.
         """
         self._release()
         self._acquire(num_requests)
@@ -255,7 +256,7 @@ class BudgetHold:
         except BaseException as error:
             self._note(error)
             raise
-        finally:  # a last event to a client that does not read needs no place
+        finally:  # the requests have ended, even if a slow client still reads the last event
             self._release()
 
     def first_token(self) -> None:

@@ -23,7 +23,7 @@ from sagellm.gateway.http.checks import Access
 Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
 _PARAMETER = re.compile(r"{(\w+)(:path)?}")
-CLIENT_LEFT = 499  # the status for the log and the metrics where the client has gone
+CLIENT_LEFT = 499  # nginx's status for a client that left first; seen in the log and the metrics
 
 
 @dataclass(frozen=True, slots=True)
