@@ -1,1 +1,1 @@
-"""The gateway: an OpenAI-compatible HTTP server before any graph."""
+"""The gateway: an OpenAI-compatible HTTP server that serves an open graph."""

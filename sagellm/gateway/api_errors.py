@@ -1,4 +1,4 @@
-"""The errors of HTTP calls: one exception, its JSON, and the refusals of a busy server."""
+"""The errors of HTTP calls: one exception class, its JSON, and the errors of a busy server."""
 
 import math
 import secrets
@@ -29,8 +29,10 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """Ends a call. The client is shown `message`, which must not hold a path, a prompt or the text
-    of another exception. `retry_after_s` and `should_retry` become headers.
+    """The error that ends a call.
+
+    The client sees `message`, so it must not contain a path, a prompt or the text of another
+    exception. `retry_after_s` and `should_retry` become headers.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """{"error": {"message", "type", "param", "code"}}, as the OpenAI API has it."""
+        """The error object of the OpenAI API: {"error": {"message", "type", "param", "code"}}."""
         error = {
             "message": self.message,
             "type": self.type,
@@ -72,12 +74,12 @@ class ApiError(Exception):
 
 
 def note_error(scope: MutableMapping[str, Any], error: ApiError) -> None:
-    """Keep the error of a call for its log line."""
+    """Store the error of a call in its scope, for the log line of the call."""
     scope["state"]["error"] = error.code or error.type
 
 
 def wrong(param: str, message: str, code: str | None = None) -> ApiError:
-    """Return a 400 that names the wrong field."""
+    """Return a 400 error. `param` is the wrong field of the request."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
@@ -85,14 +87,14 @@ LOG = get_logger("sagellm.gateway")
 
 
 def response_of(error: ApiError) -> Response:
-    """Return the response to a refused call."""
+    """Return the HTTP response with an error's status, headers and body."""
     return Response(error.encoded, error.status, headers_of(error), "application/json")
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """Return the headers of the response to a refused call."""
+    """Return the headers of an error's response, without the content type."""
     headers = {}
-    if error.retry_after_s is not None:
+    if error.retry_after_s is not None:  # the header takes whole seconds; 0 would ask for a storm
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.should_retry is not None:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
@@ -102,10 +104,10 @@ def headers_of(error: ApiError) -> dict[str, str]:
 
 
 def failure_of(error: Exception, request_id: str) -> ApiError | None:
-    """Return the error that the client is shown for an exception; None where the client has left.
+    """Return the error to answer for an exception; None if the client has left.
 
-    An ApiError is shown unchanged. Any other exception is a fault of the server: it is logged with
-    its traceback, and the client is shown the request id.
+    An ApiError is returned unchanged. Any other exception is logged with its traceback, and becomes
+    a 500 that shows the client only the request id.
     """
     error = _only(error)
     if isinstance(error, ApiError):
@@ -117,16 +119,17 @@ def failure_of(error: Exception, request_id: str) -> ApiError | None:
 
 
 def _only(error: Exception) -> Exception:
-    """Return the exception inside nested groups of one."""
+    """Unwrap exception groups that hold a single exception."""
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
 
 
-RETRY_AFTER_S = 5.0  # a load balancer has removed this gateway by then
+RETRY_AFTER_S = 5.0  # by then, load balancers have removed a draining gateway
 
 
 def draining() -> ApiError:
+    """Return the 503 for new calls during a drain."""
     return ApiError(
         503,
         "the server is shutting down",
@@ -136,13 +139,13 @@ def draining() -> ApiError:
     )
 
 
-# The turns of the event loop that a call needs to be read, encoded, admitted and answered. Each
+# A call takes this many turns of the event loop to be read, encoded, admitted and answered. Each
 # turn may be late by the measured lag.
 NUM_TURNS = 10
 
 
 def shed(lag_s: float, *, should_retry: bool) -> ApiError:
-    """Return the error of a call that is refused because the loop is too late."""
+    """Return the 503 for a call that the late event loop cannot serve in time."""
     return ApiError(
         503,
         "the server has too much to do; try again later",
@@ -161,8 +164,9 @@ _HTTP_FAULTS = {
 
 
 def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Return the headers and the body of an answer to bytes that are no call. The connection is
-    closed after the answer.
+    """Return the headers and the body that answer bytes which are no valid HTTP request.
+
+    The server must close the connection after the answer.
     """
     body = ApiError(status, _HTTP_FAULTS.get(status, _HTTP_FAULTS[400])).encoded
     headers = [

@@ -1,7 +1,7 @@
 """Encodes prompts without stalling the event loop: long work runs in bounded worker threads.
 
-Work that a model's own files could make endless runs in a helper process
-(`runtime/models/sandbox/`).
+Templates and tokenizers that come with a model may never end. They run in a helper process
+(`runtime/models/sandbox.py`).
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -19,18 +19,18 @@ from sagellm.runtime.models.sandbox import MAX_IDLE
 from sagellm.runtime.models.tokenizer import Messages, Tokenizer, bad_words_token_ids
 from sagellm.session.requests import Encoded
 
-TEMPLATE_S = 0.25  # CPU time to render one conversation; beyond it, the messages are at fault
-TOKENIZE_S = 60.0  # wall time, with the wait for a thread; beyond it, the server is overloaded
+TEMPLATE_S = 0.25  # CPU time to render one conversation; more is refused as the messages' fault
+TOKENIZE_S = 60.0  # wall time with the wait for a thread; more means an overloaded server
 RETRY_S = 1.0
-_SHORT_LEN = 2048  # characters or tokens: shorter work is faster than waking a thread
-_SHORT_CHARS = 16384  # short enough to be packed for a helper process on the loop
-_CHARS_A_TOKEN = 16  # more than most texts have
-_NUM_THREADS = 4  # threads of each kind; work beyond its deadline keeps its thread
+_SHORT_LEN = 2048  # characters or tokens; up to here, waking a thread costs more than the work
+_SHORT_CHARS = 16384  # up to here, packing the text for a helper process does not stall the loop
+_CHARS_A_TOKEN = 16  # few texts have more characters for each token
+_NUM_THREADS = 4  # threads for rendering and for tokenizing; late work keeps its thread
 T = TypeVar("T")
 
 
 class PromptEncoder:
-    """Encodes the prompts of one model, on trio and on asyncio."""
+    """Encodes the prompts of one model. Works on trio and on asyncio."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -39,15 +39,16 @@ class PromptEncoder:
 
     @cached_property
     def _renderers(self) -> anyio.CapacityLimiter:
-        """Places in helper processes, made on the loop that uses them."""
+        """Limits how many helper processes render at once. Made on the loop that uses it."""
         return anyio.CapacityLimiter(MAX_IDLE)
 
     @cached_property
     def _encoders(self) -> anyio.CapacityLimiter:
+        """Limits how many helper processes tokenize at once."""
         return anyio.CapacityLimiter(MAX_IDLE)
 
     async def variables(self) -> frozenset[str]:
-        """Return the names that the chat template reads; none for a broken template."""
+        """Return the names of variables that the chat template reads; none if it is broken."""
         isolated = self._tokenizer.isolated_template
         if isolated is None:
             return self._tokenizer.chat_variables
@@ -57,9 +58,9 @@ class PromptEncoder:
     async def text(
         self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
     ) -> tuple[int, ...]:
-        """Return the tokens of a text, which is the value of the field `param`.
+        """Return the tokens of a text. `param` is the request's field that errors name.
 
-        Raises ApiError where the tokenizer rejects the text or takes too long.
+        Raises ApiError if the tokenizer rejects the text or takes too long.
         """
 
         def encode() -> tuple[int, ...]:
@@ -77,18 +78,18 @@ class PromptEncoder:
             )
 
     async def exceeds(self, text: str, max_len: int, *, param: str = "prompt") -> bool:
-        """Whether the beginning of a long text alone has far more tokens than `max_len`.
+        """Whether the beginning of a text has more than 2 * `max_len` tokens.
 
-        False also where only the whole text would show that. Raises ApiError as `text` does.
-        Tokens at the cut may change with the rest of the text, so the bound is twice `max_len`.
+        False is no promise: the rest of the text is not looked at. Raises ApiError as `text` does.
         """
+        # Tokens at the cut may change with the rest of the text, so the bound is twice `max_len`.
         beginning = text[: _CHARS_A_TOKEN * max_len]
         if len(beginning) == len(text):
             return False
         return len(await self.text(beginning, param=param)) > 2 * max_len
 
     async def ids(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of tokens. Raises ApiError where decoding takes too long."""
+        """Return the text of tokens. Raises ApiError if decoding takes too long."""
 
         def decode() -> str:
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -96,7 +97,7 @@ class PromptEncoder:
         return await self._tokenize(decode, len(token_ids))
 
     async def spelt(self, token_ids: tuple[int, ...]) -> list[str]:
-        """Return each token as the vocabulary spells it. Raises ApiError as `ids` does."""
+        """Return the vocabulary's string for each token. Raises ApiError as `ids` does."""
 
         def spell() -> list[str]:
             return [self._tokenizer.token(token_id) for token_id in token_ids]
@@ -104,7 +105,7 @@ class PromptEncoder:
         return await self._tokenize(spell, len(token_ids))
 
     async def banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Return bad words as sequences of tokens. Raises ApiError as `text` does."""
+        """Return the token sequences of bad words. Raises ApiError as `text` does."""
 
         def encode() -> tuple[tuple[int, ...], ...]:
             return bad_words_token_ids(self._tokenizer, words)
@@ -121,13 +122,16 @@ class PromptEncoder:
         *,
         add_special_tokens: bool = False,
     ) -> Encoded:
-        """Return the prompt of a conversation. Raises ApiError where the template rejects it."""
+        """Return the prompt of a conversation, as text and tokens. Raises ApiError as `render`."""
         text = await self.render(messages, how)
         token_ids = await self.text(text, add_special_tokens=add_special_tokens, param="messages")
         return Encoded(text, token_ids)
 
     async def render(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
-        """Return the text of a conversation. Raises ApiError where the template rejects it."""
+        """Return the text of a conversation, rendered by the model's chat template.
+
+        Raises ApiError if the template rejects the messages or takes too long.
+        """
 
         def render() -> str:
             return self._tokenizer.apply_chat_template(messages, how)
@@ -141,25 +145,23 @@ class PromptEncoder:
             return await self._within(self._renderers, lambda: isolated.render_async(messages, how))
 
     async def _render_here(self, render: Callable[[], str]) -> str:
-        """Render in a thread, always: a template may loop for long over a short message."""
+        """Render in a thread of this process, within TEMPLATE_S of CPU time."""
+        # Always in a thread: a template may loop for long over a short message.
         try:
             with anyio.fail_after(TOKENIZE_S):
                 return await self._rendering.run_within(TEMPLATE_S, render)
         except Overrun:
             late = f"the chat template took longer than {TEMPLATE_S:g} s of CPU time"
             raise wrong("messages", late) from None
-        except (
-            NoThread,
-            TimeoutError,
-        ):  # other calls have all the threads: not a fault of these messages
+        except (NoThread, TimeoutError):
+            # Other calls occupy all threads: these messages are not at fault.
             raise _busy() from None
 
     async def _within(self, places: anyio.CapacityLimiter, work: Callable[[], Awaitable[T]]) -> T:
-        """Do work that uses a helper process; each model has a few of them."""
+        """Do work in a helper process, after a wait for a place if all helpers are busy."""
         try:
-            places.acquire_on_behalf_of_nowait(
-                work
-            )  # usually free, and asking is cheaper than waiting
+            # A place is usually free, and this call is cheaper than the awaitable one.
+            places.acquire_on_behalf_of_nowait(work)
         except anyio.WouldBlock:
             await self._place(places, work)
         try:
@@ -168,6 +170,7 @@ class PromptEncoder:
             places.release_on_behalf_of(work)
 
     async def _place(self, places: anyio.CapacityLimiter, work: object) -> None:
+        """Wait for a place. Raises ApiError 503 after TOKENIZE_S."""
         try:
             with anyio.fail_after(TOKENIZE_S):
                 await places.acquire_on_behalf_of(work)
@@ -175,6 +178,7 @@ class PromptEncoder:
             raise _busy() from None
 
     async def _tokenize(self, work: Callable[[], T], size: int) -> T:
+        """Do short work on the loop, and long work in a thread. `size`: characters or tokens."""
         if size <= _SHORT_LEN:
             return work()
         try:
@@ -186,9 +190,8 @@ class PromptEncoder:
 
 @contextmanager
 def _admitted(param: str) -> Iterator[None]:
-    """Turn the errors of the model's own files into ApiError. Their texts are not shown: they may
-    quote the prompt.
-    """
+    """Turn errors of the model's template and tokenizer into ApiError for the field `param`."""
+    # The texts of these errors are not shown, because they may quote the prompt.
     try:
         yield
     except LimitExceeded as error:
@@ -203,7 +206,10 @@ def _admitted(param: str) -> Iterator[None]:
 
 
 def _is_long(messages: Messages, how: Rendering) -> bool:
-    """Whether messages are too long to be packed on the loop, or of an unknown length."""
+    """Whether packing the messages for a helper process could stall the loop.
+
+    True also for messages whose length is not known without a walk through their values.
+    """
     values = [value for message in messages for value in message.values() if value is not None]
     if how.tools or not all(isinstance(value, str) for value in values):
         return True

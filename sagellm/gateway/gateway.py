@@ -1,4 +1,4 @@
-"""The gateway: the state that the app and its endpoints share, for one open graph."""
+"""The state of a gateway, which the app and its endpoints share: one `Gateway` for each graph."""
 
 import secrets
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from sagellm.graphs.ir import Graph
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _SALT_BYTES = 16
-_NUM_BROKEN = 4096  # more calls than break off while the graph ends one of them
+_NUM_BROKEN = 4096  # more calls than can break off while the graph ends the requests of one call
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class HostedModel:
 
 
 class ClaimedIds(NamedTuple):
-    """The id of a call, unique among the open calls, and the ids of its requests in the graph."""
+    """The ids of one call. `id`: its own id, unique among open calls. `request_ids`: graph ids."""
 
     id: str
     request_ids: tuple[str, ...]
@@ -49,9 +49,9 @@ class ClaimedIds(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Gateway:
-    """One open graph that is served over HTTP. All methods are called on the app's loop.
+    """The state of one graph that is served over HTTP. All methods are called on the app's loop.
 
-    While `is_draining`, new requests are refused, and open requests go on.
+    While `is_draining` is true, new requests are refused and open requests continue.
     """
 
     settings: Settings
@@ -62,11 +62,11 @@ class Gateway:
     meters: Meters
     graph: Graph | None = None
     is_draining: bool = False
-    num_calls: Counter = field(
-        default_factory=LocalCounter
-    )  # open calls of all gateways of the graph
+    # Open calls, summed over all gateways of the graph.
+    num_calls: Counter = field(default_factory=LocalCounter)
     _open_ids: dict[str, int] = field(default_factory=dict)  # id of a call -> number of requests
-    _broken_ids: dict[str, None] = field(default_factory=dict)  # calls that broke off, oldest first
+    # The ids of calls that ended with an exception, oldest first.
+    _broken_ids: dict[str, None] = field(default_factory=dict)
     _salt_key: bytes = b""
 
     def __post_init__(self) -> None:
@@ -74,10 +74,10 @@ class Gateway:
 
     @contextmanager
     def claim(self, request_id: str, num_requests: int = 1) -> Iterator[ClaimedIds]:
-        """Reserve the id of a call for the `with` block: `request_id`, or a new id if that is used.
+        """Reserve the id of a call for the `with` block: `request_id`, or a new id if it is in use.
 
-        Several requests of a call have the id with a number. The id of a call that broke off stays
-        reserved: the graph may not have ended its requests yet.
+        If the call has several requests, their ids are the call's id with a number. After an
+        exception the id stays reserved, because the graph may not have ended the requests yet.
         """
         while request_id in self._open_ids or request_id in self._broken_ids:
             request_id = secrets.token_hex(16)
@@ -93,44 +93,51 @@ class Gateway:
             del self._open_ids[request_id]
 
     def requests_of(self, request_id: str) -> tuple[str, ...]:
-        """Return the request ids of an open call, by its id or by the id of its answer."""
+        """Return the request ids of an open call. `request_id`: the call's id or its answer's id.
+
+        An unknown id gives an empty tuple.
+        """
         for known in (request_id, plain_id(request_id)):
             if known in self._open_ids:
                 return _numbered(known, self._open_ids[known])
         return ()
 
     def salt_of(self, tenant: str, cache_salt: str | None = None) -> str:
-        """Return the salt that separates the prefix blocks of tenants and of their cache salts.
+        """Return the prefix-cache salt of a tenant and of the client's own `cache_salt`.
 
-        Equal arguments have equal salts in one process, or under one `salt_key`. The salt is a
-        keyed hash, so it reveals nothing of its arguments.
+        Equal arguments give equal salts within one process, or under the same `salt_key`. The salt
+        is a keyed hash, so it does not reveal its arguments.
         """
+        # The length keeps pairs apart: ("a", "bc") and ("ab", "c") must have different salts.
         named = f"{len(tenant)}:{tenant}{cache_salt or ''}".encode(errors="surrogatepass")
         return blake2b(named, key=self._salt_key, digest_size=_SALT_BYTES).hexdigest()
 
 
 def plain_id(answer_id: str) -> str:
-    """Return the id of a call from the id of its answer."""
+    """Return the id of a call from the id of its answer, which has a prefix."""
     return answer_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
 def call_of(request_id: str) -> str:
-    """Return the id of the call that a request of the graph belongs to."""
+    """Return the id of the call from the id of one of its graph requests."""
     return request_id.partition("/")[0]
 
 
 def _numbered(request_id: str, num_requests: int) -> tuple[str, ...]:
-    """Return the ids of a call's requests. Ids of calls have no slash, so these are unique."""
+    """Return the ids of a call's requests.
+
+    The ids are unique over all calls, because a call's own id contains no slash.
+    """
     if num_requests == 1:
         return (request_id,)
     return tuple(f"{request_id}/{number}" for number in range(num_requests))
 
 
 def objective_of(graph: Graph | None) -> float | None:
-    """Return the longest TTFT objective among the graph's `admission` operators.
+    """Return the longest TTFT objective of the graph's `admission` operators, in seconds.
 
-    None where some `admission` has no objective: which operator a call meets is not known before
-    its body is read.
+    Return None if there is no such operator, or if one has no objective: before a call's body is
+    read, any of these operators may be on its path.
     """
     nodes = graph.nodes if graph is not None else ()
     found = [node.attrs.get("slo_ttft_s") for node in nodes if node.op == "admission"]

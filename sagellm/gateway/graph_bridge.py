@@ -1,4 +1,4 @@
-"""The bridge between the HTTP app and an open graph."""
+"""The bridge between the HTTP app and an open graph, and readers of a call's events."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -14,37 +14,37 @@ from sagellm.session import Output, Session, Stream
 from sagellm.session.requests import RequestError, Timing
 from sagellm.session.stream import UnreadLimits
 
-EventBatch: TypeAlias = Sequence[tuple[int, TokenEvent]]  # with the number of each event's request
+EventBatch: TypeAlias = Sequence[tuple[int, TokenEvent]]  # (number of the request, event)
 NOW = Timing()  # a request that has just arrived, without a timeout
 
 
 class GraphBridge(Protocol):
-    """The app's way to an open graph. All methods are called on the app's loop."""
+    """The interface through which the app uses an open graph, on the app's loop."""
 
     def open_stream(
         self, request: Request, timing: Timing = NOW
     ) -> AbstractAsyncContextManager[AsyncIterator[Sequence[TokenEvent]]]:
-        """Start a request, as `Session.start` does. Yields batches of events in order; no batch is
-        empty.
+        """Start a request, as `Session.start` does. Yields batches of events, in order.
 
-        Every choice ends with exactly one event that has a `finish_reason`. Leaving the context
-        cancels the unfinished request. A request whose reader leaves more than the settings' tokens
-        or bytes unread is cancelled: the buffered events can still be read, and the last one has
-        finish reason "cancelled" and code "slow_reader".
-        Raises ApiError where the graph does not take the request.
+        No batch is empty. Every choice ends with exactly one event that has a `finish_reason`.
+        Leaving the context cancels the unfinished request. If the unread events exceed the limits
+        of the settings, the request is cancelled: the buffered events can still be read, and the
+        last event has finish reason "cancelled" and code "slow_reader". Raises ApiError if the
+        graph does not accept the request.
         """
 
     async def cancel(self, request_id: str) -> bool:
-        """End a request of this gateway. Return False for an unknown id."""
+        """Cancel a request of this gateway. Return False for an unknown id."""
 
     async def cancel_elsewhere(self, call_id: str) -> bool:
-        """End all requests of a call of another gateway of the same graph. Return False where no
-        gateway knows the call.
+        """Cancel all requests of a call that another gateway of the same graph serves.
+
+        Return False if no gateway knows the call.
         """
 
 
 class SessionBridge:
-    """Reads the streams of a session in the same loop."""
+    """The bridge to a session on the same loop."""
 
     def __init__(self, session: Session, streaming: Streaming) -> None:
         self._session = session
@@ -61,7 +61,7 @@ class SessionBridge:
 
 
 class SessionBatches:
-    """The batches of one request, in the session's loop."""
+    """The event batches of one request, on the session's loop."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -69,7 +69,7 @@ class SessionBatches:
     async def __aenter__(self) -> "SessionBatches":
         try:
             await self._stream.__aenter__()
-        except RequestError as error:  # ids are unique here, so the session has ended
+        except RequestError as error:  # the id is unique, so the only cause is a stopped session
             raise graph_closed() from error
         return self
 
@@ -87,7 +87,7 @@ class SessionBatches:
 
 
 class EventInbox:
-    """A queue of one request's events, filled and read on the app's loop."""
+    """The queue of one request's unread events, filled and read on the app's loop."""
 
     def __init__(self, on_read: Callable[[int], None]) -> None:
         """`on_read` is called with the number of tokens of each batch that is read."""
@@ -97,7 +97,7 @@ class EventInbox:
         self._arrival = anyio.Event()
 
     def put(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
-        """Add events. `end`: whether these are the last, or the error that ends the request."""
+        """Add events. `end` is True for the last events, or the error that ends the request."""
         self._unread.extend(outputs)
         self.end = self.end or end
         self._arrival.set()
@@ -121,7 +121,7 @@ class EventInbox:
 def start_stream(
     session: Session, request: Request, timing: Timing, limits: UnreadLimits
 ) -> Stream:
-    """Return the stream of a request, not entered. Raises ApiError for a wrong request."""
+    """Return the stream of a request, not yet entered. Raises ApiError for a wrong request."""
     try:
         return session.start(request, timing, limits)
     except RequestError as error:
@@ -129,7 +129,7 @@ def start_stream(
 
 
 def graph_closed() -> ApiError:
-    """Return the error of a request for a graph that is closing."""
+    """Return the 503 for a request to a graph that is closing."""
     return ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=1.0)
 
 
@@ -138,7 +138,7 @@ def num_tokens(outputs: Sequence[Output]) -> int:
 
 
 def event_of(output: Output) -> TokenEvent:
-    """Return an output as an event. A whole answer of some operators is its only event."""
+    """Return an output as an event. A whole answer (from some operators) becomes one event."""
     if isinstance(output, TokenEvent):
         return output
     return TokenEvent(
@@ -166,17 +166,16 @@ async def open_streams(
 ) -> AsyncIterator[AsyncIterator[EventBatch]]:
     """Start all requests of one call. Yields batches of (number of the request, event).
 
-    Batches that wait are read together. Leaving the context cancels the unfinished requests.
-    Raises ApiError where the graph does not take one of them.
+    All waiting events come in one batch. Leaving the context cancels the unfinished requests.
+    Raises ApiError if the graph does not accept one of the requests.
     """
-    if len(requests) == 1:  # needs neither tasks nor a queue
+    if len(requests) == 1:  # the usual call, without the cost of tasks and a queue
         async with bridge.open_stream(requests[0], timing) as batches:
             yield _Numbered(batches)
         return
     async with _unwrapped(), anyio.create_task_group() as tasks:
-        send, receive = anyio.create_memory_object_stream[
-            EventBatch
-        ]()  # no buffer: a slow reader holds streams back
+        # No buffer: events of a slow reader stay in the streams, whose limits count them.
+        send, receive = anyio.create_memory_object_stream[EventBatch]()
         async with receive:
             async with send:
                 for number, request in enumerate(requests):
@@ -187,7 +186,7 @@ async def open_streams(
 
 
 class _Numbered:
-    """The batches of a call with one request."""
+    """The event batches of a call with one request, which has number 0."""
 
     def __init__(self, batches: AsyncIterator[Sequence[TokenEvent]]) -> None:
         self._batches = batches
@@ -200,7 +199,7 @@ class _Numbered:
 
 
 class _Merged:
-    """The batches of a call with several requests."""
+    """The event batches of a call with several requests, in the order of their arrival."""
 
     def __init__(self, receive: MemoryObjectReceiveStream[EventBatch]) -> None:
         self._receive = receive
@@ -209,7 +208,7 @@ class _Merged:
         return self
 
     async def __anext__(self) -> EventBatch:
-        """Return all waiting batches, at least one, as one batch."""
+        """Wait for a batch, and return all waiting batches joined into one."""
         try:
             found = [*await self._receive.receive()]
         except anyio.EndOfStream:
@@ -225,6 +224,7 @@ async def _forward(
     number: int,
     send: MemoryObjectSendStream[EventBatch],
 ) -> None:
+    """Send the batches of one request to the queue of its call."""
     async with send, stream as batches:
         async for batch in batches:
             await send.send([(number, event) for event in batch])
@@ -232,7 +232,7 @@ async def _forward(
 
 @asynccontextmanager
 async def _unwrapped() -> AsyncIterator[None]:
-    """Unwrap the first error from the exception group of a task group."""
+    """Raise the first error of a task group, without the exception group around it."""
     try:
         yield
     except ExceptionGroup as group:

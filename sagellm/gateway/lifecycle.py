@@ -1,4 +1,4 @@
-"""The life of a gateway: it is built for an open session, probed, served and drained."""
+"""Serves an open session over HTTP: builds the gateway, probes the graph, serves and drains."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -36,14 +36,14 @@ from sagellm.session import Session
 from sagellm.tracing import open_tracing
 
 PROBE_TEXT = "Hello"
-_SERVERS = {  # imported when chosen: uvicorn is an extra
+_SERVERS = {  # imported only if chosen: uvicorn is an optional dependency
     "hypercorn": ("sagellm.gateway.http.hypercorn", "HypercornServer"),
     "uvicorn": ("sagellm.gateway.http.uvicorn", "UvicornServer"),
 }
 
 
 def server_class(name: str) -> Callable[[App, Settings, socket], HttpServer]:
-    """Return the class of a server. Raises ModuleNotFoundError where its extra is missing."""
+    """Return the class of a server. Raises ModuleNotFoundError if its extra is not installed."""
     module, attribute = _SERVERS[name]
     found: Callable[[App, Settings, socket], HttpServer] = getattr(import_module(module), attribute)
     return found
@@ -57,7 +57,7 @@ async def serve_graph(
 ) -> None:
     """Open the graph and serve it on a bound socket, until SIGTERM or SIGINT.
 
-    `announce` is called with the banner, once the gateway answers.
+    `announce` is called with the banner as soon as the gateway accepts connections.
     """
     async with opening as session:
         with ending_signals() as signals:
@@ -71,7 +71,10 @@ async def serve_session(
     signals: AsyncIterator[int],
     announce: Callable[[str], None],
 ) -> None:
-    """As `serve_graph`, for an open session, until one of `signals`. Raises GatewaysFailed."""
+    """Serve an open session on a bound socket, until the first of `signals`.
+
+    Raises GatewaysFailed if a gateway process cannot be started. See `serve_graph`.
+    """
     if settings.num_gateways:
         _check_kinds(session.executor.plan.graph)
     models, readiness = model_cards(session, settings), Readiness()
@@ -91,21 +94,24 @@ async def serve_session(
         else:
             app = build_app(gateway_of(session, settings, bridge, meters, models, readiness))
             serving = ServingHere(server_class(settings.server)(app, settings, sock), app)
-        if session.supervisor is None:  # a supervisor has a control of its own
+        if session.supervisor is None:  # a supervisor opens a control socket itself
             executed = session.executor.plan
             await nursery.start(
                 serve_control, OneProcessCommands(executed.graph, session.executor.engines)
             )
         nursery.start_soon(meters.run)
         if settings.server == "hypercorn" and not settings.num_gateways:
-            nursery.start_soon(meters.watch_app_loop)  # this loop; uvicorn watches its own
+            nursery.start_soon(meters.watch_app_loop)  # `UvicornServer` watches its own loop
         nursery.start_soon(_watch, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: announce(said))
         nursery.cancel_scope.cancel()  # ends the meters, the control and the watch
 
 
 def _check_kinds(graph: Graph) -> None:
-    """Raise GatewaysFailed for engine kinds of the user: gateway processes cannot import them."""
+    """Raise GatewaysFailed for engine kinds that this program registers.
+
+    Gateway processes run another main module, and cannot import them.
+    """
     kinds = {engine_kind(values) for values in graph.engines.values()}
     for kind in filter(KINDS.is_registered_here, sorted(kinds)):
         raise GatewaysFailed(
@@ -147,7 +153,7 @@ def meters_of(session: Session, settings: Settings, models: Sequence[ModelCard])
 
 @asynccontextmanager
 async def _unwrapped() -> AsyncIterator[None]:
-    """Unwrap GatewaysFailed from the exception groups of nurseries."""
+    """Raise GatewaysFailed without the exception groups of nurseries around it."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -161,7 +167,7 @@ async def _unwrapped() -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _bridge(session: Session, settings: Settings) -> AsyncIterator[GraphBridge]:
-    """Open the bridge for the app's loop: this loop, or uvicorn's in a thread of its own."""
+    """Open the bridge to the app's loop: this loop, or uvicorn's asyncio loop in a thread."""
     if settings.server == "hypercorn" or settings.num_gateways:
         yield SessionBridge(session, settings.streaming)
         return
@@ -184,7 +190,10 @@ def _traced(
 
 
 def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the tokens of a probe. Any token does: a probe tests the graph, not the tokenizer."""
+    """Return the tokens of a probe's prompt; token 0 if the tokenizer fails.
+
+    A probe tests the graph and not the tokenizer, so any token will do.
+    """
     try:
         return tokenizer.encode(PROBE_TEXT) or (0,)
     except (TextError, HelperUnavailable):
@@ -192,10 +201,10 @@ def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
-    """Watch with a bridge of this loop, whichever bridge the app uses: the graph is the same."""
+    """Probe and watch the graph until cancelled. The probes use a bridge on this loop."""
     probes = []
     for model in session.models.all:
-        # A model's own tokenizer may take long: not on this loop.
+        # In a thread: a tokenizer that comes with a model may take long, and would stall this loop.
         token_ids = await trio.to_thread.run_sync(_probe, model.tokenizer, abandon_on_cancel=True)
         probes.append(Probe(token_ids, PROBE_TEXT, model.key))
     await readiness.watch(SessionBridge(session, streaming), session.health, probes)

@@ -1,4 +1,4 @@
-"""Whether the graph produces tokens: a probe of each model, then a watch over the engines."""
+"""Readiness of a gateway: a probe of each model, then a watch over the graph's health."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from sagellm.runtime.sampling import Sampling
 
 LOG = get_logger("sagellm.gateway")
 
-PROBE_S = 5.0  # a slower probe has failed
+PROBE_S = 5.0  # a probe that takes longer has failed
 RETRY_S = 1.0
-MAX_RETRY_S = 10.0  # while the user's own code fails: each probe then logs a traceback
+MAX_RETRY_S = 10.0  # back off if the user's own code fails: each probe then logs a traceback
 WATCH_S = 0.1
 _ENDED = "the graph ended the probe"
 _OWN_FAULT = f"{_ENDED}: failed; "
@@ -23,7 +23,7 @@ _NO_PROBE = "the graph failed the probe"
 
 
 class GraphHealth(Protocol):
-    """The health of a graph, as the watch reads it."""
+    """The fields of a graph's health that the watch reads."""
 
     @property
     def is_hung(self) -> bool:
@@ -35,15 +35,15 @@ class GraphHealth(Protocol):
 
     @property
     def missing(self) -> str:
-        """The engines without a serving worker, as text; empty where each engine has one."""
+        """A sentence about engines without a serving worker; empty if every engine has one."""
 
 
 class Readiness:
-    """Whether the gateway is ready: after a token of each model has passed the whole graph, until
-    an engine hangs or loses its last worker.
+    """Whether the gateway is ready, and the reason if it is not.
 
-    `on_change` is called after each change. `watch` runs on the loop of the bridge; `is_ready` and
-    `reason` may be read from any thread.
+    The gateway becomes ready after a token of each model has passed the whole graph. It stops being
+    ready if the graph stops, or if an engine hangs or loses its last worker. `on_change` is called
+    after each change. `is_ready` and `reason` may be read from any thread.
     """
 
     def __init__(self, is_ready: bool = False, reason: str = "starting") -> None:
@@ -52,7 +52,7 @@ class Readiness:
         self.on_change: Callable[[], None] = lambda: None
 
     def change(self, is_ready: bool, reason: str) -> bool:
-        """Set both values. Return False, without effect, where both are unchanged."""
+        """Set both values, and return True. Return False, without effect, if neither changes."""
         before = self.is_ready, self.reason
         self.is_ready, self.reason = is_ready, reason
         if before == (is_ready, reason):
@@ -63,8 +63,9 @@ class Readiness:
     async def watch(
         self, bridge: GraphBridge, health: Callable[[], GraphHealth], probes: Sequence["Probe"]
     ) -> None:
-        """Probe until each model has produced a token, watch for a fault, and begin again. Runs
-        until cancelled.
+        """Probe all models until each has produced a token, then wait for a fault; repeat for ever.
+
+        Must run on the loop of `bridge`. Runs until cancelled.
         """
         retry_s = RETRY_S
         while True:
@@ -79,20 +80,20 @@ class Readiness:
             await anyio.sleep(retry_s)
 
     async def _sound(self, health: Callable[[], GraphHealth]) -> None:
-        """Wait until the graph has no fault, and report each fault meanwhile."""
+        """Wait until the graph's health has no fault. Until then each fault is the reason."""
         while fault := _fault(health()):
             self._become(False, fault)
             await anyio.sleep(WATCH_S)
 
     async def _all_probed(self, bridge: GraphBridge, probes: Sequence["Probe"]) -> bool:
-        """Probe one model after the other; the first failure becomes the reason."""
+        """Probe the models in turn. Return False at the first failure, which becomes the reason."""
         for each in probes:
             if not await self._probed(bridge, each.request()):
                 return False
         return True
 
     async def _probed(self, bridge: GraphBridge, request: Request) -> bool:
-        """Whether the graph answers the probe; a failure becomes the reason."""
+        """Send one probe. Return whether the graph answered; a failure becomes the reason."""
         reason = "no token came in time"
         try:
             with anyio.move_on_after(PROBE_S):
@@ -117,7 +118,8 @@ def _fault(health: GraphHealth) -> str:
 
 
 async def _next_fault(health: Callable[[], GraphHealth]) -> str:
-    """Wait for a fault. A hang raises no event, so the health is polled."""
+    """Wait for a fault, and return its description."""
+    # Polled, because a hang raises no event.
     while not (fault := _fault(health())):  # noqa: ASYNC110
         await anyio.sleep(WATCH_S)
     return fault
@@ -144,7 +146,7 @@ class Probe(NamedTuple):
 
 
 async def _answered(bridge: GraphBridge, request: Request) -> str:
-    """Return why the graph did not serve the probe; empty where it served or filtered it."""
+    """Send a probe, and return why the graph did not serve it; "" if it served or filtered it."""
     reason = "the graph let no token out"
     async with bridge.open_stream(request) as batches:
         async for events in batches:

@@ -1,4 +1,4 @@
-"""The settings of one gateway, and the socket that it listens on."""
+"""The settings of one gateway, its listening socket, and the banner that announces it."""
 
 import ipaddress
 import os
@@ -24,7 +24,7 @@ Rate: TypeAlias = Annotated[float, Meta(ge=0)]
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The limits of a request, beyond which it is refused. Sizes in bytes, times in seconds."""
+    """The limits of a request. Larger requests are refused. Sizes in bytes, times in seconds."""
 
     header_bytes: Annotated[int, Meta(ge=256, extra={"unit": "bytes"})] = 16 << 10
     """Size of the request line and all headers."""
@@ -71,7 +71,7 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
-    """Limits of the answers that are sent."""
+    """Limits on sending answers."""
 
     keep_alive_s: PositiveSeconds = 5.0
     """Silence of a stream until a comment is sent."""
@@ -88,7 +88,7 @@ class Streaming:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The most requests that one key may have open, and cancel. 0: no bound."""
+    """Bounds on the requests that one key may have open, and may cancel. 0: no bound."""
 
     num_open: Bound = 1024
     """Requests under way, streaming or waiting: each choice of each prompt is one; 0: no bound."""
@@ -106,34 +106,35 @@ GRAPH_ALONE = Budget(num_open=0, num_waiting=0, cancels_per_s=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of one gateway. `api_keys` maps a tenant's name to its key; empty: no keys.
+    """The settings of one gateway.
 
-    `served_models` are the names that clients may use; answers have the first. `admin_key` opens
-    the admin routes; without one they are closed. `salt_key` keys the prefix salts and the hashes
-    in logs; the default is a random key at each start. Raises ValueError for a TLS certificate
-    without its key, and for a key without its certificate.
+    `api_keys` maps a tenant's name to its key; if it is empty, no key is needed. `served_models`
+    are the names that clients may use for the model; answers show the first name. `admin_key` is
+    the key of the admin routes; without it these routes are closed. `salt_key` is the key of the
+    prefix-cache salts and of the hashes in logs; the default is a random key at each start. Raises
+    ValueError if only one of `tls_certificate` and `tls_key` is given.
 
-    `budgets` maps a tenant to a budget of its own; all other tenants have `budget`. The default is
-    `Budget()` where there are keys. Without keys only the graph's admission bounds requests.
+    `budgets` maps a tenant to its own budget; other tenants have `budget`, which defaults to
+    `Budget()` if there are keys. Without keys, only the graph's admission bounds requests.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     server: Literal["hypercorn", "uvicorn"] = "hypercorn"
-    num_gateways: int = 0  # processes that speak HTTP; 0: the graph's process does
+    num_gateways: int = 0  # gateway processes; 0: the graph's process serves HTTP itself
     api_keys: dict[str, str] = field(default_factory=dict, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     salt_key: bytes = field(default=b"", repr=False)
     served_models: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()  # in addition to the served address and localhost
     allowed_origins: tuple[str, ...] = ()
-    drain_s: float = 600.0  # how long open streams may go on after SIGTERM
-    linger_s: float = 0.0  # how long a drained listener stays, so that load balancers see the 503
+    drain_s: float = 600.0  # the most time for open streams to end after SIGTERM
+    linger_s: float = 0.0  # the least time of a drain, so that load balancers see the 503
     metrics_compat: tuple[str, ...] = ("vllm",)
-    open_metrics: bool = False  # /metrics without a key
-    otlp_endpoint: str | None = None  # the collector of traces
-    trace_sample: float = 0.01  # share of the requests that become traces
-    page: bool = True  # the page at /, for a browser
+    open_metrics: bool = False  # True: /metrics needs no key
+    otlp_endpoint: str | None = None  # URL of the OpenTelemetry collector for traces
+    trace_sample: float = 0.01  # share of the requests that are traced
+    page: bool = True  # serve the chat page at /
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     limits: RequestLimits = RequestLimits()
@@ -147,18 +148,18 @@ class Settings:
 
     @property
     def common_budget(self) -> Budget:
-        """The budget of each tenant without one of its own."""
+        """The budget of each tenant that is not in `budgets`."""
         return self.budget or (Budget() if self.api_keys else GRAPH_ALONE)
 
 
-BACKLOG = 4096  # the kernel may take less: net.core.somaxconn
-MOST_FILES = 1 << 20  # more than any machine serves
-LEAST_FILES = 64  # with fewer, sockets of the graph's processes cannot be made
-_SPARE_FILES = 48  # for engines, logs and other files of the process while the gateway is full
+BACKLOG = 4096  # the kernel cuts this to net.core.somaxconn
+MOST_FILES = 1 << 20  # more connections than any machine serves
+LEAST_FILES = 64  # with fewer files, the graph's processes cannot open their sockets
+_SPARE_FILES = 48  # left for engines, logs and other files when the gateway has all connections
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket that does not listen yet. Raises OSError."""
+    """Return a bound, non-blocking TCP socket, which does not listen yet. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -176,6 +177,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(sock: socket.socket, settings: Settings) -> str:
+    """Return the URL of the gateway on a bound socket."""
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.tls_key else 'http'}://{shown}:{port}"
@@ -191,13 +193,13 @@ def is_loopback(host: str) -> bool:
 
 
 def max_connections() -> int:
-    """The number of connections that leaves file descriptors to the rest of the process."""
+    """The most connections that a gateway accepts; a few file descriptors are kept in reserve."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(8, min(soft, MOST_FILES) - _SPARE_FILES - _num_open_files())
 
 
 def raise_open_files() -> None:
-    """Let this process, and those that it starts, open as many files as the system lets it."""
+    """Raise the limit of open files to the system's hard limit. Child processes inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if 0 <= soft < wanted:
@@ -206,7 +208,7 @@ def raise_open_files() -> None:
 
 
 def num_files() -> int:
-    """The number of files that this process may have open."""
+    """The limit of open files of this process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
@@ -222,7 +224,7 @@ _ANY_HOST = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
 def banner(url: str, models: Sequence[str], settings: Settings, *, has_chat: bool) -> str:
-    """Return the lines that announce a server, with a command that calls it. They hold no key."""
+    """Return the start message of a server, with a curl command. The text contains no key."""
     reachable, model, named = _reachable(url), models[0], ", ".join(models)
     word = "models" if len(models) > 1 else "model"
     lines = [
@@ -254,23 +256,24 @@ def curl(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
 
 
 def _key(settings: Settings) -> str:
-    """Return the shell's expansion of the variable, without a leading NAME=."""
+    """Return the shell expression for the API key in KEY_VARIABLE, without a leading NAME=."""
     return f"${{{KEY_VARIABLE}#*=}}" if _is_named_key(settings) else f"${KEY_VARIABLE}"
 
 
 def _is_key(settings: Settings) -> bool:
-    """Whether the variable holds a key of this server."""
+    """Whether KEY_VARIABLE holds a key of this server, alone or as NAME=KEY."""
     given = os.environ.get(KEY_VARIABLE, "")
     return given in settings.api_keys.values() or _is_named_key(settings)
 
 
 def _is_named_key(settings: Settings) -> bool:
+    """Whether KEY_VARIABLE holds a key of this server as NAME=KEY."""
     keys, given = settings.api_keys.values(), os.environ.get(KEY_VARIABLE, "")
     return given not in keys and given.partition("=")[2] in keys
 
 
 def _reachable(url: str) -> str:
-    """Return the URL for a client on this machine, also where the host means every address."""
+    """Return the URL for a client on this machine: a wildcard host becomes the loopback address."""
     scheme, _, rest = url.partition("://")
     host, _, port = rest.rpartition(":")
     return f"{scheme}://{_ANY_HOST.get(host, host)}:{port}"

@@ -22,13 +22,13 @@ from sagellm.session import Output, Session, Stream
 from sagellm.session.requests import RequestError, Timing
 from sagellm.session.stream import UnreadLimits
 
-_WINDOW = 4  # a quarter of the unread events may wait at the reader, the rest in the stream
+_WINDOW = 4  # 1/4 of the unread tokens may be in transit to the reader, 3/4 in the stream
 
 
 class BatchReader(Protocol):
-    """The reader of one request, as the trio loop sees it."""
+    """The reader of one request on another loop. The trio loop calls these methods."""
 
-    forwarder: "StreamForwarder | None"  # set when the stream has been made
+    forwarder: "StreamForwarder | None"  # set by `forward_stream`
 
     @property
     def request(self) -> Request: ...
@@ -38,31 +38,31 @@ class BatchReader(Protocol):
 
     @property
     def num_taken(self) -> int:
-        """The tokens that were read, as far as the trio loop knows."""
+        """The number of tokens that the reader has read. May be slightly out of date."""
 
     @property
     def is_left(self) -> bool:
         """Whether the reader has left."""
 
     def hold(self) -> None:
-        """Called while events wait and the window is full."""
+        """Called if an event arrives while the window is full. The event stays in the stream."""
 
     def is_excused(self) -> bool:
-        """Whether the client may be innocent: something before it may be slow."""
+        """Whether the transport may be slow instead of the client. See `Stream.is_excused`."""
 
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
-        """Send events. `end`: whether these are the last, or the error that ends the request."""
+        """Send events. `end` is True for the last events, or the error that ends the request."""
 
 
 class StreamForwarder:
-    """Sends the events of a stream to its reader, as long as the window has room.
+    """Sends the events of a stream to a reader, up to `window` tokens that it has not read.
 
-    Other events stay in the stream, and count against its limits.
+    Further events stay in the stream and count against the limits of the stream.
     """
 
     def __init__(self, stream: Stream, to: BatchReader, window: int) -> None:
         self.stream = stream
-        self.scope = trio.CancelScope()  # cancelled when all is sent, or the reader has left
+        self.scope = trio.CancelScope()  # cancelled after the last event, or if the reader leaves
         self.is_held = False
         self.is_finished = False
         self._to = to
@@ -71,10 +71,14 @@ class StreamForwarder:
         stream.on_arrival = self.flush
 
     def flush(self) -> None:
-        """Send the waiting events, unless the window is full; reading calls this again."""
+        """Send all events of the stream, unless the window is full.
+
+        If the window is full, set `is_held`: the reader must call `flush` after its next read.
+        """
         if self._is_full:
             self.is_held = True
-            if self._is_full:  # the reader may have read before it could see `is_held`
+            # Check again: a read between the check and `is_held` does not call `flush`.
+            if self._is_full:
                 self._to.hold()
                 return
         self.is_held = False
@@ -90,7 +94,7 @@ class StreamForwarder:
 
 
 async def forward_stream(session: Session, streaming: Streaming, to: BatchReader) -> None:
-    """Run the stream of one request in the trio loop, until its end or its reader's."""
+    """Run the stream of one request in the trio loop, until it ends or the reader leaves."""
     window = window_of(streaming)
     limits = UnreadLimits(
         streaming.num_buffered_tokens - window,
@@ -116,7 +120,7 @@ async def forward_stream(session: Session, streaming: Streaming, to: BatchReader
 
 
 def window_of(streaming: Streaming) -> int:
-    """Return the tokens that may be sent to a reader and not read yet."""
+    """Return the window of a stream: the most tokens sent to the reader and not yet read."""
     return max(1, streaming.num_buffered_tokens // _WINDOW)
 
 
@@ -124,10 +128,10 @@ def window_of(streaming: Streaming) -> int:
 async def open_thread_bridge(
     session: Session, streaming: Streaming
 ) -> AsyncIterator["ThreadBridge"]:
-    """Open a bridge for one asyncio loop, as long as this trio context lasts.
+    """Open the bridge from the session of this trio loop to one asyncio loop.
 
-    Leaving the context cancels the unfinished requests. Their readers get the error
-    "shutting_down".
+    Leaving the context cancels the unfinished requests, and their readers get an ApiError with the
+    code "shutting_down".
     """
     async with trio.open_nursery() as nursery:
         bridge = ThreadBridge(session, streaming, nursery)
@@ -139,7 +143,10 @@ async def open_thread_bridge(
 
 
 class ThreadBridge:
-    """Made in the trio thread; `open_stream` and `cancel` are called on the app's loop."""
+    """The bridge between an asyncio app and a session in the trio thread.
+
+    It is constructed in the trio thread. `open_stream` and `cancel` are called on the app's loop.
+    """
 
     def __init__(self, session: Session, streaming: Streaming, nursery: trio.Nursery) -> None:
         self.session = session
@@ -174,7 +181,7 @@ class ThreadBridge:
         return False
 
     def call(self, function: Any, *args: Any) -> None:
-        """Run a function in the trio thread, soon. Raises ApiError where the thread has ended."""
+        """Schedule a function in the trio thread. Raises ApiError if the trio run has ended."""
         try:
             self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError as error:
@@ -193,18 +200,18 @@ class ThreadBridge:
 
 
 class _LoopBatcher:
-    """Hands batches to the asyncio loop, with one wake-up for each turn of the trio loop.
+    """Passes batches to the asyncio loop, with one wake-up for each turn of the trio loop.
 
-    A wake-up for each batch would make the two threads take turns at every event.
+    With a wake-up for each batch, the two threads would switch at every event.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.wakeup: trio.Event | None = None  # set when batches wait; None: `run` does not run
+        self.wakeup: trio.Event | None = None  # set when batches wait; None: `run` is not active
         self._loop = loop
         self._waiting: deque[tuple[ThreadBatches, Sequence[Output], ApiError | bool]] = deque()
 
     def send(self, to: "ThreadBatches", outputs: Sequence[Output], end: ApiError | bool) -> None:
-        """Add a batch. Called in the trio thread."""
+        """Queue a batch for a reader. Called in the trio thread."""
         self._waiting.append((to, outputs, end))
         if self.wakeup is not None:
             self.wakeup.set()
@@ -212,7 +219,10 @@ class _LoopBatcher:
             self._wake()
 
     async def run(self) -> None:
-        """Wake the asyncio loop until cancelled. Later batches are handed over one by one."""
+        """Wake the asyncio loop for queued batches, until cancelled.
+
+        After this task has ended, `send` wakes the loop itself for each batch.
+        """
         try:
             while True:
                 assert self.wakeup is not None
@@ -234,7 +244,7 @@ class _LoopBatcher:
 
 
 class ThreadBatches:
-    """One request of the app, as both loops use it."""
+    """The reader of one request, used by both loops: see `BatchReader`."""
 
     def __init__(
         self, bridge: ThreadBridge, batcher: _LoopBatcher, request: Request, timing: Timing
@@ -245,7 +255,7 @@ class ThreadBatches:
         self.inbox = EventInbox(self._on_read)
         self.forwarder: StreamForwarder | None = None  # written in the trio loop only
         self.is_left = False
-        self.num_taken = 0  # tokens; written in the asyncio loop only
+        self.num_taken = 0  # tokens read; written in the asyncio loop only
         self._bridge = bridge
 
     async def __aenter__(self) -> EventInbox:
@@ -259,10 +269,10 @@ class ThreadBatches:
                 self._bridge.call(_cancel, self)
 
     def hold(self) -> None:
-        """Do nothing. Called in the trio thread."""
+        """Do nothing: `_on_read` calls `flush`. Called in the trio thread."""
 
     def is_excused(self) -> bool:
-        """Return False: the reader is in the same process. Called in the trio thread."""
+        """Return False: the transport within a process is not slow. Called in the trio thread."""
         return False
 
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
@@ -278,6 +288,6 @@ class ThreadBatches:
 
 
 def _cancel(batches: ThreadBatches) -> None:
-    """Cancel the request of a reader that has left. Called in the trio thread."""
+    """Cancel the request after its reader has left. Called in the trio thread."""
     if batches.forwarder is not None:
         batches.forwarder.scope.cancel()

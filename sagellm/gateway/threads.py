@@ -1,4 +1,4 @@
-"""A bounded number of worker threads, also where callers gave up on their work."""
+"""Worker threads with a bound that also counts threads whose callers have given up."""
 
 import threading
 import time
@@ -13,22 +13,22 @@ import anyio.to_thread
 
 T = TypeVar("T")
 
-_LOOK_S = 0.02  # the shortest time between two looks at the CPU time of work
+_LOOK_S = 0.02  # the shortest interval between two readings of the work's CPU time
 
 
 class Overrun(Exception):
-    """The work exceeded its CPU time. The thread goes on until the work ends."""
+    """The work exceeded its CPU time. It continues in its thread, without its caller."""
 
 
 class NoThread(Exception):
-    """Every thread has abandoned work: no thread is likely to become free."""
+    """All threads run work whose callers have given up, so none is likely to become free."""
 
 
 class WorkerThreads:
-    """At most `limit` threads. Work whose caller has left keeps its thread until it ends.
+    """Runs work in at most `limit` threads. Abandoned work keeps its thread until it ends.
 
-    anyio's own limiter promises that on trio only. On asyncio it gives the place of an abandoned
-    thread to the next caller, so hung work would pile up threads without a bound.
+    anyio's own limiter guarantees this only on trio. On asyncio it frees the place of an abandoned
+    thread at once, so hung work would use threads without a bound.
     """
 
     def __init__(self, limit: int) -> None:
@@ -41,7 +41,7 @@ class WorkerThreads:
         return anyio.CapacityLimiter(self._limit)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Return the work's result, from a thread. Cancellation does not stop the work."""
+        """Run work in a thread, and return its result. Cancellation abandons the work."""
         job = _Job(work, anyio.lowlevel.current_token(), self._end_abandoned)
         await self._places.acquire_on_behalf_of(job)
         try:
@@ -55,10 +55,10 @@ class WorkerThreads:
                 self._places.release_on_behalf_of(job)
 
     async def run_within(self, max_cpu_s: float, work: Callable[[], T]) -> T:
-        """As `run`, for work that may use `max_cpu_s` of CPU time. Waiting for a thread, a core or
-        the interpreter's lock does not count.
+        """As `run`, for work that may use `max_cpu_s` seconds of CPU time.
 
-        Raises Overrun, and NoThread where no thread is likely to become free.
+        Waiting for a thread, a core or the interpreter lock does not count. Raises Overrun if the
+        work uses more, and NoThread if no thread is likely to become free.
         """
         timed = _Timed(work)
         async with anyio.create_task_group() as tasks:
@@ -71,6 +71,7 @@ class WorkerThreads:
         return timed.result()
 
     async def _watch(self, timed: "_Timed[T]", max_cpu_s: float, scope: anyio.CancelScope) -> None:
+        """Cancel `scope`, with an error in `timed`, if the work takes too long or cannot start."""
         while timed.error is None:
             await anyio.sleep(max(_LOOK_S, max_cpu_s - timed.cpu_s))
             if timed.cpu_s >= max_cpu_s:
@@ -125,9 +126,9 @@ class _Timed(Generic[T]):
 
 
 def _own_clock() -> Callable[[], float]:
-    """Return the clock of the calling thread's CPU time, which all threads may read.
+    """Return a clock of the calling thread's CPU time, which other threads can read.
 
-    Where the system has no such clock (macOS), the wall clock is returned, and waiting counts too.
+    A system without such a clock (macOS) gets the wall clock, so waiting counts there too.
     """
     clock_id_of = getattr(time, "pthread_getcpuclockid", None)
     if clock_id_of is None:
@@ -136,8 +137,9 @@ def _own_clock() -> Callable[[], float]:
 
 
 class _Job(Generic[T]):
-    """Work in a thread. If the caller leaves first, `end_abandoned` is called on the loop after the
-    end of the work.
+    """Work for a thread. If the caller leaves first, the end of the work calls `end_abandoned`.
+
+    `end_abandoned` runs on the loop.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class _Job(Generic[T]):
 
     def __call__(self) -> T:
         with self._lock:
-            if self._left:  # its place is free already
+            if self._left:  # `run` has released the place, so this thread would be one too many
                 raise RuntimeError("the work's caller left before it began")
             self._at_work = True
         try:
@@ -168,13 +170,17 @@ class _Job(Generic[T]):
                 self._end_from_thread()
 
     def leave(self) -> bool:
-        """Return whether the work goes on without its caller. Called once, on the loop."""
+        """Record that the caller has left. Return whether the work is still running.
+
+        Called once, on the loop.
+        """
         with self._lock:
             self._left = True
             return self._at_work
 
     def _end_from_thread(self) -> None:
-        """Call `end_abandoned` without waiting: a loop that is about to close never answers."""
+        """Schedule `end_abandoned` on the loop, from the thread."""
+        # Without waiting: a loop that is about to close never runs the call.
         loop: Any = self._loop.native_token  # trio's, or asyncio's event loop
         soon = getattr(loop, "run_sync_soon", None) or loop.call_soon_threadsafe
         with suppress(RuntimeError):  # the loop has ended

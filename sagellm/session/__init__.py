@@ -61,28 +61,31 @@ _LEVELS = logging.getLogger("sagellm.session")
 
 
 class Observer(Protocol):
-    """Sees the requests and the items of a session, in the trio thread. Must not wait or raise."""
+    """Receives the requests and the items of a session, in the trio thread.
+
+    The methods must neither block nor raise.
+    """
 
     def submitted(self, requests: Sequence[Request]) -> None:
-        """Called with all choices of one request, before they enter the graph."""
+        """Called with all choices of one request, before these enter the graph."""
 
     def delivered(self, item: Item | Forked) -> None:
         """Called with each item that reaches the sink; each choice has exactly one last item."""
 
 
 class Session:
-    """An open graph, for callers inside trio: `stream`, `generate` and `cancel` requests."""
+    """Sends requests to an open graph, from tasks of the trio loop that runs the graph."""
 
     def __init__(self, models: Models, make_executor: Callable[..., TasksExecutor]) -> None:
         self.observers: list[Observer] = []
         self.models = models
         # Weak references: a reader may drop its stream, and the request must then be cancelled.
         self._streams: dict[str, weakref.ref[Stream]] = {}
-        self._codes: dict[str, str] = {}  # why the session cancelled a request
+        self._codes: dict[str, str] = {}  # request id -> code, for requests the session cancelled
         self._token = trio.lowlevel.current_trio_token()
         self._numbers = itertools.count()
         self.executor = make_executor(self._deliver)
-        self.supervisor: Supervisor | None = None  # set where the graph has worker processes
+        self.supervisor: Supervisor | None = None  # set if the graph has worker processes
         self._opened_s = trio.current_time()
 
     def stream(
@@ -94,13 +97,13 @@ class Session:
         limit_bytes: int | None = None,
         **fields: Any,
     ) -> Stream:
-        """Return the stream of one request, which starts when the stream is first read.
+        """Return the stream of one request. Entering or reading the stream submits the request.
 
-        `prompt` is a text, token ids, both (`Encoded`), or chat messages. Further fields:
+        `prompt` is a text, token ids, both (`Encoded`), or chat messages. `fields` may be
         request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, waited_s,
         cost_budget, tags. `model` is a name or an alias; the default is the first model.
         `waited_s` is the time since the request arrived at the caller. `limit_tokens` and
-        `limit_bytes` bound what may wait unread (see `Stream`). Raises RequestError for a wrong
+        `limit_bytes` bound the unread items (see `Stream`). Raises RequestError for a wrong
         argument. Reading the stream raises as `generate` does.
         """
         known, timing = read_fields(fields)
@@ -114,21 +117,21 @@ class Session:
         timing: Timing = Timing(),  # noqa: B008 (an immutable value)
         limits: UnreadLimits = UnreadLimits(),  # noqa: B008 (an immutable value)
     ) -> Stream:
-        """Return the stream of a request that its caller has read and checked.
+        """Return the stream of a request that the caller has already checked.
 
         The prompt must be encoded, the sampling valid, and bad words must be token ids. The
-        session resolves the model, the seed and the choices. Raises RequestError where the model
-        is unknown or its context has no room for an answer.
+        session resolves the model, the seed and the choices. Raises RequestError if the model is
+        unknown, or if the model's context has no room for an answer.
         """
         return Stream(self, self.models.choices_of(request), timing, limits)
 
     async def generate(
         self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any
     ) -> Answer:
-        """Return the whole answer of choice 0; `finish_reason` says how the answer ended.
+        """Return the whole answer of choice 0. Its `finish_reason` is the reason of its end.
 
-        Raises RequestError for a wrong request, RequestRefused where the graph refuses the
-        request, and RequestFailed where the request fails in the graph.
+        Raises RequestError for a wrong request, RequestRefused if the graph refuses the request,
+        and RequestFailed if the request fails in the graph.
         """
         answers = await self.generate_all(prompt, sampling=sampling, **fields)
         return answers[0]
@@ -148,20 +151,20 @@ class Session:
         return [gather(parts[choice]) for choice in sorted(parts)]
 
     def encode(self, prompt: Prompt, *, model: str = "") -> Encoded:
-        """Return the text and the tokens of a prompt, as a request has them.
+        """Return the text and the tokens of a prompt, as a request would carry them.
 
-        There are no tokens where the model's engine takes text. Raises RequestError.
+        If the model's engine takes text, there are no tokens. Raises RequestError.
         """
         return self.models.named(model).read(prompt)
 
     def cancel(self, request_id: str) -> bool:
-        """End a request. Return False, without effect, for an unknown id."""
+        """Cancel a request. Return False, without effect, for an unknown id."""
         is_known = request_id in self.executor.core.register.entries
         self.executor.signal(Signal("cancel", request_id))
         return is_known
 
     def is_in_use(self, request_id: str) -> bool:
-        """Whether a request of that id is open, also after its caller has gone."""
+        """Whether a request with this id is open; true until a dropped stream's request ends."""
         return request_id in self._streams or request_id in self.executor.core.register
 
     @property
@@ -171,14 +174,14 @@ class Session:
 
     @property
     def max_model_len(self) -> int:
-        """`max_model_len_of` the default model."""
+        """The context length of the default model, in tokens. See `max_model_len_of`."""
         return self.max_model_len_of("")
 
     def max_model_len_of(self, model: str) -> int:
-        """The most tokens of prompt and answer together, for a model.
+        """The context length of a model: the most tokens of prompt and answer together.
 
-        That is the shortest context of the model's engines, or the model's own limit if that is
-        less. Raises RequestError for an unknown model.
+        This is the smallest limit among the model's engines and the model's own setting. Raises
+        RequestError for an unknown model.
         """
         served = self.models.named(model).served
         engines = self.executor.engines
@@ -193,11 +196,11 @@ class Session:
         return health_of(self.executor, self.supervisor)
 
     async def idle(self) -> None:
-        """Wait until every request has ended and every block is free."""
+        """Wait until every request has ended and every KV block is free."""
         await self.executor.idle()
 
     async def close(self) -> None:
-        """End all open requests, and wait until every block is free."""
+        """Cancel all open requests, and wait until every KV block is free."""
         for request_id in tuple(self._streams):
             self._end(request_id, "shutting_down")
         await self.idle()
@@ -207,7 +210,7 @@ class Session:
     async def submit(self, stream: Stream) -> None:
         """Submit all choices of a stream's request to the graph.
 
-        Raises RequestError where the id is in use, or the executor has stopped.
+        Raises RequestError if the request id is in use, or the executor has stopped.
         """
         request_id = stream.request_id
         if self.is_in_use(request_id):
@@ -221,34 +224,36 @@ class Session:
             msgspec.structs.replace(request, stamps=stamps, expires_s=expires_s)
             for request in stream.requests
         ]
+        # Before the graph gets the choices, whose first items may arrive during `submit`.
         self._streams[request_id] = weakref.ref(stream, partial(self._collected, request_id))
         self._notify("submitted", choices)
         await self.executor.submit(*choices)
 
     def forget(self, stream: Stream) -> None:
-        """Cancel the unfinished request of a stream, and deliver nothing more to the stream."""
+        """Cancel the unfinished request of a stream, and deliver no more items to the stream."""
+        # A later stream may have reused the request id, and must not be cancelled.
         known = self._streams.get(stream.request_id)
         if known is not None and known() is stream:
             self._dismiss(stream.request_id)
             self.cancel(stream.request_id)
 
     def _collected(self, request_id: str, stream: weakref.ref[Stream]) -> None:
-        """Forget a dropped stream. The garbage collector calls this, in any thread."""
-        with suppress(trio.RunFinishedError):
+        """Forget a stream without references. The garbage collector calls this in any thread."""
+        with suppress(trio.RunFinishedError):  # the graph is closed, and its requests have ended
             self._token.run_sync_soon(self._forget_collected, request_id, stream)
 
     def _forget_collected(self, request_id: str, stream: weakref.ref[Stream]) -> None:
-        if self._streams.get(request_id) is stream:
+        if self._streams.get(request_id) is stream:  # a new stream may have the same id
             self._dismiss(request_id)
             self.cancel(request_id)
 
     def _dismiss(self, request_id: str) -> None:
-        """Deliver no more items of a request."""
+        """Stop delivering the items of a request."""
         self._streams.pop(request_id, None)
         self._codes.pop(request_id, None)
 
     def _end(self, request_id: str, code: str) -> None:
-        """Cancel a request; the last event of each choice then has `code`."""
+        """Cancel a request, and set `code` in the last event of each choice."""
         self._codes[request_id] = code
         self.cancel(request_id)
 
@@ -261,7 +266,7 @@ class Session:
             _log_end(item)
         known = self._streams.get(item.request_id)
         stream = None if known is None else known()
-        if stream is None:
+        if stream is None:  # the stream was closed or dropped, and its request is being cancelled
             return
         if stream.put(item, self.executor.cause):
             self._end(item.request_id, "slow_reader")
@@ -275,7 +280,7 @@ class Session:
         return item
 
     def _notify(self, event: str, value: Any) -> None:
-        """Call every observer. A failing observer is logged: it must not take the graph down."""
+        """Call a method of every observer. Log its exception: it must not stop the graph."""
         for observer in self.observers:
             try:
                 getattr(observer, event)(value)
@@ -288,7 +293,10 @@ class Session:
 
 
 def _is_logged() -> bool:
-    """Whether ends are logged. Asking costs much less than a log call without effect."""
+    """Whether the level of `request_ended` is enabled.
+
+    This test costs much less than a log call that is filtered out.
+    """
     return _LEVELS.isEnabledFor(logging.DEBUG)
 
 

@@ -1,4 +1,4 @@
-"""The models of an open graph: their tokenizers and names, and the requests made for them."""
+"""The models of an open graph: tokenizers and names, and the requests built for each model."""
 
 import secrets
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,11 @@ from sagellm.session.requests import (
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model. `root` is what its first engine loads; different models have different scopes."""
+    """One model of an open graph.
+
+    `root` is the path or name that the model's first engine loads. `scope` is a prefix of cache
+    salts, unique for each model.
+    """
 
     served: ServedModel
     tokenizer: Tokenizer
@@ -38,7 +42,7 @@ class Model:
 
     @property
     def key(self) -> str:
-        """The model's outlet of `route_model`; empty where the graph has one unnamed model."""
+        """The model's outlet of `route_model`; empty if the graph has one unnamed model."""
         return self.served.key
 
     @property
@@ -47,17 +51,18 @@ class Model:
         return isinstance(self.tokenizer, RemoteTokenizer)
 
     def read(self, prompt: Prompt) -> Encoded:
-        """Return a prompt as the engine takes it: with tokens, or as text or messages.
+        """Return a prompt in the form that the model's engine takes: tokens, text or messages.
 
-        Raises RequestError.
+        Raises RequestError for an invalid prompt.
         """
         return read_text(prompt) if self.takes_text else encode(self.tokenizer, prompt)
 
     def fitted(self, request: Request) -> Sampling:
         """Return the sampling of a request, with `max_tokens` cut to the model's own limit.
 
-        Engines know only their own limits. Raises RequestError where no token is left.
+        Raises RequestError if the prompt leaves no room for an answer.
         """
+        # Engines apply only their own limits, which may be larger than the model's.
         sampling, max_model_len = request.sampling, self.served.max_model_len
         if max_model_len is None:
             return sampling
@@ -71,7 +76,7 @@ class Model:
         return msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room))
 
     def with_banned(self, sampling: Sampling) -> Sampling:
-        """Return the sampling with bad words as token ids, unless the engine takes text."""
+        """Return the sampling with bad words as token ids; unchanged if the engine takes text."""
         if self.takes_text:
             return sampling
         banned = encode_bad_words(self.tokenizer, sampling.bad_words)
@@ -100,13 +105,16 @@ class Models:
         return tuple(warning for model in self.all for warning in model.tokenizer.warnings)
 
     def find(self, name: str) -> Model | None:
-        """Return the model of a name, an alias or a key; the default for an empty name."""
+        """Return the model with this name, alias or key, or None. An empty name is the default."""
         if not name:
             return self.default
         return next((m for m in self.all if name == m.key or name in m.served.names), None)
 
     def named(self, name: str) -> Model:
-        """As `find`, but a graph's only model has every name. Raises RequestError."""
+        """Return the model with this name, alias or key. A graph's only model has every name.
+
+        Raises RequestError for an unknown name.
+        """
         found = self.find(name) if self.is_several else self.default
         if found is None:
             known = [each for model in self.all for each in model.served.names]
@@ -118,7 +126,7 @@ class Models:
     def read(self, prompt: Prompt, sampling: Sampling, fields: Mapping[str, Any]) -> Request:
         """Return a caller's request, with the prompt and the bad words as tokens.
 
-        `fields` are fields of a Request. Raises RequestError.
+        `fields` are the other fields of the `Request`. Raises RequestError.
         """
         sampling = read_sampling(sampling)
         model = self.named(fields.get("model", ""))
@@ -132,22 +140,22 @@ class Models:
         )
 
     def choices_of(self, request: Request) -> list[Request]:
-        """Return one request for each choice, with model, length and seed resolved.
+        """Return one request for each choice, with its model, `max_tokens` and seed resolved.
 
-        Raises RequestError.
+        Raises RequestError for an unknown model, an empty prompt, or a prompt that is too long.
         """
         model = self.named(request.model)
         if not (request.prompt_token_ids or model.takes_text):
             raise empty_prompt()
-        if model.takes_text:  # a request with token ids would carry no text to the engine
+        if model.takes_text:  # with token ids, no text would reach the engine
             request = msgspec.structs.replace(request, prompt_token_ids=())
         sampling = model.fitted(request)
         if self.is_several:
-            salt = (
-                f"{model.scope}/{request.salt}"  # equal tokens of two models have different blocks
-            )
+            # Equal tokens of two models have different KV: the scope keeps their blocks apart.
+            salt = f"{model.scope}/{request.salt}"
             request = msgspec.structs.replace(request, model=model.key, salt=salt)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        # All choices, and every engine that computes the request, must sample with one seed (G3).
         sampling = msgspec.structs.replace(sampling, seed=seed)
         return [
             msgspec.structs.replace(request, sampling=sampling, choice=choice)
@@ -155,16 +163,18 @@ class Models:
         ]
 
     def encode(self, text: str, name: str = "") -> tuple[int, ...]:
-        """Return the tokens of a prompt that an operator of the graph has rewritten.
+        """Return the tokens of a prompt whose text an operator of the graph has rewritten.
 
-        An unknown name is encoded for the default model: `route_model` refuses it later.
+        For an unknown model name, the default model encodes: `route_model` refuses the request
+        later.
         """
         model = (self.find(name) if self.is_several else None) or self.default
         return encode_prompt(model.tokenizer, text)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep the helper processes of all tokenizers ready for the `with` block."""
+        """Keep the helper processes of all tokenizers ready during the `with` block."""
+        # Models may share a tokenizer; each tokenizer is entered once.
         with ExitStack() as stack:
             for tokenizer in {id(each.tokenizer): each.tokenizer for each in self.all}.values():
                 stack.enter_context(tokenizer.kept())

@@ -1,4 +1,4 @@
-"""The requests of a session, read and checked, and the errors of requests not served."""
+"""Checks of a session's requests, and the exceptions of requests that are not served."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from sagellm.runtime.models.tokenizer import Messages, Tokenizer, bad_words_toke
 from sagellm.runtime.sampling import Sampling, sampling_fault
 from sagellm.runtime.user_code import failure_text
 
-_SPAN = 1 << 31  # no model knows more tokens
+_SPAN = 1 << 31  # a bound on token ids, larger than any vocabulary
 
 
 class RequestError(ValueError):
-    """A request that was wrong before it entered the graph. The message says why."""
+    """The request is wrong, and has not entered the graph. The message has the reason."""
 
 
 class Encoded(msgspec.Struct, frozen=True):
-    """A prompt with both text and tokens: neither is computed again from the other.
+    """A prompt as text and as tokens. Neither is computed again from the other.
 
     For an engine that takes text, `token_ids` is empty, and the prompt is the text or `messages`.
     """
@@ -35,7 +35,7 @@ Prompt: TypeAlias = str | Encoded | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
-    """Return the prompt's text, which a `map` before the model may rewrite, and its tokens.
+    """Return the text and the tokens of a prompt. A `map` before the model may rewrite the text.
 
     Raises RequestError for a value that is no prompt, and for an empty prompt.
     """
@@ -71,7 +71,7 @@ def read_text(prompt: Prompt) -> Encoded:
 
 
 def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Return bad words as token ids. Raises RequestError where the tokenizer rejects a word."""
+    """Return bad words as token ids. Raises RequestError if the tokenizer rejects a word."""
     with _admitted():
         return bad_words_token_ids(tokenizer, words)
 
@@ -86,9 +86,9 @@ def _admitted() -> Iterator[None]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Return the tokens of a prompt, without a second set of leading special tokens.
+    """Return the tokens of a prompt.
 
-    A rendered conversation already begins with them.
+    Leading special tokens are not added if the text begins with them, as a rendered chat does.
     """
     plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
     return plain if plain[:1] == full[:1] else full
@@ -102,9 +102,11 @@ def _encoded(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise RequestError(f"a prompt is text, token ids or messages, not {_kind(prompt)}")
     if prompt and isinstance(prompt[0], Mapping):
+        # Chat templates write the special tokens themselves.
         text = _unicode(tokenizer.apply_chat_template(cast(Messages, prompt)))
         return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
     token_ids = _read_ids(prompt)
+    # With special tokens: an operator may rewrite this text, which is then encoded again.
     return Encoded(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
 
 
@@ -118,7 +120,7 @@ def _unicode(text: str) -> str:
 
 def _read_ids(prompt: Sequence[Any]) -> tuple[int, ...]:
     """Return token ids as plain integers. The engine checks them against its vocabulary."""
-    for token in prompt:
+    for token in prompt:  # bool is a subclass of int, but true is no token id
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < _SPAN:
             raise RequestError(f"the prompt has {token!r} where a token id should be")
     return tuple(prompt)
@@ -145,11 +147,10 @@ class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Timing(NamedTuple):
-    """When a request arrived, and for how long its answer is wanted.
+    """The arrival and the timeout of a request, as durations: clocks of two processes differ.
 
     `waited_s` is the time from the arrival at the caller to the submission. `timeout_s` counts
-    from the arrival; None means no end. Both are durations, because the clocks of two processes
-    differ.
+    from the arrival; None means no timeout.
     """
 
     timeout_s: float | None = None
@@ -157,9 +158,9 @@ class Timing(NamedTuple):
 
 
 def read_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], Timing]:
-    """Return the fields of a `Request`, with types checked, and the timing.
+    """Return the checked fields of a `Request`, and its timing.
 
-    The field `trace` becomes the tag "traceparent". Raises RequestError.
+    The field `trace` becomes the tag "traceparent". Raises RequestError for a wrong field.
     """
     for name in fields:
         if name not in _Fields.__struct_fields__:
@@ -177,7 +178,7 @@ def read_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], Timing]:
 
 
 def _hint(name: str) -> str:
-    """Return the likely correction of an unknown field."""
+    """Return the end of the message for an unknown field: the likely correction."""
     if name in Sampling.__struct_fields__:
         return f"it belongs to the sampling: sampling=Sampling({name}=...)"
     close = nearest(name, (*_Fields.__struct_fields__, *Sampling.__struct_fields__))
@@ -188,7 +189,7 @@ def _hint(name: str) -> str:
 
 
 def check_room(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
-    """Raise RequestError where prompt and answer together do not fit the context."""
+    """Raise RequestError if `max_tokens` is more than the prompt leaves of the context."""
     room = max_model_len - num_prompt_tokens
     if 0 < room < max_tokens:
         raise RequestError(
@@ -199,10 +200,8 @@ def check_room(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> N
 
 
 def read_sampling(sampling: Sampling) -> Sampling:
-    """Return the parameters with types and ranges checked. Raises RequestError.
-
-    The constructor of a msgspec struct does not check its arguments.
-    """
+    """Return sampling parameters, with types and ranges checked. Raises RequestError."""
+    # The constructor of a msgspec struct does not check its arguments, so convert them again.
     if not isinstance(sampling, Sampling):
         raise RequestError(f"sampling is a Sampling, not {_kind(sampling)}")
     try:
@@ -216,11 +215,11 @@ def read_sampling(sampling: Sampling) -> Sampling:
 
 
 class RequestRefused(RequestError):
-    """The graph refused the request. The message says why.
+    """The graph refused the request. The message has the reason.
 
     `code` is a key of `CODES` in `sagellm.runtime.messages`, or empty. `retry_after_s` is the
-    wait before another attempt, if the graph gives one. `end` is the last event of the choice, or
-    the unfinished answer.
+    recommended wait before another attempt, in seconds, or None. `end` is the last event of the
+    choice, or the unfinished answer.
     """
 
     def __init__(self, end: TokenEvent | Answer) -> None:
@@ -233,8 +232,8 @@ class RequestRefused(RequestError):
 class RequestFailed(RuntimeError):
     """The request failed in the graph.
 
-    Where the user's own code raised, the message has the operator, the type, the text and
-    file:line, and `__cause__` is the exception. `code` and `end` are as in `RequestRefused`.
+    If the user's own code raised, `__cause__` is the exception, and the message has the operator
+    and the exception's type, text, file and line. For `code` and `end` see `RequestRefused`.
     """
 
     def __init__(self, end: TokenEvent | Answer, cause: BaseException | None = None) -> None:
@@ -244,9 +243,9 @@ class RequestFailed(RuntimeError):
 
 
 def raise_unserved(end: TokenEvent | Answer, cause: BaseException | None = None) -> None:
-    """Raise RequestRefused or RequestFailed where `end` says that a choice was not served.
+    """Raise RequestRefused if `end` has finish reason "refused", RequestFailed if "failed".
 
-    Served, filtered, expired and cancelled choices raise nothing.
+    `cause` is the exception that made the choice fail. Other finish reasons raise nothing.
     """
     if end.finish_reason == "refused":
         raise RequestRefused(end)

@@ -1,4 +1,4 @@
-"""The stream of one request: its tokens, their reader, and the answer that they add up to."""
+"""The stream of one request: its unread items, its reader, and the joined answer."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,26 +20,27 @@ from sagellm.runtime.messages import (
 from sagellm.session.requests import RequestError, Timing, raise_unserved
 
 Output: TypeAlias = TokenEvent | Answer
-OUTPUTS = (TokenEvent, Answer)  # a test against a tuple takes half as long as one against a union
+OUTPUTS = (TokenEvent, Answer)  # `isinstance` with a tuple is twice as fast as with a union
 _LOGPROB_BYTES = 16  # an id and a number
-_MOST_EXCUSED = 16  # times the limits, even if the reader is not to blame
+# An excused reader may leave 16 times its limits unread: the memory must have a bound.
+_MOST_EXCUSED = 16
 
 
 class Upstream(Protocol):
-    """The session, as streams use it."""
+    """The methods of a session that a stream calls."""
 
     async def submit(self, stream: "Stream") -> None:
         """Register the stream and submit its requests. Raises RequestError."""
 
     def forget(self, stream: "Stream") -> None:
-        """Cancel the unfinished request, and deliver nothing more to the stream."""
+        """Cancel the unfinished request, and deliver no more items to the stream."""
 
 
-UNSERVED = ("refused", "failed")  # finish reasons for which reading raises
+UNSERVED = ("refused", "failed")  # finish reasons for which `__anext__` raises
 
 
 class UnreadLimits(NamedTuple):
-    """The most of one request that may wait unread. None: no bound."""
+    """Bounds on the unread items of one request, in tokens and in bytes. None: no bound."""
 
     tokens: int | None = None
     bytes: int | None = None
@@ -51,17 +52,17 @@ class UnreadLimits(NamedTuple):
     __await__="a stream is not awaited: read it with `async for`, or await session.generate(...)",
 )
 class Stream:
-    """The tokens of one request as they come: an async iterator, entered or not.
+    """An async iterator over the events of one request. `async with` is optional.
 
-    Leaving the `async with`, `aclose`, or losing the last reference cancels the unfinished
-    request, and the stream is at its end. A request that is cancelled before it entered the graph
-    ends as cancelled. Reading raises RequestRefused or RequestFailed for a choice that was refused
-    or failed.
+    Leaving the `async with`, `aclose`, or dropping the last reference cancels the unfinished
+    request and ends the stream. A request that is cancelled before it enters the graph ends as
+    cancelled. Iterating raises RequestRefused or RequestFailed for a choice that was refused or
+    failed.
 
-    Where more than `limits` waits unread, the request is cancelled in its engine at once. The
-    waiting events can still be read; each unfinished choice ends as cancelled, with the code
+    If the unread events exceed `limits`, the request is cancelled in its engine at once. The
+    unread events can still be read. Each unfinished choice ends as cancelled, with the code
     "slow_reader". The limits count the tokens of events, and the bytes of their text and logprobs.
-    They do not count logprobs of the prompt and whole answers, which come in one piece.
+    Prompt logprobs and whole answers are not counted: each comes in one piece.
     """
 
     def __init__(
@@ -79,12 +80,12 @@ class Stream:
         self._num_open = len(requests)
         self._is_started = False
         self._is_overrun = False
-        self._wants_ends = False  # the reader waits for the ends of choices
-        self._causes: dict[
-            int, Exception | None
-        ] = {}  # choice -> its exception, for failed choices
+        self._wants_ends = False  # `take_ended` waits: wake it at the end of a choice only
+        # Choice -> the exception that made the choice fail.
+        self._causes: dict[int, Exception | None] = {}
         self.on_arrival: Callable[[], None] | None = None  # called after each item
-        # Whether something other than the reader may be slow; asked where more waits than may.
+        # Called if the limits are exceeded. True: the transport to the reader may be slow, so the
+        # request is not cancelled yet.
         self.is_excused: Callable[[], bool] = lambda: False
 
     @property
@@ -102,9 +103,10 @@ class Stream:
         return self
 
     async def __anext__(self) -> Output:
-        """Return the next event or answer. Cancellation does not end the request; `aclose` does.
+        """Return the next event or answer.
 
-        Raises RequestRefused or RequestFailed in place of the last event of a choice.
+        Raises RequestRefused or RequestFailed instead of the last event of a choice. Cancelling
+        this call loses no event and does not end the request.
         """
         await self._wait()
         if not self._unread:
@@ -114,18 +116,18 @@ class Stream:
         return output
 
     async def take(self) -> tuple[Output, ...]:
-        """Return all items that wait, at least one; an empty tuple at the end of the stream.
+        """Wait for an item, and return all unread items; an empty tuple at the stream's end.
 
-        The items of one engine step come together. Cancellation takes nothing. Refusals and
-        failures are returned as events, not raised.
+        The items of one engine step come together. Cancelling this call loses no item. Refusals
+        and failures are returned as events, not raised.
         """
         await self._wait()
         return self._unread.pop_all()
 
     async def take_ended(self) -> tuple[Output, ...]:
-        """As `take`, after every choice has ended, or one choice was refused or failed.
+        """As `take`, but wait until all choices have ended, or one was refused or failed.
 
-        A reader of whole answers is thereby not woken for each token.
+        For readers of whole answers, which need no wake-up for each token.
         """
         self._wants_ends = True
         try:
@@ -135,20 +137,20 @@ class Stream:
         return self._unread.pop_all()
 
     def cause_of(self, choice: int) -> Exception | None:
-        """The exception in the graph that made a choice fail, if it is known."""
+        """The exception that made a choice fail in the graph; None if unknown."""
         return self._causes.get(choice)
 
     def take_nowait(self) -> tuple[Output, ...]:
-        """Return all items that wait, perhaps none."""
+        """Return all unread items without waiting; an empty tuple if there are none."""
         return self._unread.pop_all()
 
     @property
     def is_over(self) -> bool:
-        """Whether no more items come; some may still wait to be read."""
+        """Whether all choices have ended. Unread items may be left."""
         return self._num_open == 0
 
     async def aclose(self) -> None:
-        """Cancel the unfinished request; its blocks are free within one engine step."""
+        """Cancel the unfinished request. Its KV blocks are free within one engine step."""
         self._is_started = True
         self._session.forget(self)
         self._unread.pop_all()
@@ -156,9 +158,10 @@ class Stream:
         self._arrived.unpark_all()
 
     def put(self, item: Item | Forked, cause: Exception | None) -> bool:
-        """Take an item from the session. `cause`: the exception that made its choice fail.
+        """Add an item to the unread items. The session calls this.
 
-        Return True, once, where more waits unread than may: the session cancels the request.
+        `cause` is the exception that made the item's choice fail. Return True, once, if the unread
+        items exceed the limits: the session must then cancel the request.
         """
         if isinstance(item, OUTPUTS):
             self._unread.put(item)
@@ -168,16 +171,18 @@ class Stream:
                     self._causes[item.choice] = cause
         elif isinstance(item, Forked):
             self._num_open += item.num_choices - 1
-        overruns = self._overruns
+        is_overrun = self._mark_overrun()
         if self._is_due and self._arrived:
             self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
-        return overruns
+        return is_overrun
 
-    @property
-    def _overruns(self) -> bool:
-        """Whether the limits are exceeded for the first time, while more items can come."""
+    def _mark_overrun(self) -> bool:
+        """Record that the unread items exceed the limits. Return True the first time only.
+
+        Return False if all choices have ended: nothing is left to cancel.
+        """
         if self._num_open == 0 or not self._unread.is_limited or self._is_overrun:
             return False
         self._is_overrun = self._is_too_much
@@ -185,6 +190,7 @@ class Stream:
 
     @property
     def _is_too_much(self) -> bool:
+        """Whether the unread items exceed the limits, and the reader is not excused."""
         unread = self._unread
         return unread.is_beyond(1) and (unread.is_beyond(_MOST_EXCUSED) or not self.is_excused())
 
@@ -198,7 +204,7 @@ class Stream:
 
     @property
     def _is_due(self) -> bool:
-        """Whether the reader need wait no longer."""
+        """Whether a waiting reader can go on: with an item, or at the end of the stream."""
         if self._num_open == 0:
             return True
         return self._unread.has_unserved if self._wants_ends else bool(self._unread)
@@ -214,7 +220,7 @@ class Stream:
 
 
 class _Unread:
-    """The items that the reader has not taken yet, and their counted size."""
+    """The queue of unread items, and their size as far as the limits count it."""
 
     def __init__(self, limits: UnreadLimits) -> None:
         self._items: deque[Output] = deque()
@@ -222,13 +228,13 @@ class _Unread:
         self.is_limited = limits != UnreadLimits()
         self._num_tokens = 0
         self._num_bytes = 0
-        self.has_unserved = False  # the end of a refused or failed choice waits
+        self.has_unserved = False  # the end of a refused or failed choice is in the queue
 
     def __bool__(self) -> bool:
         return bool(self._items)
 
     def is_beyond(self, times: int) -> bool:
-        """Whether more waits than `times` the limits."""
+        """Whether the unread items exceed `times` the limits."""
         tokens, size = self._limits
         return (tokens is not None and self._num_tokens > times * tokens) or (
             size is not None and self._num_bytes > times * size
@@ -266,7 +272,7 @@ def _num_bytes(event: TokenEvent) -> int:
 
 
 def gather(parts: Sequence[Output]) -> Answer:
-    """Return the answer that the items of one choice add up to."""
+    """Return the whole answer of one choice, joined from its items."""
     last = parts[-1]
     if isinstance(last, Answer):
         return last
@@ -292,10 +298,8 @@ def gather(parts: Sequence[Output]) -> Answer:
 
 
 def _stamps(first: TokenEvent, last: TokenEvent) -> Stamps:
-    """Return the stamps of the first event, with the end of the last event.
-
-    The last event may come from outside the engine, and then has no stamps of the engine.
-    """
+    """Return the stamps of the first event, with `finished_s` of the last event."""
+    # The last event may come from outside the engine, without stamps of the engine.
     began = msgspec.structs.asdict(first.stamps)
     known = {name: at for name, at in began.items() if at is not None and name != "finished_s"}
     return msgspec.structs.replace(last.stamps, **known)

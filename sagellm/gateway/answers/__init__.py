@@ -1,1 +1,1 @@
-"""Answers: token events as the chunks and the answers of the OpenAI API."""
+"""Answers: token events in the form of the OpenAI API, as chunks of a stream or as one answer."""

@@ -1,4 +1,4 @@
-"""Server-sent events: the bytes of one event, and a stream that lives as long as its client."""
+"""Server-sent events: the bytes of one event, and a stream that ends if its client leaves."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,18 +20,18 @@ HEADERS = {
 }
 _RAW = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 _FAILED = ApiError(500, "internal error; the answer is not whole")
-# JSON may hold these characters, but many clients split a stream at every Unicode line end.
+# JSON allows these characters, but many clients split a stream at every Unicode line end.
 _LINE_ENDS = {"\x85": b"\\u0085", "\u2028": b"\\u2028", "\u2029": b"\\u2029"}
 _ESCAPES = tuple((character.encode(), escape) for character, escape in _LINE_ENDS.items())
 
 
 def event(content: bytes) -> bytes:
-    """Return the bytes of one event, whose data is a JSON text."""
+    """Return the bytes of one event. `content`: its data, a JSON text."""
     return b"data: " + escaped(content) + b"\n\n"
 
 
 def escaped(content: bytes) -> bytes:
-    """Return the JSON text with every Unicode line end escaped."""
+    """Return a JSON text with all Unicode line ends escaped."""
     if not content.isascii():
         for character, escape in _ESCAPES:
             content = content.replace(character, escape)
@@ -39,20 +39,18 @@ def escaped(content: bytes) -> bytes:
 
 
 class EventWriter:
-    """Writes the events of one stream. The bytes of one `send` are sent together.
-
-    Raises ClientDisconnect where the server reports that the client has left.
-    """
+    """Writes the events of one stream. Sending raises ClientDisconnect if the client has left."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._quiet: anyio.Event | None = None  # set when the current keep-alive comment is sent
+        # While a keep-alive comment is being sent: the event that its end sets.
+        self._quiet: anyio.Event | None = None
         self.is_started = False
         self.is_sending = False
         self.since_s = anyio.current_time()  # start of the current send, or end of the last comment
 
     async def send(self, content: bytes, *, is_last: bool = False) -> None:
-        """Send events. Waits as long as the client does not read."""
+        """Send the bytes of one or more events together. Blocks while the client does not read."""
         self.is_sending, self.since_s = True, anyio.current_time()
         if self._quiet is not None:
             await self._quiet.wait()
@@ -61,11 +59,11 @@ class EventWriter:
         self.is_sending = False
 
     async def keep_alive(self) -> None:
-        """Send a comment; events wait meanwhile.
+        """Send a comment. Events wait until it is sent.
 
-        The comment begins a stream without events. A request that waits so long has been admitted,
-        so a refusal with a status of its own is unlikely to come.
+        If no event was sent yet, the comment starts the response with status 200.
         """
+        # A request that has waited so long was admitted, so a refusal is unlikely to follow.
         self.since_s = anyio.current_time()
         quiet = self._quiet = anyio.Event()
         try:
@@ -95,12 +93,14 @@ async def event_stream(
     streaming: Streaming,
     on_gone: Callable[[], None],
 ) -> AsyncIterator[EventWriter]:
-    """Open a stream of events for the `async with` block that writes them.
+    """Open a stream of events, which the `async with` block writes.
 
-    An ApiError before the first event is raised. A later ApiError becomes the last event. Any other
-    exception becomes the last event and is raised. Where the client leaves, or reads nothing for
-    `stall_s`, the block is cancelled, the stream stays unfinished, and `on_gone` is called. The
-    error of the last event is noted in the call's state, for its log line.
+    An ApiError of the block is raised if no event was sent, and otherwise becomes the last event.
+    Any other exception is raised, after it has become the last event of a started stream. Errors
+    that become events are stored in `scope` for the log line.
+
+    If the client leaves, or reads nothing for `stall_s` seconds, the block is cancelled, the stream
+    stays unfinished, and `on_gone` is called.
     """
     events, is_over = EventWriter(send), False
     failure: Exception | None = None
@@ -123,7 +123,7 @@ async def event_stream(
 
 @asynccontextmanager
 async def _ending(events: EventWriter, scope: Scope) -> AsyncIterator[None]:
-    """Write an error as the last event, where the block fails after the first event."""
+    """Write an exception of the block as the last event, if the stream has started."""
     try:
         yield
     except ClientDisconnect:
@@ -143,47 +143,48 @@ async def _ending(events: EventWriter, scope: Scope) -> AsyncIterator[None]:
 async def _attend(
     receive: Receive, events: EventWriter, streaming: Streaming, whole: anyio.CancelScope
 ) -> None:
-    """Keep the stream alive. Cancel `whole` when the client leaves or stalls."""
+    """Send keep-alive comments. Cancel `whole` if the client leaves or reads nothing."""
     while True:
-        soon_s = anyio.current_time() + streaming.keep_alive_s  # a send may end earlier
+        # The state may change before `_due_s`, so look again after `keep_alive_s` at the latest.
+        soon_s = anyio.current_time() + streaming.keep_alive_s
         with anyio.CancelScope(deadline=min(soon_s, _due_s(events, streaming))):
             await until_gone(receive)
             break
         if anyio.current_time() < _due_s(events, streaming):
-            continue  # an event was sent meanwhile
+            continue  # an event was sent in the meantime
         if events.is_sending or not await _is_heard(events, streaming):
             break
     whole.cancel()
 
 
 async def _is_heard(events: EventWriter, streaming: Streaming) -> bool:
-    """Send a comment. Return whether the client read it in time."""
+    """Send a comment. Return whether the client read it within `stall_s` seconds."""
     with anyio.move_on_after(streaming.stall_s) as limit:
         await events.keep_alive()
     return not limit.cancelled_caught
 
 
 def _due_s(events: EventWriter, streaming: Streaming) -> float:
-    """Return when the current send has stalled, or when the next comment is due."""
+    """Return when the current send will have stalled, or else when the next comment is due."""
     return events.since_s + (streaming.stall_s if events.is_sending else streaming.keep_alive_s)
 
 
 async def until_gone(receive: Receive) -> None:
-    """Wait until the client has left. Its request must have been read."""
+    """Wait until the client has left. The whole request body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 @dataclass(slots=True)
 class AttendedClient:
-    """`has_left`: the client left before the end of the block."""
+    """The client of a whole answer. `has_left`: it left before the end of the block."""
 
     has_left: bool = False
 
 
 @asynccontextmanager
 async def attended(receive: Receive) -> AsyncIterator[AttendedClient]:
-    """Cancel the block when the client leaves. Exceptions of the block are raised unwrapped."""
+    """Cancel the `async with` block if the client leaves. Exceptions are raised without a group."""
     client = AttendedClient(has_left=True)
     failure: Exception | None = None
 

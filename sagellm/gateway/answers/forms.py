@@ -1,4 +1,4 @@
-"""The chunks and answers of /v1/completions and /v1/chat/completions."""
+"""The JSON of answers to /v1/completions and /v1/chat/completions, in chunks or whole."""
 
 from collections.abc import Iterable
 
@@ -34,18 +34,18 @@ from sagellm.gateway.answers.writer import FINISH, AnswerSpec, Indexed
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session.requests import Encoded
 
-_MARK = "\0"  # stands for the text; no other field of a chunk holds it
+_MARK = "\0"  # the placeholder of the text; no other field of a chunk contains it
 _ENCODED_MARK = msgspec.json.encode(_MARK)
 _encode = msgspec.json.Encoder().encode
 
 
 class ChunkTemplate:
-    """An encoded chunk with a gap for its text, so that most chunks need no encoder."""
+    """An encoded chunk with a gap for its text: cheaper to fill than to encode a chunk."""
 
     MARK = _MARK
 
     def __init__(self, chunk: msgspec.Struct) -> None:
-        """`chunk` has MARK in the place of its text."""
+        """`chunk` must have MARK as its text."""
         self._head, _, self._tail = event(_encode(chunk)).partition(_ENCODED_MARK)
 
     def with_text(self, text: str) -> bytes:
@@ -53,15 +53,16 @@ class ChunkTemplate:
 
 
 class CompletionForm:
-    """Writes the choices of one completion. With echo, a choice begins with its prompt."""
+    """Writes the answer to one completion. With `echo`, each choice begins with its prompt."""
 
     def __init__(self, asked: AnswerSpec, texts: Texts) -> None:
         self._asked = asked
         self._texts = texts
-        self._choices: dict[int, CompletionLogprobsWriter] = {}  # choices that have begun
+        self._choices: dict[int, CompletionLogprobsWriter] = {}  # choices with a first event
         self._frames: dict[int, ChunkTemplate] = {}
+        # As in the OpenAI API: with `include_usage`, all chunks but the last have a null usage.
         self._usage: UnsetType | None = None if asked.has_usage else UNSET
-        self._is_plain = not (
+        self._is_plain = not (  # chunks differ only in their text, so templates can write them
             asked.has_logprobs
             or asked.has_token_ids
             or asked.is_echo
@@ -138,7 +139,7 @@ class CompletionForm:
 def _logprobs(
     writer: CompletionLogprobsWriter, event: TokenEvent, prompt: Encoded | None
 ) -> CompletionLogprobs:
-    """Return the logprobs of an event's tokens, after those of an echoed prompt."""
+    """Return the logprobs of an event's tokens, after those of its prompt if `prompt` is given."""
     if prompt is None:
         return writer.tokens(event.logprobs)
     echoed = writer.prompt(prompt.token_ids, event.prompt_logprobs)
@@ -149,19 +150,19 @@ _ROLE = ChatDelta(role="assistant", content="")
 
 
 class ChatForm:
-    """Writes the choices of one chat. A stream begins with the role of each choice."""
+    """Writes the answer to one chat. A stream begins with one role chunk for each choice."""
 
     def __init__(self, asked: AnswerSpec, texts: Texts) -> None:
         self._asked = asked
         self._texts = texts
         self._frames: dict[int, ChunkTemplate] = {}
         self._usage: UnsetType | None = None if asked.has_usage else UNSET
-        self._shows_prompt = (
-            asked.num_prompt_logprobs is not None
-        )  # the prompt's logprobs are still to be shown
+        # Whether the prompt's logprobs were requested and not yet written.
+        self._shows_prompt = asked.num_prompt_logprobs is not None
         self._is_plain = not (asked.has_logprobs or asked.has_token_ids or self._shows_prompt)
 
     def opening(self, usage: ApiUsage | None) -> bytes:
+        # Clients learn the role of each choice before its text, as in the OpenAI API.
         roles = [
             self._chunk([ChatChunkChoice(index, _ROLE)], usage, self._prompt_ids)
             for index in range(self._asked.num_indices)
@@ -239,7 +240,8 @@ class ChatForm:
         return chat_logprobs(self._texts, event.logprobs) if self._asked.has_logprobs else None
 
     def _prompt_logprobs(self, event: TokenEvent) -> PromptLogprobs | UnsetType:
-        """Return the prompt's logprobs once: the first event of every choice has the same."""
+        """Return the prompt's logprobs at the first call, and UNSET at later calls."""
+        # The first event of every choice has the same prompt logprobs.
         if not self._shows_prompt:
             return UNSET
         self._shows_prompt = False

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, in the form of either API."""
+"""Log probabilities of tokens, in the forms of completions, of chats and of vLLM."""
 
 import codecs
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from sagellm.gateway.answers.objects import (
 from sagellm.runtime.messages import TokenLogprob
 from sagellm.runtime.models.tokenizer import Tokenizer
 
-_LEAST = -9999.0  # JSON has no infinity; what vLLM and OpenAI show instead
+_LEAST = -9999.0  # shown instead of minus infinity, as by vLLM and OpenAI: JSON has no infinity
 
 
 class Texts(Protocol):
-    """Writes tokens in an answer, as bytes and as text."""
+    """The spelling of tokens in an answer, as bytes and as text."""
 
     def bytes(self, token_id: int) -> bytes: ...
 
@@ -27,7 +27,7 @@ class Texts(Protocol):
 
 
 class TokenTexts:
-    """Writes tokens as their own text. Each token is looked up once."""
+    """Spells tokens as their text. Each token is looked up in the tokenizer once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -41,7 +41,7 @@ class TokenTexts:
         return found
 
     def text(self, token_id: int) -> str:
-        """Return the token as the OpenAI API writes it, `bytes:\\xf0\\x9f` where it is partial."""
+        """Return the token's text; `bytes:\\xf0\\x9f` for a part of a character, as in the API."""
         found = self._texts.get(token_id)
         if found is None:
             found = self._texts[token_id] = _spelt(self.bytes(token_id))
@@ -49,7 +49,7 @@ class TokenTexts:
 
 
 class TokenNames:
-    """Writes tokens by their ids, `token_id:17`, which are unique."""
+    """Spells tokens by their ids, as `token_id:17`: two tokens may have the same text."""
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
@@ -69,7 +69,7 @@ def _spelt(content: bytes) -> str:
 
 
 class CompletionLogprobsWriter:
-    """Writes the logprobs of one choice's pieces. Text offsets continue from piece to piece."""
+    """Writes the logprobs of one choice, piece by piece. Text offsets continue over the pieces."""
 
     def __init__(self, texts: Texts, num_top: int) -> None:
         self._texts = texts
@@ -80,7 +80,7 @@ class CompletionLogprobsWriter:
     def prompt(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
     ) -> CompletionLogprobs:
-        """Write the logprobs of an echoed prompt. Its first token has none."""
+        """Return the logprobs of an echoed prompt. The prompt's first token has no logprob."""
         return self._write(token_ids, _padded(token_ids, logprobs))
 
     def tokens(self, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
@@ -97,7 +97,7 @@ class CompletionLogprobsWriter:
         )
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """Return the most likely tokens, and always the chosen token."""
+        """Return the logprobs of the most likely tokens and of the sampled token."""
         text = self._texts.text
         top: dict[str, float] = {}
         best = entry.top[: self._num_top]
@@ -106,6 +106,7 @@ class CompletionLogprobsWriter:
         return top
 
     def _next_offset(self, token_id: int) -> int:
+        """Return the offset of the next token, in characters, and advance past it."""
         offset = self._offset
         self._offset += len(self._characters.decode(self._texts.bytes(token_id)))
         return offset
@@ -123,7 +124,7 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
 def prompt_logprobs(
     texts: Texts, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], num_top: int
 ) -> PromptLogprobs:
-    """Return a prompt's logprobs in vLLM's form, with the `num_top` most likely at each place."""
+    """Return a prompt's logprobs in vLLM's form, with the `num_top` likeliest at each place."""
     return [
         None if entry is None else _prompt_logprob(texts, entry, num_top)
         for entry in _padded(token_ids, logprobs)
@@ -145,12 +146,12 @@ def _ranked(texts: Texts, token_id: int, logprob: float, rank: int | None) -> Pr
 def _padded(
     token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
 ) -> list[TokenLogprob | None]:
-    """Return one entry for each token of a prompt; the first token has no logprob."""
+    """Return one entry for each token of a prompt. Leading tokens without a logprob get None."""
     return [*[None] * (len(token_ids) - len(logprobs)), *logprobs]
 
 
 def chat_logprobs(texts: Texts, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """Return the logprobs of one piece of a chat's choice."""
+    """Return the logprobs of one piece of a choice, in the form of chats."""
     return ChatLogprobs([_chat_logprob(texts, entry) for entry in logprobs])
 
 
@@ -168,4 +169,5 @@ def _chat_logprob(texts: Texts, entry: TokenLogprob) -> ChatLogprob:
 
 
 def _shown(logprob: float) -> float:
+    """Return a logprob that JSON can represent."""
     return logprob if logprob > _LEAST else _LEAST

@@ -1,4 +1,4 @@
-"""The objects of answers, with fields named as in the OpenAI API and in vLLM."""
+"""The JSON objects of answers, with the field names of the OpenAI API and of vLLM."""
 
 from typing import Annotated, Literal, TypeAlias
 

@@ -1,4 +1,4 @@
-"""Writes the answer to one call: joins events by choice, counts tokens, and maps errors."""
+"""Writes the answer to one call: joins events by choice, counts tokens, and converts errors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,15 @@ _OVERLOADED = {
     "slo_unreachable": "the first token would come too late; try again later",
     "unavailable": "no engine is there to serve the request; try again later",
 }
-_RETRY_S = 1.0  # where the graph gives no time
+_RETRY_S = 1.0  # Retry-After if the graph gives no time
 MayRetry = Callable[[], bool]
 
 
 def error_of(event: TokenEvent, request_id: str, may_retry: MayRetry) -> ApiError | None:
-    """Return the error of an unserved choice, else None. Only an overload calls `may_retry`."""
+    """Return the error for the last event of an unserved choice; None for any other event.
+
+    `may_retry` spends a retry, and is called for overload only.
+    """
     reason = event.finish_reason
     if reason is None or reason in SERVED or reason == "filtered":
         return None
@@ -49,6 +52,7 @@ def error_of(event: TokenEvent, request_id: str, may_retry: MayRetry) -> ApiErro
 
 
 def _refused(event: TokenEvent, may_retry: MayRetry) -> ApiError:
+    """Return 400 for a wrong request, and 503 for overload."""
     if event.code == "bad_request":
         return ApiError(400, event.error or "the model cannot serve this request")
     if event.code not in _OVERLOADED:  # by a user's own operator
@@ -74,18 +78,20 @@ _NO_REASONING = CompletionTokensDetails()
 
 
 class UsageCounter:
-    """Counts the tokens of one call: all prompts and all choices."""
+    """Counts the tokens of one call, over all its prompts and choices."""
 
     def __init__(self) -> None:
         self._num_prompt: dict[int, int] = {}  # number of a prompt -> its tokens
         self._num_cached: dict[int, int] = {}
         self._num_completion = 0
-        self.first_s: float | None = None  # when the first batch came, a time of the loop's clock
+        self.first_s: float | None = None  # time of the first batch, on the loop's clock
 
     def count(self, prompt: int, event: TokenEvent) -> None:
-        """Count an event. A prompt counts once, and its cached tokens are those of choice 0: other
-        choices find the blocks of choice 0 in the cache.
+        """Count the tokens of an event. `prompt`: the number of the event's prompt.
+
+        The tokens of a prompt count once, not for each choice.
         """
+        # Cached tokens count for choice 0 only: other choices find its blocks in the cache.
         self._num_completion += event.num_tokens
         if event.num_prompt_tokens > self._num_prompt.get(prompt, 0):
             self._num_prompt[prompt] = event.num_prompt_tokens
@@ -104,7 +110,7 @@ class UsageCounter:
         )
 
 
-Indexed: TypeAlias = tuple[int, TokenEvent]  # with the index of the event's choice
+Indexed: TypeAlias = tuple[int, TokenEvent]  # (index of the choice in the answer, event)
 
 FINISH: dict[str | None, ApiFinishReason | None] = {
     None: None,
@@ -116,20 +122,20 @@ FINISH: dict[str | None, ApiFinishReason | None] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerSpec:
-    """The parts of a request that decide what its answer shows."""
+    """The fields of a request that determine the content of its answer."""
 
     id: str
     created: int
     model: str
     prompts: tuple[Encoded, ...]
     num_choices: int  # choices of each prompt
-    num_logprobs: int | None = None  # most likely tokens to show beside each token of the answer
-    num_prompt_logprobs: int | None = None  # the same for the prompt, in vLLM's form
+    num_logprobs: int | None = None  # most likely tokens shown for each token of the answer
+    num_prompt_logprobs: int | None = None  # the same for each token of the prompt, as in vLLM
     has_token_ids: bool = False
     has_usage: bool = False
     has_continuous_usage: bool = False
     is_echo: bool = False
-    is_prompt_only: bool = False  # generated tokens are not shown
+    is_prompt_only: bool = False  # the answer shows no generated tokens
 
     @property
     def has_logprobs(self) -> bool:
@@ -141,19 +147,19 @@ class AnswerSpec:
 
 
 class AnswerForm(Protocol):
-    """Writes answers in the form of one API. Events are whole server-sent events."""
+    """Writes the answer to one call in the form of one API. Events are server-sent events."""
 
     def opening(self, usage: ApiUsage | None) -> bytes:
-        """Return the events before the first text."""
+        """Return the events that start a stream, before the first chunk."""
 
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
-        """Return the event of a choice's next piece."""
+        """Return the event for the next piece of the choice `index`."""
 
     def usage(self, usage: ApiUsage) -> bytes:
-        """Return the event with the usage of the whole stream."""
+        """Return the event that ends a stream with the usage of the whole call."""
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
-        """Return the JSON text of a whole answer."""
+        """Return the JSON text of a whole answer that is not streamed."""
 
 
 class MakeAnswerForm(Protocol):
@@ -161,9 +167,10 @@ class MakeAnswerForm(Protocol):
 
 
 class AnswerWriter:
-    """Writes the answer to one call: `chunks` and `ending` for a stream, or `add` and `whole`.
+    """Writes the answer to one call.
 
-    Choice j of prompt i has index i * n + j, as in the OpenAI API.
+    For a stream, call `chunks` for each batch, then `ending`. For a whole answer, call `add` for
+    each batch, then `whole`. Choice j of prompt i has index i * n + j, as in the OpenAI API.
     """
 
     def __init__(self, asked: AnswerSpec, form: AnswerForm, counter: UsageCounter) -> None:
@@ -176,16 +183,16 @@ class AnswerWriter:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all requested choices have ended. A graph may make more choices."""
+        """Whether all requested choices have ended. The graph may have made more choices."""
         return self._num_unfinished <= 0
 
     def check_finished(self) -> None:
-        """Raise ApiError where a choice has not ended: an unfinished answer must not look whole."""
+        """Raise ApiError if a choice has not ended: an incomplete answer must not look complete."""
         if not self.is_finished:
             raise graph_closed()
 
     def chunks(self, batch: EventBatch) -> bytes:
-        """Return the events of a batch, one for each of its choices."""
+        """Return the server-sent events of a batch: one for each choice in the batch."""
         joined_batch = self._joined(batch)
         usage = self._counter.usage if self._asked.has_continuous_usage else None
         events = [self._form.chunk(index, event, usage) for index, event in joined_batch]
@@ -195,20 +202,21 @@ class AnswerWriter:
         return b"".join(events)
 
     def ending(self) -> bytes:
-        """Return the events after the last chunk."""
+        """Return the events after the last chunk: the usage, if the client asked for it."""
         return self._form.usage(self._counter.usage) if self._asked.has_usage else b""
 
     def add(self, batch: EventBatch) -> None:
+        """Add a batch to the whole answer."""
         for index, event in self._joined(batch):
             self._parts.setdefault(index, []).append(event)
 
     def whole(self) -> bytes:
-        """Return the whole answer of the added batches."""
+        """Return the JSON text of the whole answer, from all added batches."""
         choices = ((index, joined(self._parts[index])) for index in sorted(self._parts))
         return self._form.whole(choices, self._counter.usage)
 
     def _joined(self, batch: EventBatch) -> list[Indexed]:
-        """Return one event for each choice, in the order of their first events."""
+        """Count a batch, and join its events to one for each choice, in the order of arrival."""
         parts: dict[int, list[TokenEvent]] = {}
         for prompt, event in batch:
             if self._asked.is_prompt_only:
@@ -221,7 +229,8 @@ class AnswerWriter:
 
 
 def _ungenerated(event: TokenEvent) -> TokenEvent:
-    """Return the event without its tokens: engines make at least one, also if none is wanted."""
+    """Return an event without its generated tokens, for an answer that is only an echo."""
+    # Engines generate at least one token, even if the client wants none.
     return msgspec.structs.replace(
         event,
         text="",

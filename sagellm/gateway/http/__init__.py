@@ -1,1 +1,1 @@
-"""HTTP: the app, its routes and endpoints, and the servers that it runs under."""
+"""HTTP: the ASGI app, its routes and endpoints, and the servers that run it."""

@@ -1,4 +1,4 @@
-"""The ASGI application, and the refusal of calls that never reach it."""
+"""The ASGI application, and the early refusal of calls that the server has no time to serve."""
 
 import math
 import re
@@ -48,14 +48,15 @@ PIECE_BYTES = 64 << 10
 
 
 def build_app(gateway: Gateway) -> "App":
-    """Return the app of one open graph, with all routes that its settings allow."""
+    """Return the app of a gateway, with the routes that the gateway's settings allow."""
     return App(gateway, routes_of(gateway.settings))
 
 
 class App:
-    """Answers HTTP and refuses WebSockets. Every call passes the same checks, in the same order.
+    """The ASGI app. It answers HTTP and refuses WebSockets. All calls pass the same checks.
 
-    A drain waits for `calls`. `generating` maps the bytes of a path that generates to the path.
+    `calls`: the open calls, for which a drain waits. `generating`: the paths of routes that
+    generate, by their bytes.
     """
 
     def __init__(self, gateway: Gateway, routes: Iterable[EndpointRoute]) -> None:
@@ -74,12 +75,12 @@ class App:
 
     @property
     def lag_s(self) -> float:
-        """How late the event loop is."""
+        """The lag of the app's event loop, in seconds."""
         return self.gateway.meters.app_lag_s()
 
     @property
     def is_too_late(self) -> bool:
-        """Whether a call that begins now would miss the objective through the loop alone."""
+        """Whether the lag of the loop alone would make a new call miss the TTFT objective."""
         return self.objective_s is not None and NUM_TURNS * self.lag_s > self.objective_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +109,10 @@ class App:
     async def _answer(
         self, route: EndpointRoute, scope: Scope, body: RequestBody, sending: "_Sending"
     ) -> None:
-        """Answer a call. A response that fails after its start is cut off: it never looks whole."""
+        """Check and answer a call. An exception before the response starts becomes an error answer.
+
+        After the start, an exception cuts the response off, so that it does not look complete.
+        """
         try:
             self._check(route, scope)
             request = Request(scope, body.receive, sending.send)
@@ -116,7 +120,7 @@ class App:
             await response(scope, body.receive, sending.send)
         except Exception as error:
             refusal = failure_of(error, sending.call.request_id)
-            body.drop()  # before the answer: discarding the rest of the body may take long
+            body.drop()  # free its memory before the answer, whose sending may take long
             if refusal is not None and not sending.status:
                 note_error(scope, refusal)
                 await response_of(refusal)(scope, body.receive, sending.send)
@@ -124,7 +128,7 @@ class App:
             body.drop()
 
     def _check(self, route: EndpointRoute, scope: Scope) -> None:
-        """Check everything that needs no body. Raises ApiError."""
+        """Make all checks that need no body. Raises ApiError."""
         settings = self.gateway.settings
         check_headers(scope, settings.limits)
         self._hosts.check(scope)
@@ -138,11 +142,12 @@ class App:
         check_body(scope, settings.limits, self.bodies)
 
     def _shed(self, tenant: str) -> None:
-        """Raise ApiError where the event loop is too late to serve a call."""
+        """Raise ApiError 503 if the event loop is too late to serve the call."""
         if self.is_too_late:
             raise shed(self.lag_s, should_retry=self.gateway.budgets.may_retry(tenant))
 
     def _ended(self, route: EndpointRoute, scope: Scope, sending: "_Sending") -> None:
+        """Measure and log the end of a call."""
         call, method, status = scope["state"]["call"], scope["method"], sending.end_status
         now = anyio.current_time()
         self.gateway.meters.request_ended(route.path, method, status, now - call.started_s)
@@ -150,7 +155,10 @@ class App:
 
 
 class _Sending:
-    """Wraps `send` for one call. `status` is 0 until the response has begun."""
+    """Wraps `send` for one call: adds headers and tracks whether the whole response was sent.
+
+    `status` is 0 until the response has started.
+    """
 
     def __init__(self, send: Send, call: Call, body: RequestBody) -> None:
         self._send = send
@@ -175,16 +183,15 @@ class _Sending:
         if last.get("more_body", False):
             await self._send(last)
             return
-        self._is_whole = True  # before the send: servers end a call during its last send
+        self._is_whole = True  # set first: during its last send, a server may cancel the call
         await self._send_last(last)
 
     async def _send_last(self, message: Message) -> None:
-        """Send the end of the response, shielded from cancellation, while the rest of the body is
-        read.
+        """Send the last part of the response, and meanwhile discard the unread request body.
 
-        During this send Hypercorn prepares its connection for the next call, and reports the client
-        as gone: cancellation would leave the connection half prepared, and open for ever. Servers
-        send the end of a response only while the rest of the body is read.
+        Servers wait with the last part until the request body has been read. The send is shielded
+        from cancellation: meanwhile Hypercorn resets its connection for the next call and reports
+        a disconnect, and a cancellation would leave the connection open for ever.
         """
         with anyio.CancelScope(shield=True):  # bounded: servers cut off clients that do not read
             if self._body.is_whole:
@@ -197,7 +204,7 @@ class _Sending:
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """Yield a large body in pieces: servers bound the time of each send."""
+    """Split a large body into pieces, because servers limit the time of each send."""
     body = message.get("body", b"")
     end = 0
     for end in range(PIECE_BYTES, len(body), PIECE_BYTES):
@@ -207,7 +214,8 @@ def _parts(message: Message) -> Iterator[Message]:
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
-    """Confirm all lifespan events. The opener of the gateway also closes it."""
+    """Confirm all lifespan events, without effect."""
+    # The code that opens a gateway also closes it, so there is nothing to start or stop here.
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})
@@ -215,41 +223,43 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-_MOST_BYTES = 64 << 10  # the largest call that may be refused unread
-_WAIT = 1 / 10  # the part of the objective that connections may wait to be accepted
-_STRAINED = 1 / 40  # the part of the objective after which a turn accepts one connection
+_MOST_BYTES = 64 << 10  # the largest call that is refused before the app reads it
+_WAIT = 1 / 10  # share of the TTFT objective that connections may wait to be accepted
+_STRAINED = 1 / 40  # share of the objective after which a turn accepts only one connection
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,6})[ \t]*(?=\r\n)", re.IGNORECASE)
 _ID = re.compile(rb"\r\nx-request-id:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
 class Overflow:
-    """Notes since when connections wait to be accepted, and refuses calls that wait too long.
+    """Measures how long connections wait to be accepted, and refuses calls that wait too long.
 
-    `is_bounded`: the graph has an objective. Without an objective no call is refused here.
+    Without a TTFT objective of the graph, no call is refused here.
     """
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._waiting_since_s: float | None = None
-        self._over_s = -math.inf  # the last time that calls were refused
+        self._over_s = -math.inf  # when `is_over` was last true
 
     @property
     def is_bounded(self) -> bool:
+        """Whether the graph has a TTFT objective."""
         return self._app.objective_s is not None
 
     def is_strained(self, now: float) -> bool:
-        """Whether more connections come than are accepted, or came less than one objective ago.
-        Each accepted call then delays others.
+        """Whether connections queue up, or were refused during the last `objective_s` seconds.
+
+        The server should then accept connections one by one: each accepted call delays others.
         """
         objective_s = self._app.objective_s or math.inf
         return now - self._over_s < objective_s or self._waited_s(now) > _STRAINED * objective_s
 
     def none_waits(self) -> None:
-        """Note that no connection waits."""
+        """Record that no connection waits to be accepted."""
         self._waiting_since_s = None
 
     def is_over(self, now: float) -> bool:
-        """Whether the connections that still wait have waited too long."""
+        """Record that connections wait. Return whether they must be refused."""
         objective_s = self._app.objective_s
         if objective_s is None:
             return False
@@ -261,13 +271,14 @@ class Overflow:
         return is_over
 
     def _waited_s(self, now: float) -> float:
-        """Return how long connections have waited without a break."""
+        """Return for how long there has always been a waiting connection, in seconds."""
         return 0.0 if self._waiting_since_s is None else now - self._waiting_since_s
 
     def refuse(self, sock: socket) -> bool:
-        """Answer the call of a new connection with a 503, and close the connection.
+        """Answer the call on a new connection with a 503, and close the connection.
 
-        Return False, without reading, unless the whole of a short call that generates has come.
+        Return False, and leave the socket unread, unless a complete short call of a generating
+        route has arrived: the server must then serve the connection.
         """
         try:
             sent = sock.recv(_MOST_BYTES, MSG_PEEK)
@@ -287,7 +298,7 @@ class Overflow:
         return True
 
     def _path_of(self, sent: bytes) -> str | None:
-        """Return the path of a whole call that generates; None for any other bytes."""
+        """Return the path of a complete call to a generating route; None for any other bytes."""
         head, end, body = sent.partition(b"\r\n\r\n")
         line = head.partition(b"\r\n")[0].split(b" ")
         length = _LENGTH.search(head + b"\r\n")
@@ -299,6 +310,10 @@ class Overflow:
         return self._app.generating.get(target.partition(b"?")[0])
 
     def _answer(self, sent: bytes) -> bytes:
+        """Return a whole HTTP response with a 503. `sent`: the bytes of the call.
+
+        The response repeats the call's x-request-id.
+        """
         error = shed(self._app.lag_s, should_retry=False)
         given = _ID.search(sent.partition(b"\r\n\r\n")[0] + b"\r\n")
         request_id = read_request_id([(b"x-request-id", given[1])] if given else [])

@@ -1,4 +1,4 @@
-"""One HTTP call: its route, its id, its facts, and its log line."""
+"""One HTTP call: the route table, the call's id and caller, and its log line."""
 
 import re
 import secrets
@@ -23,15 +23,16 @@ from sagellm.gateway.http.checks import Access
 Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
 _PARAMETER = re.compile(r"{(\w+)(:path)?}")
-CLIENT_LEFT = 499  # the status for the log and the metrics where the client has gone
+CLIENT_LEFT = 499  # nginx's status for a client that left first; seen in the log and the metrics
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointRoute:
     """A method and a path, and the endpoint that answers them. By default a route needs a key.
 
-    `{name}` in a path is one segment; `{name:path}` may hold slashes. `while_draining`: the route
-    answers until the process ends. `generates`: an overloaded server refuses the call first.
+    In a path, `{name}` matches one segment, and `{name:path}` may match slashes. `while_draining`:
+    the route still answers during a drain. `generates`: the route makes tokens, so an overloaded
+    server refuses its calls.
     """
 
     method: str
@@ -43,11 +44,12 @@ class EndpointRoute:
 
 
 async def not_found(gateway: Gateway, request: Request) -> Response:
-    """Answer a path without a route. A caller without a key learns only that a key is needed."""
+    """Answer 404. The key is checked first, so a caller without a key only gets a 401."""
     raise ApiError(404, no_such_path(request.scope.get("raw_path") or b"", request.scope["paths"]))
 
 
 async def not_allowed(gateway: Gateway, request: Request) -> Response:
+    """Answer 405 for a known path with another method."""
     allowed, path = ", ".join(request.scope["allowed_methods"]), shown(request.scope["raw_path"])
     message = f"{path} does not answer to {_word(request.method)}; it answers to {allowed}"
     response = response_of(ApiError(405, message))
@@ -56,7 +58,10 @@ async def not_allowed(gateway: Gateway, request: Request) -> Response:
 
 
 async def without_slash(gateway: Gateway, request: Request) -> Response:
-    """Redirect with method and body (RFC 9110, 15.4.8), always to a path of this server."""
+    """Redirect to the path without its last slash; the client repeats method and body.
+
+    The target is always a path of this server (RFC 9110, 15.4.8).
+    """
     query = request.scope["query_string"].decode("latin-1")
     target = request.scope["redirected_to"] + (f"?{query}" if query else "")
     return Response(status_code=307, headers={"location": target})
@@ -66,8 +71,10 @@ NOT_FOUND = EndpointRoute("GET", "", not_found, while_draining=True)
 
 
 class RouteTable:
-    """Finds the route of a request. Paths are compared byte for byte, before any decoding: //v1,
-    /V1 and %2e%2e are unknown paths, which need a key.
+    """Finds the route of a request.
+
+    Paths are compared byte for byte, without decoding. So //v1, /V1 and %2e%2e are unknown paths,
+    and unknown paths need a key.
     """
 
     def __init__(self, routes: Iterable[EndpointRoute]) -> None:
@@ -78,11 +85,14 @@ class RouteTable:
         for route in self.routes:
             methods = self._methods(route.path)
             methods[route.method] = route
-            if route.method == "GET":
+            if route.method == "GET":  # servers send no body in an answer to HEAD
                 methods.setdefault("HEAD", route)
 
     def find(self, scope: Scope) -> EndpointRoute:
-        """Return the route of a request, and set `path_params` in the scope. Never fails."""
+        """Return the route of a request, and set `path_params` in its scope.
+
+        A request without a route gets a route that answers 404, 405 or a redirect.
+        """
         methods, parameters = self._lookup(scope.get("raw_path") or b"")
         scope["path_params"] = parameters
         scope["paths"] = self.paths
@@ -92,12 +102,14 @@ class RouteTable:
         if route is not None:
             return route
         scope["allowed_methods"] = tuple(methods)
+        # The 405 needs the same key as the path's routes, so it reveals no admin path.
         any_route = next(iter(methods.values()))
         return EndpointRoute(scope["method"], any_route.path, not_allowed, any_route.access, True)
 
     def _without_slash(self, scope: Scope) -> EndpointRoute | None:
-        """Return a redirect where the path is a route's path with one more slash at its end. The
-        redirect needs a key, as every unknown path does.
+        """Return a redirect if the path is the path of a route with one slash at its end.
+
+        The redirect needs a key, like every unknown path.
         """
         raw_path: bytes = scope.get("raw_path") or b""
         methods = self._exact.get(raw_path[:-1]) if raw_path.endswith(b"/") else None
@@ -108,7 +120,7 @@ class RouteTable:
         return EndpointRoute(scope["method"], route.path, without_slash, while_draining=True)
 
     def _methods(self, path: str) -> dict[str, EndpointRoute]:
-        """Return the routes of a path by method; a new path has none."""
+        """Return the routes of a path, by method. Add the path if it is new."""
         if path in self.paths:
             return self._lookup(path.encode())[0]
         self.paths += (path,)
@@ -132,6 +144,7 @@ class RouteTable:
 
 
 def _pattern(path: str) -> re.Pattern[str]:
+    """Return the pattern of a path with parameters, with one group for each parameter."""
     parts, end = [], 0
     for match in _PARAMETER.finditer(path):
         value = ".+" if match[2] else "[^/]+"
@@ -141,13 +154,13 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 
 def _word(method: str) -> str:
-    """Return a method in a form that is safe to show."""
+    """Return an HTTP method for a message, or "this method" if it is not safe to show."""
     return method if method.isalpha() and len(method) <= 16 else "this method"
 
 
-MAX_PATH_LEN = 120  # characters; clients choose them
+MAX_PATH_LEN = 120  # characters of a path in messages and logs: clients choose paths
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-# Paths of other APIs, and the route here with the same purpose.
+# Paths of other APIs -> the route of this server with the same purpose.
 _ELSEWHERE = {
     "/api/chat": _CHAT,
     "/api/generate": _COMPLETIONS,
@@ -162,7 +175,7 @@ _UNSAFE = re.compile(rb"[^A-Za-z0-9/._~%{}:@!$&()*+,;=-]")
 
 
 def shown(raw_path: bytes) -> str:
-    """Return a path that is safe to show: bounded, with all but plain characters escaped."""
+    """Return a path for messages and logs: cut to MAX_PATH_LEN, with unsafe bytes escaped."""
     text = _UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], raw_path[: MAX_PATH_LEN + 1]).decode()
     return text if len(text) <= MAX_PATH_LEN else f"{text[:MAX_PATH_LEN]}..."
 
@@ -187,9 +200,9 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The facts of one call, in `request.state.call`. `started_s` is a time of the loop's clock.
+    """One call, as kept in `request.state.call`. `started_s` is a time of the loop's clock.
 
-    `tenant` is the name of the caller's key; "" before the key was checked.
+    `tenant` is the name of the caller's key; "" until the key is checked.
     """
 
     request_id: str
@@ -200,26 +213,26 @@ class Call:
 
 
 def read_request_id(headers: Headers) -> str:
-    """Return the caller's id if it is one plain word, else a new id."""
+    """Return the client's x-request-id if it is one plain word, else a new id."""
     given = _only(headers, b"x-request-id", _REQUEST_ID)
     return given or secrets.token_hex(16)
 
 
 def read_traceparent(headers: Headers) -> str:
-    """Return the W3C trace context, or "" for an invalid header."""
+    """Return the `traceparent` header (W3C Trace Context), or "" if it is missing or invalid."""
     return _only(headers, b"traceparent", _TRACEPARENT)
 
 
 def _only(headers: Headers, name: bytes, form: re.Pattern[bytes]) -> str:
-    """Return the only value of a header if it has the form, else ""."""
+    """Return the value of a header that occurs once and matches `form`, else ""."""
     values = [value for key, value in headers if key == name]  # two values are ambiguous
     return values[0].decode() if len(values) == 1 and form.fullmatch(values[0]) else ""
 
 
 class OpenCalls:
-    """The open calls that a drain waits for. All methods are called on the app's loop.
+    """Counts the open calls, for which a drain waits. All methods are called on the app's loop.
 
-    `everywhere` counts the calls of all gateways of one graph.
+    `everywhere` counts the open calls of all gateways of one graph.
     """
 
     def __init__(self, everywhere: Counter) -> None:
@@ -229,6 +242,7 @@ class OpenCalls:
 
     @contextmanager
     def open(self) -> Iterator[None]:
+        """Count one call as open during the `with` block."""
         self.num_open += 1
         self.everywhere.add(1)
         try:
@@ -240,19 +254,19 @@ class OpenCalls:
                 self._call_waiting()
 
     def when_idle(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, as soon as no call is open; at once if none is."""
+        """Call `callback` once, as soon as no call is open: immediately if none is open now."""
         self._waiting.append(callback)
         if not self.num_open:
             self._call_waiting()
 
     def _call_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []  # a callback may add another
+        waiting, self._waiting = self._waiting, []  # a callback may add a callback
         for callback in waiting:
             callback()
 
 
 def new_call(scope: Scope) -> Call:
-    """Return a new call, with an unknown caller and an id that is safe in headers and logs."""
+    """Return the call of a scope, before its key is checked. Its id is safe in headers and logs."""
     headers = scope["headers"]
     return Call(
         request_id=read_request_id(headers),
@@ -262,7 +276,7 @@ def new_call(scope: Scope) -> Call:
 
 
 def echo(call: Call) -> list[tuple[bytes, bytes]]:
-    """Return the headers that every response has."""
+    """Return the headers that every response carries: the request id and the processing time."""
     processing_ms = round((anyio.current_time() - call.started_s) * 1000)
     return [
         (b"x-request-id", call.request_id.encode()),
@@ -271,12 +285,13 @@ def echo(call: Call) -> list[tuple[bytes, bytes]]:
 
 
 _METHOD_LEN = 16
-_SHORTEST_S = 1e-3  # the shortest time that gives a meaningful rate
+_SHORTEST_S = 1e-3  # a rate over a shorter time is noise
 
 
 def call_fields(call: Call, scope: Scope, status: int, now: float) -> dict[str, object]:
-    """Return the fields of a call's log line, with `error` where the client was shown an error, and
-    with token counts where tokens came. `now` is a time of the loop's clock.
+    """Return the fields of a call's log line. `now` is a time of the loop's clock.
+
+    There is an `error` if the client got one, and there are token counts if tokens were made.
     """
     fields: dict[str, object] = {
         "request_id": call.request_id,
@@ -295,19 +310,20 @@ def call_fields(call: Call, scope: Scope, status: int, now: float) -> dict[str, 
 
 
 def path_of(scope: Scope) -> str:
-    """Return the path to show, without its query, which may hold a key."""
+    """Return a call's path for the log. The query is left out, because it may contain a key."""
     raw: bytes = scope.get("raw_path") or b""
     return shown(raw.partition(b"?")[0])
 
 
 def client_of(scope: Scope) -> str:
-    """Return the address of the connection's other end, which may be a proxy."""
+    """Return the address of the peer, which may be a proxy; "" if unknown."""
     client = scope.get("client")
     return str(client[0]) if client else ""
 
 
 def _tokens(call: Call, counter: UsageCounter, now: float) -> Iterator[tuple[str, object]]:
-    """Yield token counts and times. The rate counts all choices, from the first token on."""
+    """Yield the token counts, TTFT and token rate of a call; nothing if no token was made."""
+    # The rate covers the tokens of all choices after the first token.
     usage = counter.usage
     if counter.first_s is None or not usage.completion_tokens:
         return

@@ -1,4 +1,4 @@
-"""The checks before an endpoint: headers, host, origin, key, and the body's size and time."""
+"""The checks that run before an endpoint: headers, host, origin, key, and size of the body."""
 
 import hmac
 import ipaddress
@@ -15,14 +15,15 @@ from starlette.types import Message, Receive, Scope
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.settings import RequestLimits, Settings, is_loopback
 
-_OVERHEAD = 4  # ": " and the end of the line
+_OVERHEAD = 4  # bytes of a header line besides name and value: ": " and CR LF
 _VERSIONS = ("1.0", "1.1", "2")
 _FRAMING = (b"host", b"content-length", b"transfer-encoding")
 
 
 def check_headers(scope: Scope, limits: RequestLimits) -> None:
-    """Raise ApiError 431 for the size of headers, and 400 for framing that allows request smuggling
-    (RFC 9112, 3.2 and 6.3): servers differ in the framing that they reject.
+    """Raise ApiError 431 for too large headers, and 400 for framing that allows smuggling.
+
+    See RFC 9112, 3.2 and 6.3. The servers below the app reject only a part of such framing.
     """
     headers = scope["headers"]
     if scope["http_version"] not in _VERSIONS:
@@ -62,18 +63,17 @@ _PRIVATE = frozenset({"internal", "local", "svc", "home", "lan", "intranet", "co
 _HOME = ".home.arpa"
 # Names of a container's host, through which containers reach its loopback.
 _CONTAINER_HOSTS = frozenset({"host.docker.internal", "host.containers.internal"})
-# Headers that a page cannot leave out. Node's fetch sends `sec-fetch-mode`, so it is not here.
+# Headers that a page cannot suppress. `sec-fetch-mode` is not listed: Node's fetch sends it too.
 _OF_BROWSERS = frozenset({b"origin", b"sec-fetch-site", b"sec-fetch-dest"})
 
 
 class Hosts:
-    """The host names that this gateway answers to.
+    """The host names under which this gateway answers: a defence against DNS rebinding.
 
-    An address is always allowed: DNS rebinding reaches a foreign server under a name of the
-    attacker, never under the server's address. A private name (`sagellm`, `sagellm.ns.svc`) is
-    allowed where the gateway listens beyond loopback, but not for browsers: a neighbour in the
-    network can answer for such a name (mDNS, LLMNR, DHCP), serve a page under it, and then point
-    the name at this gateway.
+    An IP address is always allowed: DNS rebinding uses a name of the attacker, never the server's
+    address. A private name (`sagellm`, `sagellm.ns.svc`) is allowed if the gateway listens beyond
+    loopback, but not for browsers: another machine in the network can answer for such a name (mDNS,
+    LLMNR, DHCP), serve a page under it, and then point the name at this gateway.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -84,8 +84,10 @@ class Hosts:
         self._takes_private = not is_loopback(settings.host)
 
     def check(self, scope: Scope) -> None:
-        """Check Host and Origin. Raises ApiError 421 for a foreign Host and for a browser under a
-        private name, and 403 for a foreign Origin and for a request that another site caused.
+        """Check the headers Host and Origin of a call.
+
+        Raises ApiError 421 for an unknown host, or for a browser that uses a private name. Raises
+        ApiError 403 for a foreign origin, or for a request that a page of another site made.
         """
         host = origins = site = mode = b""
         is_browser = False
@@ -104,7 +106,7 @@ class Hosts:
         if origins:
             self._check_origin(origins[1:].decode("latin-1"), text)
         elif site in (b"cross-site", b"same-site") and mode != b"navigate":
-            raise _foreign()  # an image or a script; only a link of another site may lead here
+            raise _foreign()  # an image or a script of another site; only links may lead here
 
     def _check_host(self, host: str, is_browser: bool) -> None:
         name = _hostname(host)
@@ -117,11 +119,12 @@ class Hosts:
             raise ApiError(421, message, code="unknown_host")
 
     def _is_trusted(self, name: str) -> bool:
-        """Whether only the operator decides where the name leads."""
+        """Whether no attacker can point the name at another address: it is safe for browsers."""
         is_named = name in self._names or ANY in self._names
         return is_named or _is_address(name) or name.endswith(".localhost")
 
     def _is_for_programs(self, name: str) -> bool:
+        """Whether programs, but not browsers, may use the name."""
         return name in self._program_names or (self._takes_private and _is_private(name))
 
     def _check_origin(self, origin: str, host: str) -> None:
@@ -136,13 +139,13 @@ def _foreign() -> ApiError:
 
 
 def _is_private(name: str) -> bool:
-    """Whether a name has no dot, or is under a domain that nobody can buy."""
+    """Whether a name has no dot, or belongs to a domain that no public registry sells."""
     labels = name.rstrip(".").split(".")
     return len(labels) == 1 or labels[-1] in _PRIVATE or f".{name}".endswith(_HOME)
 
 
 def _hostname(host: str) -> str | None:
-    """Return the name before the port; None for an invalid authority."""
+    """Return the host name of a Host header, without its port; None for an invalid header."""
     if not host or set(host) & set("/\\@?# \t,"):
         return None
     try:
@@ -165,7 +168,7 @@ Access = Literal["open", "user", "admin", "metrics"]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The tenant whose key a call has."""
+    """The caller of a call: the tenant that owns the call's key."""
 
     tenant: str
     is_admin: bool = False
@@ -176,8 +179,10 @@ ADMIN = Caller("admin", is_admin=True)
 
 
 class ApiKeys:
-    """All API keys, as hashes. A call's key is compared with every key, so that neither the time
-    nor the answer of the comparison reveals which keys exist.
+    """All API keys, as hashes.
+
+    A call's key is compared with every known key, so that the time does not reveal which keys
+    exist.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -186,8 +191,9 @@ class ApiKeys:
         self._open_metrics = settings.open_metrics
 
     def caller(self, scope: Scope, access: Access) -> Caller:
-        """Return the caller. Raises ApiError 401 without a known key, 403 for users on admin
-        routes.
+        """Return the caller of a call to a route with the given `access`.
+
+        Raises ApiError 401 without a known key, and 403 for a user's key on an admin route.
         """
         if access == "open" or (access == "metrics" and self._open_metrics):
             return ANONYMOUS
@@ -209,7 +215,7 @@ class ApiKeys:
 
 
 def tenants(settings: Settings) -> tuple[str, ...]:
-    """Return all tenants that `ApiKeys` may return."""
+    """Return the names of all tenants that `ApiKeys.caller` can return."""
     return (*settings.api_keys, ADMIN.tenant, ANONYMOUS.tenant)
 
 
@@ -219,7 +225,7 @@ def _digest(key: str) -> bytes:
 
 
 def _digest_of(scope: Scope) -> bytes:
-    """Return the hash of a call's key; for no key, or several, a hash that equals none."""
+    """Return the hash of a call's key. Without exactly one key, the hash matches no known key."""
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     return sha256(key.strip()).digest() if scheme.lower() == b"bearer" else bytes(32)
@@ -229,8 +235,9 @@ BODIES_RETRY_S = 1.0
 
 
 class OpenBodies:
-    """The total size of the bodies of all open calls, which is bounded: each body is kept as text
-    and as tokens until its call ends.
+    """The total size of the bodies of all open calls, in bytes, and its bound.
+
+    The bound limits memory: each body is kept, as text and as tokens, until its call ends.
     """
 
     def __init__(self, limits: RequestLimits) -> None:
@@ -238,8 +245,10 @@ class OpenBodies:
         self.num_bytes = 0
 
     def check(self, num_bytes: float, own_bytes: int = 0) -> None:
-        """Raise ApiError 503 where `num_bytes` more exceed the bound. A body larger than the bound
-        is read alone; `own_bytes` of the total belong to the same body.
+        """Raise ApiError 503 if `num_bytes` more bytes would exceed the bound.
+
+        `own_bytes`: the bytes of the total that belong to the same body. A body larger than the
+        bound is accepted if it is the only one.
         """
         if self.num_bytes + num_bytes > self._limit and self.num_bytes > own_bytes:
             message = "the server holds too many large requests; try again"
@@ -247,9 +256,10 @@ class OpenBodies:
 
 
 class RequestBody:
-    """Wraps `receive` for one body. `is_whole`: all of the body has been read. `read_s`: when its
-    last part was read, a time of the loop's clock; None before. The time that a client takes to
-    send its body is not the server's.
+    """Wraps `receive` for one body, and enforces its limits of size and time.
+
+    `is_whole`: the whole body has been read. `read_s`: when the last part was read, a time of the
+    loop's clock; None until then. The TTFT of a call counts from `read_s`, not from its headers.
     """
 
     def __init__(
@@ -269,8 +279,8 @@ class RequestBody:
         self.read_s: float | None = None
 
     async def receive(self) -> Message:
-        """Return the next message. Raises ApiError 413 for a body that is too large, 408 for one
-        that is too slow, and 503 where all open bodies together are too large.
+        """Return the next message. Raises ApiError 413 if the body is too large, 408 if it is too
+        slow, and 503 if all open bodies together are too large.
         """
         if self.is_whole:
             return await self._receive()
@@ -292,14 +302,14 @@ class RequestBody:
         return message
 
     def drop(self) -> None:
-        """Note that the body is kept no longer. May be called more than once."""
+        """Take the body out of the total size of open bodies. Later calls do nothing."""
         self._bodies.num_bytes -= self._num_bytes
         self._num_bytes = 0
 
     async def discard(self) -> None:
-        """Read the rest of the body until its end, the client's end, or the deadline.
+        """Read and drop the rest of the body, until its end, a disconnect or the deadline.
 
-        A server that waits for its app to read could otherwise not end the call.
+        Some servers end a call only after the app has read the whole body.
         """
         with anyio.CancelScope(deadline=self._deadline_s):
             more = not self.is_whole
@@ -309,8 +319,10 @@ class RequestBody:
 
 
 def check_body(scope: Scope, limits: RequestLimits, bodies: OpenBodies) -> None:
-    """Check the body by its headers. Raises ApiError 413 where it is too large, 415 where it is
-    compressed, and 503 where all open bodies together are too large.
+    """Check the body by its headers, before it is read.
+
+    Raises ApiError 413 if it is too large, 415 if it is compressed, and 503 if all open bodies
+    together are too large.
     """
     for name, value in scope["headers"]:
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
@@ -326,12 +338,13 @@ def too_large(limits: RequestLimits) -> ApiError:
 
 
 def _length(value: bytes) -> float:
-    """Return a Content-Length; infinity for more digits than any length has."""
+    """Return the number of a Content-Length header; infinity if it has more than 18 digits."""
+    # Converting a very long number to an integer would take long.
     digits = value.lstrip(b"0")
     return inf if len(digits) > 18 else int(digits or b"0")
 
 
 def _has_body(scope: Scope) -> bool:
-    """Whether a body may come. HTTP/2 needs no header to send one."""
+    """Whether the call may have a body. HTTP/2 announces a body by no header."""
     named = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
     return named or scope["http_version"] == "2"

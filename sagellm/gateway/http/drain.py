@@ -1,4 +1,4 @@
-"""Serves until a signal, then drains: first gently, then at once."""
+"""Serves until a signal, then drains: open calls may end, until a time limit or a second signal."""
 
 import signal
 import sys
@@ -17,14 +17,15 @@ from sagellm.graphs.log import get_logger
 LOG = get_logger("sagellm.gateway")
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
-NOTED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # their default would end the process
+NOTED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # caught: by default they end the process
 
 
 @contextmanager
 def ending_signals() -> Iterator[AsyncIterator[int]]:
-    """Yield the signals that end a server; only the main thread receives signals.
+    """Catch signals, and yield an iterator over those that should end the server.
 
-    SIGHUP ends a server whose standard error is a terminal: the terminal was closed.
+    SIGHUP is one of them if standard error is a terminal: it means that the terminal was closed.
+    Outside the main thread, which alone receives signals, the iterator never yields.
     """
     if threading.current_thread() is not threading.main_thread():
         yield _never()
@@ -36,7 +37,7 @@ def ending_signals() -> Iterator[AsyncIterator[int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Obeyed:
-    """The `ending` signals among those `received`; the others are logged."""
+    """Iterates over the `received` signals that are in `ending`, and logs the other signals."""
 
     received: AsyncIterator[int]
     ending: tuple[int, ...]
@@ -51,6 +52,7 @@ class _Obeyed:
 
 
 async def _never() -> AsyncIterator[int]:
+    """An iterator that never yields."""
     await trio.sleep_forever()
     yield 0
 
@@ -60,51 +62,60 @@ def _is_in_terminal() -> bool:
 
 
 def ignore_noted() -> None:
-    """Ignore signals in a child process: a signal to the process group is for the server."""
+    """Ignore the signals NOTED in a child process.
+
+    A signal to the process group is meant for the server, which only logs it.
+    """
     for number in NOTED:
         signal.signal(number, signal.SIG_IGN)
 
 
-ABORT_S = 1.0  # until the error event of every stream is sent
+ABORT_S = 1.0  # the most time to send the error event of every stream
 SECOND_SIGNAL = "a second Ctrl-C or SIGTERM ends what is open at once"
-CLOSE_S = 0.5  # until idle connections are closed
+CLOSE_S = 0.5  # the most time to close idle connections
 
 
 class HttpServer(Protocol):
-    """Runs the app on a socket. Called from trio, even if the app has another loop."""
+    """A server that runs the app on a socket. Its methods are called from the trio loop."""
 
     async def run(self, task_status: trio.TaskStatus[None] = ...) -> None:
-        """Serve until stopped and all connections are done. Cancellation closes them at once."""
+        """Serve until `stop`, and then until all connections have ended.
+
+        Cancellation closes the connections at once.
+        """
 
     def stop(self) -> None:
         """Accept no more connections."""
 
     def call_soon(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call a function on the app's loop."""
+        """Schedule a function on the app's loop, which may be another loop."""
 
 
 class GatewayServing(Protocol):
-    """The gateway of this process, or the gateways in processes of their own."""
+    """The interface of `serve` to the gateway of this process, or to all gateway processes."""
 
     async def run(self, task_status: trio.TaskStatus[None] = ...) -> None:
-        """Serve until stopped and all connections are done. Cancellation closes them at once."""
+        """Serve until `stop`, and then until all connections have ended.
+
+        Cancellation closes the connections at once.
+        """
 
     def drain(self) -> int:
         """Refuse new calls. Return the number of open calls."""
 
     async def idle(self) -> None:
-        """Wait until no call is open, but for those that a drain does not wait for."""
+        """Wait until no call is open, except calls of routes that answer `while_draining`."""
 
     def stop(self) -> None:
         """Accept no more connections."""
 
     @property
     def close_s(self) -> float:
-        """The most time that the end takes after the last call."""
+        """The most time from `stop` to the end of `run`, in seconds."""
 
 
 class ServingHere:
-    """The gateway of this process."""
+    """Controls the gateway of this process, for `serve`."""
 
     close_s = CLOSE_S
 
@@ -138,9 +149,9 @@ async def serve(
 ) -> None:
     """Serve until the first of `signals`, then drain, and return after the last open call.
 
-    While it drains, the gateway refuses new calls. Its listener stays until the last stream has
-    ended, so that health checks and refusals are answered. After a second signal, or after the
-    settings' `drain_s`, `end_streams` ends every stream with an error event.
+    During the drain the gateway refuses new calls. The listener stays open until the last stream
+    has ended, so that health checks and refusals are answered. After a second signal, or after
+    `settings.drain_s`, `end_streams` ends every stream with an error event.
     """
     stopped, first, second = trio.Event(), trio.Event(), trio.Event()
     async with trio.open_nursery() as nursery:
@@ -166,6 +177,7 @@ async def _drain(
     hurry: trio.Event,
     end_streams: Callable[[], Awaitable[None]],
 ) -> None:
+    """Drain until no call is open, `settings.drain_s` is over, or `hurry` is set."""
     num_open = serving.drain()
     LOG.info("draining", num_open=num_open, drain_s=settings.drain_s, hint=SECOND_SIGNAL)
     async with trio.open_nursery() as nursery:
@@ -184,6 +196,7 @@ async def _drain(
 async def _run(
     serving: GatewayServing, stopped: trio.Event, task_status: trio.TaskStatus[None]
 ) -> None:
+    """Run the server, and set `stopped` at its end."""
     try:
         await serving.run(task_status)
     finally:
@@ -193,6 +206,7 @@ async def _run(
 async def _await_signals(
     signals: AsyncIterator[int], first: trio.Event, second: trio.Event
 ) -> None:
+    """Set `first` at the first signal, and `second` at any further signal."""
     async for _ in signals:
         (second if first.is_set() else first).set()
 

@@ -1,4 +1,4 @@
-"""The endpoints: status, models, completions, chats, tokens, administration."""
+"""The endpoints of all routes: status, models, completions, chats, tokens, administration."""
 
 from importlib.metadata import version as installed
 
@@ -46,19 +46,19 @@ VERSION = installed("sagellm")
 
 
 async def live(gateway: Gateway, request: Request) -> Response:
-    """Answer 200 as long as the process answers at all."""
+    """Answer 200 always: the process runs."""
     return Response()
 
 
 async def ready(gateway: Gateway, request: Request) -> Response:
-    """Answer 200 where new requests are taken and the graph produces tokens; else 503."""
+    """Answer 200 if the gateway accepts new requests and the graph produces tokens, else 503."""
     if gateway.is_draining:
         raise draining()
     return await health(gateway, request)
 
 
 async def health(gateway: Gateway, request: Request) -> Response:
-    """Answer 200 where the graph produces tokens, also while draining; else 503 with why."""
+    """Answer 200 if the graph produces tokens, also during a drain, else 503 with the reason."""
     if not gateway.readiness.is_ready:
         reason = gateway.readiness.reason
         raise ApiError(503, f"not ready: {reason}", code="not_ready", retry_after_s=1.0)
@@ -70,7 +70,7 @@ async def version(gateway: Gateway, request: Request) -> Response:
 
 
 async def load(gateway: Gateway, request: Request) -> Response:
-    """Answer the number of open calls of all gateways at this address, for routers to balance."""
+    """Answer the number of open calls of all gateways at this address, for load balancers."""
     return _json({"server_load": request.state.calls.everywhere.total})
 
 
@@ -80,12 +80,13 @@ def _json(content: dict[str, object]) -> Response:
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """Answer the metrics, in the text format that the Accept header asks for."""
+    # `no-store`: a cache between scraper and gateway would repeat old values.
     body, content_type = await gateway.meters.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
 
 def served_model(gateway: Gateway, name: str | None) -> HostedModel:
-    """Return the model of a name; the first model for None. Raises ApiError 404."""
+    """Return the model with a name; the first model for None. Raises ApiError 404."""
     if name is None:
         return gateway.models[0]
     found = next((served for served in gateway.models if name in served.card.names), None)
@@ -95,6 +96,7 @@ def served_model(gateway: Gateway, name: str | None) -> HostedModel:
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
+    """Answer one entry for each name of each model, as in the OpenAI API."""
     cards = [served.card for served in gateway.models]
     return json_response(
         ModelList(data=[_model(card, name) for card in cards for name in card.names])
@@ -124,7 +126,7 @@ def _unknown(gateway: Gateway, name: str) -> ApiError:
 
 
 async def cancel(gateway: Gateway, request: Request) -> Response:
-    """End a call by its x-request-id or the id of its answer. Its client gets an error."""
+    """Cancel the call with the x-request-id or answer id in the path. Its client gets an error."""
     named = request.path_params["id"]
     # A list, not `any`: every request of the call must be cancelled.
     known = [await gateway.bridge.cancel(request_id) for request_id in gateway.requests_of(named)]
@@ -149,12 +151,13 @@ async def chat(gateway: Gateway, request: Request) -> GenerationResponse:
 
 
 async def invocations(gateway: Gateway, request: Request) -> GenerationResponse:
-    """Answer a chat where the body has `messages`, a completion where it has a `prompt`."""
+    """Answer a chat if the body has `messages`, and a completion if it has a `prompt`."""
     return GenerationResponse(gateway, request, _invocation_call)
 
 
 async def _invocation_call(gateway: Gateway, body: bytes) -> GenerationCall:
-    # The readers parse the body again: they take bytes, so that every endpoint checks the same way.
+    """Read the body of a chat or a completion. Raises ApiError (400) for any other body."""
+    # `read_chat` and `read_completion` parse the bytes again, so every endpoint checks alike.
     value = read_json(body, max_depth=gateway.settings.limits.json_depth)
     if isinstance(value, dict) and value.get("messages") is not None:
         return await _chat_call(gateway, body)
@@ -180,10 +183,10 @@ async def _completion_call(gateway: Gateway, body: bytes) -> GenerationCall:
 
 
 async def _prompts(served: HostedModel, asked: CompletionRequest) -> list[Encoded]:
-    """Return all prompts, with a checkpoint between them: a short prompt is encoded in place."""
+    """Return all prompts of a completion, with text and tokens."""
     prompts: list[Encoded] = []
     for given in asked.prompts:
-        if prompts:
+        if prompts:  # short prompts are encoded on the loop, so other calls need a turn between
             await anyio.lowlevel.checkpoint()
         prompts.append(await _prompt(served, asked, given))
     return prompts
@@ -192,8 +195,8 @@ async def _prompts(served: HostedModel, asked: CompletionRequest) -> list[Encode
 async def _prompt(
     served: HostedModel, asked: CompletionRequest, given: str | tuple[int, ...]
 ) -> Encoded:
-    """Return the prompt's text and tokens, after truncation."""
-    if not isinstance(given, str):  # operators may rewrite the text of a prompt of ids, too
+    """Return one prompt's text and tokens, after truncation."""
+    if not isinstance(given, str):  # ids need a text too: operators may read and rewrite it
         check_ids("prompt", given, served.facts)
         kept = kept_ids(asked, given, served.facts)
         return Encoded(await served.encoder.ids(kept), kept)
@@ -218,14 +221,17 @@ async def _chat_call(gateway: Gateway, body: bytes) -> GenerationCall:
 
 
 def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
-    """Return the conversation unrendered, for an engine with a template of its own."""
+    """Return the conversation as messages, for an engine that renders them itself.
+
+    Raises ApiError (400) for options of rendering, which such an engine does not get.
+    """
     if how != DEFAULT_RENDERING:
         raise wrong("messages", "go to an engine that renders them itself, in its own way only")
     return Encoded("", (), tuple(asked.conversation))
 
 
 async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
-    """Return the conversation as the model's template renders it, after truncation."""
+    """Return the prompt of a chat: rendered by the model's template, and truncated."""
     how = rendering_of(asked, await served.encoder.variables())
     if served.facts.takes_text:
         return _unrendered(asked, how)
@@ -236,11 +242,14 @@ async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
+    """Answer the tokens of a text or a conversation."""
+    # Tokenizing costs threads, so it counts in the tenant's budget like a request.
     with gateway.budgets.hold(request.state.call.tenant):
         return json_response(await _tokens(gateway, await request.body()))
 
 
 async def detokenize(gateway: Gateway, request: Request) -> Response:
+    """Answer the text of token ids."""
     with gateway.budgets.hold(request.state.call.tenant):
         asked = read_detokenize(await request.body(), gateway.settings.limits)
         served = served_model(gateway, asked.model)
@@ -261,7 +270,7 @@ async def _tokens(gateway: Gateway, body: bytes) -> TokenizeAnswer:
 
 
 async def tokenizer_info(gateway: Gateway, request: Request) -> Response:
-    """Answer facts of the tokenizer of the model in the query, `?model=NAME`."""
+    """Answer facts about the tokenizer of the model in the query, `?model=NAME`."""
     served = served_model(gateway, request.query_params.get("model"))
     tokenizer = served.tokenizer
     special = tokenizer.special_tokens

@@ -1,4 +1,4 @@
-"""Calls that generate: their prompts enter the graph, and their answers are streamed or whole."""
+"""Calls that generate tokens: from the request body to a streamed or a whole answer."""
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,10 @@ from sagellm.session.requests import Encoded, Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationCall:
-    """A checked call, with one sampling for each prompt. `prefix` begins the id of its answer."""
+    """A checked and encoded call. `samplings` has one entry for each prompt.
+
+    `prefix`: the start of the answer's id. `is_prompt_only`: the answer is an echo of the prompt.
+    """
 
     request: CompletionRequest | ChatRequest
     served: HostedModel
@@ -50,17 +53,16 @@ class GenerationCall:
     is_prompt_only: bool = False
 
 
-ReadCall: TypeAlias = Callable[
-    [Gateway, bytes], Awaitable[GenerationCall]
-]  # of the body; raises ApiError
+# Reads the body of a call. Raises ApiError.
+ReadCall: TypeAlias = Callable[[Gateway, bytes], Awaitable[GenerationCall]]
 
 
 async def encoded(
     served: HostedModel, asked: CompletionRequest | ChatRequest, text: str
 ) -> tuple[int, ...]:
-    """Return the tokens of a text of the call. Raises ApiError.
+    """Return the tokens of a prompt's text. Raises ApiError.
 
-    A text far beyond the context is refused before all of it is tokenised.
+    A text that is much longer than the context is refused before all of it is tokenised.
     """
     facts = served.facts
     is_kept = asked.truncate_prompt_tokens is None
@@ -74,10 +76,8 @@ async def encoded(
 async def samplings_of(
     served: HostedModel, asked: CompletionRequest | ChatRequest, prompts: Sequence[Encoded]
 ) -> tuple[Sampling, ...]:
-    """Return the sampling of each prompt, with bad words as token ids. Raises ApiError.
-
-    All samplings share ids and texts, which are checked once: a request may have 262,144 of them.
-    """
+    """Return the sampling of each prompt, with bad words as token ids. Raises ApiError."""
+    # All samplings share ids and texts, checked once: a request may have 262,144 token ids.
     facts = served.facts
     sampling = sampling_of(asked, facts, len(prompts[0].token_ids))
     if asked.bad_words and not facts.takes_text:
@@ -91,8 +91,10 @@ async def samplings_of(
 
 
 class GenerationResponse:
-    """The response to one call: reads the body, sends its requests to the graph, and writes the
-    events as a stream or as one whole answer.
+    """The response to one call, an ASGI app.
+
+    It reads the body, submits the requests to the graph, and sends the events as a stream or as
+    one whole answer.
     """
 
     def __init__(self, gateway: Gateway, request: Request, read: ReadCall) -> None:
@@ -103,11 +105,10 @@ class GenerationResponse:
         self._usage = request.state.usage = UsageCounter()  # for the log line of the call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises ApiError where the call is refused before the response has begun."""
+        """Answer the call. Raises ApiError if it is refused before the response has started."""
         gateway = self._gateway
-        with gateway.budgets.hold(
-            self._call.tenant
-        ) as hold:  # reading and encoding a body cost memory and threads
+        # The hold begins before the body is read: reading and encoding cost memory and threads.
+        with gateway.budgets.hold(self._call.tenant) as hold:
             work = await self._read(gateway, await self._request.body())
             if work.request.stream:
                 limits, on_gone = gateway.settings.streaming, gateway.meters.disconnected
@@ -124,10 +125,14 @@ class GenerationResponse:
         await response(scope, receive, send)
 
     async def _stream(self, work: GenerationCall, hold: BudgetHold, events: EventWriter) -> None:
-        """Stream the answer. Raises a refusal before the first event, for its HTTP status."""
+        """Stream the answer.
+
+        Raises ApiError if the graph refuses the call before the first event: the response then has
+        the status of the error.
+        """
         with self._started(work, hold) as (requests, answer):
             async with open_streams(self._gateway.bridge, requests, self._timing(work)) as batches:
-                last = b""  # kept back to be sent with the end: usually no event is between them
+                last = b""  # held back, to send the last chunk and the ending together
                 async for batch in batches:
                     served, error = self._split(batch, hold)
                     if error is not None and not events.is_started:
@@ -142,6 +147,7 @@ class GenerationResponse:
             await events.send(last + answer.ending() + DONE, is_last=True)
 
     async def _whole(self, work: GenerationCall, hold: BudgetHold) -> bytes:
+        """Return the JSON text of the whole answer. Raises ApiError if a choice is not served."""
         with self._started(work, hold) as (requests, answer):
             async with open_streams(self._gateway.bridge, requests, self._timing(work)) as batches:
                 async for batch in batches:
@@ -156,7 +162,10 @@ class GenerationResponse:
     def _started(
         self, work: GenerationCall, hold: BudgetHold
     ) -> Iterator[tuple[list[GraphRequest], AnswerWriter]]:
-        """Yield the requests of a call, under unique ids, and the writer of their answer."""
+        """Yield the graph requests of a call, with unique ids, and the writer of the answer.
+
+        The ids and the places in the budget are held during the `with` block.
+        """
         wanted = work.request.request_id or self._call.request_id
         with (
             hold.widened(len(work.prompts) * work.request.n),
@@ -192,14 +201,18 @@ class GenerationResponse:
         ]
 
     def _timing(self, work: GenerationCall) -> Timing:
-        """Return the timing of a call that arrived when its body had been read."""
+        """Return the timing of a call."""
+        # A call arrives when its body has been read: the client's upload is not the server's time.
         now = anyio.current_time()
         body: RequestBody | None = self._request.scope["state"].get("body")
         read_s = None if body is None else body.read_s
         return Timing(work.request.timeout_s, 0.0 if read_s is None else now - read_s)
 
     def _split(self, batch: EventBatch, hold: BudgetHold) -> tuple[EventBatch, ApiError | None]:
-        """Return the events before the first unserved choice, and the error of that choice."""
+        """Return the events before the first unserved choice, and the error of this choice.
+
+        Record the call's first token.
+        """
         error = None
         for number, (_, event) in enumerate(batch):
             if event.finish_reason is not None:
@@ -207,7 +220,7 @@ class GenerationResponse:
                 if error is not None:
                     batch = batch[:number]
                     break
-        if batch:  # a refused call pays for no retry
+        if batch:  # a call without a served event must not earn a retry
             hold.first_token()
             if self._usage.first_s is None:
                 self._usage.first_s = anyio.current_time()

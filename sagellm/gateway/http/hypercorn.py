@@ -1,4 +1,4 @@
-"""Serves the app with Hypercorn's protocols on trio, with limits that Hypercorn lacks."""
+"""Serves the app on trio with Hypercorn's protocols, and with limits that Hypercorn lacks."""
 
 import errno
 import select
@@ -20,19 +20,19 @@ from sagellm.gateway.settings import BACKLOG, Settings, max_connections
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
-FULL_S = 0.1  # the wait where the system has no free file descriptor
+FULL_S = 0.1  # the pause of accepting if the system has no free file descriptor
 _AT_ONCE = 64  # connections accepted in one turn of the loop, after the first
-_AT_ONCE_BOUNDED = 4  # if others can be refused: each costs milliseconds of engines
+_AT_ONCE_BOUNDED = 4  # the same if calls can be refused: each call delays engines by milliseconds
 _MOST_REFUSED = 256  # calls refused in one turn
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class HypercornServer:
-    """Serves from `run` until `stop`, and then until the last connection is done.
+    """Serves from `run` until `stop`, and then until the last connection has ended.
 
-    Hypercorn's own `serve` ends with one broken connection, waits for ever in a send to a client
-    that does not read, and accepts until no file descriptor is left. This class therefore accepts
-    connections itself.
+    This class accepts connections itself, because Hypercorn's own `serve` ends at one broken
+    connection, waits for ever in a send to a client that does not read, and accepts connections
+    until no file descriptor is left.
     """
 
     def __init__(self, app: App, settings: Settings, sock: socket) -> None:
@@ -47,10 +47,10 @@ class HypercornServer:
         self._closed = trio.lowlevel.ParkingLot()
         self._free = trio.Semaphore(max_connections())
         self._overflow = Overflow(app)
-        self._polled = select.poll()  # tells whether connections wait
+        self._polled = select.poll()  # polls the listening socket for waiting connections
 
     def stop(self) -> None:
-        """Accept no more connections, and close idle ones."""
+        """Accept no more connections, and close idle connections."""
         self._accepting.cancel()
 
     def call_soon(self, function: Any, *args: Any) -> None:
@@ -72,16 +72,17 @@ class HypercornServer:
                 await self._none_open()
             finally:
                 listener.socket.close()
-                self._kill()  # shielded sends end only when their socket is closed
+                self._kill()  # some sends are shielded from cancellation: closing ends them
 
     async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
-        """Accept connections from the kernel's queue, where they wait while too many are open.
+        """Accept connections. While too many are open, further ones wait in the kernel's queue.
 
-        trio accepts one connection in each turn of the loop. Where turns are late, callers would
-        wait in the queue unseen, and a refusal would come later than an answer. With an objective,
-        a turn accepts a few connections, or one after others have waited, so that engines and
-        streams have their turns, and refuses the rest after a long wait.
+        If the graph has a TTFT objective, each turn of the loop accepts only a few connections, and
+        refuses calls that have waited too long.
         """
+        # trio accepts one connection in each turn. When turns are late, calls would wait in the
+        # queue unnoticed, and even their refusal would be late. Accepting all of them at once would
+        # instead delay the engines and the open streams.
         while True:
             await self._free.acquire()
             try:
@@ -100,7 +101,10 @@ class HypercornServer:
                     connections.start_soon(self._serve, Connection(each, self._stall_s))
 
     def _waiting(self) -> Iterator[trio.SocketStream]:
-        """Yield the waiting connections to serve, each with a place in `_free`."""
+        """Yield waiting connections to serve, up to the bound for one turn; refuse late calls.
+
+        Each connection holds a place of `_free`.
+        """
         can_refuse = self._overflow.is_bounded and self._tls is None
         few = 0 if self._overflow.is_strained(trio.current_time()) else _AT_ONCE_BOUNDED
         for _ in range(few if can_refuse else _AT_ONCE):
@@ -116,7 +120,7 @@ class HypercornServer:
             yield from self._not_refused()
 
     def _not_refused(self) -> Iterator[trio.SocketStream]:
-        """Refuse the waiting calls. Yield connections without a whole call, which are served."""
+        """Refuse the waiting calls. Yield connections that cannot be refused yet, to serve them."""
         num_refused = 0
         for _ in range(_MOST_REFUSED):
             sock = self._next()
@@ -131,7 +135,7 @@ class HypercornServer:
             LOG.warning("calls_refused", num_calls=num_refused, reason="the loop is too late")
 
     def _next(self) -> socket | None:
-        """Return a waiting connection, with a place in `_free`; None where none waits."""
+        """Accept a waiting connection, and take a place of `_free`. Return None if none waits."""
         try:
             self._free.acquire_nowait()
         except trio.WouldBlock:
@@ -146,7 +150,7 @@ class HypercornServer:
         return sock
 
     async def _serve(self, connection: Connection) -> None:
-        """Serve one connection. A fault ends only this connection."""
+        """Serve one connection. An exception is logged, and ends only this connection."""
         self._open.add(connection)
         stream: Any = connection
         if self._tls is not None:
@@ -163,10 +167,12 @@ class HypercornServer:
             self._closed.unpark_all()
 
     async def _none_open(self) -> None:
+        """Wait until no connection is open."""
         while self._open:
             await self._closed.park()
 
     def _kill(self) -> None:
+        """Close all connections at once."""
         for connection in self._open:
             connection.kill()
 
@@ -176,9 +182,9 @@ def _stream(sock: socket) -> trio.SocketStream:
 
 
 def configure(settings: Settings) -> HypercornConfig:
-    """Return Hypercorn's settings, without a read timeout: a client that waits for its answer sends
-    nothing. `keep_alive_timeout` bounds headers, and `RequestBody` bounds bodies.
-    """
+    """Return Hypercorn's settings for a gateway."""
+    # No read timeout: a client sends nothing while it waits for an answer. `keep_alive_timeout`
+    # bounds the time of headers, and `RequestBody` the time of bodies.
     config = HypercornConfig()
     config.stall_s = settings.streaming.stall_s
     config.accesslog = config.errorlog = None
@@ -194,8 +200,9 @@ def configure(settings: Settings) -> HypercornConfig:
 
 
 class _Server(TCPServer):
-    """Hypercorn's connection, with the protocols of this package. The connection of a client that
-    has left is closed at once, not after the idle time.
+    """Hypercorn's connection, with the protocols of `hypercorn_protocols`.
+
+    After the client has left, the connection is closed at once instead of after the idle time.
     """
 
     _has_left = False

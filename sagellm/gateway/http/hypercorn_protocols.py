@@ -1,4 +1,4 @@
-"""Hypercorn's HTTP/1.1 and HTTP/2, with bounds for clients that do not read."""
+"""Hypercorn's HTTP/1.1 and HTTP/2 protocols, with time limits for clients that do not read."""
 
 from contextlib import suppress
 from http import HTTPStatus
@@ -19,16 +19,17 @@ from hypercorn.typing import H11SendableEvent
 
 from sagellm.gateway.api_errors import refusal
 
-LINGER_S = 1.0  # how long a closed connection reads what the client still sends
+LINGER_S = 1.0  # the most time that a closing connection still reads from the client
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Connection(trio.abc.HalfCloseableStream):
-    """Wraps a socket stream.
+    """A socket stream with a time limit for each send.
 
-    A client that does not read one send within `stall_s` is cut off, even if the sender is shielded
-    from cancellation. After `send_eof`, incoming bytes are read and dropped until the client
-    closes: closing with unread bytes would make the kernel drop the answer (RFC 9112, 9.6).
+    If the client does not read one send within `stall_s` seconds, the connection is closed, even if
+    the sender is shielded from cancellation. After `send_eof`, incoming bytes are read and dropped
+    until the client closes: closing with unread bytes would make the kernel drop the answer (RFC
+    9112, 9.6).
     """
 
     def __init__(self, stream: trio.SocketStream, stall_s: float) -> None:
@@ -43,7 +44,7 @@ class Connection(trio.abc.HalfCloseableStream):
         return self._stream.socket
 
     def kill(self) -> None:
-        """Close at once. Tasks that send or receive get ClosedResourceError."""
+        """Close the socket at once. Tasks that send or receive get ClosedResourceError."""
         self._ended.set()
         self._stream.socket.close()
 
@@ -62,8 +63,8 @@ class Connection(trio.abc.HalfCloseableStream):
         await self._stream.send_eof()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Return bytes from the client; none after this side has closed."""
-        if self._is_reading:  # the task that closes reads the rest
+        """Return bytes from the client; b"" at the end, or if another task is reading the rest."""
+        if self._is_reading:  # `aclose` reads the rest of the bytes in another task
             await self._ended.wait()
             return b""
         self._is_reading = True
@@ -80,6 +81,7 @@ class Connection(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     async def _receive(self, max_bytes: int | None) -> bytes:
+        """Return the next bytes. After `send_eof`, drop all bytes until the client closes."""
         while True:
             try:
                 data = bytes(await self._stream.receive_some(max_bytes))
@@ -96,20 +98,20 @@ _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class HypercornConfig(hypercorn.Config):
-    """Hypercorn's settings, with the limit of a send."""
+    """Hypercorn's settings. `stall_s`: the time limit of a send to a client, in seconds."""
 
     stall_s: float
 
 
 class HypercornHttp1(H11Protocol):
-    """HTTP/1.1 that answers invalid requests with a JSON error.
+    """HTTP/1.1 with JSON errors for invalid requests, without upgrades.
 
-    The connection stays HTTP/1.1: the Upgrade header, which proxies hand on unread, is ignored.
-    Status lines have the standard phrase, because some clients show nothing else of an error;
-    Hypercorn leaves the phrase empty.
+    The Upgrade header is ignored, because proxies pass it on unread. Status lines have the standard
+    phrase, which Hypercorn leaves empty: some clients show nothing else of an error.
     """
 
     async def _check_protocol(self, event: h11.Request) -> None:
+        """Switch to HTTP/2 only at its preface, `PRI * HTTP/2.0`."""
         if event.method == b"PRI":
             await super()._check_protocol(event)
 
@@ -142,13 +144,15 @@ class HypercornHttp1(H11Protocol):
 
 
 class HypercornHttp2(H2Protocol):
-    """HTTP/2 that resets a stream which ends early, or whose client reads nothing for `stall_s`.
+    """HTTP/2 that ends streams of clients that do not read, and closes idle connections.
 
-    Hypercorn resets neither, and its senders wait for ever for the window of a client that has
-    reset its stream or is gone.
+    A stream is reset if it ends early, or if its client reads nothing for `stall_s` seconds.
+    Hypercorn does not reset such streams: its senders wait for ever for the window of a client that
+    has left.
 
-    A connection without a stream is idle, even if it sends bytes: its next request must come within
-    `keep_alive_timeout`. Hypercorn's idle time stops at the preface until the first answer.
+    A connection without open streams is idle, even if it sends bytes: its next request must come
+    within `keep_alive_timeout`. Hypercorn has no such limit between the preface and the first
+    answer.
     """
 
     config: HypercornConfig
@@ -179,14 +183,14 @@ class HypercornHttp2(H2Protocol):
         if buffer is None or buffer.complete:
             return
         await buffer.close()  # releases the task that waits for room in the buffer
-        await self._window_updated(stream_id)  # wakes the task that drops it
+        await self._window_updated(stream_id)  # wakes the task that removes the closed buffer
         if not self.closed and not self.connection.streams[stream_id].closed:
             self.connection.reset_stream(stream_id, ErrorCodes.INTERNAL_ERROR)
             await self._flush()
 
 
 class Protocols(ProtocolWrapper):
-    """The protocol of a connection, which may change from HTTP/1.1 to HTTP/2."""
+    """Selects this module's protocols. A connection may change from HTTP/1.1 to HTTP/2."""
 
     def __init__(self, made: ProtocolWrapper) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Every route of the gateway, and the pages for browsers."""
+"""The route table of the gateway, and its pages for browsers: the chat page and the API docs."""
 
 import re
 from base64 import b64encode
@@ -44,7 +44,7 @@ _KEYS = {"user": "an API key", "admin": "the admin key"}
 
 
 def docs_page(document: dict[str, Any]) -> Response:
-    """Return the page that shows an OpenAPI document."""
+    """Return an HTML page that shows an OpenAPI document."""
     template, style = _template(), _text("docs.css")
     body = template.render(
         document=document,
@@ -66,15 +66,17 @@ def docs_page(document: dict[str, Any]) -> Response:
 
 
 def _keys(operation: dict[str, Any]) -> str:
+    """Return the alternative keys of an operation, as text."""
     return " or ".join(_KEYS[name] for way in operation["security"] for name in way)
 
 
 def _names(content: dict[str, Any]) -> str:
-    """Return the names of the schemas that a body may have."""
+    """Return the names of the schemas that a body's content refers to, as text."""
     return " or ".join(re.findall(r"#/components/schemas/(\w+)", str(content)))
 
 
 def _answers(document: dict[str, Any], operation: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the status and the description of each answer of an operation."""
     refusals = document["components"]["responses"]
     for status, answer in operation["responses"].items():
         yield status, answer.get("description") or refusals[status]["description"]
@@ -103,7 +105,8 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# No foreign or inline content, no forms that leave the page, and no framing.
+# The page shows model output. Even if a script got into the page, it could neither run inline nor
+# send data elsewhere: no foreign or inline content, no forms, no framing.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -117,7 +120,7 @@ POLICY = "; ".join(
     )
 )
 HEADERS = {
-    "cache-control": "no-cache",  # browsers ask again each time, so a new version shows at once
+    "cache-control": "no-cache",  # browsers revalidate each time, so a new version shows at once
     "content-security-policy": POLICY,
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
@@ -128,13 +131,13 @@ HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class PageFile:
-    """One file of the chat page, equal in every gateway: it depends on no setting."""
+    """One file of the chat page, an endpoint. It does not depend on the gateway's settings."""
 
     content: bytes
     media_type: str
 
     async def __call__(self, gateway: Gateway, request: Request) -> Response:
-        """Answer the file, or 304 where the browser has it."""
+        """Answer the file, or 304 if the browser already has this version."""
         headers = {**HEADERS, "etag": self.etag}
         if self.etag in _tags(request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
@@ -146,7 +149,7 @@ class PageFile:
 
 
 def page_files() -> dict[str, PageFile]:
-    """Return the files of the chat page by their paths on the server."""
+    """Return the files of the chat page, by URL path."""
     found = sorted((files("sagellm.gateway") / "page").iterdir(), key=lambda file: file.name)
     return {_path(file.name): _read(file) for file in found}
 
@@ -161,18 +164,18 @@ def _read(file: Traversable) -> PageFile:
 
 
 def _tags(header: str) -> set[str]:
-    """Return the tags of If-None-Match; weak tags compare as strong ones (RFC 9110, 13.1.2)."""
+    """Return the tags of an If-None-Match header, without weak marks (RFC 9110, 13.1.2)."""
     return {tag.strip().removeprefix("W/") for tag in header.split(",")}
 
 
 async def described(gateway: Gateway, request: Request) -> Response:
-    """Answer the OpenAPI document of these routes."""
+    """Answer the OpenAPI document of ROUTES."""
     settings = gateway.settings
     return Response(_document(settings.limits, bool(settings.api_keys)), media_type=_JSON)
 
 
 async def docs(gateway: Gateway, request: Request) -> Response:
-    """Answer the OpenAPI document as a page."""
+    """Answer the OpenAPI document as an HTML page."""
     settings = gateway.settings
     return _page(settings.limits, bool(settings.api_keys))
 
@@ -198,7 +201,7 @@ ROUTES = (
     EndpointRoute("GET", "/version", version, while_draining=True),
     EndpointRoute("GET", "/load", load, while_draining=True),
     EndpointRoute("GET", "/metrics", metrics, access="metrics", while_draining=True),
-    # Open, because a browser has no key to send. The documents hold no secret.
+    # Without a key, because a browser sends none. The documents contain no secret.
     EndpointRoute("GET", "/openapi.json", described, access="open", while_draining=True),
     EndpointRoute("GET", "/docs", docs, access="open", while_draining=True),
     EndpointRoute("GET", "/v1/models", models),
@@ -214,7 +217,7 @@ ROUTES = (
         "POST", "/v1/sagellm/requests/{id}/cancel", cancel, access="admin", while_draining=True
     ),
 )
-# Open even if keys are required: a browser that opens a page has no key. The files hold no secret.
+# Without a key, because a browser sends none with a page. The files contain no secret.
 PAGE_ROUTES = tuple(
     EndpointRoute("GET", path, file, access="open") for path, file in page_files().items()
 )
@@ -222,5 +225,5 @@ PATHS = tuple(dict.fromkeys(route.path for route in (*ROUTES, *PAGE_ROUTES)))
 
 
 def routes_of(settings: Settings) -> tuple[EndpointRoute, ...]:
-    """Return the routes of the API, and of the chat page unless the settings turn it off."""
+    """Return the routes of the API, and those of the chat page unless the settings disable it."""
     return (*ROUTES, *PAGE_ROUTES) if settings.page else ROUTES

@@ -1,4 +1,4 @@
-"""Serves the app with uvicorn, uvloop and httptools, with limits that uvicorn lacks."""
+"""Serves the app with uvicorn, uvloop and httptools, and with limits that uvicorn lacks."""
 
 import asyncio
 import logging
@@ -18,12 +18,12 @@ from sagellm.gateway.api_errors import refusal
 from sagellm.gateway.http.app import App
 from sagellm.gateway.settings import BACKLOG, Settings, max_connections
 
-LINGER_S = 1.0  # for the client to read its refusal
-_SPARE_S = 5.0  # the app's limit of a body's time comes first, with an answer
+LINGER_S = 1.0  # the time that a refused client has to read the answer
+_SPARE_S = 5.0  # added to `body_s`, so that the app's own limit comes first and answers a 408
 
 
 class UvicornConfig(uvicorn.Config):
-    """uvicorn's settings, with the limits of connections and a task for the app's loop."""
+    """uvicorn's settings, with the gateway's limits. `watch`: a task to run on the app's loop."""
 
     settings: Settings
     max_connections: int
@@ -31,7 +31,7 @@ class UvicornConfig(uvicorn.Config):
 
 
 class UvicornHttp1(HttpToolsProtocol):
-    """HTTP/1.1 that closes slow connections: late headers, a late body, or a client that stalls."""
+    """HTTP/1.1 with time limits for headers, for bodies, and for clients that do not read."""
 
     def __init__(self, config: UvicornConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -52,7 +52,7 @@ class UvicornHttp1(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest()
-        self.resume_writing()
+        self.resume_writing()  # cancels the stall timer, and wakes a sender
         if self._closing is not None:
             self._closing.cancel()
         super().connection_lost(exc)
@@ -95,6 +95,7 @@ class UvicornHttp1(HttpToolsProtocol):
         super().on_message_complete()
 
     def pause_writing(self) -> None:
+        """Called if the write buffer is full. Cut the client off if it does not read in time."""
         super().pause_writing()
         self._writing = self.loop.call_later(self._stall_s, self.transport.abort)
 
@@ -108,8 +109,9 @@ class UvicornHttp1(HttpToolsProtocol):
         self.refuse(400)
 
     def refuse(self, status: int) -> None:
-        """Answer bytes that are no request. The connection closes with the client, or a moment
-        later: closing with unread bytes would make the kernel drop the answer.
+        """Answer bytes that are no valid request, and close the connection after LINGER_S.
+
+        Not at once: closing with unread bytes would make the kernel drop the answer.
         """
         headers, body = refusal(status)
         lines = [name + b": " + value + b"\r\n" for name, value in headers]
@@ -124,22 +126,27 @@ class UvicornHttp1(HttpToolsProtocol):
         self._reading = self.loop.call_later(LINGER_S, self.close)
 
     def close(self) -> None:
-        """Close after the client has read the rest, or cut off a client that does not read."""
+        """Close after the client has read all sent bytes; abort if it does not within `stall_s`."""
         self.transport.close()
         if self._closing is None:
             self._closing = self.loop.call_later(self._stall_s, self.transport.abort)
 
     def _expect(self, seconds: float) -> None:
+        """Start the timer for headers or a body, instead of the previous timer."""
         self._rest()
         self._reading = self.loop.call_later(seconds, self._late)
 
     def _rest(self) -> None:
+        """Stop the timer for headers or a body."""
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
 
     def _late(self) -> None:
-        """Close a late connection, unless it still answers the request before."""
+        """Close the connection, because headers or a body are late.
+
+        If the previous request is still being answered, only restart the timer.
+        """
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if is_answering and not self._in_body:
             self._expect(self._limits.header_s)
@@ -151,9 +158,9 @@ KEEP_ALIVE_S = 5
 
 
 class UvicornServer:
-    """Serves from `run` until `stop`, and then until the last connection is done.
+    """Serves from `run` until `stop`, and then until the last connection has ended.
 
-    The app runs on an asyncio loop in a thread. All methods are called from trio.
+    The app runs on an asyncio loop in another thread. All methods are called from the trio loop.
     """
 
     def __init__(self, app: App, settings: Settings, sock: socket) -> None:
@@ -161,11 +168,11 @@ class UvicornServer:
         self._sock = sock
 
     def stop(self) -> None:
-        """Accept no more connections, and close idle ones."""
+        """Accept no more connections, and close idle connections."""
         self._server.should_exit = True
 
     def call_soon(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call a function on the app's loop."""
+        """Schedule a function on the app's loop; without effect if the loop has ended."""
         if self._server.loop is not None:
             with suppress(RuntimeError):  # the loop has ended
                 self._server.loop.call_soon_threadsafe(function, *args)
@@ -182,13 +189,12 @@ class UvicornServer:
                 task_status.started()
                 await ended.wait()
             finally:
-                self._server.should_exit = self._server.force_exit = (
-                    True  # also while the server starts
-                )
+                # Flags, besides `abort`: a server that is still starting has no connections.
+                self._server.should_exit = self._server.force_exit = True
                 self.call_soon(self._server.abort)
 
     async def _run_thread(self, ended: trio.Event) -> None:
-        """Wait for the thread, also after cancellation: `abort` ends the thread."""
+        """Run the server's thread. Cancellation does not stop it; `abort` does."""
         try:
             await trio.to_thread.run_sync(self._run)
         finally:
@@ -200,7 +206,7 @@ class UvicornServer:
 
 
 class UvicornOnItsLoop:
-    """As UvicornServer, in a process whose main loop is the app's asyncio loop."""
+    """As UvicornServer, for a gateway process: the app's asyncio loop is the main loop."""
 
     def __init__(self, app: App, settings: Settings, sock: socket) -> None:
         self._server = _Server(configure(app, settings))
@@ -219,6 +225,7 @@ class UvicornOnItsLoop:
 
 
 def configure(app: App, settings: Settings) -> UvicornConfig:
+    """Return uvicorn's settings for a gateway."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)  # the app logs failures
     config = UvicornConfig(
         app,
@@ -242,6 +249,8 @@ def configure(app: App, settings: Settings) -> UvicornConfig:
 
 
 class _Server(uvicorn.Server):
+    """uvicorn's server, without signal handlers. `tell_started` is called when it accepts."""
+
     config: UvicornConfig
     loop: asyncio.AbstractEventLoop | None = None  # set by `startup`
     watching: asyncio.Task[None]
@@ -250,16 +259,17 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
         self.loop = loop = asyncio.get_running_loop()
-        self.watching = loop.create_task(self.config.watch())  # ended with the loop
+        # Kept in a field: the loop holds only weak references to tasks. It ends with the loop.
+        self.watching = loop.create_task(self.config.watch())
         self.tell_started()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture no signals: the caller handles them."""
+        """Install no signal handlers: the caller handles signals."""
         yield
 
     def abort(self) -> None:
-        """Close every connection, and cancel every call."""
+        """Close every connection and cancel every call, at once."""
         for connection in tuple(self.server_state.connections):
             connection.transport.abort()
         for task in self.server_state.tasks:

@@ -1,1 +1,1 @@
-"""Metrics: counters, histograms and their exposition for Prometheus."""
+"""Metrics: counters, histograms, and their exposition for Prometheus."""

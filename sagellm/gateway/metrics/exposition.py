@@ -1,4 +1,4 @@
-"""The exposition of a gateway's meters, in the format of Prometheus or OpenMetrics."""
+"""The text of /metrics, in the format of Prometheus or OpenMetrics."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from sagellm.session.models import Model
 
 
 class ExpositionFormat(NamedTuple):
-    """A text format. `encode` writes the families of a registry, without escaping names."""
+    """A text format of metrics. `encode` writes all metrics of a registry, with names unescaped."""
 
     encode: Callable[[CollectorRegistry], bytes]
     content_type: str
@@ -44,13 +44,14 @@ _OPEN_METRICS_TYPE = "application/openmetrics-text"
 
 
 def format_of(accept: str) -> ExpositionFormat:
-    """Return the format for an Accept header; the default is text."""
+    """Return the format that an Accept header asks for; the default is Prometheus text."""
     accepted = set(_media_types(accept))
     return OPEN_METRICS if _OPEN_METRICS_TYPE in accepted and not accepted & _TEXT_TYPES else TEXT
 
 
 def _media_types(accept: str) -> Iterator[str]:
-    """Yield the types that a header accepts. A weight of 0 refuses a type (RFC 9110, 12.4.2)."""
+    """Yield the media types that an Accept header allows."""
+    # A weight of 0 means "not acceptable" (RFC 9110, 12.4.2).
     for part in accept.lower().split(","):
         media_type, *parameters = (word.strip() for word in part.split(";"))
         weights = [word[2:] for word in parameters if word.startswith("q=")]
@@ -58,11 +59,11 @@ def _media_types(accept: str) -> Iterator[str]:
             yield media_type
 
 
-WINDOW_S = 10.0  # the time over which shares of operators are computed
+WINDOW_S = 10.0  # the window of the metrics *_ratio of operators
 
 
 class _Scrape:
-    """A collector that shows the families of the current scrape."""
+    """A collector of prometheus_client that yields the metric families of the current scrape."""
 
     def __init__(self) -> None:
         self.families: Iterable[Metric] = ()
@@ -72,13 +73,12 @@ class _Scrape:
 
 
 class GatewayMeters(HttpMeters):
-    """The meters of a session and its gateway.
+    """The meters of a session and its gateway, and their exposition.
 
-    They are made on the session's loop, where `run` samples. The HTTP app and `exposition` use the
-    app's loop, which may be in another thread. The registry is private: of the process around it
-    shows only memory and time.
+    The object is made on the session's loop, where `run` samples. The app calls the other methods
+    on its own loop, which may be in another thread.
 
-    `models`: the served models; metrics have the first name of each model. `endpoints`: the paths
+    `models`: the served models; metrics show the first name of each model. `endpoints`: the paths
     of the route table. `compat`: "vllm" adds the metrics of vLLM.
     """
 
@@ -101,25 +101,29 @@ class GatewayMeters(HttpMeters):
         session.observers.append(self._observer)
         self._graph_lag = LoopLag(tick=self._sample)
         self._scrape = _Scrape()
+        # A private registry: a program that embeds the gateway may have metrics of its own.
         self._registry = CollectorRegistry()
         self._registry.register(self._scrape)
         ProcessCollector(registry=self._registry)
 
     async def run(self) -> None:
-        """Sample the session's loop and its operators until cancelled."""
+        """Sample the lag of the session's loop and the operators' meters, until cancelled."""
         await self._graph_lag.run()
 
     async def exposition(
         self, accept: str = "", http: HttpMeters | None = None
     ) -> tuple[bytes, str]:
-        """Return the text and its content type. `http`: the sum of several gateways' meters."""
+        """Return the text of /metrics and its content type.
+
+        `http`: the summed HTTP meters of all gateway processes; the default is this process's.
+        """
         encode, content_type = format_of(accept)
         shown = await self.snapshot()
         self._scrape.families = self.families(shown, http)
         return encode(self._registry), content_type
 
     async def snapshot(self) -> Snapshot:
-        """Return a snapshot of the graph. May be called from any loop."""
+        """Return a snapshot of the graph. May be called on any loop."""
         if threading.get_ident() == self._thread:  # the executor may be read in its thread only
             return self._take()
         cross = partial(anyio.from_thread.run_sync, self._take, token=self._token)
@@ -144,9 +148,9 @@ class GatewayMeters(HttpMeters):
     def _read_models(
         self, counts: Mapping[str, Counts], engines: tuple[EngineReading, ...]
     ) -> tuple[ModelReading, ...]:
-        """Return one reading for each model. An only model has all open choices, with probes; each
-        of several models has the open choices of clients.
-        """
+        """Return one reading for each model."""
+        # The ledger counts all open choices, probes too. It does not tell models apart, so several
+        # models are counted by the observer, without probes.
         every = self._session.models
         if not every.is_several:
             num_open = self._session.executor.core.ledger.num_open
@@ -164,7 +168,7 @@ class GatewayMeters(HttpMeters):
         self._window.add(self._session.executor.reading())
 
     def families(self, shown: Snapshot, http: HttpMeters | None = None) -> Iterator[Metric]:
-        """Yield the metric families of a snapshot."""
+        """Yield all metric families: those of a snapshot, and those of HTTP calls."""
         if self._is_vllm:
             yield from vllm_families(shown)
         yield from graph_families(shown)
@@ -178,6 +182,7 @@ class GatewayMeters(HttpMeters):
 
 
 def _observer(session: Session, models: Sequence[ModelCard]) -> RequestObserver:
+    """Return the observer that counts the session's requests by model."""
     executor = session.executor
     facts = [engine.facts for engine in executor.all_engines]
     longest = max((each.max_model_len for each in facts), default=1)
@@ -193,7 +198,7 @@ def _observer(session: Session, models: Sequence[ModelCard]) -> RequestObserver:
 
 
 def _measure(session: Session, model: Model) -> Measure:
-    """Return the block size of a model's first engine, and the objective on the model's path."""
+    """Return the KV shape of a model's first engine, and the TTFT objective on its path."""
     executor = session.executor
     replicas = executor.engines.get(model.served.engines[0], ())
     kv = KVShape()

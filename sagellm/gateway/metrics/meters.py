@@ -1,4 +1,4 @@
-"""The meters of one gateway process: integers and buckets that are cheap to change."""
+"""The meters of one gateway process: counters and histograms that are cheap to update."""
 
 import copy
 import math
@@ -24,20 +24,20 @@ REQUEST_S = (
 )  # fmt: skip
 CHOICES = (1, 2, 5, 10, 20)
 PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
-# The buckets of prometheus-fastapi-instrumentator: by handler, and of all calls together.
+# The buckets of prometheus-fastapi-instrumentator: for each handler, and for all calls together.
 HANDLER_S = (0.1, 0.5, 1)
 ALL_CALLS_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75,
     1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60,
 )  # fmt: skip
-# Phases are short on small models: from a millisecond on, as SGLang's stages.
+# From a millisecond on, as for SGLang's stages: small models have short phases.
 PHASE_S = tuple(round(0.001 * 1.62**power, 6) for power in range(30))
 LAG_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 CALL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 def lengths(longest: int) -> tuple[int, ...]:
-    """Return the bounds 1, 2, 5, 10, 20, 50 ... up to `longest`."""
+    """Return the histogram bounds 1, 2, 5, 10, 20, 50 ... up to `longest`."""
     bounds = (digit * 10**power for power in range(len(str(longest))) for digit in (1, 2, 5))
     return tuple(bound for bound in bounds if bound <= longest) or (1,)
 
@@ -47,9 +47,9 @@ class Ticking(Protocol):
 
 
 class LoopLag:
-    """Measures how late an event loop is: sleeps `interval_s` repeatedly, and notes each delay.
+    """Measures the lag of one event loop: the delay after repeated sleeps of `interval_s` seconds.
 
-    `tick` is called after each sleep. One instance belongs to one loop.
+    `tick` is called after each sleep.
     """
 
     def __init__(self, interval_s: float = 0.5, tick: Ticking | None = None) -> None:
@@ -60,7 +60,7 @@ class LoopLag:
         self._due_s = math.inf
 
     def now_s(self) -> float:
-        """Return the present delay, or the latest one."""
+        """Return the lag in seconds: that of the last sleep, or of an overdue sleep if longer."""
         return max(self._latest_s, anyio.current_time() - self._due_s)
 
     async def run(self) -> None:
@@ -97,10 +97,10 @@ _LENGTHS = ("prompt_len", "computed_len", "generation_len", "longest_len", "max_
 
 @dataclass(slots=True)
 class Counts:
-    """Counts since the start. Each choice counts as a request, as in the ledger.
+    """The counts of one model since the start. Each choice counts as a request.
 
-    `lengths`: the bounds of token counts. TTFT, ITL and end-to-end times end when an item is
-    delivered. The other times are times of the stamps.
+    `lengths`: the bounds of the histograms of token counts. TTFT, ITL and end-to-end times are
+    measured at the delivery of items. All other times come from the stamps of events.
     """
 
     lengths: tuple[int, ...]
@@ -123,11 +123,11 @@ class Counts:
     decode: Buckets = field(init=False)
     kv_transfer: Buckets = field(init=False)
     num_choices: Buckets = field(init=False)
-    num_preemptions: Buckets = field(init=False)  # counted for choices that an engine began
+    num_preemptions: Buckets = field(init=False)  # of choices that an engine has started
     prompt_len: Buckets = field(init=False)
     computed_len: Buckets = field(init=False)
     generation_len: Buckets = field(init=False)
-    longest_len: Buckets = field(init=False)  # the longest of a request's choices
+    longest_len: Buckets = field(init=False)  # length of the longest choice of each request
     max_tokens: Buckets = field(init=False)
     phases: dict[str, Buckets] = field(init=False)
 
@@ -138,17 +138,21 @@ class Counts:
 
     @property
     def num_open(self) -> int:
+        """The choices that have not ended."""
         return self.num_accepted - sum(self.ended.values())
 
     def end(self, reason: str) -> None:
+        """Count the end of a choice."""
         self.ended[reason] = self.ended.get(reason, 0) + 1
 
     def reject(self, code: str, priority: int) -> None:
+        """Count a refusal."""
+        # Unknown codes and priorities share a label: a user's operator may make any number.
         key = code if code in CODES else OTHER, CLASSES.get(priority, OTHER)
         self.rejected[key] = self.rejected.get(key, 0) + 1
 
     def snapshot(self) -> "Counts":
-        """Return a copy that does not change."""
+        """Return a copy that later counts do not change."""
         copied = copy.copy(self)
         for each in fields(self):
             value = getattr(self, each.name)
@@ -158,35 +162,36 @@ class Counts:
         return copied
 
 
-# Calls of probes and scrapers, which the HTTP metrics of vLLM leave out.
+# Paths of health checks and scrapers. The HTTP metrics of vLLM leave them out.
 NOT_MEASURED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/live", "/ready"})
-UNKNOWN = "unknown"  # for names of clients that no table has
-_LAG_INTERVAL_S = 0.1  # short: the measured delay decides on refusals
+UNKNOWN = "unknown"  # label for unknown names, so that clients cannot create labels
+_LAG_INTERVAL_S = 0.1  # short, because calls are refused by this lag
 _METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
 class Meters(Protocol):
-    """The meters that the app uses, on its loop. `endpoint` is a path of the route table, never
-    text of a client. Other endpoints and methods count as "unknown".
+    """The meters that the app uses, on its loop.
+
+    `endpoint` is a path of the route table. Other endpoints and unknown methods count as "unknown".
     """
 
     def request_started(self, endpoint: str, method: str) -> None:
-        """Count a new call; exactly one `request_ended` follows."""
+        """Count a new call. The caller must call `request_ended` exactly once for it."""
 
     def request_ended(self, endpoint: str, method: str, status: int, seconds: float) -> None:
-        """Count the end of a call. `status` is 499 where the client left first."""
+        """Count the end of a call. `status` is 499 if the client left before the end."""
 
     def disconnected(self) -> None:
-        """Count a client that left before its answer was whole."""
+        """Count a client that left before the end of its answer."""
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return the text of /metrics and its content type, for an Accept header."""
 
     def app_lag_s(self) -> float:
-        """Return how late the app's loop is."""
+        """Return the lag of the app's loop, in seconds."""
 
     async def watch_app_loop(self) -> None:
-        """Measure how late the app's loop is, until cancelled."""
+        """Measure the lag of the app's loop until cancelled. Must run on this loop."""
 
 
 class EndpointCall(NamedTuple):
@@ -195,7 +200,7 @@ class EndpointCall(NamedTuple):
 
 
 class HttpMeters:
-    """Counts calls by endpoint, on the app's loop."""
+    """Counts calls by endpoint and method, on the app's loop."""
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         self._endpoints = frozenset(endpoints)
@@ -204,12 +209,12 @@ class HttpMeters:
         self.requests: dict[EndpointCall, int] = {}
         self.responses: dict[tuple[EndpointCall, int], int] = {}
         self.seconds: dict[EndpointCall, Buckets] = {}
-        self.all_seconds = Buckets(ALL_CALLS_S)  # all calls that vLLM measures
+        self.all_seconds = Buckets(ALL_CALLS_S)  # all calls, except those of NOT_MEASURED
         self.app_lag = LoopLag(_LAG_INTERVAL_S)
 
     @property
     def num_dropped_lines(self) -> int:
-        """The log lines that this process dropped."""
+        """The number of log lines that this process has dropped."""
         return num_dropped_lines()
 
     def app_lag_s(self) -> float:
@@ -245,16 +250,16 @@ class HttpMeters:
 
 
 class NoMeters:
-    """Measures nothing."""
+    """Meters that measure nothing."""
 
     def request_started(self, endpoint: str, method: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def request_ended(self, endpoint: str, method: str, status: int, seconds: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def disconnected(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         return b"", "text/plain; version=0.0.4; charset=utf-8"
@@ -263,4 +268,4 @@ class NoMeters:
         return 0.0
 
     async def watch_app_loop(self) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""The metrics named sagellm_*: operators, edges, engines, phases of requests, HTTP calls."""
+"""The metrics sagellm_*: of operators, edges, engines, phases of requests, and HTTP calls."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,6 +16,7 @@ from sagellm.gateway.metrics.snapshot import (
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.executors.reading import OperatorReading, Shares
 
+# Each table maps the end of a metric's name to the metric's help text and its value.
 _TOTALS: dict[str, tuple[str, Callable[[OperatorReading], float]]] = {
     "in": ("Items that an operator was given.", lambda one: one.num_in),
     "out": ("Items that it sent, the last events of refusals too.", lambda one: one.num_out),
@@ -77,7 +78,7 @@ _COUNTED: dict[str, tuple[str, Callable[[Counts], float]]] = {
 
 
 def graph_families(shown: Snapshot) -> Iterator[Metric]:
-    """Yield the metrics of the graph."""
+    """Yield the metric families of the graph: operators, engines and requests."""
     yield from _operators(shown)
     yield from _engines(shown)
     yield from _requests(shown)
@@ -106,7 +107,8 @@ def _operators(shown: Snapshot) -> Iterator[Metric]:
 
 
 def _place(shown: Snapshot, one: OperatorReading) -> Labels:
-    """Return the labels of an operator. Prometheus reserves the label `instance`."""
+    """Return the labels of an operator's replica."""
+    # `replica` and not `instance`: Prometheus reserves the label `instance`.
     return {
         "graph": shown.graph,
         "operator": one.node,
@@ -180,7 +182,7 @@ def _phases(shown: Snapshot) -> Iterator[tuple[Labels, Buckets]]:
 
 
 def http_families(http: HttpMeters, lags: Iterable[tuple[str, Buckets]]) -> Iterator[Metric]:
-    """Yield the metrics of HTTP calls. `lags`: the delays of each loop, by its name."""
+    """Yield the metric families of HTTP calls. `lags`: pairs of a loop's name and its lag."""
     yield counter(
         "sagellm_http_requests",
         "Calls that came in.",

@@ -1,4 +1,4 @@
-"""The session's observer: counts requests when they enter, and tokens when they are delivered."""
+"""An observer of a session: counts requests at submission, and tokens at their delivery."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from sagellm.gateway.metrics.meters import UNKNOWN, Counts
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import SERVED, Answer, Forked, Item, Request, Stamps, TokenEvent
 
-PROBE = "probe"  # the tenant of the gateway's own probes
+PROBE = "probe"  # the user id of the gateway's own probes
 _NO_STAMPS = Stamps()
 _UNKNOWN = LeaseShape(1)
 
 
 @dataclass(slots=True)
 class _Call:
-    """All choices of one request."""
+    """The state that the choices of one request share. `longest`: tokens of the longest choice."""
 
     num_open: int
     longest: int = 0
@@ -23,7 +23,7 @@ class _Call:
 
 @dataclass(slots=True)
 class _Track:
-    """One open choice."""
+    """The state of one open choice. Times are of the executor's clock."""
 
     counts: Counts
     call: _Call
@@ -32,42 +32,44 @@ class _Track:
     arrived_s: float
     num_tokens: int = 0
     num_cached: int = 0
-    num_preemptions: int = 0  # in earlier engines
-    preempted_here: tuple[int, int] = (0, 0)  # epoch, and preemptions in the present engine
+    num_preemptions: int = 0  # in previous engines
+    preempted_here: tuple[int, int] = (0, 0)  # (epoch, preemptions in the current engine)
     first_s: float = 0.0
     last_s: float = 0.0
-    stamps: Stamps = (
-        _NO_STAMPS  # from the first event: the last event may come from outside the engine
-    )
+    # Of the first event: the last event may come from outside the engine, without stamps.
+    stamps: Stamps = _NO_STAMPS
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """The KV blocks that a transfer moves."""
+    """The shape and the size of an engine's KV blocks, to measure transfers."""
 
     lease: LeaseShape = _UNKNOWN
     block_bytes: int = 0
 
     def num_bytes(self, num_tokens: int) -> int:
-        """Return the size of the blocks that another engine needs after `num_tokens`."""
+        """Return the bytes of KV that a transfer of a sequence of `num_tokens` tokens moves."""
         return self.lease.num_blocks(num_tokens, num_tokens) * self.block_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """The measure of one model's requests. `slo_ttft_s`: the objective of requests without one."""
+    """The constants for measuring one model's requests.
+
+    `slo_ttft_s`: the TTFT objective of requests that set none, in seconds.
+    """
 
     kv: KVShape
     slo_ttft_s: float | None = None
 
 
 class RequestObserver:
-    """Counts the requests of a session, on the session's loop. It costs some microseconds for each
-    request and one for each token.
+    """Counts the requests of a session, on the session's loop.
 
     `models` maps the names that clients may use to the names in metrics. Any other name counts as
-    "unknown", so that clients cannot make labels. `now` is the executor's clock. `own` has the
-    measures of models, by their names in metrics; other models have `kv` and `slo_ttft_s`.
+    "unknown", so that clients cannot create labels. `now` is the executor's clock. `own` maps the
+    name of a model in metrics to its `Measure`; other models have `kv` and `slo_ttft_s`. The cost
+    is a few microseconds for each request, and about one for each token.
     """
 
     def __init__(
@@ -91,7 +93,10 @@ class RequestObserver:
         return len(self._open)
 
     def snapshot(self) -> dict[str, Counts]:
-        """Return the counts by model name; of unknown models only if one was requested."""
+        """Return copies of the counts, by model name.
+
+        "unknown" is left out if no client requested an unknown model.
+        """
         return {
             name: counts.snapshot()
             for name, counts in self._counts.items()
@@ -99,7 +104,7 @@ class RequestObserver:
         }
 
     def submitted(self, requests: Sequence[Request]) -> None:
-        """Count all choices of one request, unless it is a probe of the gateway."""
+        """Count all choices of one request. Probes of the gateway are not counted."""
         first = requests[0]
         if first.user_id == PROBE:
             return
@@ -113,7 +118,7 @@ class RequestObserver:
             self._open[request.key] = _Track(counts, call, request, measure, arrived_s)
 
     def delivered(self, item: Item | Forked) -> None:
-        """Count an item that reached the sink, unless its request was never submitted."""
+        """Count an item that reached the sink. Items of probes are not counted."""
         if isinstance(item, Forked):
             self._fork(item)
             return
@@ -131,7 +136,7 @@ class RequestObserver:
             self._end(track, item, now)
 
     def _fork(self, forked: Forked) -> None:
-        """Track the choices that an operator made of one choice."""
+        """Track the further choices that an operator of the graph made from choice 0."""
         track = self._open.get((forked.request_id, 0))
         if track is None:
             return
@@ -147,8 +152,9 @@ class RequestObserver:
     def _take_tokens(
         self, track: _Track, item: TokenEvent | Answer, num_tokens: int, now: float
     ) -> None:
+        """Count the tokens of an item, and the time since the previous item."""
         counts = track.counts
-        # Only the engine that computed the prompt knows this; another engine may end the request.
+        # Only the engine that prefilled the prompt knows this; another may end the request.
         track.num_cached = max(track.num_cached, item.num_cached_tokens)
         if track.num_tokens:
             counts.itl.observe(now - track.last_s)
@@ -163,6 +169,7 @@ class RequestObserver:
         counts.generation_tokens += num_tokens
 
     def _end(self, track: _Track, last: TokenEvent | Answer, now: float) -> None:
+        """Count the end of a choice. `last`: its last item."""
         counts, call, reason = track.counts, track.call, last.finish_reason or "failed"
         counts.end(reason)
         if reason == "refused":
@@ -186,7 +193,7 @@ class RequestObserver:
             counts.longest_len.observe(call.longest)
 
     def _end_answer(self, track: _Track, last: TokenEvent | Answer, reason: str) -> None:
-        """Count what only a request with tokens has."""
+        """Count the end of a choice that has tokens: lengths, TPOT and goodput."""
         counts, num_tokens, request = track.counts, track.num_tokens, track.request
         counts.prompt_len.observe(last.num_prompt_tokens)
         counts.computed_len.observe(last.num_prompt_tokens - track.num_cached)
@@ -201,7 +208,9 @@ class RequestObserver:
 
 
 def _note_preemptions(track: _Track, item: TokenEvent | Answer) -> None:
-    """Add up preemptions: each engine counts a request's preemptions from zero."""
+    """Add an item's preemptions to those of previous engines."""
+    # Each engine counts a request's preemptions from zero, so a smaller number or a new epoch
+    # means another engine.
     epoch = item.epoch if isinstance(item, TokenEvent) else track.preempted_here[0]
     before_epoch, before = track.preempted_here
     if epoch != before_epoch or item.num_preemptions < before:
@@ -210,13 +219,16 @@ def _note_preemptions(track: _Track, item: TokenEvent | Answer) -> None:
 
 
 def _first_token_s(item: TokenEvent | Answer, now: float) -> float:
-    """Return the time of the first token. A whole answer has it in its stamps."""
+    """Return the time of the first token: for a whole answer, the end of its prefill."""
     drawn_s = item.stamps.prefilled_s
     return drawn_s if isinstance(item, Answer) and drawn_s is not None else now
 
 
 def _observe_phases(counts: Counts, stamps: Stamps, arrived_s: float, finished_s: float) -> None:
-    """Observe each phase that the request reached. All time before an engine is queue time."""
+    """Record the time of each phase that the request reached.
+
+    All time before its start in an engine counts as queue time.
+    """
     started_s, prefilled_s, phases = stamps.started_s, stamps.prefilled_s, counts.phases
     queue_s = (finished_s if started_s is None else started_s) - arrived_s
     phases["queue"].observe(queue_s)

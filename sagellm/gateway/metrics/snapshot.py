@@ -1,4 +1,4 @@
-"""A snapshot of the graph for one scrape, and constructors of the metric families."""
+"""A snapshot of the graph for one scrape, and constructors of metric families."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Values: TypeAlias = Iterable[tuple[Labels, float]]
 
 
 def counter(name: str, documentation: str, values: Values) -> Metric:
-    """Return a counter. `name` has no `_total`: the exposition adds it."""
+    """Return a counter family. `name` must not end with `_total`, which is added."""
     family = CounterMetricFamily(name, documentation)
     for labels, value in values:
         family.add_sample(f"{name}_total", dict(labels), value)
@@ -33,6 +33,7 @@ def counter(name: str, documentation: str, values: Values) -> Metric:
 
 
 def gauge(name: str, documentation: str, values: Values) -> Metric:
+    """Return a gauge family."""
     family = GaugeMetricFamily(name, documentation)
     for labels, value in values:
         family.add_sample(name, dict(labels), value)
@@ -45,7 +46,7 @@ def histogram(
     values: Iterable[tuple[Labels, Buckets]],
     only: Collection[float] | None = None,
 ) -> Metric:
-    """Return a histogram. `only`: the bounds to show, among those of the buckets."""
+    """Return a histogram family. `only`: the bounds to show, a subset of the buckets' bounds."""
     family = HistogramMetricFamily(name, documentation)
     for labels, buckets in values:
         passed = 0
@@ -59,13 +60,13 @@ def histogram(
 
 
 def _text(bound: float) -> str:
-    """Return a bound as Go writes it, because scrapers compare bounds as text."""
+    """Return a bound as Go formats it, because scrapers compare bounds as text."""
     return "+Inf" if bound == float("inf") else str(float(bound))
 
 
 @runtime_checkable
 class Replaceable(Protocol):
-    """An engine whose worker may be lost and replaced."""
+    """An engine in a worker process, which may be lost and replaced."""
 
     num_lives: int
     is_removed: bool
@@ -76,7 +77,7 @@ class Replaceable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineReading:
-    """One replica of one engine."""
+    """The state of one replica of an engine, at the time of a snapshot."""
 
     name: str
     replica: int
@@ -88,20 +89,23 @@ class EngineReading:
     num_restarts: int
     is_ejected: bool
     num_ejections: int
-    deaths: Mapping[str, int]  # deaths of its workers, by blame
+    deaths: Mapping[str, int]  # blame -> deaths of the replica's workers
     is_failing: bool
-    num_known_blocks: int  # cached prefix blocks that routers know of
+    num_known_blocks: int  # cached prefix blocks that routers know
 
     @property
     def kv_usage(self) -> float:
+        """The share of the pool's blocks that is leased, 0 to 1."""
         load = self.load
         return load.num_leased_blocks / load.num_blocks if load.num_blocks else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReading:
-    """One model, by the first of its names. `num_open` counts its open choices. An engine of two
-    models is in the readings of both.
+    """The state of one model, at the time of a snapshot.
+
+    `name` is the first name of the model. `num_open` counts its open choices. An engine that serves
+    two models is in both readings.
     """
 
     name: str
@@ -114,20 +118,21 @@ class ModelReading:
 
     @property
     def num_waiting(self) -> int:
-        """Open choices that no engine computes: in a queue of the graph or an engine, or in
-        transfer.
-        """
+        """The open choices that no engine computes: they are in a queue or in a KV transfer."""
         return max(self.num_open - self.num_running, 0)
 
     @property
     def kv_usage(self) -> float:
-        """The usage of the fullest pool."""
+        """The usage of the model's fullest KV pool, 0 to 1."""
         return max((engine.kv_usage for engine in self.engines), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of a graph at one moment, read on the session's loop. `counts`: by model name."""
+    """The state of a graph at one moment, read on the session's loop.
+
+    `counts` are by model name. `shares` are by the node and the replica of an operator.
+    """
 
     graph: str
     models: tuple[ModelReading, ...]
@@ -143,6 +148,7 @@ class Snapshot:
 def read_engines(
     executor: TasksExecutor, workers: Iterable[Worker] = ()
 ) -> tuple[EngineReading, ...]:
+    """Return one reading for each replica that was not removed."""
     lives = {(worker.engine_name, worker.replica): worker.restarts for worker in workers}
     return tuple(
         _reading(name, replica, engine, executor.core, lives.get((name, replica)))
@@ -156,6 +162,7 @@ def _reading(
     name: str, replica: int, engine: Engine, core: Core, lives: Restarts | None
 ) -> EngineReading:
     outliers = core.outliers
+    # Copied: another thread may read the snapshot while the engine counts on.
     steps = engine.step_tokens.copy() if isinstance(engine, CountingSteps) else None
     worker = engine if isinstance(engine, Replaceable) else None
     return EngineReading(

@@ -1,4 +1,4 @@
-"""The metrics under the names of vLLM and of its HTTP instrumentator."""
+"""The same metrics under the names that vLLM and its HTTP instrumentator use."""
 
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
@@ -29,7 +29,10 @@ _NO_HANDLER = "none"  # for unknown paths
 
 
 def instrumentator_families(http: HttpMeters) -> Iterator[Metric]:
-    """Yield the HTTP metrics, with grouped status codes ("2xx") and without probes, as vLLM."""
+    """Yield the HTTP metrics as vLLM has them: status codes are grouped ("2xx").
+
+    Calls to the paths of NOT_MEASURED are left out.
+    """
     yield counter("http_requests", "Calls that ended.", _requests(http))
     seconds = [
         (_http_labels(call), taken)
@@ -68,14 +71,11 @@ _FINISHED = {
     "failed": "error",
 }
 _REJECTED = {"queue_full": "max_num_queued_reqs"}
-_OTHER_CACHES = (
-    "host",
-    "p2p",
-    "disk",
-    "external_unspecified",
-)  # tiers of vLLM that do not exist here
+# Cache tiers of vLLM that do not exist here. They are shown as 0 for dashboards.
+_OTHER_CACHES = ("host", "p2p", "disk", "external_unspecified")
 _SLEEP_STATES = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
 
+# Each table maps the end of a metric's name to the metric's help text and its value.
 _COUNTERS: dict[str, tuple[str, Callable[[Counts], int]]] = {
     "prompt_tokens": ("Prompt tokens of requests that were prefilled.", lambda c: c.prompt_tokens),
     "prompt_tokens_cached": ("Prompt tokens found in a cache.", lambda c: c.cached_tokens),
@@ -119,6 +119,7 @@ _HISTOGRAMS: dict[str, tuple[str, Callable[[Counts], Buckets]]] = {
 
 
 def vllm_families(shown: Snapshot) -> Iterator[Metric]:
+    """Yield the metric families vllm:*."""
     yield from _gauges(shown)
     yield from _counters(shown)
     for name, (documentation, of) in _HISTOGRAMS.items():
@@ -180,7 +181,7 @@ def _counters(shown: Snapshot) -> Iterator[Metric]:
 
 
 def _drafts(shown: Snapshot) -> Iterator[Metric]:
-    """Yield the metrics of speculative engines; none without such engines, as in vLLM."""
+    """Yield the metrics of speculative decoding; nothing without speculative engines, as vLLM."""
     found = {model.name: _draft_counts(model) for model in shown.models}
     every = {name: drafts for name, drafts in found.items() if drafts}
     if not every:
@@ -206,10 +207,8 @@ def _by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
         num_computed = counts.prompt_tokens - counts.cached_tokens
         yield _labels(model, source="local_compute"), num_computed
         yield _labels(model, source="local_cache_hit"), counts.cached_tokens
-        yield (
-            _labels(model, source="external_kv_transfer"),
-            0,
-        )  # transferred tokens were prefilled in this graph
+        # Always 0: transferred tokens were prefilled in this graph, and are counted above.
+        yield _labels(model, source="external_kv_transfer"), 0
 
 
 def _cached_by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
@@ -220,7 +219,8 @@ def _cached_by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
 
 
 def _by_reason(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
-    """Yield ended requests. vLLM counts refused requests as rejections only."""
+    """Yield the number of ended requests for each of vLLM's reasons."""
+    # Refused requests are left out: vLLM counts them as rejections only.
     for model, counts in shown.counts.items():
         totals = dict.fromkeys(_FINISHED.values(), 0)
         for reason, number in counts.ended.items():
@@ -238,7 +238,10 @@ def _rejections(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
 
 
 def _steps(shown: Snapshot) -> Iterator[Metric]:
-    """Yield the tokens of steps, summed over the engines of a model that count steps."""
+    """Yield the histogram of tokens computed in one step, for each model.
+
+    Engines that do not count the tokens of steps are left out.
+    """
     values = [
         (_labels(model.name), total)
         for model in shown.models
@@ -249,6 +252,7 @@ def _steps(shown: Snapshot) -> Iterator[Metric]:
 
 
 def _step_tokens(model: ModelReading) -> Buckets | None:
+    """Return the sum of the engines' histograms; None if no engine has one."""
     counted = [engine.step_tokens for engine in model.engines if engine.step_tokens is not None]
     total = counted[0].copy() if counted else None
     for other in counted[1:]:

@@ -1,1 +1,1 @@
-"""Gateways in processes of their own, and their links to the process of the graph."""
+"""Gateway processes, which serve HTTP outside the graph's process, and their links to it."""

@@ -1,4 +1,4 @@
-"""One gateway process, as the graph's process sees it: its requests, its start and its end."""
+"""The graph's side of one gateway process: its start, its requests, its health and its end."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -34,23 +34,26 @@ from sagellm.runtime.cluster.child_process import ChildProcess
 from sagellm.runtime.messages import Request
 from sagellm.session import Output, Session
 
-_NUM_ROUNDS = 3  # counter reports without a report of reading, after which a client is slow
+_NUM_ROUNDS = 3  # counter reports without a `TokensRead`, after which the client counts as slow
 
 
 class PolledGateway(Protocol):
-    """The gateway process at the other end of a link."""
+    """A gateway process that sends counter reports on request."""
 
     def ask_once(self) -> int:
-        """Ask for a counter report, unless one is due. Return the number of the report."""
+        """Request a counter report, unless a requested one is missing. Return its number."""
 
-    def has_answered(self, number: int) -> bool: ...
+    def has_answered(self, number: int) -> bool:
+        """Whether the report with this number, or a later report, has arrived."""
+        ...
 
 
 class GatewayEndpoint:
-    """Takes the requests of one gateway to the session, as long as `nursery` runs.
+    """Submits the requests of one gateway process to the session, in tasks of `nursery`.
 
-    A request whose id is in use, usually by another gateway, gets a suffix. Clients do not see the
-    suffix: their gateway answers under its own id. `claimed` has the ids of all gateways.
+    If a request's id is in use, usually by another gateway, the request gets an id with a suffix.
+    Clients do not see the suffix, because their gateway answers under its own id. `claimed`: the
+    session's request ids of all gateways.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class GatewayEndpoint:
         self._claimed = claimed
 
     def handle(self, message: SubmitRequest | TokensRead | Abandon) -> None:
-        """Take a message of the gateway. Messages of closed streams are ignored."""
+        """Handle a message of the gateway. Messages for closed streams are ignored."""
         if isinstance(message, SubmitRequest):
             self._begin(message)
             return
@@ -84,11 +87,12 @@ class GatewayEndpoint:
             reader.leave()
 
     def cancel(self, request_id: str) -> bool:
-        """End a request by its gateway's id. Return False for an unknown id."""
+        """Cancel a request. `request_id`: its id in the gateway. Return False if unknown."""
         return self._cancel(lambda asked_id: asked_id == request_id)
 
+    # A call may have several requests in the graph, each with an id that starts with the call's.
     def cancel_call(self, call_id: str) -> bool:
-        """End the requests of a call. Return False where it is not a call of this gateway."""
+        """Cancel the requests of a call. Return False if this gateway has no such call."""
         return self._cancel(lambda asked_id: call_of(asked_id) == call_id)
 
     def _cancel(self, is_meant: Callable[[str], bool]) -> bool:
@@ -121,7 +125,7 @@ class GatewayEndpoint:
 
 
 class _LinkReader:
-    """One request of the gateway. Sends its events over the link."""
+    """The reader of one request: sends its events to the gateway over the link."""
 
     def __init__(
         self,
@@ -131,7 +135,7 @@ class _LinkReader:
         forget: Callable[[int], None],
         gateway: PolledGateway,
     ) -> None:
-        """`request`: the request of the message, under an id that is free in the session."""
+        """`request` is the request of `message`, with an id that is free in the session."""
         self.asked_id = message.request.request_id
         self.request = request
         self.timing = message.timing
@@ -142,7 +146,7 @@ class _LinkReader:
         self._put = put
         self._forget = forget
         self._gateway = gateway
-        self._num_rounds = 0  # since the last report of reading
+        self._num_rounds = 0  # counter reports since the last `TokensRead`
         self._asked: int | None = None
 
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
@@ -157,40 +161,46 @@ class _LinkReader:
             self._put(StreamEvents(self._stream, events, end))
 
     def take(self, num_tokens: int) -> None:
+        """Record that the client has read `num_tokens` more tokens."""
         self.num_taken += num_tokens
         self._num_rounds, self._asked = 0, None
         if self.forwarder is not None and self.forwarder.is_held:
             self.forwarder.flush()
 
     def hold(self) -> None:
-        """Ask whether the gateway is awake, while its window is full."""
+        """Request a counter report, to find out whether the gateway or the client is slow."""
         if self.is_excused() and (self._asked is None or self._gateway.has_answered(self._asked)):
             self._num_rounds += self._asked is not None
             self._asked = self._gateway.ask_once()
 
     def is_excused(self) -> bool:
-        """Whether the gateway may be stopped or busy. If it sends counter reports, but none of
-        reading, the client does not read.
+        """Whether the gateway may be slow, instead of the client.
+
+        False after `_NUM_ROUNDS` counter reports without a `TokensRead`: the gateway works, so the
+        client does not read.
         """
         return self._num_rounds < _NUM_ROUNDS
 
     def leave(self) -> None:
+        """Cancel the request after the client has left."""
         self.is_left = True
         if self.forwarder is not None:
             self.forwarder.scope.cancel()
 
 
 MODULE = "sagellm.gateway.processes.main"
-START_S = 60.0  # until it accepts connections
-POLL_S = 1.0  # between two requests for a counter report, which is a sign of life
-SILENT_S = 10.0  # silence after which an idle process counts as dead
-BUSY_S = 60.0  # the same for a busy process: many large bodies take long to parse
-EXIT_S = 1.0  # from the last message of a process to its exit
+START_S = 60.0  # the most time until a new process accepts connections
+POLL_S = 1.0  # the interval of requests for counter reports, which show that the process lives
+SILENT_S = 10.0  # a process without messages for this time, and without CPU time, counts as dead
+BUSY_S = 60.0  # the same for a process that uses CPU time: parsing many large bodies takes long
+EXIT_S = 1.0  # the most time from the last message of a process to its exit
 
 
 class GatewayProcess:
-    """A gateway process and its link. `counted`: its last counter report. `is_idle`: it is drained.
-    `is_over`: it has exited, or retires, and another process may take its place.
+    """A gateway process and the link to it.
+
+    `counted`: its last counter report. `is_up`: it accepts connections. `is_idle`: it has drained.
+    `is_over`: it has exited or is retiring, so another process may replace it.
     """
 
     def __init__(self, process: ChildProcess, stream: UNIXSocketStream) -> None:
@@ -198,7 +208,7 @@ class GatewayProcess:
         self.endpoint: GatewayEndpoint | None = None
         self.counted: CounterReport | None = None
         self.is_up = self.is_idle = self.is_over = False
-        self.why = ""  # the cause of the exit
+        self.why = ""  # the cause of the exit; "" before the exit
         self._process = process
         self._stream = stream
         self._num_asked = 0
@@ -209,8 +219,10 @@ class GatewayProcess:
     async def begin(
         cls, start: Callable[[int], GatewayStart], setup: Callable[[], GatewaySetup]
     ) -> "GatewayProcess":
-        """Start a process. `start` gets the descriptor of the process's end of the link. `setup` is
-        called after the start, for the present state. Raises OSError.
+        """Start a process, and send it its setup. Raises OSError.
+
+        `start` is called with the file descriptor of the process's end of the link. `setup` is
+        called after the start, so that it returns the current state.
         """
         here, there = socket.socketpair()
         with there:
@@ -221,7 +233,7 @@ class GatewayProcess:
                 here.close()
                 raise
         started = cls(process, await UNIXSocketStream.from_socket(here))
-        started.link.put(setup())  # the first message of the link
+        started.link.put(setup())  # must be the first message: see `read_first`
         return started
 
     async def run(
@@ -231,10 +243,10 @@ class GatewayProcess:
         claimed: set[str],
         handle: Callable[[GatewayMessage], None],
     ) -> None:
-        """Take requests to the session, and other messages to `handle`, until the process exits.
+        """Submit the process's requests, and pass other messages to `handle`, until it exits.
 
-        The end of the process cancels its requests. Cancellation kills the process. `claimed`: see
-        GatewayEndpoint.
+        The exit of the process cancels its requests. Cancelling `run` kills the process. `claimed`:
+        see `GatewayEndpoint`.
         """
         has_left = False
         try:
@@ -254,13 +266,13 @@ class GatewayProcess:
                 await self._end(EXIT_S if has_left else 0.0)
 
     def ask(self) -> int:
-        """Ask for a counter report. `counted` will have the returned number, or a higher one."""
+        """Request a counter report. Return its number; `counted` will have this or a later one."""
         self._num_asked += 1
         self.link.put(ReportCounters(self._num_asked))
         return self._num_asked
 
     def ask_once(self) -> int:
-        """As `ask`, unless a report is due already. Return the number of the report."""
+        """As `ask`, unless a requested report is still missing. Return the report's number."""
         return self._num_asked if not self.has_answered(self._num_asked) else self.ask()
 
     def has_answered(self, number: int) -> bool:
@@ -284,13 +296,13 @@ class GatewayProcess:
         handle(message)
 
     async def _watch(self, scope: trio.CancelScope) -> None:
-        """Poll the process, and end one that is silent, unless this loop was too late to read."""
+        """Poll the process. If it is silent for too long, cancel `scope`, which kills it."""
         while True:
             asked_s = trio.current_time()
             self.ask()
             await trio.sleep(POLL_S)
             now = trio.current_time()
-            if now - asked_s > 2 * POLL_S:
+            if now - asked_s > 2 * POLL_S:  # this loop was late, and may have unread messages
                 self._last_received_s = now
             before, self._cpu_s = self._cpu_s, self._process.cpu_s
             patience_s = BUSY_S if self._cpu_s > before else SILENT_S
@@ -299,7 +311,8 @@ class GatewayProcess:
                 scope.cancel()
 
     async def _end(self, patience_s: float) -> None:
-        with trio.move_on_after(patience_s):  # a process that exits by itself has an exit code
+        """Wait up to `patience_s` seconds for the exit of the process, then kill it."""
+        with trio.move_on_after(patience_s):  # the code of its own exit is the better cause
             await self._process.wait()
         self._process.kill()
         code = await self._process.wait()

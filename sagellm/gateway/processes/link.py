@@ -1,4 +1,7 @@
-"""The link between the process of a graph and a gateway process: messages, frames."""
+"""The link between the graph's process and a gateway process: its messages and its framing.
+
+Each frame is a length of 4 bytes (little-endian) and a message in MessagePack.
+"""
 
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -26,8 +29,10 @@ class _LinkMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class GatewaySetup(_LinkMessage, frozen=True, tag=True):
-    """The first message to a gateway. `graph` is MessagePack; `log_level` is a level of `logging`,
-    and `log_format` a format of `sagellm.logs`.
+    """The first message to a gateway.
+
+    `graph` is the graph in MessagePack. `log_level` is a level of `logging`, and `log_format` a
+    format of `sagellm.logs`.
     """
 
     settings: Settings
@@ -49,7 +54,7 @@ class StreamEvents(_LinkMessage, frozen=True, tag=True):
 
 
 class StreamRefused(_LinkMessage, frozen=True, tag=True):
-    """The end of a stream by an error, with the fields of an ApiError."""
+    """The end of a stream with an error. The fields are those of an ApiError."""
 
     stream: int
     status: int
@@ -83,7 +88,11 @@ class ReadinessChanged(_LinkMessage, frozen=True, tag=True):
 
 
 class QueryAnswer(_LinkMessage, frozen=True, tag=True):
-    """The answer to the query of that number: whether a request was known, or the metrics."""
+    """The answer to the query with this number.
+
+    `is_known`: the cancelled request was known, or the metrics could be read. `content` and
+    `content_type` are those of the metrics.
+    """
 
     number: int
     is_known: bool = False
@@ -92,21 +101,21 @@ class QueryAnswer(_LinkMessage, frozen=True, tag=True):
 
 
 class ReportCounters(_LinkMessage, frozen=True, tag=True):
-    """Asks for a `CounterReport` with this number, at once."""
+    """A command: send a `CounterReport` with this number, at once."""
 
     number: int
 
 
 class StartDrain(_LinkMessage, frozen=True, tag=True):
-    """Refuse new calls; send `Drained` after the last open call."""
+    """A command: refuse new calls, and send `Drained` after the last open call."""
 
 
 class Retire(_LinkMessage, frozen=True, tag=True):
-    """Accept no more connections, finish the open calls, and exit: another process takes over."""
+    """A command: accept no more connections, finish the open calls, and exit."""
 
 
 class Shutdown(_LinkMessage, frozen=True, tag=True):
-    """Close idle connections, and exit."""
+    """A command: close idle connections, and exit."""
 
 
 ToGatewayMessage: TypeAlias = (
@@ -130,7 +139,7 @@ class Started(_LinkMessage, frozen=True, tag=True):
 
 
 class SubmitRequest(_LinkMessage, frozen=True, tag=True):
-    """A new request, under a stream number of the gateway."""
+    """A new request. `stream`: a number that the gateway chose for the stream of the request."""
 
     stream: int
     request: Request
@@ -138,7 +147,7 @@ class SubmitRequest(_LinkMessage, frozen=True, tag=True):
 
 
 class TokensRead(_LinkMessage, frozen=True, tag=True):
-    """The number of tokens that were read since the last report."""
+    """A report of tokens that a client has read since the previous report."""
 
     stream: int
     num_tokens: int
@@ -151,28 +160,28 @@ class Abandon(_LinkMessage, frozen=True, tag=True):
 
 
 class CancelRequest(_LinkMessage, frozen=True, tag=True):
-    """A query: end a request of this gateway."""
+    """A query: cancel a request of this gateway, and answer whether it was known."""
 
     number: int
     request_id: str
 
 
 class CancelCall(_LinkMessage, frozen=True, tag=True):
-    """A query: end the requests of a call of any gateway."""
+    """A query: cancel the requests of a call of any gateway, and answer whether it was known."""
 
     number: int
     call_id: str
 
 
 class Scrape(_LinkMessage, frozen=True, tag=True):
-    """A query: the metrics of the graph and of all gateways, for an Accept header."""
+    """A query: answer the metrics of the graph and of all gateways. `accept`: an Accept header."""
 
     number: int
     accept: str
 
 
 class BucketCounts(_LinkMessage, frozen=True, tag=True):
-    """The samples of `Buckets`; both sides know the bounds."""
+    """The samples of a `Buckets`. Both processes know its bounds."""
 
     counts: list[int]
     total: float
@@ -187,9 +196,9 @@ class BucketCounts(_LinkMessage, frozen=True, tag=True):
 
 
 class CounterReport(_LinkMessage, frozen=True, tag=True):
-    """The counts of a gateway since its start. The report is also a sign of life."""
+    """The counts of a gateway since its start. The report also shows that the process lives."""
 
-    number: int  # the number of the `ReportCounters`; 0 without one
+    number: int  # the number of the `ReportCounters`; 0 if not requested
     num_active: int
     num_disconnects: int
     num_dropped_lines: int
@@ -201,11 +210,11 @@ class CounterReport(_LinkMessage, frozen=True, tag=True):
 
 
 class Drained(_LinkMessage, frozen=True, tag=True):
-    """The gateway has no open calls after `StartDrain`."""
+    """The gateway has no more open calls, after a `StartDrain`."""
 
 
 class RetireRequested(_LinkMessage, frozen=True, tag=True):
-    """The gateway got SIGTERM, and asks for `Retire`."""
+    """The gateway received SIGTERM or SIGQUIT, and requests a `Retire`."""
 
 
 GatewayMessage: TypeAlias = (
@@ -223,13 +232,14 @@ GatewayMessage: TypeAlias = (
 
 
 def enc_hook(value: Any) -> Any:
-    """Encode a type that msgspec does not know."""
+    """Convert a value of a type that msgspec cannot encode."""
     if isinstance(value, Path):
         return str(value)
     raise NotImplementedError(type(value).__name__)
 
 
 def dec_hook(kind: type, value: Any) -> Any:
+    """Convert a value back to a type that msgspec cannot decode."""
     if kind is Path:
         return Path(value)
     raise NotImplementedError(kind.__name__)
@@ -240,15 +250,15 @@ LOG = get_logger("sagellm.gateway")
 T = TypeVar("T")
 
 _HEAD_BYTES = 4
-_MOST_BYTES = 256 << 20  # the largest message; far above the limits of bodies
+_MOST_BYTES = 256 << 20  # the largest valid message, far above the limits of bodies
 _READ_BYTES = 1 << 18
 
 
 class MessageLink(Generic[T]):
-    """One end of a link over a socket pair. `receives` is the union of incoming messages, type T.
+    """One end of a link over a socket pair. `receives`: the union of the incoming message types.
 
-    Messages that are put in one turn of the loop are sent together. The queue has no bound of its
-    own: the windows of streams and the budgets of calls bound it.
+    Messages that are put within one turn of the loop are sent together. The queue has no bound of
+    its own, because the windows of streams and the budgets of tenants bound its content.
     """
 
     def __init__(self, stream: ByteStream, receives: Any) -> None:
@@ -263,7 +273,7 @@ class MessageLink(Generic[T]):
         self.is_broken = False
 
     def put(self, message: msgspec.Struct) -> None:
-        """Send a message soon. Without effect on a broken link."""
+        """Queue a message. Do nothing if the link is broken."""
         if not self.is_broken:
             body = self._encoder.encode(message)
             self._waiting += len(body).to_bytes(_HEAD_BYTES, "little")
@@ -271,7 +281,7 @@ class MessageLink(Generic[T]):
             self._has_waiting.set()
 
     async def send(self) -> None:
-        """Send messages until cancelled, or until the other process is gone."""
+        """Send queued messages until cancelled, or until the other process has ended."""
         try:
             while True:
                 await self._has_waiting.wait()
@@ -285,12 +295,13 @@ class MessageLink(Generic[T]):
             self._waiting.clear()
 
     async def flush(self) -> None:
-        """Wait until `send` has sent all messages."""
+        """Wait until `send` has sent all queued messages, or the link is broken."""
+        # Polled: this is called once, at the end of a process, so `send` needs no event for it.
         while (self._waiting or self._is_sending) and not self.is_broken:  # noqa: ASYNC110
             await anyio.sleep(0.001)
 
     async def messages(self) -> AsyncGenerator[T]:
-        """Yield messages until the other process is gone, or until a message is invalid."""
+        """Yield incoming messages until the other process ends or sends an invalid message."""
         unread = bytearray()
         try:
             while True:
@@ -306,12 +317,16 @@ class MessageLink(Generic[T]):
 
 
 def read_first(sock: socket, kind: type[T]) -> T:
-    """Read the first message, before any loop runs. Raises OSError for a broken link."""
+    """Read the first message of a link. The call blocks the thread.
+
+    Raises OSError if the link is broken.
+    """
     size = int.from_bytes(_exactly(sock, _HEAD_BYTES), "little")
     return msgspec.msgpack.decode(_exactly(sock, size), type=kind, dec_hook=dec_hook)
 
 
 def _exactly(sock: socket, size: int) -> bytes:
+    """Read `size` bytes. The call blocks the thread. Raises ConnectionError at the end."""
     read = bytearray()
     while len(read) < size:
         part = sock.recv(size - len(read))
@@ -322,7 +337,10 @@ def _exactly(sock: socket, size: int) -> bytes:
 
 
 def _frames(unread: bytearray) -> list[bytes]:
-    """Remove all whole frames from `unread`, and return their bodies. Raises ValueError."""
+    """Remove all complete frames from `unread`, and return their bodies.
+
+    Raises ValueError for a frame that is too long.
+    """
     found, start = [], 0
     while len(unread) - start >= _HEAD_BYTES:
         size = int.from_bytes(unread[start : start + _HEAD_BYTES], "little")

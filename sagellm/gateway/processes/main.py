@@ -1,4 +1,4 @@
-"""The main program of a gateway process: the app, its server, and the link to the graph."""
+"""The main program of a gateway process: it serves the app, and obeys the graph's process."""
 
 import gc
 import os
@@ -52,8 +52,11 @@ _VARIABLE = "SAGELLM_GATEWAY"
 
 @dataclass(frozen=True, slots=True)
 class GatewayStart:
-    """The start of a gateway process: descriptors of the link, the listening socket and the table
-    of counters, and the gateway's row of that table.
+    """The parameters that a gateway process gets at its start, in an environment variable.
+
+    `link`, `listener` and `counters` are inherited file descriptors: of the link, of the listening
+    socket, and of the shared table of counters. `row` is the gateway's row of this table, which has
+    `num_rows` rows.
     """
 
     link: int
@@ -68,19 +71,21 @@ class GatewayStart:
 
     @property
     def files(self) -> tuple[int, ...]:
+        """The file descriptors that the process must inherit."""
         return self.link, self.listener, self.counters
 
     @classmethod
     def read(cls) -> "GatewayStart":
+        """Read the parameters from the environment, and remove them there."""
         return msgspec.json.decode(os.environ.pop(_VARIABLE), type=cls)
 
 
 def counter_columns(settings: Settings) -> tuple[str, ...]:
-    """Return the columns of the table: open calls, and the counters of each tenant."""
+    """Return the columns of the table of counters: open calls, and two counters a tenant."""
     return "calls", *(name for tenant in tenants(settings) for name in counter_names(tenant))
 
 
-_SERVERS = {  # server -> its loop, the loop's options, module and class
+_SERVERS = {  # server -> (backend of anyio, its options, module, class)
     "hypercorn": ("trio", {}, "sagellm.gateway.http.hypercorn", "HypercornServer"),
     "uvicorn": (
         "asyncio",
@@ -96,9 +101,9 @@ def main() -> None:
     end_with_parent()
     ignore_noted()
     link = socket(fileno=start.link)
-    setup = read_first(link, GatewaySetup)  # before any loop: the settings decide which one runs
+    setup = read_first(link, GatewaySetup)  # before a loop runs: the settings choose the loop
     settings = setup.settings
-    known = (*settings.api_keys.values(), settings.admin_key or "")  # never shown in log lines
+    known = (*settings.api_keys.values(), settings.admin_key or "")  # secrets; logs redact them
     backend, options, module, name = _SERVERS[settings.server]
     make_server = getattr(import_module(module), name)
     form = setup.log_format
@@ -146,7 +151,7 @@ def _gateway(
 
 
 class _Serving:
-    """Serves until the graph's process ends it or is gone, or until a retirement is complete."""
+    """Serves until a `Shutdown`, a completed `Retire`, or the end of the graph's process."""
 
     def __init__(self, app: App, server: Any, link: MessageLink[ToGatewayMessage]) -> None:
         self._app = app
@@ -157,14 +162,14 @@ class _Serving:
         self._is_done = False
 
     async def run(self) -> bool:
-        """Serve. Return whether the end was requested."""
+        """Serve. Return whether the end was requested; False if the graph's process has ended."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._link.send)
             await tasks.start(self._serve)
-            if self._app.gateway.settings.server == "hypercorn":  # uvicorn measures its loop itself
+            if self._app.gateway.settings.server == "hypercorn":  # uvicorn's config starts its own
                 tasks.start_soon(self._meters.watch_app_loop)
             gc.collect()
-            gc.freeze()  # loaded objects stay: collections skip them
+            gc.freeze()  # loaded objects live until the end, so collections need not scan them
             self._link.put(Started())
             tasks.start_soon(self._ask_at_signal)
             tasks.start_soon(self._obey, tasks)
@@ -184,18 +189,20 @@ class _Serving:
             self._stopped.set()
 
     async def _ask_at_signal(self) -> None:
+        """Request a `Retire` at each SIGTERM or SIGQUIT. The graph's process decides."""
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGQUIT) as signals:
             async for _ in signals:
                 self._link.put(RetireRequested())
 
     async def _retire(self) -> None:
-        """Finish the open connections. Other processes accept new ones."""
+        """Finish the open connections, then end. Other processes accept new connections."""
         self._server.stop()
         await self._stopped.wait()
         self._is_done = True
         self._over.set()
 
     def _drain(self) -> None:
+        """Refuse new calls, and send `Drained` when no call is open."""
         self._app.gateway.is_draining = True
         self._app.calls.when_idle(lambda: self._link.put(Drained()))
 
@@ -205,7 +212,7 @@ class _Serving:
         return self._app.gateway.meters
 
     async def _obey(self, tasks: TaskGroup) -> None:
-        """Obey messages until `Shutdown`, or until the link is broken."""
+        """Handle messages until `Shutdown`, or until the link is broken."""
         bridge, readiness = self._app.gateway.bridge, self._app.gateway.readiness
         assert isinstance(bridge, ProcessBridge)
         if self._app.gateway.is_draining:

@@ -1,4 +1,4 @@
-"""The gateway process's side of its link: requests, queries and counters."""
+"""The gateway process's side of its link to the graph: requests, queries and counters."""
 
 import itertools
 from collections.abc import Iterable
@@ -31,11 +31,14 @@ from sagellm.session.requests import Timing
 
 
 class ProcessBridge:
-    """The bridge of a gateway process. It lives on the app's loop; `handle` gets its messages."""
+    """The bridge between the app of a gateway process and the graph. Used on the app's loop.
+
+    The owner of the link must pass its messages to `handle`.
+    """
 
     def __init__(self, link: MessageLink[ToGatewayMessage], streaming: Streaming) -> None:
         self.link = link
-        # Reports of half a window reach the graph before it has to stop sending.
+        # A report after half a window reaches the graph before the window is full.
         self.report_tokens = max(1, window_of(streaming) // 2)
         self._numbers = itertools.count()
         self._streams: dict[int, EventInbox] = {}
@@ -51,14 +54,14 @@ class ProcessBridge:
         return (await self._ask(CancelCall(next(self._numbers), call_id))).is_known
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics of the graph and all gateways, and their content type."""
+        """Return the metrics of the graph and of all gateways, and their content type."""
         answer = await self._ask(Scrape(next(self._numbers), accept))
         if not answer.is_known:
             raise ApiError(500, "the metrics could not be read; see the log")
         return answer.content, answer.content_type
 
     def handle(self, message: StreamEvents | StreamRefused | QueryAnswer) -> None:
-        """Take a message of the graph. Messages of closed streams are ignored."""
+        """Handle a message of the graph. Messages for closed streams are ignored."""
         if isinstance(message, QueryAnswer):
             question = self._questions.get(message.number)
             if question is not None:
@@ -74,13 +77,14 @@ class ProcessBridge:
             inbox.put(message.events, message.is_end)
 
     def close(self) -> None:
-        """End all streams and queries: the graph's process is gone."""
+        """End all streams and queries with an error, after the graph's process has ended."""
         for inbox in tuple(self._streams.values()):
             inbox.put((), graph_closed())
         for question in self._questions.values():
             question.came.set()
 
     async def _ask(self, message: CancelRequest | CancelCall | Scrape) -> QueryAnswer:
+        """Send a query, and return its answer. Raises ApiError if the link is broken."""
         question = self._questions[message.number] = _PendingQuery()
         try:
             if not self.link.is_broken:
@@ -95,12 +99,14 @@ class ProcessBridge:
     # ---- called by streams -------------------------------------------------------------------
 
     def submit(self, message: SubmitRequest, inbox: EventInbox) -> None:
+        """Send a request. Its events go to `inbox`. Raises ApiError if the link is broken."""
         if self.link.is_broken:
             raise graph_closed()
         self.link.put(message)
         self._streams[message.stream] = inbox
 
     def leave(self, stream: int) -> None:
+        """Receive no more events of a stream, and cancel its unfinished request."""
         inbox = self._streams.pop(stream, None)
         if inbox is not None and not inbox.end:
             self.link.put(Abandon(stream))
@@ -113,7 +119,7 @@ class _PendingQuery:
 
 
 class ProcessBatches:
-    """The batches of one request of this gateway."""
+    """The event batches of one request of this gateway process."""
 
     def __init__(self, bridge: ProcessBridge, message: SubmitRequest) -> None:
         self._bridge = bridge
@@ -136,7 +142,7 @@ class ProcessBatches:
 
 
 class RemoteMeters(HttpMeters):
-    """The meters of one gateway process. Its exposition comes from the graph's process."""
+    """The meters of one gateway process. The exposition is read from the graph's process."""
 
     def __init__(self, bridge: ProcessBridge, endpoints: Iterable[str]) -> None:
         super().__init__(endpoints)
@@ -147,6 +153,7 @@ class RemoteMeters(HttpMeters):
 
 
 def counter_report(meters: HttpMeters, number: int = 0) -> CounterReport:
+    """Return a report of all counts. `number`: that of the `ReportCounters`."""
     return CounterReport(
         number,
         meters.num_active,
@@ -161,7 +168,7 @@ def counter_report(meters: HttpMeters, number: int = 0) -> CounterReport:
 
 
 class SummedMeters(HttpMeters):
-    """The sum of several gateways' meters, in the graph's process."""
+    """The sum of the meters of several gateway processes, computed in the graph's process."""
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         super().__init__(endpoints)
@@ -172,7 +179,7 @@ class SummedMeters(HttpMeters):
         return self._num_dropped_lines
 
     def add(self, counted: CounterReport, *, is_alive: bool) -> None:
-        """Add the report of one gateway. A gateway that has exited has no open calls."""
+        """Add the report of one gateway. `is_alive`: it has not exited, so its calls are open."""
         self.num_active += counted.num_active if is_alive else 0
         self.num_disconnects += counted.num_disconnects
         self._num_dropped_lines += counted.num_dropped_lines

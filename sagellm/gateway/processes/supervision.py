@@ -1,4 +1,4 @@
-"""Supervises the gateway processes of one session: starts, watches and restarts them."""
+"""The supervisor of the gateway processes of one session: starts, watches and restarts them."""
 
 import random
 import socket
@@ -43,8 +43,8 @@ from sagellm.session import Session
 
 log = get_logger("sagellm.gateway")
 
-POLICY = RestartPolicy(first_s=0.05)  # new connections wait for the restart
-FRESH_S = 0.5  # how long a scrape waits for counter reports
+POLICY = RestartPolicy(first_s=0.05)  # short, because new connections wait for the restart
+FRESH_S = 0.5  # the most time that a scrape waits for new counter reports
 
 
 class GatewaysFailed(Exception):
@@ -52,9 +52,9 @@ class GatewaysFailed(Exception):
 
 
 class GatewaySupervisor:
-    """Serves one session by several processes, which accept connections from one socket.
+    """Serves one session with several processes, which accept connections from one socket.
 
-    The death of a process cancels its requests. For the methods see `GatewayServing`.
+    If a process dies, its requests are cancelled. For the public methods see `GatewayServing`.
     """
 
     close_s = CLOSE_S + EXIT_S
@@ -69,12 +69,13 @@ class GatewaySupervisor:
         sock: socket.socket,
     ) -> None:
         self._session = session
+        # All processes must have the same salt key: else they could not share cached prefixes.
         self._settings = replace(settings, salt_key=settings.salt_key or token_bytes(32))
         self._models = tuple(models)
         self._meters = meters
         self._readiness = readiness
         self._sock = sock
-        self._num_rows = 2 * settings.num_gateways  # for serving and for retiring processes
+        self._num_rows = 2 * settings.num_gateways  # a retiring process and its successor overlap
         self._free_rows = list(range(self._num_rows))
         self._counters = SharedCounters.make(self._num_rows, counter_columns(settings))
         self._processes: list[GatewayProcess] = []
@@ -85,7 +86,7 @@ class GatewaySupervisor:
         readiness.on_change = self._send_readiness
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Raises GatewaysFailed."""
+        """Serve. Raises GatewaysFailed if a process cannot be started at the beginning."""
         self._sock.listen(BACKLOG)
         with closing(self._counters):
             async with trio.open_nursery() as nursery:
@@ -113,6 +114,7 @@ class GatewaySupervisor:
     # ---- processes ---------------------------------------------------------------------------
 
     def _broadcast(self, message: msgspec.Struct) -> None:
+        """Send a message to all processes."""
         for process in self._processes:
             process.link.put(message)
 
@@ -125,7 +127,7 @@ class GatewaySupervisor:
         number: int,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Keep one gateway running: start a new process after each exit."""
+        """Keep one gateway running: start a new process after each exit or retirement."""
         restarts, was_up = Restarts(POLICY), False
         while not self._is_stopping:
             began_s = trio.current_time()
@@ -139,7 +141,7 @@ class GatewaySupervisor:
                     task_status.started()
                 await self._changed.park()
             if not process.why:
-                log.info("gateway_leaves", gateway=number)  # it was asked to retire
+                log.info("gateway_leaves", gateway=number)  # it retires, and has not exited yet
                 continue
             if self._is_stopping:
                 return
@@ -153,8 +155,9 @@ class GatewaySupervisor:
             await trio.sleep(delay_s)
 
     async def _begin(self, nursery: trio.Nursery) -> GatewayProcess | None:
-        """Start a process that runs in the nursery, apart from this task. Return None when
-        stopping.
+        """Start a process, and run it in a task of `nursery`. Return None if stopping.
+
+        After the beginning, a failed start is repeated until it succeeds.
         """
         while not self._is_stopping:
             if not self._free_rows:
@@ -177,11 +180,12 @@ class GatewaySupervisor:
         return None
 
     async def _run(self, nursery: trio.Nursery, process: GatewayProcess, row: int) -> None:
+        """Run a process until its exit, then free its row and keep its counts."""
         handle = partial(self._handle, nursery, process)
         streaming, claimed = self._settings.streaming, self._claimed
         try:
             await process.run(self._session, streaming, claimed, handle)
-        except Exception as error:  # a fault of this program: other gateways go on
+        except Exception as error:  # a bug in this program must not end the other gateways
             process.why = "its link failed"
             log.error("gateway_link_failed", exc_info=error)
         finally:
@@ -193,11 +197,13 @@ class GatewaySupervisor:
             self._changed.unpark_all()
 
     def _start(self, row: int, link: int) -> GatewayStart:
+        """Return the parameters of a process. `link`: the descriptor of its end of the link."""
         return GatewayStart(
             link, self._sock.fileno(), self._counters.descriptor, self._num_rows, row
         )
 
     def _setup(self) -> GatewaySetup:
+        """Return the first message to a new process, with the current state."""
         return GatewaySetup(
             self._settings,
             self._models,
@@ -224,37 +230,40 @@ class GatewaySupervisor:
             case Scrape():
                 nursery.start_soon(self._answer_scrape, put, message)
             case RetireRequested() if self._is_draining or not self._free_rows:
-                # It drains with the others, or no process could take its place.
+                # No retirement: it drains with the others, or there is no row for a successor.
                 process.is_over = False
             case RetireRequested():
                 put(Retire())
         self._changed.unpark_all()
 
     def _cancel_call(self, call_id: str) -> bool:
+        """Cancel a call of any gateway. Return False if no gateway knows it."""
         endpoints = [
             process.endpoint for process in self._processes if process.endpoint is not None
         ]
         return any([endpoint.cancel_call(call_id) for endpoint in endpoints])  # noqa: C419 (all of them)
 
     async def _answer_scrape(self, put: Callable[[msgspec.Struct], None], asked: Scrape) -> None:
+        """Answer a query for the metrics, with the sum over all gateways, past and present."""
         with trio.move_on_after(FRESH_S):
             await self._counted_anew()
         summed = SummedMeters(PATHS)
         summed.add(counter_report(self._past), is_alive=False)
-        # The log lines that this process dropped.
+        # This process serves no HTTP, but its dropped log lines count too.
         summed.add(counter_report(self._meters), is_alive=False)
         for process in self._processes:
             if process.counted is not None:
                 summed.add(process.counted, is_alive=True)
         try:
             content, content_type = await self._meters.exposition(asked.accept, summed)
-        except Exception as error:  # only this query fails
+        except Exception as error:  # a failed scrape must not end the gateway
             log.error("scrape_failed", exc_info=error)
             put(QueryAnswer(asked.number, is_known=False))
         else:
             put(QueryAnswer(asked.number, True, content, content_type))
 
     async def _counted_anew(self) -> None:
+        """Wait until every living process has sent a new counter report."""
         asked = [(process, process.ask()) for process in self._processes]
         for process, number in asked:
             while process in self._processes and (

@@ -1,1 +1,1 @@
-"""Reading requests: from the bytes of a body to a request that is checked field by field."""
+"""Reading requests: from the bytes of a body to a request with all fields checked."""

@@ -1,4 +1,4 @@
-"""The bodies of completions, chats, /tokenize and /detokenize."""
+"""The request bodies of completions, chats, /tokenize and /detokenize."""
 
 import re
 from typing import Annotated, Any, TypeAlias, TypeVar, get_args
@@ -49,17 +49,20 @@ _STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
 
 
 def convert(plain: dict[str, Any], struct: type[T]) -> T:
-    """Convert plain values, with types and ranges checked. Raises ApiError (400) without text."""
+    """Convert plain values to `struct`, with types and ranges checked.
+
+    Raises ApiError (400), whose message contains no text of the body.
+    """
     try:
         return msgspec.convert(plain, struct)
     except msgspec.ValidationError as error:
         fault = str(error)
-    raise _refusal(
-        fault, plain
-    )  # outside `except`: the error must not have the body as its context
+    # Raised outside `except`: otherwise the error's context would hold the body.
+    raise _refusal(fault, plain)
 
 
 def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
+    """Return the error for a message of msgspec, with the field in `param`."""
     place = _PLACE.search(fault)
     param = place.group(1).removesuffix("[...]") if place else ""
     what = _PLACE.sub("", fault)
@@ -67,20 +70,20 @@ def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
     if missing:
         param = f"{param}.{missing.group(1)}".lstrip(".")
         return wrong(param, "is missing", "missing_required_parameter")
-    if what.startswith(
-        "Invalid enum value"
-    ):  # the message goes on with the value, which is the client's text
+    if what.startswith("Invalid enum value"):
+        # msgspec's message ends with the value, which is the client's text: do not show it.
         return wrong(param, f"must be one of {', '.join(_choices(param))}")
     return wrong(param, _number(param, plain) + what[:1].lower() + what[1:])
 
 
 def _choices(param: str) -> tuple[str, ...]:
+    """Return the allowed values of a field that takes one of several words."""
     leaf = param.rpartition(".")[2]
     return ("function",) if leaf == "type" and "tool" in param else _CHOICES[leaf]
 
 
 def _number(param: str, plain: Any) -> str:
-    """Return "is 17; " for a number at that place, else ""."""
+    """Return "is 17; " if the field `param` is the number 17; "" if it is no number."""
     for name, index in _STEP.findall(param):
         step = int(index) if index else name
         if isinstance(plain, dict | list) and _has(plain, step):
@@ -98,7 +101,8 @@ def _has(plain: dict[str, Any] | list[Any], step: str | int) -> bool:
 
 
 TokenIds: TypeAlias = Annotated[list[TokenId], Meta(min_length=1)]
-# A list is all text, all ids, or all lists of ids. `_check_prompt` checks that: a type cannot.
+# A list must be all texts, all ids, or all lists of ids. No type can express this, so
+# `_check_prompt` checks it.
 PromptField: TypeAlias = (
     NonEmptyText | Annotated[list[NonEmptyText | TokenId | TokenIds], Meta(min_length=1)]
 )
@@ -119,7 +123,7 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def is_prompt_only(self) -> bool:
-        """Whether the answer is the prompt alone."""
+        """Whether the answer is only an echo of the prompt."""
         return self.echo and self.asked_tokens == 0
 
     @property
@@ -133,7 +137,7 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
-    """Read a completion's body. Raises ApiError (400). Checks of the model come later."""
+    """Read a completion's body. Raises ApiError (400). The model's limits are checked later."""
     request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
     check_generation(request, limits)
     _check_prompt(request.prompt, limits)
@@ -177,12 +181,12 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as a chat template takes them."""
+        """The messages in the form that chat templates take."""
         return plain_messages(self)
 
 
 def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
-    """Read a chat's body. Raises ApiError (400). Checks of the model come later."""
+    """Read a chat's body. Raises ApiError (400). The model's limits are checked later."""
     said = read_fields(body, ChatRequest, limits)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
@@ -218,7 +222,7 @@ class TokenizeChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as a chat template takes them."""
+        """The messages in the form that chat templates take."""
         return plain_messages(self)
 
 
@@ -233,7 +237,7 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
-    """Read a body of /tokenize, with `messages` or a `prompt`. Raises ApiError (400)."""
+    """Read a body of /tokenize, which has `messages` or a `prompt`. Raises ApiError (400)."""
     value = read_json(body, max_depth=limits.json_depth)
     struct = _form_of(value)
     said = fields_of(value, struct.__struct_fields__, REQUEST)
@@ -247,7 +251,7 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
 
 
 def read_detokenize(body: bytes, limits: RequestLimits) -> DetokenizeRequest:
-    """Read a body of /detokenize. Raises ApiError (400). The ids are checked later."""
+    """Read a body of /detokenize. Raises ApiError (400). The vocabulary is checked later."""
     said = read_fields(body, DetokenizeRequest, limits)
     request = convert(said, DetokenizeRequest)
     check_model_name(request.model, limits)
@@ -255,7 +259,10 @@ def read_detokenize(body: bytes, limits: RequestLimits) -> DetokenizeRequest:
 
 
 def _form_of(value: Any) -> type[TokenizeRequest]:
-    """Return the type of a body of /tokenize. Removes a null `prompt` or `messages`."""
+    """Return the type of a body of /tokenize: a text or a conversation.
+
+    Remove the other field from `value` if it is null. Raises ApiError (400) if both are given.
+    """
     if not isinstance(value, dict):
         return TokenizePrompt
     given = [name for name in ("prompt", "messages") if value.get(name) is not None]

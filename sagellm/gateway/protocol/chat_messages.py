@@ -1,4 +1,4 @@
-"""The messages and tools of a conversation, and how a chat template renders them."""
+"""The messages and tools of a conversation: their types, their checks, and their rendering."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
@@ -13,7 +13,7 @@ from sagellm.gateway.protocol.request import at_most
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.models.chat import RESERVED_VARIABLES, Rendering
 
-MAX_TOOLS = 128  # as in the OpenAI API; also the most calls in one message
+MAX_TOOLS = 128  # as in the OpenAI API; also the most tool calls in one message
 ToolChoice: TypeAlias = Literal["none", "auto"]
 
 
@@ -34,7 +34,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The tool as chat templates read it."""
+        """The tool in the form that chat templates take."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain
 
@@ -55,7 +55,7 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The call as chat templates read it: the arguments are an object."""
+        """The tool call in the form that chat templates take: the arguments are an object."""
         function = {"name": self.function.name, "arguments": self._arguments}
         plain = {"type": self.type, "function": function}
         return plain if self.id is None else {"id": self.id, **plain}
@@ -72,7 +72,10 @@ ToolCalls: TypeAlias = Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)]
 
 
 def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
-    """Raise ApiError (400) where the arguments are no JSON object. The error has no text."""
+    """Raise ApiError (400) if the arguments of a tool call are not the JSON text of an object.
+
+    `where`: the place of the tool call in the body. The error shows nothing of the arguments.
+    """
     text, param = call.function.arguments, f"{where}.function.arguments"
     try:
         is_object = not text or isinstance(read_json(text.encode(), max_depth=max_depth), dict)
@@ -83,7 +86,7 @@ def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
 
 
 def check_choice(said: dict[str, Any]) -> None:
-    """Raise ApiError (400) where the model may call tools, which is not supported."""
+    """Raise ApiError (400) if the request allows tool calls, which are not supported."""
     choice = said.get("tool_choice")
     if choice not in (None, "none", "auto"):
         raise _unsupported("tool_choice", "this server makes no tool calls; send `none`")
@@ -125,7 +128,10 @@ class ConversationMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates read it: a developer is a system, parts are one text."""
+        """The message in the form that chat templates take.
+
+        The role "developer" becomes "system", and parts are joined to one text.
+        """
         role = "system" if self.role == "developer" else self.role
         plain = {"role": role, "content": self._text}
         thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
@@ -140,7 +146,7 @@ class ConversationMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     @property
     def calls(self) -> list[ToolCall]:
-        """The calls of the assistant. Calls of other roles are dropped, as in vLLM."""
+        """The tool calls of an assistant's message. Other roles have none, as in vLLM."""
         return self.tool_calls if self.role == "assistant" else []
 
     @property
@@ -151,9 +157,9 @@ class ConversationMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
 
 def read_messages(value: Any, limits: RequestLimits) -> Any:
-    """Return the messages with their known fields, types unchecked.
+    """Return the messages with their known fields only. Types are not yet checked.
 
-    Raises ApiError (400) that names the place of an unsupported field.
+    Raises ApiError (400) with the place of the first unsupported field.
     """
     if not isinstance(value, list):
         return value
@@ -194,7 +200,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def check_messages(messages: Sequence[ConversationMessage], limits: RequestLimits) -> None:
-    """Raise ApiError (400) for missing content and for invalid calls."""
+    """Raise ApiError (400) for missing content and for invalid tool calls."""
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.content is None and not message.calls:
@@ -205,7 +211,7 @@ def check_messages(messages: Sequence[ConversationMessage], limits: RequestLimit
 
 MAX_VARIABLES = 32
 MAX_VARIABLE_LEN = 512
-_LARGEST = 1 << 20  # a template may repeat a text that often
+_LARGEST = 1 << 20  # bounds numbers, because a template may repeat a text by a variable's number
 
 Variable: TypeAlias = (
     bool
@@ -215,12 +221,13 @@ Variable: TypeAlias = (
     | None
 )
 Variables: TypeAlias = Annotated[dict[str, Variable], Meta(max_length=MAX_VARIABLES)]
-# Switches that clients send to any model. A template that does not read them ignores them.
+# Switches that clients send to all models. They are accepted even if the template has no such
+# variable.
 _SWITCHES = frozenset({"enable_thinking", "thinking"})
 
 
 class Conversation(Protocol):
-    """The fields of a request with messages that this module reads."""
+    """A request with messages: a chat, or a body of /tokenize."""
 
     @property
     def messages(self) -> Sequence[ConversationMessage]: ...
@@ -239,7 +246,7 @@ class Conversation(Protocol):
 
 
 def check_conversation(asked: Conversation, limits: RequestLimits) -> None:
-    """Raise ApiError (400) for a conversation that no model can answer."""
+    """Raise ApiError (400) for invalid messages, or for options of rendering that conflict."""
     check_messages(asked.messages, limits)
     if not asked.continue_final_message:
         return
@@ -250,15 +257,15 @@ def check_conversation(asked: Conversation, limits: RequestLimits) -> None:
 
 
 def plain_messages(asked: Conversation) -> list[dict[str, Any]]:
-    """Return the messages as chat templates read them."""
+    """Return the messages in the form that chat templates take."""
     return [message.plain for message in asked.messages]
 
 
 def rendering_of(asked: Conversation, read: frozenset[str]) -> Rendering:
-    """Return how the model's template renders the conversation. `read` has the template's names.
+    """Return the options with which the model's template renders the conversation.
 
-    Raises ApiError (400) for a variable that the template does not read, or that clients may not
-    set.
+    `read`: the names of variables that the template reads. Raises ApiError (400) for a variable
+    that the template does not read, or that clients may not set.
     """
     for name in asked.chat_template_kwargs:
         _check_variable(name, read)
@@ -276,6 +283,7 @@ def rendering_of(asked: Conversation, read: frozenset[str]) -> Rendering:
 
 
 def _check_variable(name: str, read: frozenset[str]) -> None:
+    """Raise ApiError (400) for a variable that the client may not set, or that has no effect."""
     if name in RESERVED_VARIABLES:
         raise wrong("chat_template_kwargs", f"{shown(name)} is not for clients to set there")
     if name not in read | _SWITCHES:

@@ -1,4 +1,4 @@
-"""The JSON of a request body, read strictly in linear time, and its fields."""
+"""A strict JSON parser for request bodies, in linear time, and a filter of their fields."""
 
 import json
 import math
@@ -14,18 +14,19 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def shown(name: str) -> str:
-    """Return a field's name if it is a plain word, else its length."""
+    """Return a field's name for a message: the name if it is a plain word, else its length."""
     return f"`{name}`" if _PLAIN.fullmatch(name) else f"of {len(name)} characters"
 
 
-# Limits on the time that a body holds the loop: parser and checks run for each of these.
+# Limits on the time that a body blocks the loop: the parser and checks do work for each of these.
 MAX_BRACKETS = 1 << 17
 MOST = {",": 1 << 20, ":": 1 << 17, ".": 1 << 16, "e": 1 << 16, "E": 1 << 16}
 MAX_QUOTES = 1 << 19
-_EXACT = 1 << 53  # up to here every integer is exact as a float
+_EXACT = 1 << 53  # floats represent every integer up to this one exactly
 _INT_DIGITS = 19  # digits of the largest 64-bit integer
 
-_OUTLINE = bytes.maketrans(b"{}123456789", b"[]000000000")  # brackets alike, digits alike
+# Maps all brackets to [] and all digits to 0, so that one search finds deep nesting or long runs.
+_OUTLINE = bytes.maketrans(b"{}123456789", b"[]000000000")
 _BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]")
 _LONG_RUN = b"0" * (_INT_DIGITS + 1)
 _LONG_INT = re.compile(rb"(?<![0-9.eE+])-?[0-9]{%d,}(?![0-9.eE])" % (_INT_DIGITS + 1))
@@ -34,10 +35,11 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(body: bytes, *, max_depth: int) -> Any:
-    """Return the value of a body: UTF-8, each key once, numbers of 64 bits, no NUL and no lone
-    surrogates.
+    """Return the JSON value of a body.
 
-    Raises ApiError (400). Its message holds nothing of the body but the name of a key.
+    The body must be UTF-8, with each key once in an object, numbers of 64 bits, no NUL and no lone
+    surrogates. Raises ApiError (400), whose message contains nothing of the body except the name
+    of a key.
     """
     text = _decode(body)
     escapes = body.replace(rb"\\", b"")  # each remaining backslash begins an escape
@@ -62,11 +64,14 @@ def _decode(body: bytes) -> str:
         return body.decode()
     except UnicodeDecodeError:
         fault = "the body is not UTF-8"
-    raise ApiError(400, fault)  # outside `except`: the error must not have the body as its context
+    raise ApiError(400, fault)  # outside `except`: else the error's context would hold the body
 
 
 def _outside_strings(escapes: bytes) -> bytes:
-    """Return the bytes outside strings. Correct up to the first error of a parser."""
+    """Return the bytes of a body outside its strings. Correct up to the first syntax error.
+
+    `escapes`: the body without double backslashes.
+    """
     plain = escapes.replace(rb"\"", b"")
     if plain.count(b'"') > MAX_QUOTES:
         raise ApiError(400, f"the body has more than {MAX_QUOTES // 2} strings")
@@ -81,6 +86,7 @@ def _check_integers(outside: bytes, outline: bytes) -> None:
 
 
 def _check_outline(outline: bytes, max_depth: int) -> None:
+    """Raise ApiError for too many marks or brackets, too deep nesting, or unmatched brackets."""
     for mark, most in MOST.items():
         if outline.count(mark.encode()) > most:
             raise ApiError(400, f"the body has more than {most} times `{mark}` outside strings")
@@ -88,7 +94,7 @@ def _check_outline(outline: bytes, max_depth: int) -> None:
     if len(brackets) > MAX_BRACKETS:
         limit = MAX_BRACKETS // 2
         raise ApiError(400, f"the body has more than {limit} objects and arrays")
-    for _ in range(max_depth):  # each turn removes the innermost level
+    for _ in range(max_depth):  # each iteration removes the innermost level
         brackets = brackets.replace(b"[]", b"")
     num_open = brackets.count(b"[")
     if num_open != brackets.count(b"]") and num_open <= max_depth:
@@ -111,12 +117,12 @@ def _parse(text: str) -> Any:
 
 
 def _reason(error: json.JSONDecodeError) -> str:
-    """Return the parser's phrase, without its quotation of the body."""
+    """Return the parser's message without its quotation of the body."""
     return error.msg.partition(":")[0].removesuffix(" at").lower()
 
 
 def _check_unicode(value: Any) -> None:
-    """Raise ApiError for a string with half of a surrogate pair, which UTF-8 cannot hold."""
+    """Raise ApiError for a string with half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
         return
@@ -126,6 +132,7 @@ def _check_unicode(value: Any) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object. Raises ApiError for a key that occurs twice."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
@@ -141,7 +148,7 @@ def _float(text: str) -> float | int:
     value = float(text)
     if math.isinf(value):
         raise ApiError(400, "the body has a number beyond the range of 64-bit floats")
-    # 16.0 is an integer in JSON Schema and for many clients. This also removes -0.0.
+    # In JSON Schema, and for many clients, 16.0 is an integer. This also turns -0.0 into 0.
     return int(value) if value.is_integer() and abs(value) <= _EXACT else value
 
 
@@ -150,15 +157,16 @@ _DECODER = json.JSONDecoder(
 )
 
 
-_GUESSED_LEN = 64  # longer names are no typing errors, and comparing them takes long
+_GUESSED_LEN = 64  # no correction of longer names: they are no typos, and comparing takes long
 
 
 def fields_of(
     value: Any, known: tuple[str, ...], foreign: Foreign, where: str = ""
 ) -> dict[str, Any]:
-    """Return the fields of an object without nulls. `where` is the object's place: "messages[0]".
+    """Return the known fields of an object that are not null.
 
-    Raises ApiError (400) that names the first unknown or unsupported field.
+    `where` is the object's place in the body, such as "messages[0]"; "" is the body itself. Raises
+    ApiError (400) for the first unknown or unsupported field.
     """
     if not isinstance(value, dict):
         raise wrong(where, "must be an object") if where else _no_object()
@@ -170,6 +178,7 @@ def fields_of(
 
 
 def _is_said(name: str, said: Any, known: tuple[str, ...], foreign: Foreign, prefix: str) -> bool:
+    """Whether a field is known and not null. Raises ApiError (400) if it is not allowed."""
     if said is None or name in known:
         return said is not None
     if name in foreign.taken:

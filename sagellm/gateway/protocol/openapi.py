@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document: bodies, answers, ranges and errors of every path."""
+"""The OpenAPI 3.1 document of all routes: bodies, answers, ranges and errors."""
 
 import re
 from collections.abc import Iterable
@@ -23,9 +23,10 @@ HTML = "text/html"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """The description of one path. `takes`: types of its body. `gives`: types of its JSON answer.
+    """The description of one path.
 
-    `also` is another media type of the answer: an event stream, or plain text.
+    `takes`: the alternative types of the body. `gives`: those of the JSON answer. `also`: another
+    media type of the answer. `is_empty`: the answer has no body.
     """
 
     summary: str
@@ -69,7 +70,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-# The errors of any call, and further errors of a call with a body.
+# Status -> description: errors of any call, and below, further errors of calls with a body.
 _REFUSALS = {
     400: "The request is wrong; `param` names the field",
     401: "A valid API key is needed",
@@ -88,7 +89,7 @@ _BODY_REFUSALS = {
     415: "The body is encoded",
     504: "The request took longer than it may",
 }
-# OpenAPI 3.1 cannot describe a stream of events, which is no string for readers of the document.
+# OpenAPI 3.1 cannot describe an event stream. A string would be wrong, so it has no schema.
 _ALSO: dict[str, Schema] = {
     EVENTS: {},
     TEXT: {"schema": {"type": "string"}},
@@ -140,8 +141,9 @@ def openapi(
     *,
     needs_key: bool = True,
 ) -> dict[str, Any]:
-    """Return the document of routes. `needs_key`: the server asks users for a key."""
+    """Return the OpenAPI document of routes. `needs_key`: users need a key."""
     structs = [one for known in OPERATIONS.values() for one in (*known.takes, *known.gives)]
+    # `dict.fromkeys` removes repeated types and keeps their order.
     schemas = schemas_of(dict.fromkeys(structs), limits or RequestLimits())
     paths: dict[str, Schema] = {}
     for route in routes:
@@ -160,7 +162,7 @@ def openapi(
 
 
 def _operation(route: DescribedRoute, path: str, needs_key: bool) -> Schema:
-    """Return one method of one path. A path that is not in the table answers JSON."""
+    """Return the operation of a route. A path without an entry in OPERATIONS answers JSON."""
     known = OPERATIONS.get(path) or Operation(path)
     parameters = [_parameter(name) for name in _PARAMETER.findall(path)]
     operation: Schema = {
@@ -224,7 +226,7 @@ def _security_schemes() -> Schema:
 
 
 def _security(route: DescribedRoute, needs_key: bool) -> list[Schema]:
-    """Return the alternative keys of a route; an empty list means no key."""
+    """Return the alternative keys of a route; an empty list if no key is needed."""
     if route.access == "admin":
         return [{"admin": []}]
     if route.access == "open" or not needs_key:

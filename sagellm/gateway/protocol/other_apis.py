@@ -1,8 +1,8 @@
-"""Tables of fields of other APIs, for each object that clients send.
+"""Tables of fields of other APIs (OpenAI, vLLM, SGLang), for each object that clients send.
 
-An unbuilt field is refused, unless its value asks for the default. A taken field changes no token:
-its type is checked, and the field is dropped. An endpoint that supports a field of these tables
-reads it before.
+An unbuilt field is refused, unless its value is the default of its API. A taken field does not
+change the answer: its type is checked, and the field is dropped. If a body's own type has a field
+of these tables, the field is read and the table has no effect.
 """
 
 from collections.abc import Mapping
@@ -10,19 +10,22 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sagellm.gateway.api_errors import ApiError, wrong
 
-# Field -> the values other than null that ask for the default.
+# Field -> the accepted values, besides null: those that ask for the default.
 Unbuilt: TypeAlias = Mapping[str, tuple[Any, ...]]
 
 
 class IgnoredField(NamedTuple):
-    """`type`: a type of JSON schema. `note`: why no token depends on the field."""
+    """A field that is checked and dropped.
+
+    `type`: a type of JSON schema. `note`: the reason why the field changes no token.
+    """
 
     type: str
     note: str
 
 
 class Foreign(NamedTuple):
-    """The unbuilt and the taken fields of one object."""
+    """The fields of other APIs that one object may have."""
 
     unbuilt: Unbuilt
     taken: Mapping[str, IgnoredField]
@@ -144,7 +147,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def refuse_unbuilt(param: str, value: Any, harmless: tuple[Any, ...]) -> None:
-    """Raise ApiError (400) unless the value is null or asks for the default."""
+    """Raise ApiError (400) unless the value is null or one of `harmless`, the defaults."""
     if value is None or any(_is_same(value, plain) for plain in harmless):
         return
     message = f"{param}: this server does not support it; leave it out"
@@ -152,12 +155,12 @@ def refuse_unbuilt(param: str, value: Any, harmless: tuple[Any, ...]) -> None:
 
 
 def _is_same(value: Any, plain: Any) -> bool:
-    """Whether two values are equal and of one type: 1 is not True."""
+    """Whether two values are equal and have the same type: 1 is not True."""
     return type(value) is type(plain) and value == plain
 
 
 def check_ignored(param: str, value: Any, taken: IgnoredField) -> None:
-    """Raise ApiError (400) for a value of another type; null has every type."""
+    """Raise ApiError (400) if the value is not null and has another type than `taken.type`."""
     if value is None or type(value) in _TYPES[taken.type]:
         return
     article = "an" if taken.type[0] in "aeio" else "a"

@@ -14,7 +14,7 @@ from sagellm.runtime.sampling import RANGES
 
 
 def within(name: str) -> Meta:
-    """Return the range of a sampling parameter, which all engines share."""
+    """Return the range of a sampling parameter, from the table that all engines share."""
     low, high = RANGES[name]
     return Meta(ge=low, le=high)
 
@@ -36,9 +36,8 @@ TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,9})$(?!\n)"
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 TruncationSide: TypeAlias = Literal["left", "right"]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-RequestId: TypeAlias = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$(?!\n)")
-]  # "$" alone allows a line end
+# The lookahead excludes a line end, which "$" alone would allow.
+RequestId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$(?!\n)")]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,10 +48,10 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields of the OpenAI API, then vLLM's, then ours; null and unsaid are one.
+    """The fields that completions and chats share. A null field counts as not given.
 
-    `max_tokens` and `max_completion_tokens` are two spellings of one number. A `priority` is from
-    0 (critical) to 4 (background). The hints change no token: servers need not act upon them.
+    `max_tokens` and `max_completion_tokens` are two names of one limit. `priority` is from 0
+    (critical) to 4 (background). The hints are accepted and have no effect.
     """
 
     model: str | None = None
@@ -99,27 +98,27 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings; the body has one or a list."""
+        """The stop strings. The body may have one string or a list."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def asked_tokens(self) -> int | None:
-        """The most tokens of an answer, in either spelling; None: not given."""
+        """The requested limit of the answer's tokens, under either name; None if not given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def has_usage(self) -> bool:
-        """Whether a stream ends with an event of its usage."""
+        """Whether a stream ends with an event that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def has_continuous_usage(self) -> bool:
-        """Whether every event of a stream has the usage so far."""
+        """Whether each event of a stream has the usage up to this event."""
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 def check_generation(request: Generation, limits: RequestLimits) -> None:
-    """Raise ApiError (400; 404 for the model) for values beyond limits, or in conflict."""
+    """Raise ApiError (400) for fields beyond `limits` or in conflict, 404 for a model's name."""
     check_model_name(request.model, limits)
     at_most("n", request.n, limits.num_choices)
     at_most("logit_bias", len(request.logit_bias), limits.num_logit_bias, "entries")
@@ -128,14 +127,14 @@ def check_generation(request: Generation, limits: RequestLimits) -> None:
 
 
 def check_model_name(name: str | None, limits: RequestLimits) -> None:
-    """Raise ApiError (404) for a name that is too long for any model."""
+    """Raise ApiError (404) if the name is longer than any model's name may be."""
     if name is not None and len(name) > limits.model_name_len:
         message = f"model: there is none with a name of {len(name)} characters"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def at_most(param: str, number: int, limit: int, unit: str = "") -> None:
-    """Raise ApiError (400) with both numbers."""
+    """Raise ApiError (400) if `number` exceeds `limit`. `unit`: the word for counted things."""
     if number > limit:
         what = f"has {number} {unit}" if unit else f"is {number}"
         raise wrong(param, f"{what}; the limit is {limit}")
@@ -148,6 +147,7 @@ def _check_stops(request: Generation, limits: RequestLimits) -> None:
 
 
 def _check_pairs(request: Generation) -> None:
+    """Raise ApiError (400) for fields that conflict, and for a truncation to 0 tokens."""
     asked = request.max_tokens, request.max_completion_tokens
     if None not in asked and asked[0] != asked[1]:
         raise wrong("max_tokens", f"is {asked[0]}, but max_completion_tokens is {asked[1]}")
@@ -156,7 +156,10 @@ def _check_pairs(request: Generation) -> None:
 
 
 def read_fields(body: bytes, struct: type[msgspec.Struct], limits: RequestLimits) -> dict[str, Any]:
-    """Return the values of the fields of `struct`, types unchecked. Raises ApiError (400)."""
+    """Parse a body, and return the fields that `struct` has. Types are not yet checked.
+
+    Raises ApiError (400) for invalid JSON and for unknown or unsupported fields.
+    """
     value = read_json(body, max_depth=limits.json_depth)
     said = fields_of(value, struct.__struct_fields__, REQUEST)
     if "stream_options" in said:

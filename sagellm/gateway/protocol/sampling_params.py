@@ -1,4 +1,4 @@
-"""The card of a served model, and sampling parameters checked against the model."""
+"""The card of a served model, and the sampling parameters of requests, checked for the model."""
 
 import time
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from sagellm.gateway.settings import Settings
 from sagellm.runtime.sampling import RANGES, Sampling, sampling_fault
 from sagellm.session import Session
 
-_COMPLETION_TOKENS = 16  # the default, as in the OpenAI API; a chat may fill the context
-# Fields that an engine takes unchanged.
+_COMPLETION_TOKENS = 16  # default of `max_tokens`, as in the OpenAI API; a chat fills the context
+# Fields of requests that are copied to `Sampling` unchanged.
 _SAME = (
     "min_tokens",
     "temperature",
@@ -34,9 +34,10 @@ _SAME = (
 
 @dataclass(frozen=True, slots=True)
 class ModelBounds:
-    """The bounds that a model sets to requests. Its token ids are 0 ... vocab_size - 1.
+    """The bounds of a model on requests. Token ids are 0 ... `vocab_size` - 1.
 
-    A model whose engine takes text has a `vocab_size` of 0: its tokens are unknown here.
+    If the model's engine takes text, `vocab_size` is 0, because its tokens are unknown here.
+    `max_model_len` counts the tokens of prompt and answer together.
     """
 
     vocab_size: int
@@ -50,7 +51,10 @@ class ModelBounds:
 def sampling_of(
     request: CompletionRequest | ChatRequest, facts: ModelBounds, num_prompt_tokens: int
 ) -> Sampling:
-    """Return the sampling of a prompt of `num_prompt_tokens`. Raises ApiError (400)."""
+    """Return the sampling of a request, for a prompt of `num_prompt_tokens` tokens.
+
+    Raises ApiError (400).
+    """
     max_tokens = _max_tokens(request, facts, num_prompt_tokens)
     check_ids("stop_token_ids", request.stop_token_ids, facts)
     bias = {int(token): value for token, value in request.logit_bias.items()}
@@ -83,7 +87,7 @@ def fitted(
     facts: ModelBounds,
     num_prompt_tokens: int,
 ) -> Sampling:
-    """Return the sampling of another prompt of the request: only `max_tokens` depends on it.
+    """Return the sampling for another prompt of the same request: only `max_tokens` may differ.
 
     Raises ApiError (400).
     """
@@ -96,9 +100,10 @@ def fitted(
 def kept_ids(
     request: Generation, token_ids: tuple[int, ...], facts: ModelBounds
 ) -> tuple[int, ...]:
-    """Return the tokens of a prompt that `truncate_prompt_tokens` keeps.
+    """Return the tokens of a prompt after `truncate_prompt_tokens`.
 
-    -1 keeps as many tokens as leave room for the answer.
+    The value -1 keeps the most tokens that still leave room for the answer. Raises ApiError (400)
+    if the engine takes text.
     """
     limit = request.truncate_prompt_tokens
     if limit is None:
@@ -112,7 +117,7 @@ def kept_ids(
 
 def check_ids(param: str, token_ids: Iterable[int], facts: ModelBounds) -> None:
     """Raise ApiError (400) for the first id that is not in the vocabulary."""
-    if facts.takes_text and any(True for _ in token_ids):
+    if facts.takes_text and any(True for _ in token_ids):  # `token_ids` may have no length
         raise wrong(param, "has token ids; the engine of this model takes text alone")
     unknown = next((token for token in token_ids if not 0 <= token < facts.vocab_size), None)
     if unknown is not None:
@@ -122,10 +127,9 @@ def check_ids(param: str, token_ids: Iterable[int], facts: ModelBounds) -> None:
 def _max_tokens(
     request: CompletionRequest | ChatRequest, facts: ModelBounds, num_prompt_tokens: int
 ) -> int:
-    """Return the most tokens of the answer: as requested, or the default within the context.
+    """Return the limit of the answer's tokens: the requested one, or a default that fits.
 
-    Raises ApiError (400) where that is less than `min_tokens`, or more than the context has room
-    for.
+    Raises ApiError (400) if the limit is less than `min_tokens`, or does not fit the context.
     """
     prompt = _prompt_param(request)
     if num_prompt_tokens == 0 and not facts.takes_text:
@@ -136,7 +140,7 @@ def _max_tokens(
     default = room if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
     found = request.asked_tokens or min(default, room, int(RANGES["max_tokens"][1]))
     if request.asked_tokens == 0:
-        found = 1  # engines make at least one token, which is not shown
+        found = 1  # for an echo: engines make at least one token, and the answer hides it
     if request.min_tokens > found:
         raise wrong("min_tokens", f"is {request.min_tokens}, more than max_tokens ({found})")
     return found
@@ -147,7 +151,7 @@ def _prompt_param(request: CompletionRequest | ChatRequest) -> str:
 
 
 def far_too_long(request: CompletionRequest | ChatRequest, facts: ModelBounds) -> ApiError:
-    """Return the error of a prompt that was not tokenised to its end."""
+    """Return the error for a prompt that is so long that it was not tokenised to its end."""
     limit = facts.max_model_len
     message = f"has more than {limit} tokens; the context limit is {limit} in all"
     return wrong(_prompt_param(request), message, "context_length_exceeded")
@@ -160,14 +164,17 @@ def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelBound
 
 
 def num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
-    """Return the number of most likely tokens to show; None: no logprobs."""
+    """Return how many most likely tokens the answer shows at each place; None: no logprobs."""
     if isinstance(request, CompletionRequest):
         return request.logprobs
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
 def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
-    """Return the larger of the two numbers that answers show: vLLM's field, and an echo."""
+    """Return how many logprobs the engine computes for each prompt token; None: none.
+
+    Two fields ask for them: vLLM's `prompt_logprobs`, and `logprobs` with `echo`.
+    """
     is_echo = isinstance(request, CompletionRequest) and request.echo
     echoed = num_logprobs(request) if is_echo else None
     asked = [number for number in (request.prompt_logprobs, echoed) if number is not None]
@@ -176,9 +183,9 @@ def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """A served model, as clients see it. Clients may use any of `names`; answers have the first.
+    """The description of a served model for clients. They may use any of its `names`.
 
-    `key` is the model's name in a graph of several models.
+    Answers show the first name. `key` is the model's name in a graph of several models.
     """
 
     names: tuple[str, ...]
@@ -200,9 +207,9 @@ class ModelCard:
 def model_cards(session: Session, settings: Settings) -> tuple[ModelCard, ...]:
     """Return the cards of a session's models, in order.
 
-    The settings name the only model of a graph; the graph names several models. No card holds a
-    path of this machine.
+    If the graph has one model, the settings name it; otherwise the graph names the models.
     """
+    # `root` is a name and not the folder of the weights: cards must not show paths of this machine.
     models, created = session.models, int(time.time())
     cards = []
     for model in models.all:

@@ -1,4 +1,4 @@
-"""JSON schemas of requests and answers, with the limits of this gateway."""
+"""JSON schemas of request bodies and answers, with the limits of this gateway."""
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -40,7 +40,7 @@ Struct: TypeAlias = type[msgspec.Struct]
 
 _PLACE = "#/components/schemas/{name}"
 _NULL: Schema = {"type": "null"}
-# The structs of requests, with the fields of other APIs that may stand in them.
+# The structs that clients send, and the fields of other APIs that each may also have.
 _SENT: dict[Struct, Foreign] = {
     CompletionRequest: REQUEST,
     ChatRequest: REQUEST,
@@ -53,7 +53,7 @@ _SENT: dict[Struct, Foreign] = {
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
 }
-# Published names of schemas, where the Python types are named otherwise.
+# Published names of schemas that differ from the names of the Python types.
 _PUBLISHED: dict[Struct, str] = {
     ApiUsage: "Usage",
     ConversationMessage: "Message",
@@ -62,7 +62,7 @@ _PUBLISHED: dict[Struct, str] = {
     TokenizeAnswer: "Tokens",
     ToolFunction: "Function",
 }
-# A message has content, unless it is the assistant's and has calls.
+# A message must have content, or be an assistant's message with tool calls.
 _HAS_CONTENT: Schema = {
     "anyOf": [
         {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
@@ -78,7 +78,7 @@ _HAS_CONTENT: Schema = {
 
 
 def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Schema]:
-    """Return the schemas of structs, and of the structs inside them, by name."""
+    """Return the schemas of `structs` and of all structs that they contain, by published name."""
     _, components = msgspec.json.schema_components(structs, ref_template=_PLACE)
     schemas = _published(components)
     for struct, foreign in _SENT.items():
@@ -105,7 +105,7 @@ def _name(struct: Struct) -> str:
 
 
 def _published(components: dict[str, Schema]) -> dict[str, Schema]:
-    """Return the schemas under their published names."""
+    """Rename schemas, and the references between them, to their published names."""
     names = {struct.__name__: name for struct, name in _PUBLISHED.items()}
     words = names | {_PLACE.format(name=old): _PLACE.format(name=new) for old, new in names.items()}
 
@@ -125,7 +125,10 @@ def _published(components: dict[str, Schema]) -> dict[str, Schema]:
 
 
 def _open(schema: Schema, foreign: Foreign) -> None:
-    """Allow null for every optional field, and the fields of other APIs with their defaults."""
+    """Change a schema so that optional fields may be null and fields of other APIs are allowed.
+
+    Fields that are not built only allow null and their defaults.
+    """
     properties, required = schema["properties"], schema.get("required", ())
     for name, known in properties.items():
         if name not in required:
@@ -147,7 +150,7 @@ def _or_null(schema: Schema) -> Schema:
 
 
 def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
-    """Add the ranges that the operator's limits set."""
+    """Add the limits of the settings to the schemas of properties, in place."""
     bounds: dict[str, Schema] = {
         "logit_bias": {"maxProperties": limits.num_logit_bias},
         "messages": {"maxItems": limits.num_messages},
@@ -176,7 +179,7 @@ def _stop(limits: RequestLimits) -> Schema:
 
 
 def _prompt(limits: RequestLimits) -> Schema:
-    """Return the schema of `prompt`: a list has items of one kind, which no type can say."""
+    """Return the schema of `prompt`. All items of a list have one kind; no type expresses this."""
     text: Schema = {"type": "string", "minLength": 1}
     ids = {
         "type": "array",
