@@ -183,17 +183,19 @@ class TokenBudget:
         return max(last // size * size - start, 0) or chunk
 
 
-def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None = None) -> StepBatch:
+def step_batch(
+    batch: Batch, previous: Batch | None = None, previous_ticket: Ticket | None = None
+) -> StepBatch:
     """The batch as a device takes it. `before`: the batch of the ticket `after`, which may still
     compute; the device feeds its sampled tokens to this batch.
     """
-    sources = {sequence: row for row, sequence in enumerate(before.sampling)} if before else {}
+    sources = {sequence: row for row, sequence in enumerate(previous.sampling)} if previous else {}
     token_ids: list[int] = []
     fed: list[tuple[int, int]] = []
     steps = zip(batch.sequences, batch.starts, batch.query_lens, strict=True)
     for sequence, start, query_len in steps:
         known = sequence.tokens[start : start + query_len]
-        if not known:  # `before` samples the token
+        if not known:  # `previous` samples the token
             fed.append((len(token_ids), sources[sequence]))
             known.append(0)
         token_ids += known
@@ -210,7 +212,7 @@ def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None =
         scored=[_scored(scoring) for scoring in batch.scoring],
         fed=fed,
         states=_states(batch),
-        after=after if fed else None,
+        after=previous_ticket if fed else None,
     )
 
 
@@ -245,10 +247,10 @@ def _block_tables(batch: Batch) -> list[list[int]]:
 def _states(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """The blocks where each sequence's recurrent state is read and written, if models have any."""
     leases = [sequence.lease for sequence in batch.sequences if sequence.lease]
-    if not leases[0].snapshot:
+    if not leases[0].state_blocks:
         return []
     steps = zip(leases, batch.starts, strict=True)
-    return [(lease.state_at(start), lease.snapshot) for lease, start in steps]
+    return [(lease.state_at(start), lease.state_blocks) for lease, start in steps]
 
 
 def _logit_rows(batch: Batch) -> list[int]:

@@ -81,7 +81,7 @@ class EngineLoop:
             self._cache.flush()
             await self._wait()
             return
-        sampled = await self._compute(batch)
+        sampled = await self._launch(batch)
         self._collect(batch, sampled)
         self._emit()
 
@@ -170,11 +170,11 @@ class EngineLoop:
 
     # ---- launch --------------------------------------------------------------------------------
 
-    async def _compute(self, batch: Batch) -> Sampled | Exception:
-        """Compute and sample a batch, and launch the next batch meanwhile.
+    async def _launch(self, batch: Batch) -> Sampled | Exception:
+        """Launch a batch unless it is launched already, launch the next batch, and wait until the
+        first has sampled. Return its outcome, or the exception of a failed step.
 
-        The blocks of the batch stay leased until this returns. Return the exception of a failed
-        step.
+        The blocks of the batch stay leased until this method returns.
         """
         now = trio.current_time()
         for sequence in batch.sequences:

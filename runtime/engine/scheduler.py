@@ -122,7 +122,7 @@ class Scheduler:
                 lease = sequence.lease
                 if lease is None or sequence.num_launched:
                     continue
-                if lease.state_at(start) is lease.snapshot:
+                if lease.state_at(start) is lease.state_blocks:
                     self._preempt(sequence)
 
     def update(self, batch: Batch, broken_rows: Collection[int]) -> None:
@@ -251,7 +251,7 @@ class Scheduler:
             lease = sequence.lease
             if lease is None or start % size or not 0 < start <= sequence.num_prompt:
                 continue
-            if self._has_spare(num_blocks) and lease.state_at(start) is lease.snapshot:
+            if self._has_spare(num_blocks) and lease.state_at(start) is lease.state_blocks:
                 self.pool.keep_state(lease, start)
 
     def _has_spare(self, num_blocks: int) -> bool:

@@ -16,6 +16,8 @@ from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.port import DraftCounts
 
+log = get_logger("sagellm.engine")
+
 # Of one sequence.
 _DECAY = 0.75  # of what is remembered, per step with drafts: the last four count most
 _PRIOR = 2.0  # the engine's own rate counts as much as so many tested tokens
@@ -162,8 +164,6 @@ def _key(rows: int) -> int:
     coarse = max(0, rows.bit_length() - 3) if rows > _FINE else 0
     return rows >> coarse << coarse
 
-
-log = get_logger("sagellm.engine")
 
 _PLAIN_EVERY = 64  # steps: the time of a step without drafts must be known to price drafts
 _ENGINE_DECAY = 0.98

@@ -56,8 +56,9 @@ class Lease:
     that has left its window is `FREED`. `num_tokens`: the length that was reserved. `path`: the
     published prefix; other sequences may refer to its blocks, and no step writes them again.
 
-    `snapshot`: the blocks of recurrent state that steps write. `kept`: (number of tokens, blocks)
-    of states that no step writes again; a step that begins at that number of tokens reads them.
+    `state_blocks`: the blocks of recurrent state that steps overwrite. `snapshots`: frozen states,
+    each as (number of tokens, blocks); a step that begins at that number of tokens reads the
+    state, and no step writes it again.
     """
 
     lease_id: int
@@ -68,22 +69,23 @@ class Lease:
     capacity: int  # tokens that the blocks can hold
     path: list[PrefixNode] = field(default_factory=list)
     state: LeaseState = "reserved"
-    snapshot: list[int] = field(default_factory=list)
-    kept: list[tuple[int, list[int]]] = field(default_factory=list)
+    state_blocks: list[int] = field(default_factory=list)
+    snapshots: list[tuple[int, list[int]]] = field(default_factory=list)
 
     @property
     def blocks(self) -> list[int]:
         """Every block that the lease refers to."""
         held = [block for table in self.tables for block in table if block != FREED]
-        return held + self.snapshot + [block for _, kept in self.kept for block in kept]
+        frozen = [block for _, snapshot in self.snapshots for block in snapshot]
+        return held + self.state_blocks + frozen
 
     def state_at(self, position: int) -> list[int]:
         """The blocks of the recurrent state from which a step at `position` begins."""
         if position == 0:
             return []
-        if self.kept and self.kept[-1][0] == position:
-            return self.kept[-1][1]
-        return self.snapshot
+        if self.snapshots and self.snapshots[-1][0] == position:
+            return self.snapshots[-1][1]
+        return self.state_blocks
 
     def next_state(self, event: LeaseEvent) -> LeaseState:
         """The state after `event`. Raises StaleLease if the table has no such transition."""

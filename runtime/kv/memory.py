@@ -31,6 +31,8 @@ from sagellm.runtime.kv.transport import (
 )
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
+log = get_logger("sagellm.kv")
+
 # Bytes that are moved between two checkpoints: about a millisecond of memory traffic, for which
 # other tasks of the thread wait.
 _CHUNK_BYTES = 4 * 2**20
@@ -126,8 +128,6 @@ class DeviceStorage:
         assert self.transport is not None, "this pool is of one process alone"
         return self.transport
 
-
-log = get_logger("sagellm.kv")
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 

@@ -132,8 +132,8 @@ class BlockPool:
             for table in range(group.num_tables):
                 held = [FREED] * first + [entry.blocks[table] for entry in shared]
                 lease.tables.append(held + self._blocks.take(end - len(held)))
-        lease.snapshot = self._blocks.take(self.shape.num_state_blocks)
-        lease.kept = [(start, list(entry.blocks)) for entry in states]
+        lease.state_blocks = self._blocks.take(self.shape.num_state_blocks)
+        lease.snapshots = [(start, list(entry.blocks)) for entry in states]
         lease.path += prefix
         self._note_capacity(lease)
         self._next_id += 1
@@ -195,8 +195,8 @@ class BlockPool:
         Raises PoolExhausted.
         """
         self._blocks.require(self.shape.num_state_blocks)
-        lease.kept.append((position, lease.snapshot))
-        lease.snapshot = self._blocks.take(self.shape.num_state_blocks)
+        lease.snapshots.append((position, lease.state_blocks))
+        lease.state_blocks = self._blocks.take(self.shape.num_state_blocks)
         self.peak_leased = max(self.peak_leased, self.num_leased)
 
     def free_unread(self, lease: Lease, num_computed: int) -> None:
@@ -204,8 +204,8 @@ class BlockPool:
         for group, tables in zip(self.shape.groups, self._layout.of_group, strict=True):
             if group.window is not None:
                 self._give_window(lease.tables[tables], self.shape.first(group, num_computed))
-        while lease.kept and lease.kept[0][0] < num_computed:
-            position, blocks = lease.kept.pop(0)
+        while lease.snapshots and lease.snapshots[0][0] < num_computed:
+            position, blocks = lease.snapshots.pop(0)
             self._publish_state(lease, position, blocks)
             self._give(blocks)
 
@@ -263,7 +263,7 @@ class BlockPool:
         self._give(lease.blocks)
         if lease.path:
             self._tree.prune(lease.path[-1])
-        lease.tables, lease.path, lease.snapshot, lease.kept = [], [], [], []
+        lease.tables, lease.path, lease.state_blocks, lease.snapshots = [], [], [], []
 
     def _note_capacity(self, lease: Lease) -> None:
         lengths = map(len, lease.tables)

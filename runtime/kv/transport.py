@@ -11,6 +11,8 @@ import msgspec
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.port import DamagedBlocks
 
+log = get_logger("sagellm.kv")
+
 
 class KVChunk(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks `first` to `end`, exclusive, of a prompt, in the tables of full attention.
@@ -176,8 +178,6 @@ class Storage(Protocol):
 
     async def serve(self) -> None: ...
 
-
-log = get_logger("sagellm.kv")
 
 _End: TypeAlias = tuple[str, int]  # an engine's name and a replica
 TransferLink: TypeAlias = tuple[_End, _End]  # from sender to receiver
