@@ -41,7 +41,7 @@ class EngineLoop:
     before the current step has sampled.
 
     The loop keeps each sequence until the sequence ends. Blocks that a launched step writes stay
-    leased until the step is collected, even when their sequence has ended before.
+    leased until the step is collected, even if their sequence ends earlier.
     """
 
     def __init__(
@@ -74,8 +74,12 @@ class EngineLoop:
         self._idle = trio.lowlevel.ParkingLot()
 
     async def step(self) -> None:
-        """Schedule, launch, collect, emit. Wait for a change when no sequence can advance."""
+        """Schedule, launch, collect, emit. If no sequence can advance, wait for a change
+        instead.
+        """
         self._expire()
+        # With async scheduling, the previous step has launched this batch already.
+        # With async scheduling, the previous step has launched this batch already.
         batch = self._launched.batch if self._launched else self._scheduler.schedule()
         if not batch.sequences:
             self._cache.flush()
@@ -89,16 +93,17 @@ class EngineLoop:
 
     @property
     def has_work(self) -> bool:
-        """Whether some sequence has a reader that takes its events."""
+        """Whether some sequence can advance: its mailbox has room."""
         return any(not sequence.mailbox.is_full for sequence in self.sequences.values())
 
     def mailbox(self, owner: str) -> Mailbox:
+        """Return the mailbox of `owner`, and create it at the first call."""
         if owner not in self.mailboxes:
             self.mailboxes[owner] = Mailbox(self._reader_made_room)
         return self.mailboxes[owner]
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; end one that was resumed after its last token."""
+        """Queue a sequence. A sequence that was resumed after its last token ends at once."""
         if self._launched is None and not self.has_work:
             self.watchdog.reset(trio.current_time())
         self.sequences[sequence.fence] = sequence
@@ -112,7 +117,9 @@ class EngineLoop:
         self.notify()
 
     def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence now, or after the launched step that still writes its blocks."""
+        """End a sequence now. If a launched step still writes its blocks, end it after that
+        step.
+        """
         if sequence.num_launched:
             self._cancel_next()
         if sequence.num_launched:  # some launched step was not cancelled
@@ -121,7 +128,9 @@ class EngineLoop:
             self._end(sequence, reason)
 
     def notify(self) -> None:
-        """Schedule anew, after a sequence came, blocks became free, or a reader made room."""
+        """Have the next step scheduled anew. Called after a sequence came, blocks became free, or a
+        reader made room in its mailbox.
+        """
         self._scheduler.mark_due()
         if self._scheduler.is_due:
             self._cancel_next()
@@ -133,8 +142,8 @@ class EngineLoop:
             await self._idle.park()
 
     def clear(self) -> None:
-        """Forget every sequence without an event, and end every reader. The pool ends the leases;
-        the caller has closed the runner.
+        """Forget every sequence without posting an event, and close every mailbox. The caller has
+        closed the runner, and ends the leases in the pool.
         """
         self.sequences.clear()
         self._orphaned.clear()
@@ -146,7 +155,7 @@ class EngineLoop:
         self._idle.unpark_all()
 
     def _reader_made_room(self) -> None:
-        # Its sequences could not advance before, which was no hang of the engine.
+        # Sequences could not advance while the mailbox was full: the engine did not hang.
         self.watchdog.reset(trio.current_time())
         self.notify()
 
@@ -163,7 +172,7 @@ class EngineLoop:
                 self.interrupt(sequence, "expired")
 
     async def _wait(self) -> None:
-        """Wait until a change, or until the next deadline."""
+        """Wait for a change, or for the next deadline."""
         self._changed = trio.Event()
         with trio.move_on_at(self._expiries[0][0] if self._expiries else float("inf")):
             await self._changed.wait()
@@ -171,8 +180,8 @@ class EngineLoop:
     # ---- launch --------------------------------------------------------------------------------
 
     async def _launch(self, batch: Batch) -> Sampled | Exception:
-        """Launch a batch unless it is launched already, launch the next batch, and wait until the
-        first has sampled. Return its outcome, or the exception of a failed step.
+        """Launch a batch, unless it is launched already, and the next batch. Wait until the first
+        batch has sampled, and return its tokens, or the exception of a failed step.
 
         The blocks of the batch stay leased until this method returns.
         """
@@ -205,7 +214,7 @@ class EngineLoop:
         try:
             self._launch_next(self._launched)
         except Exception:
-            await self._launched.result()  # it still writes blocks
+            await self._launched.result()  # the launched step still writes blocks
             raise
         sampled = await self._launched.result()
         if speculation is not None:
@@ -220,13 +229,17 @@ class EngineLoop:
                 batch.begin()
 
     def _cancel_next(self) -> None:
-        """Cancel the next step unless it has begun: it was scheduled before the latest change."""
+        """Cancel the next step unless it has begun: its batch was chosen before the latest
+        change.
+        """
         if self._next is not None and self._next.cancel():
             self._scheduler.unschedule(self._next.batch)
             self._next = None
 
     async def _drop_next(self) -> None:
-        """Wait until no step computes that was launched after a step that failed."""
+        """Cancel the step that was launched after a failed step. If it has begun, wait until it
+        ends, and drop its tokens.
+        """
         self._cancel_next()
         if self._next is not None:
             with suppress(Exception):
@@ -239,8 +252,7 @@ class EngineLoop:
     def _collect(self, batch: Batch, sampled: Sampled | Exception) -> None:
         """Update sequences with the outcome of their step, and end sequences that are done.
 
-        Tokens sampled for a sequence that ended during the step, and has no lease any more, are
-        dropped.
+        A sequence that ended during the step has no lease any more; its sampled tokens are dropped.
         """
         orphaned, self._orphaned = self._orphaned, []
         for lease, event in orphaned:
@@ -258,12 +270,14 @@ class EngineLoop:
                 self._end(sequence, sequence.forced_end, _BROKEN_LOGITS)
 
     def _fail(self, batch: Batch, cause: Exception) -> None:
+        """End the sequences of a step that failed with `cause`."""
         error = f"the engine failed while it computed this sequence ({type(cause).__name__})"
         for sequence in batch.sequences:
             if sequence.lease is not None:
                 self._end(sequence, sequence.forced_end or "failed", error)
         for sequence in tuple(self.sequences.values()):
-            if sequence.forced_end is not None:  # it waited for the next step, which was dropped
+            # These were to end after the next step, which was dropped.
+            if sequence.forced_end is not None:
                 self._end(sequence, sequence.forced_end)
 
     def _accept(self, batch: Batch, sampled: Sampled, now: float) -> None:
@@ -287,7 +301,9 @@ class EngineLoop:
                 sequence.forced_end = "stop" if rows.stop in sampled.exhausted else "failed"
 
     def _hold(self, sequence: Sequence) -> LeaseRef:
-        """Keep the blocks of a prompt after its sequence has left, until export or cancel."""
+        """Forget a sequence, but keep the lease of its prompt until an export or a cancel. Return
+        the reference of the lease.
+        """
         lease = sequence.lease
         assert lease is not None
         sequence.lease = None
@@ -305,7 +321,7 @@ class EngineLoop:
             self._idle.unpark_all()
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """Post the last event of a sequence that sampled no last token."""
+        """Forget a sequence, and post its last event, which has no token."""
         self._forget(sequence, _LEASE_EVENT[reason])
         last = sequence.last_event(trio.current_time(), reason)
         if reason == "failed":
@@ -314,7 +330,9 @@ class EngineLoop:
         sequence.mailbox.flush()
 
     def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
-        """Drop a sequence, and end its lease now, or once no launched step writes its blocks."""
+        """Drop a sequence and end its lease. If a launched step still writes its blocks, the lease
+        ends after that step.
+        """
         self._scheduler.remove(sequence)
         del self.sequences[sequence.fence]
         if self._speculation is not None:
