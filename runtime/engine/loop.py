@@ -74,11 +74,8 @@ class EngineLoop:
         self._idle = trio.lowlevel.ParkingLot()
 
     async def step(self) -> None:
-        """Schedule, launch, collect, emit. If no sequence can advance, wait for a change
-        instead.
-        """
+        """Schedule, launch, collect, emit; or wait for a change if no sequence can advance."""
         self._expire()
-        # With async scheduling, the previous step has launched this batch already.
         # With async scheduling, the previous step has launched this batch already.
         batch = self._launched.batch if self._launched else self._scheduler.schedule()
         if not batch.sequences:
@@ -117,9 +114,7 @@ class EngineLoop:
         self.notify()
 
     def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence now. If a launched step still writes its blocks, end it after that
-        step.
-        """
+        """End a sequence now, or after the launched step if that step still writes its blocks."""
         if sequence.num_launched:
             self._cancel_next()
         if sequence.num_launched:  # some launched step was not cancelled
@@ -229,8 +224,8 @@ class EngineLoop:
                 batch.begin()
 
     def _cancel_next(self) -> None:
-        """Cancel the next step unless it has begun: its batch was chosen before the latest
-        change.
+        """Cancel the next step, which was scheduled before the latest change, unless it has
+        begun.
         """
         if self._next is not None and self._next.cancel():
             self._scheduler.unschedule(self._next.batch)

@@ -1,6 +1,4 @@
-"""The scheduler: it chooses the sequences of the next step, leases their KV blocks, and
-preempts.
-"""
+"""The scheduler: admits and preempts sequences, and chooses the sequences of the next step."""
 
 from bisect import insort
 from collections import deque
@@ -98,9 +96,7 @@ class Scheduler:
         return self.limits.max_num_seqs - sum(not running.is_ending for running in self.running)
 
     def schedule(self) -> Batch:
-        """Schedule the next step, and reserve its blocks. The batch is empty if no sequence can
-        advance.
-        """
+        """Schedule the next step and reserve its blocks. Empty if no sequence can advance."""
         self._needs_idle = False
         return self._schedule()
 
@@ -248,9 +244,8 @@ class Scheduler:
         self.add(sequence)
 
     def grow_for_drafts(self, sequence: Sequence, num_drafts: int) -> int:
-        """Extend the lease of a sequence for up to `num_drafts` draft tokens, with blocks that are
-        free and that no sequence waits for. Return how many draft tokens fit after the known
-        tokens.
+        """Extend the lease of a sequence for at most `num_drafts` draft tokens, by blocks that are
+        free and that no sequence waits for. Return how many of the tokens fit.
         """
         lease, num_known = sequence.lease, len(sequence.tokens)
         assert lease is not None
