@@ -123,8 +123,8 @@ class EngineLoop:
             self._end(sequence, reason)
 
     def notify(self) -> None:
-        """Have the next step scheduled anew. Called after a sequence came, blocks became free, or a
-        reader made room in its mailbox.
+        """Have the next step scheduled anew: a sequence came, blocks became free, or a
+        reader read.
         """
         self._scheduler.mark_due()
         if self._scheduler.is_due:
@@ -232,8 +232,8 @@ class EngineLoop:
             self._next = None
 
     async def _drop_next(self) -> None:
-        """Cancel the step that was launched after a failed step. If it has begun, wait until it
-        ends, and drop its tokens.
+        """Cancel the step launched after a failed step, or wait until it ends and drop its
+        tokens.
         """
         self._cancel_next()
         if self._next is not None:
@@ -296,9 +296,7 @@ class EngineLoop:
                 sequence.forced_end = "stop" if rows.stop in sampled.exhausted else "failed"
 
     def _hold(self, sequence: Sequence) -> LeaseRef:
-        """Forget a sequence, but keep the lease of its prompt until an export or a cancel. Return
-        the reference of the lease.
-        """
+        """Forget a sequence, but keep the lease of its prompt until an export or a cancel."""
         lease = sequence.lease
         assert lease is not None
         sequence.lease = None
@@ -325,8 +323,8 @@ class EngineLoop:
         sequence.mailbox.flush()
 
     def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
-        """Drop a sequence and end its lease. If a launched step still writes its blocks, the lease
-        ends after that step.
+        """Drop a sequence and end its lease, after the launched step if that still writes its
+        blocks.
         """
         self._scheduler.remove(sequence)
         del self.sequences[sequence.fence]

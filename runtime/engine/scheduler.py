@@ -73,9 +73,7 @@ class Scheduler:
             self.adopted.append(sequence)
 
     def mark_due(self) -> None:
-        """Note that waiting sequences may advance, after a sequence came, or blocks or a slot
-        became free.
-        """
+        """Note that waiting sequences may advance: one came, or blocks or a slot became free."""
         has_slot = (self.waiting or self.adopted) and self._num_slots > 0
         if has_slot or self.reservations:
             self.is_due = True
@@ -90,9 +88,7 @@ class Scheduler:
 
     @property
     def _num_slots(self) -> int:
-        """The number of sequences that may start. A sequence that ends with a launched step takes
-        no slot.
-        """
+        """Sequences that may start. A sequence that ends with a launched step takes no slot."""
         return self.limits.max_num_seqs - sum(not running.is_ending for running in self.running)
 
     def schedule(self) -> Batch:
@@ -101,14 +97,13 @@ class Scheduler:
         return self._schedule()
 
     def schedule_next(self) -> Batch:
-        """Schedule the step after the launched steps, before the launched steps have sampled. No
-        answer is expected to end with their tokens; tokens computed for an answer that does end are
-        dropped.
+        """Schedule the step after the launched steps before they have sampled, as if no answer
+        ended with their tokens. Tokens computed for an answer that does end are dropped.
 
-        The batch is also empty if the outcome of launched steps decides who computes next. This is
-        so if a sequence needs a block that only a preemption frees, if a mailbox has room for the
-        events of one step alone, or if equal blocks wait to be merged, which needs a moment when no
-        step computes.
+        The batch is also empty if the outcome of launched steps decides who computes next: a
+        sequence needs a block that only a preemption frees, a mailbox has room for the events of
+        one step alone, or equal blocks wait to be merged, which needs a moment when no step
+        computes.
         """
         is_narrow = any(sequence.mailbox.num_free == 1 for sequence in self.running)
         num_blocks_missing = sum(map(self._num_lacking, (*self.running, *self.adopted)))
@@ -117,13 +112,11 @@ class Scheduler:
         return self._schedule()
 
     def unschedule(self, batch: Batch, *, has_begun: bool = False) -> None:
-        """Make the tokens of a batch from `schedule_next` pending again, because the batch was
-        cancelled, or was computed after a failed step. Sequences that the batch admitted keep their
-        blocks.
+        """Make the tokens of a batch from `schedule_next` pending again: it was cancelled, or
+        computed after a failed step. Sequences that the batch admitted keep their blocks.
 
-        A batch that `has_begun` may have overwritten recurrent states, which cannot go back.
-        Sequences with such a state are preempted, except sequences of the failed step, which end
-        anyway.
+        A batch that `has_begun` may have overwritten recurrent states, which cannot go back. Its
+        sequences are then preempted, except sequences of the failed step, which end anyway.
         """
         batch.end()
         self._budget.undo()
@@ -188,11 +181,10 @@ class Scheduler:
                 self.running.append(self.adopted.popleft())
 
     def _grow(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Lease the blocks that running sequences need for their next step. Return the sequences
-        that decode, and the sequences that compute a prompt.
+        """Lease the blocks of the next step of running sequences. Return the decodes and the
+        prefills.
 
-        A prompt has its blocks from its admission on, except in layers with a window, which takes
-        new blocks as it slides.
+        A prompt has its blocks from its admission on, but a window takes new blocks as it slides.
         """
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
@@ -221,8 +213,8 @@ class Scheduler:
         return self.pool.num_blocks_missing(lease, sequence.num_known - num_beyond)
 
     def _make_room(self, sequence: Sequence, lease: Lease, num_tokens: int) -> bool:
-        """Extend a lease to `num_tokens`. While blocks are lacking, preempt the sequence last in
-        rank. Return False if that was `sequence` itself.
+        """Extend a lease to `num_tokens`, and preempt the sequences last in rank if blocks are
+        lacking. Return False if `sequence` itself was preempted.
         """
         while self.pool.num_blocks_missing(lease, num_tokens) > self.pool.num_available:
             victim = max(self.running, key=lambda running: running.rank)
@@ -256,10 +248,8 @@ class Scheduler:
         return min(num_drafts, lease.capacity - num_known)
 
     def _keep_states(self, batch: Batch) -> None:
-        """Keep snapshots of recurrent states for other sequences, if blocks are to spare.
-
-        A snapshot is taken when a chunk of a prompt starts at a block boundary, so there is at most
-        one for each chunk. It is evicted like any other block.
+        """Keep snapshots of recurrent states for other sequences, if blocks are to spare: one when
+        a chunk of a prompt starts at a block boundary. Snapshots are evicted like other blocks.
         """
         size, num_blocks = self.pool.block_size, self.pool.shape.num_state_blocks
         for sequence, start in zip(batch.sequences, batch.starts, strict=True):
@@ -306,7 +296,7 @@ class Scheduler:
 
     def _lease(self, sequence: Sequence) -> bool:
         """Lease blocks for all known tokens, with the cached prefix first. Return False if blocks
-        are lacking, or if an older reservation waits.
+        are lacking, or an older reservation waits.
         """
         if self.reservations and self.reservations[0].arrival < sequence.arrival:
             return False
@@ -331,9 +321,7 @@ class Scheduler:
             self.grant_reservations()
 
     def grant_reservations(self) -> None:
-        """Grant reservations in order of arrival, but none before an older sequence that waits for
-        blocks.
-        """
+        """Grant reservations in order of arrival, after older sequences that wait for blocks."""
         while self.reservations:
             reservation = self.reservations[0]
             if self._starved is not None and self._starved < reservation.arrival:
