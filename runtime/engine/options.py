@@ -18,10 +18,10 @@ from sagellm.graphs.vocabulary import (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The size of one step, and whether prefixes are kept.
+    """The limits of one step, and whether prefixes are cached.
 
-    `max_num_seqs`: sequences of a step. `max_num_batched_tokens`: tokens of a step.
-    `prefill_chunk`: tokens of one prompt in a step; None: as many as fit.
+    `max_num_seqs`: the most sequences of a step. `max_num_batched_tokens`: the most tokens of a
+    step. `prefill_chunk`: the most tokens of one prompt in a step; None: as many as fit.
     """
 
     max_num_seqs: int
@@ -31,7 +31,7 @@ class Limits:
 
     @property
     def max_chunk(self) -> int:
-        """Tokens of one sequence that a step computes at most."""
+        """The most tokens of one sequence that a step computes."""
         return min(self.max_num_batched_tokens, self.prefill_chunk or self.max_num_batched_tokens)
 
 
@@ -51,7 +51,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 class EngineOptionError(ValueError):
-    """An engine option that cannot be obeyed. The message names the option and a fix."""
+    """An engine option has an invalid value. The message names the option and a fix."""
 
 
 def num_bytes(size: str) -> int:
@@ -66,8 +66,8 @@ def num_bytes(size: str) -> int:
 
 
 class SizedOptions(Protocol):
-    """The options that pool size and facts of an engine depend on. `quantization`: the form of the
-    weights in memory.
+    """The options that determine the pool size and the facts of an engine. `quantization`: the form
+    of the weights in memory.
     """
 
     @property

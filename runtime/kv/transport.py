@@ -1,4 +1,4 @@
-"""Contracts of KV transfers: where offered blocks are, transports and storages; and the circuit
+"""Contracts of KV transfers: locations of offered blocks, transports, storages, and the circuit
 breakers of links that fail.
 """
 
@@ -128,7 +128,7 @@ class Transport(Protocol):
     num_damaged: int = 0
 
     async def offer(self, blocks: Sequence[int], check: LeaseCheck) -> BlockLocation:
-        """Offer `blocks` until `check` raises. Return where a receiver finds them.
+        """Offer `blocks` until `check` raises. Return their location for a receiver.
 
         The blocks do not change meanwhile: `check` raises before they are written again.
         """
