@@ -24,7 +24,7 @@ SCORED_ROWS = 64
 class Reservation:
     """A request for blocks that a transfer from another pool will fill.
 
-    `granted` is set once `lease` is assigned. If the engine stops before, `granted` is set and
+    `granted` is set once `lease` is assigned. If the engine stops first, `granted` is set and
     `lease` stays None.
     """
 
@@ -197,8 +197,8 @@ def step_batch(
 ) -> StepBatch:
     """The batch in the form that a device takes.
 
-    `previous`, `previous_ticket`: the previous launch. Tokens that it has yet to sample are fed to
-    this batch on the device.
+    `previous`, `previous_ticket`: the previous launch. The device feeds tokens that this launch has
+    yet to sample to the batch.
     """
     sources = {sequence: row for row, sequence in enumerate(previous.sampling)} if previous else {}
     token_ids: list[int] = []
@@ -270,8 +270,8 @@ def _states(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 
 def _logit_rows(batch: Batch) -> list[int]:
-    """The indices in the batch of the tokens that need logits: first tokens after which a token is
-    sampled, then tokens that score a prompt token.
+    """The positions in the batch's `token_ids` that need logits: first tokens after which a token
+    is sampled, then tokens that score a prompt token.
     """
     ends = list(accumulate(batch.query_lens))
     if len(batch.sampling) == len(ends) and not batch.drafts and not batch.scoring:

@@ -107,6 +107,7 @@ def _program(
 ) -> Program:
     how = engine_dtype(options, folder.facts), options.deterministic, options.quantization
     key = (folder.path, folder.hash, device.name, blocks, *how)
+    # Replicas that open at the same time must not load the same weights twice.
     with _loading:
         program = _programs.get(key)
         if program is None:

@@ -20,9 +20,9 @@ from sagellm.runtime.port import EngineLoad
 
 
 class EngineModel:
-    """Schedules as `Scheduler` does, with the same `share_budget`, and takes the time of `cost` for
-    each step. Its own running time grows with changes of the batch, not with tokens. A change is an
-    arrival, a chunk of a prompt, an end, or a full pool. If more sequences decode than
+    """Schedules as `Scheduler` does, with the same `share_budget`. Each step takes the time that
+    `cost` gives. The model's own running time grows with changes of the batch, not with tokens. A
+    change is an arrival, a chunk of a prompt, an end, or a full pool. If more sequences decode than
     `max_num_batched_tokens`, each step is a change.
 
     The caller passes times, in seconds, which never go back. Submit and cancel all sequences of one
@@ -149,7 +149,9 @@ class EngineModel:
                 return
 
     def _cut_run(self, now: float) -> None:
-        """Cut the run after the step that computes at `now`, because the batch changes then."""
+        """End the run after the step that computes at `now`, because the batch changes after that
+        step.
+        """
         run = self._run
         if run is None or run.num_steps == 1:
             return

@@ -44,6 +44,7 @@ def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int)
             f"the prompt has {num_prompt} tokens and the context limit is {max_model_len}; "
             f"shorten it to {max_model_len - 1}, or raise max_model_len"
         )
+    # NaN has no place in the order of deadlines.
     if state.expires_s is not None and math.isnan(state.expires_s):
         raise EngineRefusal("expires_s is not a time")
     _check_ids("the prompt", (*state.prompt_token_ids, *state.emitted_token_ids), vocab_size)
@@ -96,6 +97,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
 def _check_ids(where: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
     if not token_ids:
         return
+    # Exact types: a bool is an int, but no token id.
     if set(map(type, token_ids)) != {int}:
         raise EngineRefusal(f"{where} has something that is no token id")
     if not (min(token_ids) >= 0 and max(token_ids) < vocab_size):

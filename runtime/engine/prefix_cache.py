@@ -34,6 +34,7 @@ class PrefixReuse:
         logprobs are wanted has no prefix, because the logits of all its tokens are needed.
         """
         found = sequence.cached_prefix
+        # Nodes of the previous search may have been evicted since.
         while found and not found[-1].is_live:
             found.pop()
         for index in range(len(found), self._num_sharable(sequence)):
@@ -58,7 +59,7 @@ class PrefixReuse:
         )
         sequence.num_computed = len(prefix) * self._pool.block_size
         sequence.cached_prefix = []
-        if sequence.num_cached is None:
+        if sequence.num_cached is None:  # not again after a preemption
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
             if self._pool.keeps_prefixes and not sequence.is_scoring:
                 self.num_queried_tokens += num_tokens
@@ -87,7 +88,7 @@ class PrefixReuse:
         return known
 
     def note_computing(self, known: Computing, sequence: Sequence) -> None:
-        """Add the block that a running prompt fills next.
+        """Add the block that a running prompt fills next to `known`.
 
         Skip blocked or slow sequences: no other sequence should wait for them.
         """

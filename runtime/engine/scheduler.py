@@ -112,8 +112,8 @@ class Scheduler:
         return self._schedule()
 
     def unschedule(self, batch: Batch, *, has_begun: bool = False) -> None:
-        """Make the tokens of a batch from `schedule_next` pending again: it was cancelled, or
-        computed after a failed step. Sequences that the batch admitted keep their blocks.
+        """Make the tokens of a batch from `schedule_next` pending again: the batch was cancelled,
+        or computed after a failed step. Sequences that the batch admitted keep their blocks.
 
         A batch that `has_begun` may have overwritten recurrent states, which cannot go back. Its
         sequences are then preempted, except sequences of the failed step, which end anyway.

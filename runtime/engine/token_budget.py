@@ -44,9 +44,11 @@ def share_budget(
     first = min(prefills, key=lambda prefill: prefill.rank)
     others = [prefill for prefill in prefills if prefill is not first]
     others.sort(key=lambda prefill: (prefill.rank[0], prefill.num_pending))
+    # Set aside before the other prompts take their shares, so that the first in rank advances.
     half = chunk(first, (budget + 1) // 2)
     rest = budget - half
     ending = [prefill for prefill in others if prefill.num_pending <= rest]
+    # The first in rank does not sit out a step that can finish it.
     sits_out = bool(ending) and first.num_pending > half and not sat_out
     shares: list[tuple[P, int]] = []
     for prefill in ending if sits_out else others:
@@ -54,6 +56,7 @@ def share_budget(
         if share:
             shares.append((prefill, share))
         rest -= share
+    # Tokens that the other prompts leave go to the first in rank.
     whole = 0 if sits_out else chunk(first, half + rest)
     if whole:
         shares.append((first, whole))

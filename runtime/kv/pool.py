@@ -103,6 +103,7 @@ class BlockPool:
         start = len(prefix) * self.block_size if start is None else start
         total = self.shape.num_state_blocks
         for group, span, shared in self._layout.shares(num_tokens, prefix, start):
+            # Idle shared blocks count too: once referred to, they are not available any more.
             total += group * (span - len(shared)) + self._blocks.num_idle(shared)
         return total + self._blocks.num_idle(self._layout.states(prefix))
 
@@ -127,6 +128,7 @@ class BlockPool:
         spans = self.shape.spans(num_tokens, start)
         shares = [shared for _, _, shared in self._layout.shares(num_tokens, prefix, start)]
         states = self._layout.states(prefix)
+        # Before `take`, which may evict idle blocks.
         for entry in (entry for shared in (*shares, states) for entry in shared):
             self._blocks.refer(entry, priority)
         lease = Lease(self._next_id, fence, owner, [], num_tokens, 0)
@@ -202,8 +204,8 @@ class BlockPool:
         self.peak_leased = max(self.peak_leased, self.num_leased)
 
     def free_unread(self, lease: Lease, num_computed: int) -> None:
-        """Free the blocks that no step reads any more once `num_computed` tokens are computed.
-        Snapshots among them are published first.
+        """Free the blocks that no step reads after `num_computed` tokens are computed. Snapshots
+        among them are published first.
         """
         for group, tables in zip(self.shape.groups, self._layout.of_group, strict=True):
             if group.window is not None:
@@ -235,7 +237,9 @@ class BlockPool:
             self._close(lease)
 
     def find(self, ref: LeaseRef) -> Lease:
-        """The live lease of a reference. Raises StaleLease if it is gone, or has another fence."""
+        """The live lease of a reference. Raises StaleLease if the lease is gone, or has another
+        fence.
+        """
         lease = self._leases.get(ref.lease_id)
         if lease is None:
             raise StaleLease(f"lease {ref.lease_id} of request {ref.request_id} is gone")

@@ -172,7 +172,7 @@ class PrefixTree:
         if not keep:
             self._forget(entry)
             return False
-        if block == entry.blocks[0]:
+        if block == entry.blocks[0]:  # once for all blocks of the entry
             entry.generation = self._num_handed_out // self._generation_blocks
             entry.priority = entry.node.priority
             self._idle[entry.priority][entry] = None
@@ -275,7 +275,9 @@ class PrefixTree:
             self._owners[block] = None
 
     def _forget(self, entry: GroupBlocks) -> None:
-        """Remove an entry that is not idle, and its node if the node is not needed any more."""
+        """Remove an entry that is not idle. Remove its node too, if the entry anchors the node or
+        was all that kept it.
+        """
         node = entry.node
         if not (self._is_anchored and entry.group == 0):
             self._disown(entry)

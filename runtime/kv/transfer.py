@@ -86,7 +86,7 @@ class PoolTarget:
             self.pool.advance(self.held, "receive")
             await copy()
             self.pool.advance(self.held, "arrive")
-        except BaseException:
+        except BaseException:  # a cancellation too: no sequence may adopt a half-filled lease
             self.abort()
             raise
 
@@ -97,6 +97,7 @@ class PoolTarget:
         await self._copy_blocks(source, blocks, "receiving")
 
     def _check_follows(self, first: int) -> None:
+        # `num_received` counts blocks from the first on, so chunks must come in order.
         if first > self.num_received:
             raise StaleLease(f"block {first} came where {self.num_received} blocks are there")
 
@@ -115,7 +116,7 @@ class PoolTarget:
         if source.num_blocks != len(blocks):
             raise StaleLease(f"{source.num_blocks} blocks were sent where {len(blocks)} are due")
         await self.storage.fetch(source, blocks, check)
-        check()
+        check()  # the lease may have ended after the last chunk
 
     async def _copy(self, source: PoolSource) -> None:
         def check() -> None:

@@ -30,9 +30,9 @@ class KVChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SharedBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="shared_blocks"):
-    """Blocks in shared memory: `blocks`, in order, of a pool of `size` bytes, which process `pid`
-    of this host has open as `descriptor`. `sums`: the checksum of each chunk at the time of the
-    offer.
+    """Blocks in shared memory. `blocks`: their numbers, in order, in a pool of `size` bytes, which
+    process `pid` of this host has open as `descriptor`. `sums`: the checksum of each chunk at the
+    time of the offer.
     """
 
     pid: int
@@ -62,9 +62,9 @@ class TcpBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="tcp_blocks"):
 
 
 class NixlBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="nixl_blocks"):
-    """Blocks that NIXL reads: `blocks`, in order, of a pool of `pool_blocks`, which the `agent`
-    (its metadata) has registered at `address`. `sums`: the checksum of each chunk at the time of
-    the offer.
+    """Blocks that NIXL reads. `blocks`: their numbers, in order, in a pool of `pool_blocks` blocks.
+    `agent`: the metadata of the NIXL agent that has registered the pool at `address`. `sums`: the
+    checksum of each chunk at the time of the offer.
     """
 
     agent: bytes

@@ -21,9 +21,9 @@ class ReplicaPlace:
     """The replica of an engine that is opened, and how it is opened.
 
     `sharing`: how other processes reach its KV pool; None if all engines are in this process.
-    `num_blocks`: the pool size of the replica's earlier life; None in its first life. `progress` is
-    called with each event of the start. `may_abandon`: whether a cancelled opening may leave a
-    thread that still loads.
+    `num_blocks`: the size of the pool in the replica's earlier life, in blocks; None in its first
+    life. `progress` is called with each event of the start. `may_abandon`: whether a cancelled
+    opening may leave a thread that still loads.
     """
 
     engine: str

@@ -141,6 +141,7 @@ class ModelledStorage:
     async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> BlockLocation:
         await trio.lowlevel.checkpoint()
         check()
+        # A placeholder: no process reads memory of this pool.
         return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
 
     async def fetch(
