@@ -118,9 +118,9 @@ class DeviceQueue:
         self, program: Program, storage: KVStorage, batch: Batch, after: StepLaunch | None
     ) -> DeviceLaunch:
         assert self._queue is not None, "the engine does not run"
-        before = after if isinstance(after, DeviceLaunch) else None
+        previous = after if isinstance(after, DeviceLaunch) else None
         numbers = step_batch(
-            batch, before.batch if before else None, before.ticket if before else None
+            batch, previous.batch if previous else None, previous.ticket if previous else None
         )
         launch = DeviceLaunch(batch, self._queue.launch(program, storage, numbers))
         self._launches = [one for one in self._launches if not one.ticket.done()]
