@@ -13,7 +13,7 @@ POISON, HANG = 13, 14  # as the first token of a prompt
 
 
 def main() -> None:
-    compute = EngineLoop._compute
+    launch = EngineLoop._launch
 
     async def deadly(self: EngineLoop, batch: Any, *rest: Any) -> Any:
         firsts = {sequence.tokens[0] for sequence in batch.sequences}
@@ -21,9 +21,9 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if HANG in firsts:
             await trio.sleep_forever()  # its loop lives, and answers when it is asked
-        return await compute(self, batch, *rest)
+        return await launch(self, batch, *rest)
 
-    EngineLoop._compute = deadly  # type: ignore[method-assign]
+    EngineLoop._launch = deadly  # type: ignore[method-assign]
     worker_main.main()
 
 

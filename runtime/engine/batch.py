@@ -1,4 +1,4 @@
-"""A batch: the sequences of one step, and the numbers that a device is given for them."""
+"""A batch: the sequences of one step, and the numbers that a device gets for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,8 +22,10 @@ SCORED_ROWS = 64
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """A request for blocks that another pool will fill. `granted` is set with `lease`, or without
-    a lease when the engine stops.
+    """A request for blocks that a transfer from another pool will fill.
+
+    `granted` is set once `lease` is assigned. If the engine stops first, `granted` is set and
+    `lease` stays None.
     """
 
     fence: Fence
@@ -34,7 +36,7 @@ class Reservation:
 
 
 class Scoring(NamedTuple):
-    """Positions of a prompt whose logprobs a step gives."""
+    """The positions of one prompt whose prompt logprobs a step computes."""
 
     sequence: Sequence
     positions: range
@@ -44,10 +46,11 @@ class Scoring(NamedTuple):
 class Batch:
     """One step: `query_lens[i]` pending tokens of `sequences[i]`, from position `starts[i]` on.
 
-    `sampling`: sequences without pending tokens after this step, which sample a token. `scoring`:
-    prompt tokens whose logprobs are wanted. The first `num_decodes` sequences have one pending
-    token, the last sampled; the step before may still be sampling it. `drafts`: guessed tokens of
-    some decodes, computed after the pending token and counted in its query length.
+    `sampling`: the sequences that sample a token, because no token is pending after this step.
+    `scoring`: the prompt positions whose logprobs are wanted. Each of the first `num_decodes`
+    sequences computes one pending token, its last sampled token, which the previous step may still
+    be sampling. `drafts`: the guessed tokens of some decodes; they are computed after the pending
+    token, and counted in `query_lens`.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -57,7 +60,7 @@ class Batch:
     scoring: list[Scoring] = field(default_factory=list)
     num_decodes: int = 0
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
-    begun: tuple[int, ...] = ()  # tokens of each sequence that count as launched
+    begun: tuple[int, ...] = ()  # by sequence: the tokens that `begin` has counted as launched
 
     def add_decodes(self, decodes: list[Sequence]) -> None:
         """Add decodes to an empty batch, one token each."""
@@ -79,14 +82,16 @@ class Batch:
             self.scoring.append(Scoring(sequence, positions))
 
     def add_drafts(self, index: int, drafts: list[int]) -> None:
-        """Compute drafts after the pending token of a decode. Its lease must reach that far."""
+        """Append drafts to the pending token of the decode at `index`. Its lease must have room for
+        the drafts.
+        """
         if drafts:
             self.drafts[self.sequences[index]] = drafts
             self.query_lens[index] += len(drafts)
 
     def begin(self) -> None:
-        """Count the tokens as launched, but for drafts: the next batch is made as if they were
-        computed, and their blocks are not freed.
+        """Count the tokens of the batch as launched. The next batch is then scheduled as if they
+        were computed, and their blocks are not freed. Drafts are added later, and do not count.
         """
         self.begun = tuple(self.query_lens)
         for sequence, query_len in zip(self.sequences, self.begun, strict=True):
@@ -95,7 +100,7 @@ class Batch:
             sequence.num_sampling += 1
 
     def end(self) -> None:
-        """Undo `begin`: the step is over, or was cancelled."""
+        """Undo `begin`, after the step has ended or was cancelled."""
         for sequence, query_len in zip(self.sequences, self.begun, strict=True):
             sequence.num_launched -= query_len
         for sequence in self.sampling:
@@ -112,7 +117,9 @@ class Batch:
 
     @property
     def row_sequences(self) -> list[Sequence]:
-        """The sequence of each sampled row: one row a sampling sequence, and one a draft."""
+        """The sequence of each sampled row: one row for each sampling sequence, and one more for
+        each of its drafts.
+        """
         return [
             sequence
             for sequence in self.sampling
@@ -127,22 +134,21 @@ class Batch:
 class TokenBudget:
     """Fills batches with at most `limits.max_num_batched_tokens` tokens.
 
-    `boundary`: block size of a pool that keeps recurrent states at the ends of blocks; None for
-    other pools.
+    `boundary`: the block size, if the pool keeps recurrent states at the ends of blocks; else None.
     """
 
     def __init__(self, limits: Limits, boundary: int | None) -> None:
         self._limits = limits
         self._boundary = boundary
-        self._sat_out = False  # the first prefill in rank got nothing in the last step
-        self._sat_out_before = False  # the same of the step before
-        self._scored: dict[Sequence, int] = {}  # tokens that scored prompts may compute
+        self._sat_out = False  # whether the first prefill in rank got nothing in the previous step
+        self._sat_out_before = False  # `_sat_out` before the latest `share`
+        self._scored: dict[Sequence, int] = {}  # the most tokens of scored prompts in this step
 
     def share(self, decodes: list[Sequence], prefills: list[Sequence]) -> Batch:
-        """A batch of one token of each decode, and of chunks of prefills.
+        """Fill a batch with one token of each decode, and with chunks of prefills.
 
-        Decodes past the budget are left out; when prompts are computed, a quarter of the budget is
-        theirs.
+        Decodes past the budget are left out. If there are prefills, they get at least a quarter of
+        the budget.
         """
         self._sat_out_before = self._sat_out
         batch, budget = Batch(), self._limits.max_num_batched_tokens
@@ -157,11 +163,13 @@ class TokenBudget:
         return batch
 
     def undo(self) -> None:
-        """The batch that was shared last is not computed."""
+        """Take back the latest `share`, whose batch is not computed."""
         self._sat_out = self._sat_out_before
 
     def _share_scoring(self, prefills: list[Sequence]) -> list[Sequence]:
-        """Prefills that may compute in this step: scored prompts share SCORED_ROWS by rank."""
+        """Divide SCORED_ROWS among scored prompts in rank order. Return the prefills that may
+        compute in this step.
+        """
         self._scored, room = {}, SCORED_ROWS
         scoring = [sequence for sequence in prefills if sequence.is_scoring]
         for sequence in sorted(scoring, key=lambda scoring: scoring.rank):
@@ -175,25 +183,30 @@ class TokenBudget:
         return chunk if self._boundary is None else self._cut(sequence, chunk, self._boundary)
 
     def _cut(self, sequence: Sequence, chunk: int, size: int) -> int:
-        """Cut a chunk where others can find the recurrent state after it: at the end of a block
-        that is followed by more of the prompt.
+        """Shorten a chunk so that it ends at a block boundary before the end of the prompt: other
+        sequences can reuse the recurrent state of that position. A chunk that reaches no boundary
+        stays whole.
         """
         start = sequence.num_scheduled
         last = min(start + chunk, sequence.num_known - 1)
         return max(last // size * size - start, 0) or chunk
 
 
-def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None = None) -> StepBatch:
-    """The batch as a device takes it. `before`: the batch of the ticket `after`, which may still
-    compute; the device feeds its sampled tokens to this batch.
+def step_batch(
+    batch: Batch, previous: Batch | None = None, previous_ticket: Ticket | None = None
+) -> StepBatch:
+    """The batch in the form that a device takes.
+
+    `previous`, `previous_ticket`: the previous launch. The device feeds tokens that this launch has
+    yet to sample to the batch.
     """
-    sources = {sequence: row for row, sequence in enumerate(before.sampling)} if before else {}
+    sources = {sequence: row for row, sequence in enumerate(previous.sampling)} if previous else {}
     token_ids: list[int] = []
     fed: list[tuple[int, int]] = []
     steps = zip(batch.sequences, batch.starts, batch.query_lens, strict=True)
     for sequence, start, query_len in steps:
         known = sequence.tokens[start : start + query_len]
-        if not known:  # `before` samples the token
+        if not known:  # `previous` samples the token
             fed.append((len(token_ids), sources[sequence]))
             known.append(0)
         token_ids += known
@@ -210,17 +223,18 @@ def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None =
         scored=[_scored(scoring) for scoring in batch.scoring],
         fed=fed,
         states=_states(batch),
-        after=after if fed else None,
+        after=previous_ticket if fed else None,
     )
 
 
 def rows_of(
     batch: Batch, sources: Mapping[Sequence, int] = MappingProxyType({})
 ) -> list[LogitsRow]:
-    """The rows that sample: a token for each sampling sequence, and a token after each draft.
+    """The rows of logits that are sampled: one for each sampling sequence, and one after each
+    draft.
 
-    Sampling after a draft depends on the tokens before it and on its position, as in a step of its
-    own. `sources`: the rows of the step before, by sequence.
+    A row after drafts samples as if these drafts were tokens of the sequence, exactly as a later
+    step would. `sources`: the row of each sequence in the previous step.
     """
     found = []
     for sequence in batch.sampling:
@@ -235,7 +249,9 @@ def rows_of(
 
 
 def _block_tables(batch: Batch) -> list[list[int]]:
-    """The first table of all sequences, then the second."""
+    """The block tables of the batch: the first table of every sequence, then the second of every
+    sequence, and so on.
+    """
     tables = [sequence.lease.tables for sequence in batch.sequences if sequence.lease]
     if len(tables[0]) == 1:  # most models
         return [table for (table,) in tables]
@@ -243,17 +259,19 @@ def _block_tables(batch: Batch) -> list[list[int]]:
 
 
 def _states(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """The blocks where each sequence's recurrent state is read and written, if models have any."""
+    """For each sequence, the blocks from which its recurrent state is read, and the blocks to which
+    it is written. Empty for a model without recurrent layers.
+    """
     leases = [sequence.lease for sequence in batch.sequences if sequence.lease]
-    if not leases[0].snapshot:
+    if not leases[0].state_blocks:
         return []
     steps = zip(leases, batch.starts, strict=True)
-    return [(lease.state_at(start), lease.snapshot) for lease, start in steps]
+    return [(lease.state_at(start), lease.state_blocks) for lease, start in steps]
 
 
 def _logit_rows(batch: Batch) -> list[int]:
-    """The new tokens that need logits: first those after which tokens are sampled, then those that
-    score a prompt token.
+    """The positions in the batch's `token_ids` that need logits: first tokens after which a token
+    is sampled, then tokens that score a prompt token.
     """
     ends = list(accumulate(batch.query_lens))
     if len(batch.sampling) == len(ends) and not batch.drafts and not batch.scoring:
@@ -266,7 +284,7 @@ def _logit_rows(batch: Batch) -> list[int]:
         if sequence in sampling:
             sample_rows += range(end - len(batch.drafts.get(sequence, ())) - 1, end)
         if sequence in scored:
-            # A token is scored by the logits of the token before it.
+            # The logits of a token score the next token.
             first = end - query_len - start - 1
             positions = scored[sequence].positions
             score_rows += range(first + positions.start, first + positions.stop)

@@ -1,4 +1,4 @@
-"""The resources of an engine that computes: program, KV pool, device queue, tokenizer, drafter."""
+"""The resources of an engine that computes: program, KV pool, queue, tokenizer, drafter."""
 
 import threading
 from dataclasses import replace
@@ -87,7 +87,7 @@ def _model_drafter(
     device: Device,
     runner: DeviceRunner,
 ) -> ModelDrafter:
-    """A drafter on the engine's own queue, with a pool of as many blocks as the engine's pool."""
+    """A drafter on the engine's own queue. Its pool has as many blocks as the engine's pool."""
     blocks = _all_tokens(kv_blocks(options, draft.facts))
     vocab_size = min(vocab_size, draft.facts.vocab_size)
     storage = device.allocate(_layout(options, draft, blocks), facts.num_blocks)
@@ -107,6 +107,7 @@ def _program(
 ) -> Program:
     how = engine_dtype(options, folder.facts), options.deterministic, options.quantization
     key = (folder.path, folder.hash, device.name, blocks, *how)
+    # Replicas that open at the same time must not load the same weights twice.
     with _loading:
         program = _programs.get(key)
         if program is None:
@@ -155,13 +156,17 @@ def _layout(options: EngineOptions, folder: ModelFolder, blocks: KVBlocks) -> KV
 
 
 def _all_tokens(blocks: KVBlocks) -> KVBlocks:
-    """One group of all layers: a draft model keeps tokens that its windows have passed."""
+    """The same layers in one group of full attention: a draft model keeps tokens outside its
+    windows too.
+    """
     layers = sorted(layer for group in blocks.groups for layer in group.layers)
     return replace(blocks, groups=(KVGroup("full", tuple(layers)),))
 
 
 def _output_text_opener(tokenizer: Tokenizer) -> OpenOutputText:
-    """A function that opens the output text of a sequence, after the text already emitted."""
+    """A function that opens the output text of a sequence. Text that was emitted before is not
+    repeated.
+    """
 
     def open_output_text(state: SequenceState) -> OutputText:
         sampling = state.sampling

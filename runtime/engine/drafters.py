@@ -17,22 +17,25 @@ from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
 from sagellm.runtime.sampling import Sampling
 
-_LONGEST = 4  # a longer match of tokens is no better
+_LONGEST = 4  # tokens of the longest match: longer matches draft no better
 _NUM_PLACES = 16  # earlier places of the last two tokens that are compared
-_WEIGHT = 0.2  # of the newest measurement
+_WEIGHT = 0.2  # of the newest measurement in the mean
 _GREEDY = Sampling()
 
 
 class NgramIndex:
-    """An index of the positions of each pair of tokens, newest first. It reads every token once."""
+    """The positions of each pair of adjacent tokens in one sequence, newest first. Each token is
+    read once.
+    """
 
     def __init__(self) -> None:
         self._latest: dict[tuple[int, int], int] = {}  # a pair -> the position after it
-        self._before: list[int] = []  # position -> the one before it after the same pair; 0: none
+        self._before: list[int] = []  # position -> the previous position after the same pair, or 0
 
     def draft(self, tokens: Items[int], count: int) -> list[int]:
-        """The tokens after the newest of the longest matches (4 to 2 tokens) with the end of
-        `tokens`. Empty without a match.
+        """Find the last tokens (4, else 3, else 2) at an earlier place in `tokens`, and return the
+        `count` tokens that follow there. The longest match wins, then the newest. Empty without a
+        match.
         """
         self._read(tokens)
         place = self._place(tokens)
@@ -40,7 +43,7 @@ class NgramIndex:
             return []
         drafts: list[int] = []
         for at in range(place, place + count):
-            # A match that overlaps the end repeats in its own period.
+            # Past the end of `tokens` the drafts themselves continue the match.
             drafts.append(tokens[at] if at < len(tokens) else drafts[at - len(tokens)])
         return drafts
 
@@ -69,7 +72,9 @@ class NgramIndex:
 
 
 def _match(tokens: Items[int], place: int) -> int:
-    """How many tokens before `place` equal the last tokens. Two are known to be equal."""
+    """The number of tokens before `place` that equal the last tokens, from 2 to 4. The caller has
+    compared two.
+    """
     size = 2
     while size < _LONGEST and size < place and tokens[place - 1 - size] == tokens[-1 - size]:
         size += 1
@@ -77,7 +82,8 @@ def _match(tokens: Items[int], place: int) -> int:
 
 
 class NgramDrafter:
-    """Prompt lookup, as in vLLM and transformers: answers repeat their prompts and themselves.
+    """Drafts by prompt lookup, as vLLM and transformers do: answers repeat their prompts and
+    themselves.
 
     Drafts take microseconds, so nothing is awaited.
     """
@@ -103,8 +109,9 @@ class NgramDrafter:
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
-    """Token ids that both models know, the draft model's context limit, and the tokens of one pass
-    at most.
+    """The limits of a draft model. `vocab_size`: both models know the token ids below it.
+    `max_model_len`: the context limit of the draft model, in tokens. `max_num_batched_tokens`: the
+    most tokens of one pass.
     """
 
     vocab_size: int
@@ -113,13 +120,13 @@ class DraftLimits:
 
 
 class ModelDrafter:
-    """Drafts greedily with a smaller model. For each sequence it keeps a copy with a lease of its
-    own.
+    """Drafts greedily with a smaller model. For each sequence it keeps a copy, which has a lease in
+    the draft model's `pool`.
 
-    The tokens of a copy are those of the sequence and the drafts after them. Wrong drafts are
-    computed anew the next time. A prompt is computed in chunks that fit one pass, so a sequence
-    gets its first drafts some steps late. A preempted sequence keeps its draft blocks until other
-    sequences need them. `runner` launches the draft model on the engine's own queue.
+    A copy has the tokens of its sequence, and after them the drafts. At the next call, wrong drafts
+    are replaced by the sequence's tokens. A prompt is computed in chunks that fit one pass, so a
+    sequence gets its first drafts some steps late. A preempted sequence keeps its draft blocks
+    until other sequences need them. `runner` launches the draft model on the engine's own queue.
     """
 
     def __init__(self, runner: Runner, pool: BlockPool, limits: DraftLimits) -> None:
@@ -167,8 +174,8 @@ class ModelDrafter:
     def _ready(
         self, sequence: Sequence, count: int, wanted: Mapping[Sequence, int]
     ) -> Sequence | None:
-        """The copy of a sequence, with its tokens and with blocks for `count` drafts. None without
-        room for them.
+        """Update the copy of a sequence to its tokens, with blocks for `count` drafts. Return None
+        if the draft model cannot draft for the sequence, or blocks are lacking.
         """
         num_tokens = len(sequence.tokens) + count
         if num_tokens > self._limits.max_model_len:
@@ -193,8 +200,8 @@ class ModelDrafter:
         return copy
 
     def _catch_up(self, copy: Sequence, tokens: list[int]) -> bool:
-        """Keep drafts that were right, and append the tokens after them. Return False when the
-        draft model does not know some token.
+        """Update a copy to `tokens`, and keep its drafts that were right. Return False if the draft
+        model does not know some token.
         """
         num_known = num_right = self._num_known[copy]
         if max(tokens[num_known:], default=0) >= self._limits.vocab_size:
@@ -209,8 +216,8 @@ class ModelDrafter:
         return True
 
     def _reserve(self, copy: Sequence, num_tokens: int, wanted: Iterable[Sequence]) -> bool:
-        """Lease blocks for so many tokens. Forget copies that were not used for longest to get
-        them, but no copy of `wanted`.
+        """Lease blocks for `num_tokens` tokens. If blocks are lacking, forget the least recently
+        used copies, except copies of `wanted`. Return False if blocks are still lacking.
         """
         lease, pool = copy.lease, self.pool
         num_blocks = (
@@ -234,8 +241,9 @@ class ModelDrafter:
     # ---- computing -----------------------------------------------------------------------------
 
     async def _compute(self, ends: Mapping[Sequence, int]) -> None:
-        """Launch pass after pass, without waiting for their tokens, until every copy that has
-        caught up has as many tokens as `ends` says.
+        """Compute one pass of the copies in `ends`, then more passes until each copy without
+        pending prompt tokens has `ends[copy]` tokens. Each pass is launched before the previous
+        pass has sampled.
         """
         launches: list[StepLaunch] = []
         try:
@@ -260,7 +268,7 @@ class ModelDrafter:
             copy.tokens.append(token_id)
 
     def _batch(self, copies: Iterable[Sequence]) -> Batch:
-        """As many pending tokens as fit one pass, from the copy with the fewest first."""
+        """One pass with as many pending tokens as fit, from the copies with the fewest first."""
         batch, room = Batch(), self._limits.max_num_batched_tokens
         for copy in sorted(copies, key=lambda copy: copy.num_pending):
             query_len = min(copy.num_pending, room)
@@ -270,14 +278,14 @@ class ModelDrafter:
         return batch
 
     def _drafts(self, copy: Sequence) -> list[int]:
-        """The drafts up to the first that only the draft model knows."""
+        """The drafts of a copy, up to the first token that only the draft model knows."""
         drafts = copy.tokens[self._num_known[copy] :]
         return list(takewhile(lambda token_id: token_id < self._limits.vocab_size, drafts))
 
 
 def draft_folder(options: EngineOptions, folder: ModelFolder) -> ModelFolder | None:
-    """The folder of the draft model, checked against the model that it drafts for; None when no
-    model drafts. Reads no weight. Raises EngineOptionError, ModelError, UnsupportedModel.
+    """The folder of the draft model, checked against the model that it drafts for; None if no draft
+    model is set. Reads no weight. Raises EngineOptionError, ModelError, UnsupportedModel.
     """
     if options.speculation is not None and lease_shape(options, folder.facts).num_state_blocks:
         raise EngineOptionError(

@@ -20,24 +20,25 @@ from sagellm.runtime.port import EngineLoad
 
 
 class EngineModel:
-    """Schedules as the engine does (`Scheduler`, `share_budget`), and takes the time of the same
-    `StepCost`. Its own running time grows with changes of the batch, not with tokens. A change is
-    an arrival, a chunk of a prompt, an end, or a full pool. When more sequences decode than
+    """Schedules as `Scheduler` does, with the same `share_budget`. Each step takes the time that
+    `cost` gives. The model's own running time grows with changes of the batch, not with tokens. A
+    change is an arrival, a chunk of a prompt, an end, or a full pool. If more sequences decode than
     `max_num_batched_tokens`, each step is a change.
 
-    The caller passes times, in seconds, which never go back. Everything that happens at one time
-    must be submitted or cancelled before `advance` to that time: sequences that arrive together
-    start together, as in an engine that finds both when its step ends.
+    The caller passes times, in seconds, which never go back. Submit and cancel all sequences of one
+    time before `advance` to that time: sequences that arrive together start together, as in an
+    engine that finds both when its step ends.
 
     The model knows numbers of tokens, not tokens. The cached tokens of a sequence (`num_cached`)
-    take blocks of its own: no blocks are shared. A full pool preempts the last in rank, which is
-    later computed again from its beginning, as in an engine with `prefix_caching` off. An engine
-    with `prefix_caching` on may reuse some of those blocks, and be earlier than this model.
+    take blocks of its own: no blocks are shared. If the pool is full, the sequence last in rank is
+    preempted, and later computed again from its beginning, as in an engine without
+    `prefix_caching`. An engine with `prefix_caching` may reuse some of those blocks, and finish
+    earlier than this model.
     """
 
     def __init__(self, cost: StepCost, limits: Limits, *, num_blocks: int, block_size: int) -> None:
         self.num_preemptions = 0
-        self.num_changes = 0  # of the batch: the work of the model
+        self.num_changes = 0  # of the batch, on which the running time of the model depends
         self.num_steps = 0
         self._cost = cost
         self._limits = limits
@@ -67,8 +68,9 @@ class EngineModel:
     ) -> None:
         """Queue a sequence of `num_prompt` tokens, which ends after `num_output` tokens.
 
-        `num_emitted` of these it has already: it resumes. `num_cached` tokens need not be computed,
-        at most all but the last. Raises ValueError for numbers that no engine takes.
+        `num_emitted`: tokens of the answer that a resumed sequence has already. `num_cached`:
+        tokens that need not be computed; at least the last token is computed. Raises ValueError for
+        numbers that no engine takes.
         """
         num_known = num_prompt + num_emitted
         if key in self._sequences or num_prompt < 1 or not 0 <= num_emitted < num_output:
@@ -99,14 +101,16 @@ class EngineModel:
         self._cut_run(now)
 
     def advance(self, now: float) -> list[SequenceProgress]:
-        """Everything that has happened until `now`, in order of time."""
+        """Advance to `now`. Return the progress since the previous call, in order of time."""
         self._catch_up(now, is_whole=True)
         progress, self._progress = self._progress, []
         return progress
 
     @property
     def next_at(self) -> float:
-        """The time of the next change of the batch; infinite while nothing is to be computed."""
+        """The time of the next change of the batch, in seconds; infinite if no token is left to
+        compute.
+        """
         if self._progress or (self._run is None and self._sequences):
             return self._time_s
         return inf if self._run is None else self._run.end_s
@@ -130,8 +134,8 @@ class EngineModel:
     # ---- time ------------------------------------------------------------------------------
 
     def _catch_up(self, now: float, *, is_whole: bool = False) -> None:
-        """Advance to `now`. End runs until `now`; start runs before `now`, and with `is_whole` also
-        a run at `now`.
+        """Advance to `now`: end each run that is over by `now`, and start each run that begins
+        before `now`. With `is_whole`, also start a run that begins at `now`.
         """
         while True:
             if self._run is not None:
@@ -145,7 +149,9 @@ class EngineModel:
                 return
 
     def _cut_run(self, now: float) -> None:
-        """End the run with the step under way at `now`: the batch changes after that step."""
+        """End the run after the step that computes at `now`, because the batch changes after that
+        step.
+        """
         run = self._run
         if run is None or run.num_steps == 1:
             return
@@ -176,7 +182,7 @@ class EngineModel:
         run.end_s = self._end_s(run, num_steps)
 
     def _finish(self, run: ModelledRun) -> None:
-        """Take the outcome of a run."""
+        """Apply the outcome of a run to its sequences."""
         self._run, self._time_s = None, run.end_s
         self.num_steps += run.num_steps
         for sequence, count in run.rows:
@@ -196,7 +202,9 @@ class EngineModel:
     def _rows(
         self, decodes: list[ModelledSequence], prefills: list[ModelledSequence]
     ) -> list[tuple[ModelledSequence, int]]:
-        """The tokens of each sequence in one step. Decodes past the budget take turns."""
+        """Choose how many tokens of each sequence one step computes. Decodes past the budget take
+        turns.
+        """
         budget = self._limits.max_num_batched_tokens
         room = decode_budget(budget, has_prefills=bool(prefills))
         rows = [(sequence, 1) for sequence in decodes[:room]]
@@ -214,7 +222,9 @@ class EngineModel:
         return min(sequence.num_pending, self._limits.prefill_chunk or budget, budget)
 
     def _num_alike(self, decodes: list[ModelledSequence]) -> int:
-        """How many steps the same sequences decode, until a sequence ends or the pool is full."""
+        """The number of steps in which the same sequences decode: until one ends or the pool is
+        full.
+        """
         if not all(one.is_decoding and one.has_reported for one in decodes):
             return 1
         most = min(one.num_output - one.num_emitted for one in decodes)
@@ -227,7 +237,7 @@ class EngineModel:
         return max(1, fitting)
 
     def _num_needed(self, decodes: list[ModelledSequence], num_steps: int) -> int:
-        """Blocks that so many steps need beyond the blocks of their sequences."""
+        """The number of blocks that `num_steps` steps need beyond the blocks of their sequences."""
         return sum(
             self._blocks_for(one.num_known + num_steps - 1) - one.num_blocks for one in decodes
         )
@@ -243,7 +253,9 @@ class EngineModel:
         return [sequence for sequence in decodes if sequence.num_blocks]
 
     def _make_room(self, sequence: ModelledSequence) -> bool:
-        """Give a decode its next block, and preempt the last in rank for it if need be."""
+        """Give a decode its next block, and preempt the sequence last in rank if none is free.
+        Return False if the decode itself was preempted.
+        """
         if sequence.num_known <= sequence.num_blocks * self._block_size:
             return True
         while not self._num_free:

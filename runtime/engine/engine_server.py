@@ -53,28 +53,33 @@ from sagellm.runtime.port import (
 )
 from sagellm.runtime.prefixes import ReportsCache
 
-WINDOW = 4  # batches of events on the way to one reader; reports of prefix blocks, too
+WINDOW = 4  # batches of events sent ahead of one reader; also reports of prefix blocks
 
-Action: TypeAlias = tuple[int, Callable[[], Awaitable[WorkerMessage]]]  # a call, and its answer
+# A call number, and a function that makes the answer.
+Action: TypeAlias = tuple[int, Callable[[], Awaitable[WorkerMessage]]]
 
 
 @runtime_checkable
 class SharedKVEngine(KVEngine, Protocol):
-    """An engine whose pool other processes reach: methods that a worker needs beside the port."""
+    """An engine whose pool other processes reach: the methods that a worker needs in addition to
+    the engine port.
+    """
 
     def export(self, lease: LeaseRef) -> PoolSource: ...
 
     async def export_chunk(self, lease: LeaseRef, chunk: KVChunk) -> BlockLocation:
-        """The place of a computed chunk of a prompt that is not whole yet. Raises StaleLease."""
+        """Offer a computed chunk of a prompt that is still being computed. Return the location of
+        its blocks. Raises StaleLease.
+        """
 
     async def receive(self, lease: LeaseRef, source: BlockLocation, num_received: int = 0) -> None:
-        """Fill a reserved lease from another process, after its first `num_received` blocks.
-        Raises StaleLease, DamagedBlocks.
+        """Copy the blocks of another process into a reserved lease, except the first `num_received`
+        blocks, which it has already. Raises StaleLease, DamagedBlocks.
         """
 
     async def receive_chunk(self, lease: LeaseRef, source: BlockLocation, chunk: KVChunk) -> None:
-        """Fill a chunk of a reserved lease while later chunks are computed. Raises StaleLease,
-        DamagedBlocks.
+        """Copy a chunk of a prompt into a reserved lease, while later chunks are computed. Raises
+        StaleLease, DamagedBlocks.
         """
 
     def report_kv_progress(self, report: Callable[[LeaseRef, int], None]) -> None:
@@ -83,14 +88,16 @@ class SharedKVEngine(KVEngine, Protocol):
         """
 
     def drop_stale(self) -> None:
-        """Free what belonged to other processes that are gone."""
+        """Free resources of other processes that are gone."""
 
     async def serve_blocks(self) -> None:
-        """Let other processes fetch exported blocks, until cancelled."""
+        """Serve exported blocks to other processes, until cancelled."""
 
 
 class KVServer:
-    """Exports and imports KV blocks of one engine. `say` sends a message to the graph."""
+    """Exports and imports KV blocks of one engine on messages of the graph. `say` sends a message
+    to the graph.
+    """
 
     def __init__(self, engine: SharedKVEngine, say: Callable[[WorkerMessage], None]) -> None:
         self._engine = engine
@@ -102,7 +109,7 @@ class KVServer:
         )
 
     async def run(self) -> None:
-        """Serve blocks, and end exports that no receiver acknowledges, until cancelled."""
+        """Serve blocks, and end exports that no receiver acknowledges in time, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.serve_blocks)
             async for lease in self._to_expire:
@@ -112,8 +119,8 @@ class KVServer:
         self._engine.drop_stale()
 
     def action(self, message: object) -> Action | None:
-        """The action that answers a message. None for a message without an answer, which is obeyed
-        at once.
+        """The call number of a message, and the function that makes its answer. A message without
+        an answer is handled at once, and None is returned.
         """
         match message:
             case Export(call=call):
@@ -164,14 +171,14 @@ class KVServer:
             source.release()
 
     async def _expire(self, lease: LeaseRef) -> None:
-        """Release an exported lease that its receiver neither acknowledges nor holds in time."""
+        """Release an exported lease, unless its receiver acknowledges it or renews it in time."""
         while self._expiries_s.get(lease, 0.0) > trio.current_time():  # noqa: ASYNC110
             await trio.sleep_until(self._expiries_s[lease])
         self._release(lease)
 
 
 class EngineServer:
-    """Runs `engine` until the graph says `Stop`, or the channel ends."""
+    """Runs `engine` until the graph sends `Stop`, or the channel ends."""
 
     def __init__(self, engine: Engine, channel: Channel) -> None:
         self._engine = engine
@@ -229,7 +236,7 @@ class EngineServer:
             nursery.start_soon(self._answer, *action)
 
     async def _answer(self, call: int, action: Callable[[], Awaitable[WorkerMessage]]) -> None:
-        """Answer a call with its outcome. Every call, even a dropped one, is answered once: the
+        """Answer a call with its outcome. Every call is answered once, even a dropped call: the
         graph waits for the answer before it frees blocks.
         """
         answer: WorkerMessage = Refused(call=call, kind="refusal", error="the call was dropped")
@@ -267,14 +274,14 @@ class EngineServer:
         return Done(call=call)
 
     async def _forward(self, owner: str) -> None:
-        """Send the events of one owner, as fast as its reader takes them."""
+        """Send the events of one owner, at most `WINDOW` batches ahead of its reader."""
         async for events in self._engine.events(owner):
             await self._windows[owner].acquire()
             sent = tuple(event for event in events if not isinstance(event, Lost))
             self._say(Events(owner=owner, events=sent, load=self._engine.load))
 
     def _say_cache(self) -> None:
-        """Report changed prefix blocks, as fast as the graph reads reports."""
+        """Send reports of changed prefix blocks, at most `WINDOW` reports ahead of the graph."""
         assert self._cache_log is not None
         while self._cache_window and (report := self._cache_log.take()) is not None:
             self._cache_window -= 1

@@ -1,4 +1,4 @@
-"""Checks of submitted sequences and of lease offers; the sequence of a checked state."""
+"""Checks of submitted sequences and of lease offers; the `Sequence` of a checked state."""
 
 import math
 
@@ -15,7 +15,7 @@ VERSION = 1  # of SequenceState
 def open_sequence(
     state: SequenceState, resources: EngineResources, mailbox: Mailbox, *, arrival: int
 ) -> Sequence:
-    """The sequence of a checked state. `arrival`: its number in order of submission."""
+    """Create the sequence of a checked state. `arrival`: its number in order of submission."""
     sampling, num_prompt = state.sampling, len(state.prompt_token_ids)
     eos = frozenset() if sampling.ignore_eos else resources.eos_token_ids
     return Sequence(
@@ -29,7 +29,7 @@ def open_sequence(
 
 
 def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int) -> None:
-    """Raise EngineRefusal for a sequence that cannot be computed as it asks."""
+    """Raise EngineRefusal for a sequence that this engine cannot compute as requested."""
     if state.version != VERSION:
         raise EngineRefusal(
             f"the sequence has version {state.version}; this engine reads {VERSION}"
@@ -44,6 +44,7 @@ def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int)
             f"the prompt has {num_prompt} tokens and the context limit is {max_model_len}; "
             f"shorten it to {max_model_len - 1}, or raise max_model_len"
         )
+    # NaN has no place in the order of deadlines.
     if state.expires_s is not None and math.isnan(state.expires_s):
         raise EngineRefusal("expires_s is not a time")
     _check_ids("the prompt", (*state.prompt_token_ids, *state.emitted_token_ids), vocab_size)
@@ -52,7 +53,9 @@ def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int)
 
 
 def _check_lease(state: SequenceState) -> None:
-    """Check that an adopted lease leaves a token to compute, and no prompt logprob to give."""
+    """Raise EngineRefusal if an adopted lease leaves no token to compute, or if logprobs of its
+    tokens are wanted.
+    """
     if state.lease is None:
         return
     if state.lease.num_tokens >= len(state.prompt_token_ids) + len(state.emitted_token_ids):
@@ -62,7 +65,7 @@ def _check_lease(state: SequenceState) -> None:
 
 
 def check_offer(offer: LeaseOffer, facts: EngineFacts) -> None:
-    """Raise EngineRefusal for blocks that do not fit the pool, or have another layout."""
+    """Raise EngineRefusal if the offered blocks exceed the pool, or have another layout."""
     if offer.layout_hash != facts.layout_hash:
         raise EngineRefusal(
             "the sender keeps KV blocks of another layout; give both engines the same model, "
@@ -80,7 +83,7 @@ def check_offer(offer: LeaseOffer, facts: EngineFacts) -> None:
 
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    """Raise EngineRefusal for a value outside its range; the message names it."""
+    """Raise EngineRefusal for a sampling option outside its range. The message names the option."""
     fault = sampling_fault(sampling)
     if fault is not None:
         raise EngineRefusal(fault)
@@ -94,6 +97,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
 def _check_ids(where: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
     if not token_ids:
         return
+    # Exact types: a bool is an int, but no token id.
     if set(map(type, token_ids)) != {int}:
         raise EngineRefusal(f"{where} has something that is no token id")
     if not (min(token_ids) >= 0 and max(token_ids) < vocab_size):

@@ -1,4 +1,4 @@
-"""The engine of one replica in this process: the port, over one loop, one runner and one pool."""
+"""The engine of one replica in this process: the engine port, over one loop, runner and pool."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,9 @@ from sagellm.runtime.prefixes import OnCacheChanged
 
 
 class LocalEngine:
-    """Implements the engine port. Its leases are named by `name` and `replica`."""
+    """Implements the engine port. `name` and `replica` identify the engine in references to its
+    leases.
+    """
 
     def __init__(self, resources: EngineResources, *, name: str, replica: int = 0) -> None:
         self.facts = resources.facts
@@ -44,7 +46,7 @@ class LocalEngine:
         )
         self.cache = CacheReporter(self.pool)
         self.scheduler = Scheduler(self.pool, resources.limits)
-        self.num_early_blocks = 0  # received while their prompt was being computed
+        self.num_early_blocks = 0  # blocks received while their prompt was being computed
         self._resources = resources
         self._exchange = PoolTransfers(self.pool, resources.storage, engine=name, replica=replica)
         self._loop = EngineLoop(
@@ -109,7 +111,7 @@ class LocalEngine:
 
     @property
     def step_tokens(self) -> Buckets:
-        """How many tokens steps have computed."""
+        """A histogram of the tokens of each step."""
         return self._loop.step_tokens
 
     def _check(self, state: SequenceState) -> None:
@@ -140,8 +142,8 @@ class LocalEngine:
         return self._exchange.target(fence) or await self._reserve(fence, offer.num_tokens)
 
     async def _reserve(self, fence: Fence, num_tokens: int) -> PoolTarget:
-        """Wait for blocks in order of arrival. Cancellation withdraws the reservation, or gives its
-        blocks back.
+        """Wait for blocks in order of arrival, and reserve them. A cancellation withdraws the
+        reservation, or frees its blocks.
         """
         self._num_arrivals += 1
         reservation = Reservation(fence, num_tokens, self._num_arrivals)
@@ -161,18 +163,20 @@ class LocalEngine:
         return earlier or self._exchange.open_target(reservation.lease)
 
     async def export_chunk(self, lease: LeaseRef, chunk: KVChunk) -> BlockLocation:
-        """The place of a computed chunk of a prompt that is not whole yet. Raises StaleLease."""
+        """Offer a computed chunk of a prompt that is still being computed. Return the location of
+        its blocks. Raises StaleLease.
+        """
         return await self._exchange.share_chunk(lease, chunk)
 
     async def receive(self, lease: LeaseRef, source: BlockLocation, num_received: int = 0) -> None:
-        """Fill a reserved lease from another process, after its first `num_received` blocks.
-        Raises StaleLease, DamagedBlocks.
+        """Copy the blocks of another process into a reserved lease, except the first `num_received`
+        blocks, which it has already. Raises StaleLease, DamagedBlocks.
         """
         await self._exchange.target_of(lease).fetch(source, num_received)
 
     async def receive_chunk(self, lease: LeaseRef, source: BlockLocation, chunk: KVChunk) -> None:
-        """Fill a chunk of a reserved lease while later chunks are computed. Raises StaleLease,
-        DamagedBlocks.
+        """Copy a chunk of a prompt into a reserved lease, while later chunks are computed. Raises
+        StaleLease, DamagedBlocks.
         """
         await self._exchange.target_of(lease).fetch_chunk(source, chunk)
         self.num_early_blocks += chunk.num_blocks
@@ -191,11 +195,11 @@ class LocalEngine:
         self.cache.report_to(tell, self.name, self.replica)
 
     def drop_stale(self) -> None:
-        """Free what belonged to other processes that are gone."""
+        """Free resources of other processes that are gone."""
         self._resources.storage.drop_stale()
 
     async def serve_blocks(self) -> None:
-        """Let other processes fetch exported blocks, until cancelled."""
+        """Serve exported blocks to other processes, until cancelled."""
         await self._resources.storage.serve()
 
     # ---- running -------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class EngineLoop:
     before the current step has sampled.
 
     The loop keeps each sequence until the sequence ends. Blocks that a launched step writes stay
-    leased until the step is collected, even when their sequence has ended before.
+    leased until the step is collected, even if their sequence ends earlier.
     """
 
     def __init__(
@@ -74,14 +74,15 @@ class EngineLoop:
         self._idle = trio.lowlevel.ParkingLot()
 
     async def step(self) -> None:
-        """Schedule, launch, collect, emit. Wait for a change when no sequence can advance."""
+        """Schedule, launch, collect, emit; or wait for a change if no sequence can advance."""
         self._expire()
+        # With async scheduling, the previous step has launched this batch already.
         batch = self._launched.batch if self._launched else self._scheduler.schedule()
         if not batch.sequences:
             self._cache.flush()
             await self._wait()
             return
-        sampled = await self._compute(batch)
+        sampled = await self._launch(batch)
         self._collect(batch, sampled)
         self._emit()
 
@@ -89,16 +90,17 @@ class EngineLoop:
 
     @property
     def has_work(self) -> bool:
-        """Whether some sequence has a reader that takes its events."""
+        """Whether some sequence can advance: its mailbox has room."""
         return any(not sequence.mailbox.is_full for sequence in self.sequences.values())
 
     def mailbox(self, owner: str) -> Mailbox:
+        """Return the mailbox of `owner`, and create it at the first call."""
         if owner not in self.mailboxes:
             self.mailboxes[owner] = Mailbox(self._reader_made_room)
         return self.mailboxes[owner]
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; end one that was resumed after its last token."""
+        """Queue a sequence. A sequence that was resumed after its last token ends at once."""
         if self._launched is None and not self.has_work:
             self.watchdog.reset(trio.current_time())
         self.sequences[sequence.fence] = sequence
@@ -112,7 +114,7 @@ class EngineLoop:
         self.notify()
 
     def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence now, or after the launched step that still writes its blocks."""
+        """End a sequence now, or after the launched step if that step still writes its blocks."""
         if sequence.num_launched:
             self._cancel_next()
         if sequence.num_launched:  # some launched step was not cancelled
@@ -121,7 +123,9 @@ class EngineLoop:
             self._end(sequence, reason)
 
     def notify(self) -> None:
-        """Schedule anew, after a sequence came, blocks became free, or a reader made room."""
+        """Have the next step scheduled anew: a sequence came, blocks became free, or a
+        reader read.
+        """
         self._scheduler.mark_due()
         if self._scheduler.is_due:
             self._cancel_next()
@@ -133,8 +137,8 @@ class EngineLoop:
             await self._idle.park()
 
     def clear(self) -> None:
-        """Forget every sequence without an event, and end every reader. The pool ends the leases;
-        the caller has closed the runner.
+        """Forget every sequence without posting an event, and close every mailbox. The caller has
+        closed the runner, and ends the leases in the pool.
         """
         self.sequences.clear()
         self._orphaned.clear()
@@ -146,7 +150,7 @@ class EngineLoop:
         self._idle.unpark_all()
 
     def _reader_made_room(self) -> None:
-        # Its sequences could not advance before, which was no hang of the engine.
+        # Sequences could not advance while the mailbox was full: the engine did not hang.
         self.watchdog.reset(trio.current_time())
         self.notify()
 
@@ -163,18 +167,18 @@ class EngineLoop:
                 self.interrupt(sequence, "expired")
 
     async def _wait(self) -> None:
-        """Wait until a change, or until the next deadline."""
+        """Wait for a change, or for the next deadline."""
         self._changed = trio.Event()
         with trio.move_on_at(self._expiries[0][0] if self._expiries else float("inf")):
             await self._changed.wait()
 
     # ---- launch --------------------------------------------------------------------------------
 
-    async def _compute(self, batch: Batch) -> Sampled | Exception:
-        """Compute and sample a batch, and launch the next batch meanwhile.
+    async def _launch(self, batch: Batch) -> Sampled | Exception:
+        """Launch a batch, unless it is launched already, and the next batch. Wait until the first
+        batch has sampled, and return its tokens, or the exception of a failed step.
 
-        The blocks of the batch stay leased until this returns. Return the exception of a failed
-        step.
+        The blocks of the batch stay leased until this method returns.
         """
         now = trio.current_time()
         for sequence in batch.sequences:
@@ -205,7 +209,7 @@ class EngineLoop:
         try:
             self._launch_next(self._launched)
         except Exception:
-            await self._launched.result()  # it still writes blocks
+            await self._launched.result()  # the launched step still writes blocks
             raise
         sampled = await self._launched.result()
         if speculation is not None:
@@ -220,13 +224,17 @@ class EngineLoop:
                 batch.begin()
 
     def _cancel_next(self) -> None:
-        """Cancel the next step unless it has begun: it was scheduled before the latest change."""
+        """Cancel the next step, which was scheduled before the latest change, unless it has
+        begun.
+        """
         if self._next is not None and self._next.cancel():
             self._scheduler.unschedule(self._next.batch)
             self._next = None
 
     async def _drop_next(self) -> None:
-        """Wait until no step computes that was launched after a step that failed."""
+        """Cancel the step launched after a failed step, or wait until it ends and drop its
+        tokens.
+        """
         self._cancel_next()
         if self._next is not None:
             with suppress(Exception):
@@ -239,8 +247,7 @@ class EngineLoop:
     def _collect(self, batch: Batch, sampled: Sampled | Exception) -> None:
         """Update sequences with the outcome of their step, and end sequences that are done.
 
-        Tokens sampled for a sequence that ended during the step, and has no lease any more, are
-        dropped.
+        A sequence that ended during the step has no lease any more; its sampled tokens are dropped.
         """
         orphaned, self._orphaned = self._orphaned, []
         for lease, event in orphaned:
@@ -258,12 +265,14 @@ class EngineLoop:
                 self._end(sequence, sequence.forced_end, _BROKEN_LOGITS)
 
     def _fail(self, batch: Batch, cause: Exception) -> None:
+        """End the sequences of a step that failed with `cause`."""
         error = f"the engine failed while it computed this sequence ({type(cause).__name__})"
         for sequence in batch.sequences:
             if sequence.lease is not None:
                 self._end(sequence, sequence.forced_end or "failed", error)
         for sequence in tuple(self.sequences.values()):
-            if sequence.forced_end is not None:  # it waited for the next step, which was dropped
+            # These were to end after the next step, which was dropped.
+            if sequence.forced_end is not None:
                 self._end(sequence, sequence.forced_end)
 
     def _accept(self, batch: Batch, sampled: Sampled, now: float) -> None:
@@ -287,7 +296,7 @@ class EngineLoop:
                 sequence.forced_end = "stop" if rows.stop in sampled.exhausted else "failed"
 
     def _hold(self, sequence: Sequence) -> LeaseRef:
-        """Keep the blocks of a prompt after its sequence has left, until export or cancel."""
+        """Forget a sequence, but keep the lease of its prompt until an export or a cancel."""
         lease = sequence.lease
         assert lease is not None
         sequence.lease = None
@@ -305,7 +314,7 @@ class EngineLoop:
             self._idle.unpark_all()
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """Post the last event of a sequence that sampled no last token."""
+        """Forget a sequence, and post its last event, which has no token."""
         self._forget(sequence, _LEASE_EVENT[reason])
         last = sequence.last_event(trio.current_time(), reason)
         if reason == "failed":
@@ -314,7 +323,9 @@ class EngineLoop:
         sequence.mailbox.flush()
 
     def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
-        """Drop a sequence, and end its lease now, or once no launched step writes its blocks."""
+        """Drop a sequence and end its lease, after the launched step if that still writes its
+        blocks.
+        """
         self._scheduler.remove(sequence)
         del self.sequences[sequence.fence]
         if self._speculation is not None:

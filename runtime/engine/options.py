@@ -18,10 +18,10 @@ from sagellm.graphs.vocabulary import (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The size of one step, and whether prefixes are kept.
+    """The limits of one step, and whether prefixes are cached.
 
-    `max_num_seqs`: sequences of a step. `max_num_batched_tokens`: tokens of a step.
-    `prefill_chunk`: tokens of one prompt in a step; None: as many as fit.
+    `max_num_seqs`: the most sequences of a step. `max_num_batched_tokens`: the most tokens of a
+    step. `prefill_chunk`: the most tokens of one prompt in a step; None: as many as fit.
     """
 
     max_num_seqs: int
@@ -31,7 +31,7 @@ class Limits:
 
     @property
     def max_chunk(self) -> int:
-        """Tokens of one sequence that a step computes at most."""
+        """The most tokens of one sequence that a step computes."""
         return min(self.max_num_batched_tokens, self.prefill_chunk or self.max_num_batched_tokens)
 
 
@@ -51,7 +51,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 class EngineOptionError(ValueError):
-    """An engine option that cannot be obeyed. The message names the option and a fix."""
+    """An engine option has an invalid value. The message names the option and a fix."""
 
 
 def num_bytes(size: str) -> int:
@@ -66,8 +66,8 @@ def num_bytes(size: str) -> int:
 
 
 class SizedOptions(Protocol):
-    """The options that pool size and facts of an engine depend on. `quantization`: the form of the
-    weights in memory.
+    """The options that determine the pool size and the facts of an engine. `quantization`: the form
+    of the weights in memory.
     """
 
     @property
@@ -97,12 +97,13 @@ class SizedOptions(Protocol):
 @dataclass(frozen=True, slots=True)
 class PagedOptions:
     """The options of an engine that schedules batches over a paged KV pool. Raises
-    EngineOptionError for values that no engine can obey.
+    EngineOptionError for invalid values.
 
     `model`: a built-in name, a folder, a Hub id, or "null". `dtype` None: the model's own. The KV
-    pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"), or a sensible number.
-    `max_num_batched_tokens`: the most tokens of one step; `prefill_chunk`: the most tokens of one
-    prompt in a step. `prefix_caching`: keep blocks of ended sequences for prompts that begin alike.
+    pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"); without either, the
+    number follows from the free memory. `max_num_batched_tokens`: the most tokens of one step.
+    `prefill_chunk`: the most tokens of one prompt in a step. `prefix_caching`: keep blocks of ended
+    sequences for prompts that begin alike.
     """
 
     model: str = "sage-tiny"
@@ -139,14 +140,14 @@ class PagedOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions(PagedOptions):
-    """The options of kind `local`. Raises EngineOptionError for values that no engine can obey.
+    """The options of kind `local`. Raises EngineOptionError for invalid values.
 
     `device`: a backend, and which of its devices ("cpu", "cuda:1"); without a number, replicas take
-    devices in turn. `deterministic`: the same bits for a sequence whatever it is batched with.
-    `threads` None: torch's choice. `quantization`, one of MODES: the form in which weights of
-    linears are kept and multiplied; None: as they are stored. `speculation`: "ngram" drafts from a
-    sequence's own tokens, "draft" with the model `draft_model`, which has the same vocabulary; at
-    most `num_draft_tokens` (4) a step.
+    devices in turn. `deterministic`: compute the same bits for a sequence whatever other sequences
+    are in its batches. `threads` None: torch's choice. `quantization`, one of MODES: the form in
+    which weights of linears are kept and multiplied; None: as they are stored. `speculation`:
+    "ngram" drafts from a sequence's own tokens, "draft" with the model `draft_model`, which has the
+    same vocabulary. `num_draft_tokens`: the most drafts of a sequence in a step; None: 4.
     """
 
     device: str = "cpu"
@@ -170,7 +171,7 @@ class EngineOptions(PagedOptions):
 
     @property
     def num_drafted(self) -> int:
-        """The most tokens to draft for a sequence in one step, if any are drafted."""
+        """The most tokens to draft for a sequence in one step, if `speculation` is set."""
         return 4 if self.num_draft_tokens is None else self.num_draft_tokens
 
     @property

@@ -11,7 +11,7 @@ from sagellm.runtime.port import EngineEvent
 
 
 class Detokenizer(Protocol):
-    """Turns tokens into text, and holds back characters that are not whole yet."""
+    """Turns tokens into text, and holds back incomplete characters."""
 
     def push(self, token_id: int) -> str: ...
 
@@ -36,7 +36,9 @@ class OutputText:
         self._stops = StopStrings(stop, min_tokens=min_tokens, keep_stop=keep_stop)
 
     def push(self, token_id: int) -> tuple[str, str | None]:
-        """The text that may be shown now, and the stop string that ended the text, or None."""
+        """Take a token. Return the text that may be shown now, and the stop string that ended the
+        text, or None.
+        """
         return self._stops.push(self._detokenizer.push(token_id))
 
     def replay(self, token_ids: Items[int]) -> None:
@@ -45,7 +47,9 @@ class OutputText:
             self.push(token_id)
 
     def finish(self) -> tuple[str, str | None]:
-        """The text held back until now, and the stop string in it, or None: no token follows."""
+        """Return the text held back until now, and the stop string in it, or None. No token may
+        follow.
+        """
         return self._stops.finish(self._detokenizer.flush())
 
 
@@ -53,8 +57,8 @@ class StopStrings:
     """Finds stop strings in the text of one answer. Text that may be the beginning of a stop string
     is held back.
 
-    `min_tokens`: tokens within which no stop string counts, as in vLLM. `keep_stop`: show the stop
-    string itself.
+    `min_tokens`: stop strings in the first `min_tokens` tokens do not count, as in vLLM.
+    `keep_stop`: show the stop string itself.
     """
 
     def __init__(
@@ -78,8 +82,8 @@ class StopStrings:
         return self._match(text)
 
     def finish(self, text: str = "") -> tuple[str, str | None]:
-        """The text held back until now, with `text` after it, and the stop string in it, or None:
-        the answer is over.
+        """Take the last `text` of the answer. Return the rest of the text to show, and the stop
+        string that ended the text, or None.
         """
         text, self._held = self._held + text, ""
         return self._match(text, is_last=True) if self._stop else (text, None)
@@ -102,22 +106,21 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-# Decoders write this character for bytes that are no character yet. A text that ends with it is
-# held back until the next token completes the character, or shows that it is broken.
+# Decoders write this character for bytes that are not a whole character. A text that ends with it
+# is held back until the next token completes the character, or shows that it is broken.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CHARACTER_BYTES = 4  # at most, in UTF-8; a token that has text has at least one byte
 _NUM_HELD = 4 * _CHARACTER_BYTES  # tokens that may wait for a character to become whole
 
 
 class IncrementalDetokenizer:
-    """Turns tokens into text one at a time: whole characters only, and in sum the text that
-    `decode` gives for all tokens.
+    """Turns tokens into text one token at a time. It returns whole characters only, which add up to
+    the text that `decode` gives for all tokens.
 
-    It decodes a short window: the tokens of the last text shown, and the tokens after them. The
-    window keeps right what a decoder derives from neighbours (a leading space, a character in
-    several tokens) without decoding the whole answer at each step; after vLLM and
-    text-generation-inference. Tokens without text never enter the window, and broken bytes leave
-    it, so the window stays short.
+    As in vLLM and text-generation-inference, each step decodes a short window, not the whole
+    answer: the tokens of the last text shown, and the tokens after them. A decoder needs such
+    neighbours: for a leading space, or a character in several tokens. Tokens without text are not
+    kept in the window, and broken bytes leave it, so the window stays short.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -127,7 +130,7 @@ class IncrementalDetokenizer:
         self._shown = ""  # the text of those tokens
 
     def push(self, token_id: int) -> str:
-        """The characters that are whole with this token."""
+        """Take a token. Return the characters that are whole now."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if not text.endswith(_BROKEN) and len(text) > len(self._shown):
@@ -137,7 +140,7 @@ class IncrementalDetokenizer:
         return self._release() if len(self._window) - self._num_shown > _NUM_HELD else ""
 
     def flush(self) -> str:
-        """The text held back, broken characters included: no token follows."""
+        """Return the text held back, broken characters included. No token may follow."""
         text = self._decode(self._window)
         return self._advance(text) if len(text) > len(self._shown) else ""
 
@@ -149,9 +152,9 @@ class IncrementalDetokenizer:
         return fresh
 
     def _release(self) -> str:
-        """Show the text that no further byte can change: all before the last character."""
-        # Cut at the shortest text: byte fallback shows a run of bytes that begins or ends
-        # inside a character as one broken character a byte, even for its whole characters.
+        """Return all text before the last character: no further byte can change it."""
+        # Cut where the text is shortest. If a run of bytes begins or ends inside a character, byte
+        # fallback shows each of its bytes as a broken character, even those of whole characters.
         num, size = len(self._window), _CHARACTER_BYTES
         end = min(range(num - size, num), key=lambda end: len(self._text(0, end)))
         starts = range(end - size, end - 2 * size, -1)
@@ -175,9 +178,9 @@ class Mailbox:
     """The events of one owner. The engine calls `post` and `flush`; one reader iterates.
 
     A mailbox never blocks the engine. While it `is_full`, the scheduler skips the owner's
-    sequences, so a slow reader delays its own sequences alone. Events posted outside a step (of a
-    cancelled sequence) may exceed the bound by one event a sequence. `on_read` is called when a
-    full mailbox has room again.
+    sequences, so a slow reader delays only its own sequences. Events posted outside a step, such as
+    of a cancelled sequence, may exceed the bound by one event for each sequence. `on_read` is
+    called when a full mailbox has room again.
     """
 
     def __init__(self, on_read: Callable[[], None]) -> None:
@@ -205,7 +208,7 @@ class Mailbox:
             self._filled.set()
 
     def close(self) -> None:
-        """End the iteration after the batches that are left."""
+        """End the iteration after the batches that are not read yet."""
         self.flush()
         self._is_closed = True
         self._filled.set()

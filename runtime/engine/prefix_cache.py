@@ -14,11 +14,12 @@ Computing = dict[bytes, tuple[int, int]]
 
 
 class PrefixReuse:
-    """Finds and publishes the full blocks of sequences in one pool. Sequences share blocks only
-    within a salt.
+    """Finds and publishes the full blocks of sequences in one pool. Only sequences of one salt
+    share blocks.
 
     In a pool that keeps no prefixes, only choices of one request share blocks. Keys are hashed
-    once, and a search continues at the end of the search before, so a step costs nothing per block.
+    once, and each search continues where the previous search ended, so a step costs nothing per
+    block.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -29,10 +30,11 @@ class PrefixReuse:
     def find(self, sequence: Sequence) -> list[PrefixNode]:
         """Find the longest published prefix of a waiting sequence.
 
-        At least one known token is left to compute, for its logits. A scored prompt has no prefix:
-        only the logits of all of its tokens say how likely the tokens are.
+        At least one known token is left to compute, because its logits are needed. A prompt whose
+        logprobs are wanted has no prefix, because the logits of all its tokens are needed.
         """
         found = sequence.cached_prefix
+        # Nodes of the previous search may have been evicted since.
         while found and not found[-1].is_live:
             found.pop()
         for index in range(len(found), self._num_sharable(sequence)):
@@ -57,7 +59,7 @@ class PrefixReuse:
         )
         sequence.num_computed = len(prefix) * self._pool.block_size
         sequence.cached_prefix = []
-        if sequence.num_cached is None:
+        if sequence.num_cached is None:  # not again after a preemption
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
             if self._pool.keeps_prefixes and not sequence.is_scoring:
                 self.num_queried_tokens += num_tokens
@@ -86,7 +88,7 @@ class PrefixReuse:
         return known
 
     def note_computing(self, known: Computing, sequence: Sequence) -> None:
-        """Add the block that a running prompt fills next.
+        """Add the block that a running prompt fills next to `known`.
 
         Skip blocked or slow sequences: no other sequence should wait for them.
         """
@@ -98,10 +100,10 @@ class PrefixReuse:
         known[digest] = min(known.get(digest, sequence.rank), sequence.rank)
 
     def is_awaited(self, sequence: Sequence, computing: Computing) -> bool:
-        """Whether a sequence before it in rank computes the first block that this sequence lacks.
+        """Whether a sequence ahead in rank computes the first block that `sequence` lacks.
 
-        It should then wait, and compute only the blocks after the shared prefix: the other sequence
-        is served first in any case.
+        `sequence` should then wait, and compute only the blocks after the shared prefix. Waiting
+        does not delay it: the sequence ahead is served first in any case.
         """
         index = len(sequence.cached_prefix)
         if index >= self._num_sharable(sequence):
@@ -123,13 +125,15 @@ class PrefixReuse:
         return keys[index]
 
     def _scope(self, sequence: Sequence) -> str:
-        """Sequences of one scope may share blocks: of one salt, or the choices of one request."""
+        """The scope of a sequence: sequences of equal scope may share blocks. It is the salt, or
+        the request if the pool keeps no prefixes.
+        """
         state = sequence.state
         return state.salt if self._pool.keeps_prefixes else f"{state.epoch}/{state.request_id}"
 
 
 class CacheReporter:
-    """Opens a log of the pool when a reader asks, and tells the reader when the log has news."""
+    """Opens a log of the pool for a reader, and calls the reader when the log has changed."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -138,14 +142,14 @@ class CacheReporter:
 
     def open_log(self, on_news: Callable[[], None]) -> CacheLog:
         """Open a log that begins with all blocks. `on_news` is called after each step that changed
-        some block. The reader of an earlier log is called no more.
+        some block. The reader of an earlier log is not called any more.
         """
         self._log = self._pool.open_log()
         self._on_news = on_news
         return self._log
 
     def report_to(self, tell: OnCacheChanged, engine: str, replica: int) -> None:
-        """Call `tell` with all reports, at once and after each step."""
+        """Call `tell` with reports: of all blocks now, and of changes after each step."""
         log = self.open_log(lambda: tell_all())
 
         def tell_all() -> None:
@@ -168,8 +172,8 @@ class HasCacheReporter(Protocol):
 
 
 class CacheMirror:
-    """A copy of the prefix blocks of an engine that reports to a function, and a log of the blocks
-    for a reader that may be slow. `on_news` is called after each report.
+    """A copy of the set of prefix blocks of an engine that reports to a function (`take`), with a
+    log of the blocks for a slow reader. `on_news` is called after each report.
     """
 
     def __init__(self) -> None:
@@ -178,7 +182,7 @@ class CacheMirror:
         self.log = CacheLog(lambda: self._blocks)
 
     def take(self, changed: CacheChanged) -> None:
-        """Take a report of the engine."""
+        """Apply a report of the engine."""
         if changed.is_first:
             self._blocks.clear()
             self.log.resend_all()
@@ -192,7 +196,7 @@ class CacheMirror:
 
 
 def open_cache_log(engine: ReportsCache, on_news: Callable[[], None]) -> CacheLog:
-    """Open a log of an engine's prefix blocks. `on_news` is called when there is more to read."""
+    """Open a log of an engine's prefix blocks. `on_news` is called when the log has changed."""
     if isinstance(engine, HasCacheReporter):
         return engine.cache.open_log(on_news)
     mirror = CacheMirror()
@@ -202,7 +206,7 @@ def open_cache_log(engine: ReportsCache, on_news: Callable[[], None]) -> CacheLo
 
 
 def changed_by(report: CacheReport, engine: str, replica: int, epoch: int = 1) -> CacheChanged:
-    """A report of a log, as a message to the graph."""
+    """The message to the graph for a report of a log."""
     return CacheChanged(
         engine=engine,
         replica=replica,

@@ -1,4 +1,4 @@
-"""The engine port, spoken over a channel to a worker in another process."""
+"""The engine port of a replica that a worker process runs: calls and events over a channel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged
 
 
 class RemoteEngine:
-    """One replica, of any kind, that a worker runs. The worker may be replaced; until then there is
-    no worker.
+    """Implements the engine port for one replica, of any kind, that a worker runs. A lost worker
+    may be replaced; until then calls raise EngineLost.
 
-    A life is the time of one worker. Nothing of one life reaches the next life: open sequences end
-    with `Lost`, calls with EngineLost, and a new life begins without sequences and leases.
+    A life is the time of one worker. At its end, open sequences end with `Lost`, and open calls
+    with EngineLost. The next life begins without sequences and leases.
     """
 
     def __init__(
@@ -63,16 +63,17 @@ class RemoteEngine:
         self.replica = replica
         self.calls = WorkerCalls(name, replica)
         self.num_lives = 0
-        self.is_removed = False  # no worker is to replace the last worker
-        self.has_served = False  # this life, or the last life, has given a token
-        self.unserved: frozenset[tuple[str, int]] = frozenset()  # without a token as it ended
+        self.is_removed = False  # the last worker will not be replaced
+        self.has_served = False  # whether this life, or the last life, has given a token
+        # Sequences (request id, choice) without a token when the last life ended.
+        self.unserved: frozenset[tuple[str, int]] = frozenset()
         self._on_change = on_change
         self._mailboxes: dict[str, Mailbox] = {}
         self._open: dict[Fence, str] = {}  # open sequences, and their owners
         self._silent: set[Fence] = set()  # open sequences without an event
         self._submitting: set[Fence] = set()  # open sequences whose `submit` has not returned
-        self._lost: dict[Fence, LossCause] = {}  # of `_submitting`: lost meanwhile, and why
-        self._num_ungranted: dict[str, int] = {}  # batches of this life that a reader has to take
+        self._lost: dict[Fence, LossCause] = {}  # sequences lost while in `_submitting`
+        self._num_ungranted: dict[str, int] = {}  # by owner: unread batches of this life
         self._tell_cache: OnCacheChanged = lambda changed: None
         self._load = EngineLoad(num_blocks=facts.num_blocks, num_free_blocks=facts.num_blocks)
         self._health = EngineHealth()
@@ -119,13 +120,13 @@ class RemoteEngine:
 
     @property
     def step_tokens(self) -> Buckets:
-        """Tokens that steps computed, in all lives."""
+        """A histogram of the tokens of each step, over all lives."""
         steps = self._earlier_steps.copy()
         steps.add(self._steps)
         return steps
 
     def report_cache(self, tell: OnCacheChanged) -> None:
-        """Must be called again in each life."""
+        """Call `tell` with reports of cached blocks. Must be called again in each life."""
         self._tell_cache = tell
         self.calls.say(SyncCache())
 
@@ -146,12 +147,14 @@ class RemoteEngine:
         return self.calls.channel is None
 
     async def live(self, channel: Channel) -> str:
-        """Live until cancelled, or until the channel ends. Return why the channel ended."""
+        """Receive messages of a new worker until cancelled, or until the channel ends. Return why
+        the channel ended.
+        """
         self.calls.channel = channel
         self.num_lives += 1
         self.has_served = False
         self._on_change(True)
-        cause: LossCause = "death"  # unless the link says that it has ended
+        cause: LossCause = "death"  # unless the channel reports the end of the link
         try:
             while True:
                 self._take(await channel.receive())
@@ -162,7 +165,7 @@ class RemoteEngine:
             self._lose(cause)
 
     def _lose(self, cause: LossCause) -> None:
-        """The worker is gone, with all that it held."""
+        """End a life: end its calls and sequences, and reset its load and health."""
         self.calls.channel = None
         self._on_change(False)  # first, so that requests that re-enter go to other replicas
         self.calls.lose(cause)
@@ -197,8 +200,8 @@ class RemoteEngine:
         mailbox.flush()
 
     def evict(self) -> None:
-        """End every sequence as if the worker were lost, although it goes on. The caller sees to it
-        that no new sequence is submitted.
+        """End every sequence as if the worker were lost, although the worker goes on. The caller
+        must not submit new sequences.
         """
         for fence in self._open:
             self.cancel(fence.request_id, fence.choice, fence.epoch)
@@ -250,8 +253,8 @@ class RemoteEngine:
             self.grant(owner)
 
     def grant(self, owner: str) -> None:
-        """A reader took a batch: the worker may send one more, unless the batch is of an earlier
-        life.
+        """Let the worker send one more batch, after a reader took one. A batch of an earlier life
+        does not count.
         """
         if self._num_ungranted.get(owner):
             self._num_ungranted[owner] -= 1
@@ -265,7 +268,9 @@ class RemoteEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """The events of one owner. Each batch that is read makes room for one more."""
+    """Iterates over the events of one owner. Each batch that is read lets the worker send
+    one more.
+    """
 
     engine: RemoteEngine
     owner: str

@@ -1,8 +1,8 @@
-"""KV transfers between two workers, as the graph's process drives them.
+"""KV transfers between two workers, driven from the graph's process.
 
-A transfer copies the blocks of a computed prompt into blocks that another engine has reserved.
-A prefetch copies chunks of a prompt there while later chunks are still being computed; the transfer
-then copies the rest.
+A transfer copies the blocks of a computed prompt into blocks that another engine has reserved. A
+prefetch copies chunks of a prompt into these blocks while later chunks are still being computed.
+The transfer then copies the rest.
 """
 
 from collections.abc import Callable
@@ -39,11 +39,11 @@ from sagellm.runtime.port import (
     has_kv_transfer,
 )
 
-_SILENT_S = 1.0  # after a chunk that took longer to fail, the rest is left to the transfer
+_SILENT_S = 1.0  # if a chunk takes longer to fail, the rest is left to the transfer
 
 
 class RemoteKVEngine(RemoteEngine):
-    """A remote engine whose KV blocks can move. `prefetcher`, if given, moves chunks of prompts
+    """A remote engine whose KV blocks can move. `prefetcher`, if given, copies chunks of prompts
     that are still being computed.
     """
 
@@ -99,7 +99,7 @@ def remote_engine(
     on_change: Callable[[bool], None] = lambda is_up: None,
     prefetcher: "Prefetcher | None" = None,
 ) -> RemoteEngine:
-    """A remote engine with these facts; a RemoteKVEngine if its KV blocks can move."""
+    """A remote engine with `facts`; a RemoteKVEngine if its KV blocks can move."""
     if not has_kv_transfer(facts):
         return RemoteEngine(facts, name=name, replica=replica, on_change=on_change)
     return RemoteKVEngine(
@@ -109,14 +109,14 @@ def remote_engine(
 
 @dataclass(frozen=True, slots=True)
 class RemoteSource:
-    """The sending side of a transfer. Its worker is asked when the receiver begins."""
+    """The sending side of a transfer. Its worker exports the lease when the receiver begins."""
 
     calls: WorkerCalls
     lease: LeaseRef
 
     async def locate(self, num_received: int = 0) -> BlockLocation:
-        """The place of the blocks after the first `num_received`. The lease is `sending` from now
-        on. Raises StaleLease, EngineLost.
+        """Export the lease. Return the location of the blocks after the first `num_received`. The
+        lease is `sending` from then on. Raises StaleLease, EngineLost.
         """
         with trio.CancelScope(shield=True):
             answer = await self.calls.ask(
@@ -126,7 +126,7 @@ class RemoteSource:
         return answer.source
 
     def hold(self) -> None:
-        """The transfer goes on: the lease must not expire."""
+        """Renew the exported lease: the transfer still runs."""
         self.calls.say(RenewLease(lease=self.lease))
 
     def release(self) -> None:
@@ -135,7 +135,7 @@ class RemoteSource:
 
 @dataclass(frozen=True, slots=True)
 class RemoteTarget:
-    """The receiving side of a transfer: its worker copies from the place of the sender's blocks."""
+    """The receiving side of a transfer: its worker copies the sender's blocks."""
 
     engine: RemoteKVEngine
     lease: LeaseRef
@@ -164,8 +164,10 @@ class RemoteTarget:
 
 @dataclass(slots=True)
 class _Prefetch:
-    """One prompt. `source`: the engine that computes it, its lease there, and how many blocks are
-    computed. `moving` is set when the chunk under way has come, or failed.
+    """The prefetch of one prompt into `reservation`. `source`: the engine that computes the prompt,
+    the prompt's lease in that engine, and its number of computed blocks. `moving`: an event that is
+    set when copying stops; None if no chunk is being copied. `is_settled`: no more chunks are
+    copied.
     """
 
     target: RemoteKVEngine
@@ -177,20 +179,23 @@ class _Prefetch:
 
 
 class Prefetcher:
-    """Moves chunks of prompts while `nursery` runs."""
+    """Copies chunks of prompts that are still being computed, in tasks of `nursery`."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._prefetches: dict[Fence, _Prefetch] = {}
 
     def reserved(self, engine: RemoteKVEngine, lease: LeaseRef) -> None:
-        """An engine has reserved blocks for a prompt."""
+        """Record that `engine` has reserved blocks for a prompt."""
         self._prefetches.setdefault(_fence(lease), _Prefetch(engine, lease))
 
     def progressed(self, engine: RemoteKVEngine, lease: LeaseRef, num_blocks: int) -> None:
-        """An engine has computed so many blocks of a prompt, which do not change any more."""
+        """Start to copy the first `num_blocks` blocks of a prompt, which `engine` has computed.
+        These blocks do not change any more.
+        """
         prefetch = self._prefetches.get(_fence(lease))
-        if prefetch is None or prefetch.is_settled:  # the prompt is decoded where it is computed
+        # None: no other engine has reserved blocks. Settled: the transfer has begun.
+        if prefetch is None or prefetch.is_settled:
             return
         prefetch.source = engine, lease, num_blocks
         if prefetch.moving is None:
@@ -198,32 +203,34 @@ class Prefetcher:
             self._nursery.start_soon(self._move, prefetch)
 
     async def settle(self, lease: LeaseRef) -> int:
-        """Stop. Return how many blocks of the reserved lease have come already."""
+        """Stop the prefetch into a reserved lease. Return the number of blocks that it has
+        received.
+        """
         fence = _fence(lease)
         prefetch = self._prefetches.get(fence)
         if prefetch is None:
             return 0
         prefetch.is_settled = True
-        if prefetch.moving is not None:  # `num_received` is not final before
+        if prefetch.moving is not None:  # `num_received` may still grow until then
             await prefetch.moving.wait()
         self._prefetches.pop(fence, None)
         return prefetch.num_received
 
     def forget(self, fence: Fence) -> None:
-        """No transfer will come for that prompt."""
+        """Stop the prefetch of a prompt that will not be transferred."""
         prefetch = self._prefetches.pop(fence, None)
         if prefetch is not None:
             prefetch.is_settled = True
 
     def lose(self, engine: RemoteEngine) -> None:
-        """The engine is gone, with its reserved blocks."""
+        """Stop the prefetches into `engine`, which is lost with its reserved blocks."""
         for fence, prefetch in tuple(self._prefetches.items()):
             if prefetch.target is engine:
                 self.forget(fence)
 
     async def _move(self, prefetch: _Prefetch) -> None:
-        """Move chunk after chunk until all computed blocks have come. A chunk that fails is left to
-        the transfer.
+        """Copy chunk after chunk until all computed blocks have arrived. A chunk that fails is left
+        to the transfer.
         """
         try:
             while prefetch.source is not None and not prefetch.is_settled:

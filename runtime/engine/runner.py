@@ -24,22 +24,23 @@ class StepLaunch(Protocol):
     def batch(self) -> Batch: ...
 
     async def result(self) -> Sampled:
-        """Wait until the batch is computed, and return what was sampled. Raises what failed.
+        """Wait until the batch is computed, and return what was sampled. Raises the error of a
+        failed batch.
 
-        Cancellation is delivered after nothing writes the sequences' blocks any more.
+        A cancellation is delivered only after the device has stopped writing the sequences' blocks.
         """
         ...
 
     def cancel(self) -> bool:
-        """Cancel the batch unless it has begun; return whether it is cancelled. A cancelled launch
+        """Cancel the batch unless it has begun. Return whether it is cancelled. A cancelled launch
         has no result.
         """
         ...
 
 
 class Runner(Protocol):
-    """Computes the batches of one engine. `async_scheduling`: a batch may be launched while the
-    batch before it computes, and then begins without the host.
+    """Computes the batches of one engine. `async_scheduling`: whether a batch may be launched while
+    the previous batch computes, and then begins without the host.
     """
 
     @property
@@ -48,22 +49,24 @@ class Runner(Protocol):
     def launch(self, batch: Batch, after: StepLaunch | None = None) -> StepLaunch:
         """Compute keys and values of the batch's tokens, and sample.
 
-        `after`: the launch before, which may sample some of those tokens. If it fails, a batch that
-        needs its tokens fails too.
+        `after`: the previous launch, which may sample some tokens of the batch. If it fails, a
+        batch that needs its tokens fails too.
         """
         ...
 
     async def open(self) -> None:
-        """Start what `launch` needs. The caller must `close`, even when this is cancelled."""
+        """Start the queue or thread that `launch` needs. The caller must call `close`, even if
+        `open` is cancelled.
+        """
         ...
 
     async def close(self) -> None:
-        """End everything that runs. Called under a shield, so it must be brief."""
+        """End all launches and threads. Called under a shield, so it must be brief."""
         ...
 
 
 class DeviceLaunch:
-    """A ticket that a trio task can await."""
+    """A launched batch, whose ticket a trio task can await."""
 
     def __init__(self, batch: Batch, ticket: Ticket) -> None:
         self.batch = batch
@@ -90,8 +93,8 @@ class DeviceLaunch:
 
 
 class DeviceQueue:
-    """A queue of `device`, open between `open` and `close`. Several programs may share it: a draft
-    model runs on the queue of the model that it drafts for.
+    """A queue of `device`, which exists between `open` and `close`. Several programs may share it:
+    a draft model runs on the queue of the model that it drafts for.
     """
 
     def __init__(self, device: Device, threads: int | None = None) -> None:
@@ -115,9 +118,9 @@ class DeviceQueue:
         self, program: Program, storage: KVStorage, batch: Batch, after: StepLaunch | None
     ) -> DeviceLaunch:
         assert self._queue is not None, "the engine does not run"
-        before = after if isinstance(after, DeviceLaunch) else None
+        previous = after if isinstance(after, DeviceLaunch) else None
         numbers = step_batch(
-            batch, before.batch if before else None, before.ticket if before else None
+            batch, previous.batch if previous else None, previous.ticket if previous else None
         )
         launch = DeviceLaunch(batch, self._queue.launch(program, storage, numbers))
         self._launches = [one for one in self._launches if not one.ticket.done()]
@@ -127,7 +130,9 @@ class DeviceQueue:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRunner:
-    """Launches one program on one pool. It opens and closes the queue, which others may share."""
+    """Launches one program on one pool. It opens and closes the queue, which other runners may
+    share.
+    """
 
     queue: DeviceQueue
     program: Program
@@ -150,8 +155,8 @@ OpenOutputText: TypeAlias = Callable[[SequenceState], OutputText]
 
 @dataclass(frozen=True, slots=True)
 class EngineResources:
-    """All that an engine is built from. `open_output_text` is None when tokens have no text, and
-    `speculation` is None when no tokens are drafted.
+    """The parts that an engine is built from. `open_output_text` is None if tokens have no text.
+    `speculation` is None if no tokens are drafted.
     """
 
     facts: EngineFacts
@@ -165,18 +170,20 @@ class EngineResources:
 
     @property
     def async_scheduling(self) -> bool:
-        """Whether the next step may be scheduled while a step computes. Drafts follow the tokens
-        that the step samples, so speculation excludes it.
+        """Whether the next step may be scheduled while a step computes. Speculation excludes this,
+        because drafts continue the tokens that the step samples.
         """
         return self.runner.async_scheduling and self.speculation is None
 
 
-_LEAST_S = 4.5  # without progress, before an engine counts as hung: /ready says so within 5 s
+_LEAST_S = 4.5  # without progress until an engine counts as hung, so that /ready fails within 5 s
 _NUM_STEPS = 20.0  # an engine may be silent for as long as this many of its slowest steps
 
 
 class Watchdog:
-    """Watches the steps of one engine. The engine passes the times, in seconds of its clock."""
+    """Detects that an engine hangs, from the times of its steps. The engine passes the times, in
+    seconds of its clock.
+    """
 
     def __init__(self) -> None:
         self._step_times = LogHistogram()
@@ -187,21 +194,22 @@ class Watchdog:
         self._started_s = now
 
     def finish_step(self, now: float) -> None:
-        """The step that began last has ended, or failed."""
+        """Record that the current step has ended, or failed."""
         assert self._started_s is not None
         self._step_times = self._step_times.with_sample(now - self._started_s)
         self._started_s = None
         self._progressed_s = now
 
     def reset(self, now: float) -> None:
-        """Restart the timeout: only now can the engine advance, as work came or a reader made room.
+        """Restart the timeout, because the engine can advance only now: work came, or a reader made
+        room.
 
-        An engine that may not advance does not hang.
+        An engine that cannot advance does not hang.
         """
         self._progressed_s = now
 
     def health(self, now: float, *, has_work: bool) -> EngineHealth:
-        """The health at `now`. `has_work`: some sequence has a reader that takes its events."""
+        """The health at `now`. `has_work`: whether some sequence can advance."""
         slowest_s = self._step_times.quantile(0.99)
         timeout_s = max(_LEAST_S, _NUM_STEPS * (slowest_s or 0.0))
         started_s = self._started_s

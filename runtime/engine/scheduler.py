@@ -1,4 +1,4 @@
-"""The scheduler: which sequences compute in the next step. Admission, KV blocks, preemption."""
+"""The scheduler: admits and preempts sequences, and chooses the sequences of the next step."""
 
 from bisect import insort
 from collections import deque
@@ -17,15 +17,17 @@ class Scheduler:
 
     Each step first serves running decodes, then prefills in chunks. Sequences join and leave at
     every step. A prompt reserves all its blocks when it is admitted, so only decodes run out of
-    blocks; then the running sequence last in rank (priority, arrival) is preempted, and recomputed
-    later. The first in rank is never preempted for another sequence, and a pool holds the longest
-    sequence: so some sequence always advances. Blocks that become free go to waiting sequences and
-    reservations in order of arrival. A sequence that adopted a reservation holds its blocks and
-    waits for a slot. Blocks of a prompt that another sequence has computed, or computes in this
-    step, are not computed again (`reuse`).
+    blocks. Then the running sequence last in rank (priority, arrival) is preempted, and recomputed
+    later. The first in rank is never preempted for another sequence, and the pool can hold the
+    longest sequence, so some sequence always advances.
 
-    `on_kv_progress` is called after each step but the last of a prompt that is to be exported, with
-    its lease and its number of computed blocks of full attention.
+    Blocks that become free go to waiting sequences and reservations in order of arrival. A sequence
+    that adopted a reservation has its blocks, and waits only for a slot. `reuse` finds the blocks
+    of a prompt that another sequence has computed, or computes in this step. Such blocks are not
+    computed again.
+
+    `on_kv_progress` is called after each step of a prompt that is to be exported, except the last
+    step. It gets the prompt's lease and its number of computed blocks of full attention.
     """
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
@@ -37,10 +39,10 @@ class Scheduler:
         self.adopted: deque[Sequence] = deque()
         self.reservations: deque[Reservation] = deque()
         self.num_preemptions = 0
-        self.is_due = False  # a change since the last schedule may change who computes
+        self.is_due = False  # whether waiting sequences may advance since the last schedule
         self.on_kv_progress: Callable[[Lease, int], None] = lambda lease, num_blocks: None
-        self._needs_idle = False  # no step may be launched when the next step is collected
-        self._starved: int | None = None  # arrival of the sequence that waits for blocks
+        self._needs_idle = False  # equal blocks wait to be merged while no step computes
+        self._starved: int | None = None  # the arrival of the sequence that waits for blocks
         # Keeps decodes from running dry right after an admission; vLLM's watermark of one per cent.
         self._watermark = pool.num_blocks // 100
         self._max_chunk = limits.max_chunk
@@ -63,7 +65,7 @@ class Scheduler:
         return total
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. A sequence that has a lease only waits for a slot."""
+        """Queue a sequence. A sequence with a lease waits only for a slot."""
         if sequence.lease is None:
             self.reuse.find(sequence)
             insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
@@ -71,7 +73,7 @@ class Scheduler:
             self.adopted.append(sequence)
 
     def mark_due(self) -> None:
-        """A sequence came, or blocks or a slot became free: waiting sequences may advance."""
+        """Note that waiting sequences may advance: one came, or blocks or a slot became free."""
         has_slot = (self.waiting or self.adopted) and self._num_slots > 0
         if has_slot or self.reservations:
             self.is_due = True
@@ -90,17 +92,18 @@ class Scheduler:
         return self.limits.max_num_seqs - sum(not running.is_ending for running in self.running)
 
     def schedule(self) -> Batch:
-        """The next step, with its blocks reserved. Empty when no sequence can advance."""
+        """Schedule the next step and reserve its blocks. Empty if no sequence can advance."""
         self._needs_idle = False
         return self._schedule()
 
     def schedule_next(self) -> Batch:
-        """The step after the launched steps, scheduled before they have sampled, as if no answer
-        ended with their tokens. Tokens that are computed for an answer that does end are dropped.
+        """Schedule the step after the launched steps before they have sampled, as if no answer
+        ended with their tokens. Tokens computed for an answer that does end are dropped.
 
-        Empty also when the outcome of launched steps decides who computes next: a sequence needs a
-        block that only a preemption gives, a reader has room for the events of one step alone, or
-        equal blocks are to be merged, which needs a moment when no step computes.
+        The batch is also empty if the outcome of launched steps decides who computes next: a
+        sequence needs a block that only a preemption frees, a mailbox has room for the events of
+        one step alone, or equal blocks wait to be merged, which needs a moment when no step
+        computes.
         """
         is_narrow = any(sequence.mailbox.num_free == 1 for sequence in self.running)
         num_blocks_missing = sum(map(self._num_lacking, (*self.running, *self.adopted)))
@@ -110,10 +113,10 @@ class Scheduler:
 
     def unschedule(self, batch: Batch, *, has_begun: bool = False) -> None:
         """Make the tokens of a batch from `schedule_next` pending again: the batch was cancelled,
-        or computed after a step that failed. Sequences that it admitted stay, with their blocks.
+        or computed after a failed step. Sequences that the batch admitted keep their blocks.
 
-        A batch that `has_begun` may have advanced recurrent states in place. States cannot go back,
-        so those sequences are preempted, but for sequences that end with the step before.
+        A batch that `has_begun` may have overwritten recurrent states, which cannot go back. Its
+        sequences are then preempted, except sequences of the failed step, which end anyway.
         """
         batch.end()
         self._budget.undo()
@@ -122,7 +125,7 @@ class Scheduler:
                 lease = sequence.lease
                 if lease is None or sequence.num_launched:
                     continue
-                if lease.state_at(start) is lease.snapshot:
+                if lease.state_at(start) is lease.state_blocks:
                     self._preempt(sequence)
 
     def update(self, batch: Batch, broken_rows: Collection[int]) -> None:
@@ -163,7 +166,7 @@ class Scheduler:
         self.grant_reservations()
         batch = self._budget.share(decodes, prefills)
         if len(decodes) > batch.num_decodes:
-            for sequence in batch.decodes:  # they take turns
+            for sequence in batch.decodes:  # decodes past the budget take turns
                 self.running.remove(sequence)
                 self.running.append(sequence)
         if self._keeps_states:
@@ -172,16 +175,16 @@ class Scheduler:
         return batch
 
     def _adopt(self) -> None:
-        """Start adopted sequences before others: waiting sequences may need their blocks."""
+        """Start adopted sequences first: they hold blocks that waiting sequences may need."""
         if self.adopted:
             for _ in range(min(self._num_slots, len(self.adopted))):
                 self.running.append(self.adopted.popleft())
 
     def _grow(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Give running sequences the blocks of their next step. Return sequences that decode, and
-        sequences that compute a prompt.
+        """Lease the blocks of the next step of running sequences. Return the decodes and the
+        prefills.
 
-        A prompt has its blocks from the start, but for layers with a window, which slides.
+        A prompt has its blocks from its admission on, but a window takes new blocks as it slides.
         """
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
@@ -202,7 +205,7 @@ class Scheduler:
         return decodes, prefills
 
     def _num_lacking(self, sequence: Sequence) -> int:
-        """Blocks that the next step of a sequence needs beyond its lease."""
+        """The number of blocks that the next step of a sequence needs beyond its lease."""
         lease = sequence.lease
         if lease is None or sequence.num_known <= lease.capacity:
             return 0
@@ -210,7 +213,9 @@ class Scheduler:
         return self.pool.num_blocks_missing(lease, sequence.num_known - num_beyond)
 
     def _make_room(self, sequence: Sequence, lease: Lease, num_tokens: int) -> bool:
-        """Give a sequence its next blocks, and preempt the last in rank for them if need be."""
+        """Extend a lease to `num_tokens`, and preempt the sequences last in rank if blocks are
+        lacking. Return False if `sequence` itself was preempted.
+        """
         while self.pool.num_blocks_missing(lease, num_tokens) > self.pool.num_available:
             victim = max(self.running, key=lambda running: running.rank)
             self._preempt(victim)
@@ -231,8 +236,8 @@ class Scheduler:
         self.add(sequence)
 
     def grow_for_drafts(self, sequence: Sequence, num_drafts: int) -> int:
-        """How many draft tokens a sequence may compute after its known tokens, at most
-        `num_drafts`. Its lease grows by blocks that are free and that no sequence waits for.
+        """Extend the lease of a sequence for at most `num_drafts` draft tokens, by blocks that are
+        free and that no sequence waits for. Return how many of the tokens fit.
         """
         lease, num_known = sequence.lease, len(sequence.tokens)
         assert lease is not None
@@ -243,19 +248,19 @@ class Scheduler:
         return min(num_drafts, lease.capacity - num_known)
 
     def _keep_states(self, batch: Batch) -> None:
-        """Keep the recurrent state of prompts that go on at the end of a block, so that others find
-        it, if blocks are to spare: at most one snapshot a chunk, evicted as other blocks are.
+        """Keep snapshots of recurrent states for other sequences, if blocks are to spare: one when
+        a chunk of a prompt starts at a block boundary. Snapshots are evicted like other blocks.
         """
         size, num_blocks = self.pool.block_size, self.pool.shape.num_state_blocks
         for sequence, start in zip(batch.sequences, batch.starts, strict=True):
             lease = sequence.lease
             if lease is None or start % size or not 0 < start <= sequence.num_prompt:
                 continue
-            if self._has_spare(num_blocks) and lease.state_at(start) is lease.snapshot:
+            if self._has_spare(num_blocks) and lease.state_at(start) is lease.state_blocks:
                 self.pool.keep_state(lease, start)
 
     def _has_spare(self, num_blocks: int) -> bool:
-        """Whether so many blocks are available, and neither a sequence nor a reservation waits."""
+        """Whether `num_blocks` are available, and neither a sequence nor a reservation waits."""
         return self._starved is None and not self.reservations and self._fits(num_blocks)
 
     def _fits(self, num_blocks: int) -> bool:
@@ -279,7 +284,7 @@ class Scheduler:
             if self.reuse.is_awaited(sequence, computing):
                 continue
             if not self._lease(sequence):
-                # Later sequences do not overtake it: a large prompt would wait for ever.
+                # Later sequences do not overtake this one: a large prompt would wait for ever.
                 self._starved = sequence.arrival
                 break
             admitted.append(sequence)
@@ -290,7 +295,9 @@ class Scheduler:
         return admitted
 
     def _lease(self, sequence: Sequence) -> bool:
-        """Lease blocks for all known tokens and the next token, cached blocks first."""
+        """Lease blocks for all known tokens, with the cached prefix first. Return False if blocks
+        are lacking, or an older reservation waits.
+        """
         if self.reservations and self.reservations[0].arrival < sequence.arrival:
             return False
         prefix = self.reuse.usable(sequence)
@@ -300,13 +307,13 @@ class Scheduler:
         return True
 
     def reserve(self, reservation: Reservation) -> None:
-        """Queue for blocks that another pool will fill. Sets `reservation.granted` with a lease."""
+        """Queue a reservation. `reservation.granted` is set once it has a lease."""
         self.reservations.append(reservation)
         self.grant_reservations()
         self.mark_due()
 
     def withdraw(self, reservation: Reservation) -> None:
-        """Stop waiting, or give a granted lease back."""
+        """Take a reservation out of the queue, or free the lease that it has got."""
         if reservation.lease is not None:
             self.pool.advance(reservation.lease, "cancel")
         elif reservation in self.reservations:
@@ -314,7 +321,7 @@ class Scheduler:
             self.grant_reservations()
 
     def grant_reservations(self) -> None:
-        """Serve reservations in order of arrival, after older sequences that wait for blocks."""
+        """Grant reservations in order of arrival, after older sequences that wait for blocks."""
         while self.reservations:
             reservation = self.reservations[0]
             if self._starved is not None and self._starved < reservation.arrival:

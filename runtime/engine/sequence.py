@@ -28,8 +28,8 @@ class Sequence:
     `lease` and `num_computed` and keeps `tokens`, so a preempted sequence resumes on the same code
     path.
 
-    Launched steps compute the next `num_launched` tokens and sample `num_sampling` more tokens.
-    Tokens after those are pending.
+    Launched steps compute the next `num_launched` tokens after the computed tokens, and sample
+    `num_sampling` more tokens. Tokens after the launched tokens are pending.
     """
 
     __slots__ = (
@@ -63,22 +63,22 @@ class Sequence:
         self.num_sampling = 0
         self.num_preemptions = 0
         self.lease: Lease | None = None
-        self.keys: list[BlockKey] = []  # of full blocks, hashed as they are needed
+        self.keys: list[BlockKey] = []  # of full blocks, hashed when first needed
         self.cached_prefix: list[PrefixNode] = []  # published blocks found while the sequence waits
         self.num_cached: int | None = None  # prompt tokens reused when blocks were first leased
         self.max_output = max_output  # by max_tokens and by the context limit
         self.stop_ids = stop_ids
         self.output_text = output_text
         self.stamps = UNSTARTED
-        self.forced_end: FinishReason | None = None  # ends the sequence before its answer does
-        # Prompt tokens that need no logprob (any more). The first token has no logprob.
+        self.forced_end: FinishReason | None = None  # ends the sequence before its answer is whole
+        # Prompt tokens whose logprob is computed, or is not wanted. The first token has no logprob.
         self.num_scored = 1 if _wants_prompt_logprobs(state) else self.num_prompt
         self.prompt_logprobs: list[TokenLogprob] = []
         self._allowed_ids: array[int] | None = None
 
     @property
     def num_known(self) -> int:
-        """Tokens, and tokens that launched steps sample."""
+        """The number of tokens, including tokens that launched steps are sampling."""
         return len(self.tokens) + self.num_sampling
 
     @property
@@ -115,17 +115,17 @@ class Sequence:
 
     @property
     def allowed_ids(self) -> "array[int]":
-        """`allowed_token_ids` of the sampling options, as plain numbers."""
+        """`allowed_token_ids` of the sampling options, as an array."""
         # Converted once: a long tuple takes milliseconds to convert, and every step reads the ids.
         if self._allowed_ids is None:
             self._allowed_ids = array("q", self.state.sampling.allowed_token_ids)
         return self._allowed_ids
 
     def adopt(self, lease: Lease) -> None:
-        """Begin after the tokens that an imported or held lease covers."""
+        """Take over an imported or held lease. Computing begins after the tokens that it covers."""
         self.lease = lease
         self.num_computed = lease.num_tokens
-        self.num_cached = 0  # the engine that computed the tokens has counted them
+        self.num_cached = 0  # the engine that computed the tokens has counted its cached tokens
 
     # ---- prompt logprobs -----------------------------------------------------------------------
 
@@ -135,8 +135,9 @@ class Sequence:
         return self.num_scored < self.num_prompt
 
     def unscored(self, query_len: int) -> range:
-        """Positions whose logprobs the next `query_len` pending tokens give: the logits of a token
-        score the token after it. Tokens computed again after a preemption are not scored again.
+        """The prompt positions that are scored if the next `query_len` pending tokens are computed:
+        the logits of a token score the next token. Tokens computed again after a preemption are not
+        scored again.
         """
         start, end = self.num_scheduled + 1, self.num_scheduled + query_len + 1
         return range(max(start, self.num_scored), min(end, self.num_prompt))
@@ -146,7 +147,7 @@ class Sequence:
         self.num_scored = positions.stop
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """The prompt's logprobs, for the first event; afterwards the sequence has none."""
+        """Return the prompt's logprobs, for the first event, and drop them."""
         if not self.prompt_logprobs:
             return ()
         logprobs, self.prompt_logprobs = tuple(self.prompt_logprobs), []
@@ -178,8 +179,8 @@ class Sequence:
         )
 
     def last_event(self, now: float, reason: FinishReason) -> TokenEvent:
-        """The last event of a sequence that sampled no last token. After "stop" the event has the
-        text that was still held back.
+        """Create the event that ends a sequence without a last token. After "stop" it has the text
+        that was still held back.
         """
         self.stamps = msgspec.structs.replace(self.stamps, finished_s=now)
         return self._event(
@@ -238,11 +239,11 @@ class Sequence:
         return num_taken, text, reason, stop_reason
 
     def check_stop(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
-        """For the newest token: text that may be shown, why the answer ends (or None), and the stop
-        string or stop token that matched.
+        """Check whether the newest token ends the answer. Return the text that may be shown, the
+        finish reason or None, and the stop string or stop token that matched, or None.
 
         The text of a stop token is shown only with `include_stop_str_in_output`. An end-of-text
-        token is no stop reason, as in the OpenAI API.
+        token is not reported as a stop reason, as in the OpenAI API.
         """
         if token_id in self.stop_ids and self.num_output > self.sampling.min_tokens:
             named = token_id in self.sampling.stop_token_ids
@@ -259,10 +260,14 @@ class Sequence:
         return self.output_text.push(token_id) if self.output_text else ("", None)
 
     def _held_text(self) -> tuple[str, str | None]:
-        """Text that was held back, and the stop string in it: no token follows."""
+        """Return the text that was held back, and the stop string in it, or None. No token may
+        follow.
+        """
         return self.output_text.finish() if self.output_text else ("", None)
 
 
 def _wants_prompt_logprobs(state: SequenceState) -> bool:
-    """A resumed sequence gave the logprobs of its prompt before its first token."""
+    """Whether logprobs of the prompt are wanted. A resumed sequence has reported them already, with
+    its first token.
+    """
     return state.sampling.prompt_logprobs is not None and not state.emitted_token_ids

@@ -15,9 +15,9 @@ from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.port import EngineFacts
 
-_MEMORY_PART = 0.25  # of free memory: weights, activations and other engines need the rest
+_MEMORY_PART = 0.25  # of free memory: the rest is for weights, activations and other engines
 _LEAST_PART = 0.05  # of free memory, if weights seem to leave less: they may be loaded already
-_STEPS_UNDER_WAY = 2  # with async scheduling: one computes, the next is launched
+_STEPS_UNDER_WAY = 2  # with async scheduling: one step computes, the next is launched
 _NUM_LONGEST = 8  # sequences of full length that the default pool holds, with all windows
 _SHORTEST = 2  # a prompt of one token, and its answer
 
@@ -26,7 +26,9 @@ P = TypeVar("P", bound=PagedOptions)
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """The pool and context limit of one replica. All engines of a model share `weight_bytes`."""
+    """The pool size and the context limit of one replica. Engines of one model share the weights,
+    which take `weight_bytes` once.
+    """
 
     num_blocks: int
     max_model_len: int
@@ -53,9 +55,9 @@ def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
 def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
     """Size the pool for `memory_bytes` of free memory.
 
-    The pool must hold one sequence of full length, so that some sequence can always advance.
-    Without options that say otherwise, the context limit shrinks to the tokens that memory holds.
-    Raises EngineOptionError.
+    The pool must hold one sequence of full length, so that some sequence can always advance. If no
+    option sets the pool size or the context limit, the context limit shrinks to the tokens that the
+    memory holds. Raises EngineOptionError.
     """
     block_bytes, shape = kv_blocks(options, facts).block_bytes, lease_shape(options, facts)
     longest = min(options.max_model_len or facts.max_model_len, facts.max_model_len)
@@ -88,7 +90,7 @@ def kv_blocks(options: SizedOptions, facts: ModelFacts) -> KVBlocks:
 
 
 def lease_shape(options: SizedOptions, facts: ModelFacts) -> LeaseShape:
-    """How many blocks of a pool a sequence takes."""
+    """The shape of leases: how many blocks of a pool a sequence takes."""
     blocks = kv_blocks(options, facts)
     return LeaseShape(
         options.block_size,
@@ -118,7 +120,7 @@ def _check_room(
 
 
 def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
-    """The memory of loaded weights. Norms and biases are counted as weights of a linear.
+    """The memory of loaded weights, in bytes. Norms and biases are counted like weights of linears.
 
     The embedding stays as it is stored, even if its copy for the logits is quantised.
     """
@@ -133,7 +135,7 @@ def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
 
 
 def _weight_bytes(bits: int) -> float:
-    """Bytes of one weight, with its share of the group's scale in float16."""
+    """Bytes of one weight of `bits` bits, with its share of the group's scale in float16."""
     return (bits + 16 / GROUP_SIZE) / 8
 
 
@@ -173,14 +175,16 @@ def _digest(value: object) -> str:
 
 
 def resized(options: P, num_blocks: int | None) -> P:
-    """The options with a pool of `num_blocks`; the same options if that is None."""
+    """The options with a pool of `num_blocks`; unchanged options if `num_blocks` is None."""
     return (
         options if num_blocks is None else replace(options, num_blocks=num_blocks, kv_memory=None)
     )
 
 
 def sizes(options: PagedOptions, sizing: Sizing) -> dict[str, int]:
-    """Options that fix the size of the pool, if they left it to the size of memory."""
+    """The options that fix the size of the pool, if the user left the size to the memory; else
+    none.
+    """
     if options.num_blocks is not None or options.kv_memory is not None:
         return {}
     return {"num_blocks": sizing.num_blocks, "max_model_len": sizing.max_model_len}
@@ -189,7 +193,7 @@ def sizes(options: PagedOptions, sizing: Sizing) -> dict[str, int]:
 def facts_view(
     options: SizedOptions, folder: ModelFolder, sizing: Sizing, *, pool_bytes: int
 ) -> EngineFactsView:
-    """The facts of an engine for graph checks. `pool_bytes`: the real memory that the pool takes.
+    """The facts of an engine for graph checks. `pool_bytes`: the memory that the pool really takes.
     Raises EngineOptionError.
     """
     facts, model = engine_facts(options, folder, sizing), folder.facts

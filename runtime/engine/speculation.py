@@ -16,21 +16,23 @@ from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.port import DraftCounts
 
-# Of one sequence.
-_DECAY = 0.75  # of what is remembered, per step with drafts: the last four count most
-_PRIOR = 2.0  # the engine's own rate counts as much as so many tested tokens
+log = get_logger("sagellm.engine")
+
+# For the draft length of one sequence.
+_DECAY = 0.75  # weight of older drafts, for each step with drafts: the last four steps count most
+_PRIOR = 2.0  # the rate of the engine counts as much as this number of tested tokens
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 256  # steps without a draft
 
-# Of steps.
-_WEIGHT = 0.2  # of the newest step of a size
-_OUTLIER = 2.0  # times the mean that a step counts at most: the machine was busy elsewhere
-_FINE = 16  # up to so many rows, each number of rows has a mean of its own
+# For the times of steps.
+_WEIGHT = 0.2  # of the newest step in the mean of its size
+_OUTLIER = 2.0  # a step counts as at most this multiple of the mean: the machine was busy elsewhere
+_FINE = 16  # up to this number of rows, each number of rows has a mean of its own
 _NEAR = 1.5  # a size that differs by more than this factor says little about a step
-_LEAST = 0.1  # the least price of a row: drafts right less often than that only fill the batch
+_LEAST = 0.1  # the least price of a row: drafts that are right less often only fill the batch
 
 
 class Acceptance:
-    """The rate at which draft tokens are accepted; the latest drafts count most."""
+    """The rate at which draft tokens are accepted, with more weight on the latest drafts."""
 
     def __init__(self, decay: float, right: float = 0.0, tested: float = 0.0) -> None:
         self._decay = decay
@@ -43,16 +45,17 @@ class Acceptance:
         self._tested = self._tested * self._decay + min(num_drafts, num_right + 1)
 
     def rate(self, prior: float) -> float:
-        """The rate, drawn towards `prior` while few drafts were tested."""
+        """The rate. It is near `prior` while few drafts have been tested."""
         return (self._right + _PRIOR * prior) / (self._tested + _PRIOR)
 
 
 class DraftLength:
     """The draft length of one sequence, at most `most` tokens.
 
-    It grows by one when all drafts were right. When a draft was wrong it halves, but not below the
-    number of right drafts. When not even one token pays, the sequence pauses, each time for twice
-    as many steps, and then drafts a single token on trial. It counts steps and has no clock.
+    The length grows by one when all drafts were right. When a draft was wrong, the length halves,
+    but not below the number of right drafts. When not even one token pays, the sequence pauses,
+    each time for twice as many steps, and then drafts a single token on trial. Pauses are counted
+    in steps, not in seconds.
     """
 
     def __init__(self, most: int) -> None:
@@ -64,10 +67,10 @@ class DraftLength:
         self._is_on_trial = False
 
     def next(self, price: float, prior: float) -> int:
-        """Tokens to draft in this step.
+        """Choose the number of tokens to draft in this step.
 
-        `price`: answer tokens that the time of one more row would give without drafts. `prior`: the
-        acceptance rate of the whole engine.
+        `price`: the cost of one more row, in the answer tokens that steps without drafts give in
+        the same time. `prior`: the acceptance rate of the whole engine.
         """
         if self._pause:
             self._pause -= 1
@@ -80,7 +83,7 @@ class DraftLength:
         return length
 
     def learn(self, num_drafts: int, num_right: int) -> None:
-        """Take the outcome of a step with at least one draft."""
+        """Record the outcome of a step with at least one draft."""
         self._acceptance.learn(num_drafts, num_right)
         was_trial, self._is_on_trial = self._is_on_trial, False
         if num_right == num_drafts:
@@ -107,7 +110,7 @@ def _affordable(price: float, rate: float) -> int:
 
 @dataclass(slots=True)
 class _Size:
-    """Steps of about the same number of rows: their mean rows and seconds."""
+    """The mean number of rows, and the mean seconds, of steps of about the same size."""
 
     rows: float
     seconds: float
@@ -118,10 +121,11 @@ class _Size:
 
 
 class StepTimes:
-    """Moving averages of step time by number of rows. A line through nearby sizes prices a row.
+    """Moving averages of the step time, by number of rows. The slope of a line through the averages
+    of nearby sizes is the time of one more row.
 
-    Each size counts once, however often it was seen: steps without drafts are rare when all drafts
-    are right. Only steps without prompts are observed.
+    Each size counts once, however often it was observed: steps without drafts are rare when all
+    drafts are right. Only steps without prompts are observed.
     """
 
     def __init__(self) -> None:
@@ -135,11 +139,12 @@ class StepTimes:
             self._sizes[key] = _Size(rows, seconds)
 
     def price(self, num_decodes: int, num_rows: int, *, most: int, token_s: float) -> float:
-        """Answer tokens that steps without drafts give in the time of one more row, at least 0.1.
+        """The cost of one more row, in the answer tokens that steps without drafts give in the same
+        time. At least 0.1.
 
-        A step of `num_rows` rows gives `num_decodes` sequences one token each; with every draft it
-        has `most` rows. Drafting a token takes `token_s`. At a price of 1, a row costs what a token
-        costs, so not even a sure draft gains anything.
+        Without drafts, the step has `num_rows` rows and gives `num_decodes` tokens. With every
+        draft it has `most` rows. `token_s`: the time to draft one token, in seconds. At a price of
+        1 a row costs as much as a token is worth, so not even a sure draft gains anything.
         """
         near = [
             size
@@ -158,35 +163,36 @@ class StepTimes:
 
 
 def _key(rows: int) -> int:
-    """The number of rows itself up to 16, rounded down to three binary digits beyond."""
+    """The size class of a step: the number of rows, up to 16. Above 16 the number is rounded down
+    to its three leading binary digits.
+    """
     coarse = max(0, rows.bit_length() - 3) if rows > _FINE else 0
     return rows >> coarse << coarse
 
 
-log = get_logger("sagellm.engine")
-
-_PLAIN_EVERY = 64  # steps: the time of a step without drafts must be known to price drafts
+_PLAIN_EVERY = 64  # steps between two steps without drafts, whose time is needed to price drafts
 _ENGINE_DECAY = 0.98
 
 
 class Drafter(Protocol):
-    """Guesses the next tokens of sequences, and keeps what it needs of each until `forget`."""
+    """Guesses the next tokens of sequences. It may keep data of each sequence until `forget`."""
 
     async def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
-        """Draft at most `wanted[sequence]` next tokens of each sequence; leave out sequences that
-        the drafter has no draft for.
+        """Draft at most `wanted[sequence]` next tokens of each sequence. Sequences without a draft
+        are left out of the result.
 
-        `Sequence.tokens` may have grown since the last call, but not changed.
+        Since the previous call, `Sequence.tokens` may have grown, but earlier tokens have not
+        changed.
         """
         ...
 
     @property
     def token_s(self) -> float:
-        """Seconds that one draft token took lately."""
+        """The recent mean time to draft one token, in seconds."""
         ...
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has left the engine. An unknown sequence is ignored."""
+        """Drop the data of a sequence that has left the engine. Ignores an unknown sequence."""
         ...
 
     def clear(self) -> None:
@@ -197,9 +203,9 @@ class Drafter(Protocol):
 class Speculation:
     """Drafts up to `num_tokens` tokens for sequences that decode, as long as drafts pay.
 
-    A sequence drafts from its second token on: the first token belongs to the prefill. Drafts take
-    the tokens of a step that prompts leave, and blocks that no sequence waits for. Draft lengths
-    depend on tokens and on step times, but no token ever depends on a draft.
+    A sequence drafts from its second token on: the first token belongs to the prefill. Drafts use
+    the part of the token budget that prompts leave, and blocks that no sequence waits for. Draft
+    lengths depend on tokens and on step times, but sampled tokens never depend on drafts.
     """
 
     def __init__(self, drafter: Drafter, num_tokens: int) -> None:
@@ -220,7 +226,9 @@ class Speculation:
         return DraftCounts(self._num_drafts, self._num_draft_tokens, tuple(self._accepted_at))
 
     async def extend(self, batch: Batch, scheduler: Scheduler) -> None:
-        """Add drafts to the decodes of a scheduled batch, which must run next."""
+        """Draft tokens for the decodes of a scheduled batch, and add the drafts to the batch. The
+        batch must be the next to run.
+        """
         room = scheduler.limits.max_num_batched_tokens - batch.num_tokens
         wanted = {} if self._is_plain(batch) else self._wanted(batch, room)
         if wanted:
@@ -233,13 +241,15 @@ class Speculation:
         self._started_s = trio.current_time()
 
     def observe(self, batch: Batch) -> None:
-        """Note the time of the step that was extended last, now that it has run."""
+        """Record the time of the step whose batch was passed to `extend` last. Called after the
+        step.
+        """
         if batch.is_decoding:
             self._step_times.observe(batch.num_tokens, trio.current_time() - self._started_s)
             self._until_plain = self._until_plain - 1 if batch.drafts else _PLAIN_EVERY
 
     def learn(self, sequence: Sequence, num_drafts: int, num_right: int) -> None:
-        """Take the outcome of the drafts of one sequence."""
+        """Record how many drafts of one sequence were right."""
         if not num_drafts:
             return
         self._lengths[sequence].learn(num_drafts, num_right)
@@ -262,7 +272,7 @@ class Speculation:
         return self._is_broken or (self._until_plain <= 0 and batch.is_decoding)
 
     def _wanted(self, batch: Batch, room: int) -> dict[Sequence, int]:
-        """The number of tokens to draft for each sequence, at most `room` in all."""
+        """Choose how many tokens to draft for each sequence, at most `room` in all."""
         decodes = batch.decodes
         num_rows, num_drafts = batch.num_tokens, min(room, len(decodes) * self._num_tokens)
         price = self._step_times.price(
@@ -292,15 +302,17 @@ class Speculation:
             return {}
 
 
-# A sequence, the rows of `Sampled` that count for it, and whether the row after them is broken.
+# A sequence, its accepted rows of `Sampled`, and whether the next row has broken logits.
 Verified: TypeAlias = tuple[Sequence, range, bool]
 
 
 def verified(batch: Batch, sampled: Sampled) -> Iterator[Verified]:
-    """The rows that count for every sampling sequence: one, and one more for each right draft.
+    """Yield, for each sampling sequence, the rows of accepted tokens: one row, and one more for
+    each right draft.
 
-    Each token was sampled after the tokens before it, so it is what a step of its own would have
-    sampled. The first token that differs from its draft counts too, and is the last that counts.
+    Each accepted token was sampled after right tokens only, so a step without drafts would have
+    sampled it too. This includes the first token that differs from its draft; later rows are not
+    accepted.
     """
     if not batch.drafts and not sampled.broken:  # most steps
         yield from zip(batch.sampling, map(range, count(), count(1)), repeat(False), strict=False)
@@ -317,6 +329,6 @@ def verified(batch: Batch, sampled: Sampled) -> Iterator[Verified]:
 
 
 def _num_right(drafts: Items[int], token_ids: Items[int]) -> int:
-    """How many drafts were sampled as guessed, up to the first wrong draft."""
+    """The number of drafts before the first that differs from its sampled token."""
     pairs = enumerate(zip(drafts, token_ids, strict=False))
     return next((at for at, (guess, token_id) in pairs if guess != token_id), len(drafts))

@@ -1,4 +1,4 @@
-"""The cost of a step as a pure function of its batch, and the sequences of a modelled engine."""
+"""The cost of a step as a pure function of its batch, and the records of `EngineModel`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sagellm.runtime.messages import FinishReason
 
-# One sequence of a step: its first token to compute, how many tokens, tokens of its prompt.
+# One sequence of a step: position of the first token to compute, number of tokens, prompt length.
 StepRow = tuple[int, int, int]
 
 
@@ -14,9 +14,9 @@ class StepShape(NamedTuple):
     """The counts that the cost of a step depends on.
 
     `num_prefill_tokens`: computed tokens of prompts, and of answers that are computed again. Cached
-    tokens count as context instead. `num_prefill_pairs`: pairs of such a token and a token that it
-    attends to, itself included. `num_decode_rows`: sequences that compute the token sampled last.
-    `num_context_tokens`: the contexts of all rows, decodes and prefills, after the step.
+    tokens count as context instead. `num_prefill_pairs`: pairs of a prefill token and a token that
+    it attends to, itself included. `num_decode_rows`: sequences that compute only their last
+    sampled token. `num_context_tokens`: the sum of the context lengths of all rows after the step.
     """
 
     num_prefill_tokens: int
@@ -44,7 +44,9 @@ def step_shape(rows: Iterable[StepRow]) -> StepShape:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of a step, and seconds of one of each that `StepShape` counts."""
+    """The coefficients of the time of a step, in seconds. `step_s`: the fixed cost of a step. The
+    other fields: the cost of one unit of each count in `StepShape`.
+    """
 
     step_s: float
     prefill_token_s: float
@@ -53,7 +55,7 @@ class StepCost:
     context_token_s: float = 0.0
 
     def seconds(self, shape: StepShape) -> float:
-        """The duration of a step."""
+        """The duration of a step, in seconds."""
         return (
             self.step_s
             + shape.num_prefill_tokens * self.prefill_token_s
@@ -63,8 +65,9 @@ class StepCost:
         )
 
     def run_seconds(self, first: StepShape, num_steps: int) -> float:
-        """The duration of consecutive steps in which all rows decode. `first` is the first step;
-        in each step after it, the context of each row is one token longer.
+        """The duration, in seconds, of `num_steps` consecutive steps in which all rows decode.
+        `first` is the shape of the first step; each later step has one more context token in each
+        row.
         """
         num_grown = first.num_decode_rows * (num_steps * (num_steps - 1) // 2)
         return num_steps * self.seconds(first) + num_grown * self.context_token_s
@@ -74,10 +77,10 @@ SequenceKey = tuple[str, int]  # request id, choice
 
 
 class SequenceProgress(NamedTuple):
-    """Progress of a sequence: reported with its first token, and at its end.
+    """A report of the progress of a sequence, made with its first token and at its end.
 
-    `num_tokens`: tokens since the report before, the last of them at `at_s`. `end`: why the
-    sequence has ended; None with the first token.
+    `num_tokens`: the number of tokens since the previous report. `at_s`: the time of the last of
+    these tokens, in seconds. `end`: why the sequence has ended; None with the first token.
     """
 
     key: SequenceKey
@@ -101,7 +104,7 @@ class ModelledSequence:
     num_computed: int = 0
     num_blocks: int = 0
     num_reported: int = 0  # of the emitted tokens
-    has_reported: bool = False  # its first token
+    has_reported: bool = False  # whether its first token was reported
     is_cancelled: bool = False
 
     @property
@@ -120,8 +123,8 @@ class ModelledSequence:
 
 @dataclass(slots=True)
 class ModelledRun:
-    """Consecutive steps that compute the same rows. Only rows that all decode make a run of more
-    than one step.
+    """Consecutive steps that compute the same rows. A run has more than one step only if all rows
+    decode.
     """
 
     begun_s: float

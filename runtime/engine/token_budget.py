@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 
 class PendingPrefill(Protocol):
-    """A prompt that is to be computed. `rank`: (priority, arrival); the lowest goes first."""
+    """A prompt with tokens left to compute. `rank`: (priority, arrival); the lowest goes first."""
 
     @property
     def rank(self) -> tuple[int, int]: ...
@@ -18,27 +18,37 @@ P = TypeVar("P", bound=PendingPrefill)
 
 
 def decode_budget(budget: int, *, has_prefills: bool) -> int:
-    """The most decodes of one step. With prefills, a quarter of the budget is left for those."""
+    """The most decodes of one step. With prefills, a quarter of `budget` is left for the
+    prefills.
+    """
     return budget - max(1, budget // 4) if has_prefills and budget > 1 else budget
 
 
 def share_budget(
     prefills: Sequence[P], budget: int, chunk: Callable[[P, int], int], *, sat_out: bool
 ) -> tuple[list[tuple[P, int]], bool]:
-    """The tokens that each prompt computes, and whether the first in rank sits this step out.
+    """Divide the token budget of one step among prefills. Return each prompt that gets tokens with
+    its number of tokens, and whether the first in rank sits this step out.
 
-    Half of the budget goes to the first in rank, the rest to the shortest first, so that a short
-    prompt does not wait for a long prompt, and no prompt starves. When some prompt can be finished
-    in this step, the first in rank sits the step out, but never twice in a row (`sat_out`: it did
-    in the step before). A first token then waits for the launched step and a short step, not for
-    two full steps. `chunk(prompt, budget)`: how many tokens of a prompt a step may compute.
+    Half of the budget goes to the first in rank, so that no prompt starves. The rest goes to the
+    shortest first, so that a short prompt does not wait for a long prompt.
+
+    If some other prompt can be finished in this step, the first in rank sits the step out, but
+    never twice in a row. The first token of the finished prompt then waits for the launched step
+    and a short step, not for two full steps. `sat_out`: whether the first in rank sat out the
+    previous step.
+
+    `chunk(prompt, budget)`: the number of tokens of a prompt that a step with `budget` tokens left
+    may compute.
     """
     first = min(prefills, key=lambda prefill: prefill.rank)
     others = [prefill for prefill in prefills if prefill is not first]
     others.sort(key=lambda prefill: (prefill.rank[0], prefill.num_pending))
+    # Set aside before the other prompts take their shares, so that the first in rank advances.
     half = chunk(first, (budget + 1) // 2)
     rest = budget - half
     ending = [prefill for prefill in others if prefill.num_pending <= rest]
+    # The first in rank does not sit out a step that can finish it.
     sits_out = bool(ending) and first.num_pending > half and not sat_out
     shares: list[tuple[P, int]] = []
     for prefill in ending if sits_out else others:
@@ -46,6 +56,7 @@ def share_budget(
         if share:
             shares.append((prefill, share))
         rest -= share
+    # Tokens that the other prompts leave go to the first in rank.
     whole = 0 if sits_out else chunk(first, half + rest)
     if whole:
         shares.append((first, whole))

@@ -1,5 +1,5 @@
-"""Calls to the worker of an engine replica: questions, which the worker answers once each, and
-messages without an answer.
+"""Calls to the worker of an engine replica: questions, each of which the worker answers once, and
+notices, which have no answer.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from sagellm.runtime.comm.protocol import (
 )
 from sagellm.runtime.port import DamagedBlocks, EngineLost, EngineRefusal, LossCause, StaleLease
 
-LEASE_S = 10.0  # an exported lease ends after that time, unless its receiver holds it
+LEASE_S = 10.0  # an exported lease ends after this time, unless its receiver renews it
 
 Question: TypeAlias = Callable[
     [int], Submit | Import | Export | ExportChunk | Receive | ReceiveChunk | Idle
@@ -43,8 +43,8 @@ Notice: TypeAlias = Cancel | Release | RenewLease | Grant | SyncCache | GrantCac
 
 @dataclass(slots=True)
 class _Call:
-    """A question under way. `done` is set with `answer`, or without an answer when the worker is
-    lost; `cause` then says how.
+    """A question that has no answer yet. `done` is set when `answer` has come, or when the worker
+    is lost; then `cause` is the cause of the loss.
     """
 
     done: trio.Event = field(default_factory=trio.Event)
@@ -53,7 +53,7 @@ class _Call:
 
 
 class WorkerCalls:
-    """Sends to the worker of one replica over `channel`, which is None while there is no worker."""
+    """Sends to the worker of one replica over `channel`, which is None while no worker runs."""
 
     def __init__(self, name: str, replica: int) -> None:
         self.channel: Channel | None = None
@@ -63,25 +63,27 @@ class WorkerCalls:
         self._calls: dict[int, _Call] = {}
 
     def require(self) -> Channel:
-        """The channel. Raises EngineLost."""
+        """The channel. Raises EngineLost if no worker runs."""
         if self.channel is None:
             raise EngineLost(self._name, self._replica)
         return self.channel
 
     def say(self, message: Notice) -> None:
-        """Send a message without an answer. A worker that is gone needs none."""
+        """Send a notice. It is dropped if the worker is gone."""
         if self.channel is not None:
-            with suppress(ChannelClosed):  # the task that receives from it reports the loss
+            # The task that receives from the channel reports the loss.
+            with suppress(ChannelClosed):
                 self.channel.put(message)
 
     async def ask(
         self, question: Question, meanwhile: Callable[[], None] | None = None
     ) -> Done | BlocksReserved | Exported:
-        """The answer to a question. Raises EngineLost, and what the worker raised. While it waits,
-        `meanwhile` is called more than once in LEASE_S.
+        """Send the message `question(call number)`, and return its answer. Raises EngineLost, and
+        the exception that the worker raised. Until the answer comes, `meanwhile` is called every
+        third of LEASE_S.
 
-        Cancellation tells the worker, and is delivered after its answer: until then the worker may
-        read or write blocks that the caller is about to free.
+        A cancellation is sent to the worker, and delivered after its answer: until then the worker
+        may read or write blocks that the caller is about to free.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         channel, number = self.require(), next(self._numbers)
@@ -110,14 +112,14 @@ class WorkerCalls:
         return call.answer
 
     def take_answer(self, answer: Done | BlocksReserved | Exported | Refused) -> None:
-        """Give an answer of the worker to the call that waits for it."""
+        """Pass an answer of the worker to the call that waits for it."""
         call = self._calls.pop(answer.call, None)
         if call is not None:
             call.answer = answer
             call.done.set()
 
     def lose(self, cause: LossCause) -> None:
-        """End all calls under way: the worker is gone."""
+        """End all open calls, because the worker is lost."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.cause = cause
@@ -125,7 +127,7 @@ class WorkerCalls:
 
 
 def _raised(refused: Refused) -> Exception:
-    """The exception that the call raised in the worker."""
+    """The exception that a call raised in the worker."""
     if refused.kind == "stale":
         return StaleLease(refused.error)
     if refused.kind == "damaged":

@@ -6,13 +6,14 @@ from sagellm.runtime.kv.prefix_tree import GroupBlocks, PrefixTree
 
 
 class PoolExhausted(RuntimeError):
-    """Fewer blocks are available than were asked for; nothing was taken."""
+    """Fewer blocks are available than were requested. No block was taken."""
 
 
 class BlockAllocator:
-    """Hands out blocks by reference. A block is free, cached (idle in `tree`) or leased.
+    """Hands out blocks, and counts the references to each block. A block is leased while it has a
+    reference. Without references it is cached, if it is published in `tree`, or else free.
 
-    `keeps_prefixes` False: published blocks become free with their last reference, not cached.
+    If `keeps_prefixes` is False, a published block becomes free with its last reference.
     """
 
     def __init__(self, num_blocks: int, tree: PrefixTree, *, keeps_prefixes: bool) -> None:
@@ -29,7 +30,7 @@ class BlockAllocator:
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be leased: cached blocks are evicted for a lease."""
+        """Blocks that can be leased: free blocks, and cached blocks, which a lease evicts."""
         return len(self.free) + self._tree.num_idle
 
     def require(self, count: int) -> None:
@@ -40,19 +41,19 @@ class BlockAllocator:
             )
 
     def num_idle(self, entries: Sequence[GroupBlocks]) -> int:
-        """Blocks of `entries` that no lease refers to."""
+        """The number of blocks of `entries` that no lease refers to."""
         references = self.references
         return sum(len(one.blocks) for one in entries if not references[one.blocks[0]])
 
     def take(self, count: int) -> list[int]:
-        """Lease `count` blocks without content, evicting as needed; the caller has called
-        `require`.
+        """Take `count` blocks with one reference each, and evict cached blocks for them as needed.
+        The caller has called `require`.
         """
         if count <= 0:
             return []
         while len(self.free) < count:
             self.free += self._tree.evict()
-        taken = self.free[: -count - 1 : -1]  # in the order of memory, where they are fresh
+        taken = self.free[: -count - 1 : -1]  # blocks that were never used come in ascending order
         del self.free[-count:]
         for block in taken:
             self.references[block] = 1
@@ -61,7 +62,9 @@ class BlockAllocator:
         return taken
 
     def refer(self, entry: GroupBlocks, priority: int) -> None:
-        """Add a reference to each block of `entry`, which may be idle."""
+        """Add a reference of a request of `priority` to each block of `entry`, which may be
+        idle.
+        """
         is_idle = not self.references[entry.blocks[0]]
         self._tree.use(entry, priority, is_idle=is_idle)
         for block in entry.blocks:
@@ -69,7 +72,7 @@ class BlockAllocator:
             self.num_leased += is_idle
 
     def give(self, blocks: list[int]) -> bool:
-        """Drop one reference to each block; whether blocks became available."""
+        """Drop one reference to each block. Return whether some block became available."""
         num_given = 0
         for block in reversed(blocks):  # deepest first: the prefix tree evicts children first
             self.references[block] -= 1

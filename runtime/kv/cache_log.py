@@ -12,7 +12,7 @@ MAX_PENDING = 4 * MAX_REPORTED
 
 
 class CacheReport(NamedTuple):
-    """The fields of `CacheChanged`, without the engine's name."""
+    """One report of a log: the fields of `CacheChanged` without engine, replica and epoch."""
 
     sequence: int
     is_first: bool
@@ -21,8 +21,8 @@ class CacheReport(NamedTuple):
 
 
 class CacheLog:
-    """Keeps changes until they are read, `MAX_PENDING` at most. When more changes come, the log
-    drops them, and its next report begins again with all stored blocks.
+    """Keeps at most `MAX_PENDING` changes until they are read. If more changes come, the log drops
+    all changes, and its next report begins again with all stored blocks.
 
     `stored` returns the hashes of all stored blocks, parents before children.
     """
@@ -30,8 +30,8 @@ class CacheLog:
     def __init__(self, stored: Callable[[], Iterable[bytes]]) -> None:
         self._stored = stored
         self._changes: dict[bytes, bool] = {}  # by block, the last change: whether it was stored
-        self._rest: deque[bytes] = deque()  # the rest of a full report, one report an item
-        self._is_due = True  # a full report
+        self._rest: deque[bytes] = deque()  # later reports of a full report
+        self._is_due = True  # whether a full report is to begin
         self._sequence = 0
 
     @property
@@ -47,13 +47,13 @@ class CacheLog:
     def note(self, block: bytes, *, is_stored: bool) -> None:
         """Record that a block was stored, or dropped."""
         if self._is_due:
-            return  # a full report says the same
+            return  # the full report will contain it
         self._changes[block] = is_stored
         if len(self._changes) > MAX_PENDING:
             self.resend_all()
 
     def take(self) -> CacheReport | None:
-        """Take the next report, of `MAX_REPORTED` blocks at most; None: nothing has changed."""
+        """Take the next report, of at most `MAX_REPORTED` blocks. None if nothing has changed."""
         if not self.has_changes:
             return None
         self._sequence += 1
@@ -77,8 +77,8 @@ class CacheLog:
 
 
 def _packed(blocks: Iterable[bytes]) -> deque[bytes]:
-    """Join hashes into pieces of `MAX_REPORTED`. There is at least one piece: an empty cache is
-    reported, too.
+    """Join hashes into pieces of at most `MAX_REPORTED` hashes. An empty cache gives one empty
+    piece, because it is reported too.
     """
     every = list(blocks)
     starts = range(0, max(len(every), 1), MAX_REPORTED)

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
-_MOST_VIEWS = 512  # in one call; the kernel takes 1,024
-_WORTHWHILE_BYTES = 2**19  # a reader wakes for so many bytes, or for the last ones
-_STALL_S = 3.0  # without progress: then the other side counts as gone
+_MOST_VIEWS = 512  # in one system call; the kernel takes 1,024
+_WORTHWHILE_BYTES = 2**19  # a receiver waits for this many bytes, or for the rest
+_STALL_S = 3.0  # without progress, after which the peer counts as gone
 _BUFFER_BYTES = 4 * 2**20  # asked of the kernel, which may give less
 
 
@@ -24,7 +24,7 @@ class ConnectionBroken(ConnectionError):
 
 
 class ConnectionStalled(ConnectionBroken):
-    """The peer sends nothing, or takes nothing."""
+    """The peer sent nothing, or took nothing, for `_STALL_S`."""
 
 
 def no_check() -> None:
@@ -32,9 +32,10 @@ def no_check() -> None:
 
 
 class BlockConnection:
-    """One connected socket. `check` is called right before memory is touched; see Transport.
+    """One connected socket. `check` is called right before memory is read or written; see
+    Transport.
 
-    All methods raise ConnectionBroken. After a cancelled call only `close` may be called.
+    All methods raise ConnectionBroken. After a method was cancelled, only `close` may be called.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -47,16 +48,19 @@ class BlockConnection:
     async def send(
         self, views: Sequence[bytes | memoryview], check: Callable[[], None] = no_check
     ) -> None:
+        """Send the bytes of `views`, in order."""
         await self._move(views, check, lambda some: self._socket.sendmsg(some), is_sending=True)
 
     async def fill(self, views: Sequence[memoryview], check: Callable[[], None] = no_check) -> None:
+        """Receive into `views`, in order, until all are full."""
+
         def receive(some: list[memoryview]) -> int:
             return self._socket.recvmsg_into(some)[0]
 
         await self._move(views, check, receive, is_sending=False)
 
     async def take(self, size: int) -> bytes:
-        """Receive `size` bytes; meant for headers."""
+        """Receive and return `size` bytes. Meant for headers."""
         taken = bytearray(size)
         await self.fill([memoryview(taken)])
         return bytes(taken)
@@ -126,11 +130,13 @@ SALT_BYTES = 16
 SEAL_BYTES = 16
 
 _NONCE = struct.Struct(">8xI")
-_TO_SERVER = 1 << 31  # so that the sides of a connection never use one number
+_TO_SERVER = 1 << 31  # so that the two directions never use the same number
 
 
 class Seal:
-    """The seal of one message, computed piece by piece. Only a holder of the key can make it."""
+    """The seal (authentication tag) of one message, computed piece by piece. Only a holder of the
+    key can make it.
+    """
 
     def __init__(self, encryptor: AEADEncryptionContext) -> None:
         self._encryptor = encryptor
@@ -145,10 +151,11 @@ class Seal:
 
 
 class Sealer:
-    """Seals one direction of one connection; each seal has its own number.
+    """Makes the seals of one direction of one connection. Each seal has its own number, its nonce.
 
-    Each connection has its own key, derived from both sides' salts. Each side draws a new salt, so
-    that no number is used twice with one key, whatever the peer or a man in the middle sends.
+    Each connection has its own key, derived from the salts of both sides. Each side draws a new
+    salt, so that no number is used twice with one key, whatever the peer or a man in the middle
+    sends.
     """
 
     def __init__(self, key: bytes, salts: bytes, *, to_server: bool) -> None:
@@ -162,7 +169,7 @@ class Sealer:
         return Seal(Cipher(self._key, GCM(nonce)).encryptor())
 
     def seal(self, parts: Iterable[bytes | memoryview]) -> bytes:
-        """The seal of the next message."""
+        """Make the seal of the next message."""
         seal = self.begin()
         seal.add(parts)
         return seal.end()

@@ -32,16 +32,18 @@ TRANSITIONS: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     ("reserved", "preempt"): "released",
     ("filled", "preempt"): "released",
     # Any fault ends a live lease at once. Copies run chunk by chunk on the same thread, and check
-    # both leases before each chunk: no copy still writes the blocks of a released lease.
+    # both leases before each chunk, so no copy writes the blocks of a released lease.
     **{(state, fault): "released" for state in LIVE for fault in FAULTS},
-    # A second fault is ignored: cancel, time-out and crash may cross.
+    # A second fault is ignored: a cancel, a time-out and a crash may come together.
     **{("released", fault): "released" for fault in FAULTS},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """The owner of a lease. A request that re-enters raises its epoch, which voids older leases."""
+    """Identifies the owner of a lease. A request that re-enters the graph gets a higher epoch, so
+    older leases do not match it any more.
+    """
 
     request_id: str
     choice: int
@@ -52,12 +54,14 @@ class Fence:
 class Lease:
     """References to blocks of one pool, with exactly one owner. Only the pool changes a lease.
 
-    `tables`: the block tables of all KV groups in the order of LeaseShape, by position. A block
-    that has left its window is `FREED`. `num_tokens`: the length that was reserved. `path`: the
-    published prefix; other sequences may refer to its blocks, and no step writes them again.
+    `tables`: the block tables of all KV groups, in the order of LeaseShape. Each table has one
+    block for every `block_size` tokens; a block that has left its window is `FREED`. `num_tokens`:
+    the number of tokens that were reserved. `path`: the nodes of the published prefix. Other
+    sequences may share the blocks of these nodes, and no step writes them again.
 
-    `snapshot`: the blocks of recurrent state that steps write. `kept`: (number of tokens, blocks)
-    of states that no step writes again; a step that begins at that number of tokens reads them.
+    `state_blocks`: the blocks of the recurrent state that steps overwrite. `snapshots`: frozen
+    recurrent states, as (number of tokens, blocks). A step that begins at that number of tokens
+    reads the snapshot; no step writes it.
     """
 
     lease_id: int
@@ -68,22 +72,23 @@ class Lease:
     capacity: int  # tokens that the blocks can hold
     path: list[PrefixNode] = field(default_factory=list)
     state: LeaseState = "reserved"
-    snapshot: list[int] = field(default_factory=list)
-    kept: list[tuple[int, list[int]]] = field(default_factory=list)
+    state_blocks: list[int] = field(default_factory=list)
+    snapshots: list[tuple[int, list[int]]] = field(default_factory=list)
 
     @property
     def blocks(self) -> list[int]:
         """Every block that the lease refers to."""
         held = [block for table in self.tables for block in table if block != FREED]
-        return held + self.snapshot + [block for _, kept in self.kept for block in kept]
+        frozen = [block for _, snapshot in self.snapshots for block in snapshot]
+        return held + self.state_blocks + frozen
 
     def state_at(self, position: int) -> list[int]:
         """The blocks of the recurrent state from which a step at `position` begins."""
         if position == 0:
             return []
-        if self.kept and self.kept[-1][0] == position:
-            return self.kept[-1][1]
-        return self.snapshot
+        if self.snapshots and self.snapshots[-1][0] == position:
+            return self.snapshots[-1][1]
+        return self.state_blocks
 
     def next_state(self, event: LeaseEvent) -> LeaseState:
         """The state after `event`. Raises StaleLease if the table has no such transition."""
@@ -112,7 +117,7 @@ class Lease:
 
 
 class TableLayout:
-    """The layout of a pool's leases over the KV groups of their shape."""
+    """Maps the KV groups of a shape to the block tables of leases."""
 
     def __init__(self, shape: LeaseShape) -> None:
         self.shape = shape
@@ -122,10 +127,11 @@ class TableLayout:
         ]
 
     def num_reusable(self, path: Sequence[PrefixNode]) -> int:
-        """How many nodes of a live path a sequence can reuse.
+        """The number of leading nodes of a live path that a sequence can reuse.
 
-        Every group must still hold what later tokens read: full attention all blocks, a window the
-        blocks inside it, recurrent layers the state at exactly that position.
+        Every group must still hold the blocks that later tokens read: full attention reads all
+        blocks, a window the blocks inside it, and recurrent layers the state at exactly that
+        position.
         """
         if not self.shape.forgets:
             return len(path)
@@ -144,8 +150,8 @@ class TableLayout:
     def sent(self, lease: Lease, first: int = 0) -> list[int]:
         """The blocks that another pool needs to continue after the lease's tokens.
 
-        The order is the same in all pools of one shape. Tables of full attention begin at block
-        `first`.
+        The order is the same in all pools of one shape. From tables of full attention, the blocks
+        before block `first` are left out.
         """
         position, blocks = lease.num_tokens, []
         spans = self.shape.spans(position, position)
@@ -158,15 +164,16 @@ class TableLayout:
         return blocks + lease.state_at(position)
 
     def full_blocks(self, lease: Lease, first: int, end: int) -> list[int]:
-        """Blocks `first` to `end` of the tables of full attention."""
+        """Blocks `first` to `end`, exclusive, of the tables of full attention."""
         full = self.of_group[0] if self.shape.has_full else slice(0)
         return [block for table in lease.tables[full] for block in table[first:end]]
 
     def shares(
         self, num_tokens: int, prefix: Sequence[PrefixNode], start: int
     ) -> Iterator[tuple[int, int, list[GroupBlocks]]]:
-        """For each group: its number of tables, the blocks that each table gets, and the entries of
-        `prefix` that it shares.
+        """Yield for each KV group its number of tables, the number of blocks in each table, and the
+        entries of `prefix` that the group shares. The lease is for `num_tokens` tokens, and steps
+        compute the tokens from `start` on.
         """
         spans = self.shape.spans(num_tokens, start)
         for index, (group, (first, end)) in enumerate(zip(self.shape.groups, spans, strict=True)):
@@ -174,6 +181,6 @@ class TableLayout:
             yield group.num_tables, end - first, [entry for entry in entries if entry]
 
     def states(self, path: Sequence[PrefixNode]) -> list[GroupBlocks]:
-        """The recurrent state at the end of a path, if the tree holds one."""
+        """The recurrent state at the end of a path, as a list; empty if the tree holds none."""
         entry = path[-1].entries[-1] if path and self.shape.num_state_blocks else None
         return [entry] if entry else []

@@ -1,8 +1,8 @@
 """A pool's memory in chunks, and copies inside one host: in one process, or by shared memory.
 
-Shared memory is a file without a name. Another process reaches the memory through the process that
-made it, if it may inspect that process. The memory is gone with the last process that has it open:
-nothing is left over, and no name can be guessed.
+Shared memory is a file without a name. Another process opens the memory through the process that
+made it, if it may inspect that process. The memory is freed when the last process has closed it: no
+file is left over, and no name can be guessed.
 """
 
 import errno
@@ -31,6 +31,8 @@ from sagellm.runtime.kv.transport import (
 )
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
+log = get_logger("sagellm.kv")
+
 # Bytes that are moved between two checkpoints: about a millisecond of memory traffic, for which
 # other tasks of the thread wait.
 _CHUNK_BYTES = 4 * 2**20
@@ -40,15 +42,17 @@ RunPair: TypeAlias = tuple[slice, slice]  # blocks of the sender, and of the rec
 
 @dataclass(frozen=True, slots=True)
 class PoolBytes:
-    """What transports know of a pool: its storage, the `memory` that a transport has allocated for
-    it, and the chunks of a copy, between which other tasks run.
+    """The memory of a pool, as transports see it. `memory`: the host memory that a transport has
+    allocated for the pool, if any. Copies run in chunks, so that other tasks can run between them.
     """
 
     storage: KVStorage
     memory: HostMemory | None = None
 
     def chunks(self, num_blocks: int) -> list[range]:
-        """Ranges of layers of a copy of `num_blocks`, each of about `_CHUNK_BYTES`."""
+        """The chunks of a copy of `num_blocks` blocks: ranges of layers, each of about
+        `_CHUNK_BYTES`.
+        """
         layout = self.storage.layout
         layer_bytes = layout.block_bytes // layout.num_layers
         layers = range(layout.num_layers)
@@ -56,7 +60,9 @@ class PoolBytes:
         return [layers[start : start + step] for start in range(0, len(layers), step)]
 
     async def sums(self, blocks: Sequence[int], check: LeaseCheck) -> tuple[int, ...]:
-        """The checksum of each chunk. Calls `check`, and has checkpoints, as Transport says."""
+        """The checksum of each chunk of `blocks`. Calls `check` before each chunk, and has a
+        checkpoint after it.
+        """
         sums, runs = [], slices_of(blocks)
         for chunk in self.chunks(len(blocks)):
             check()
@@ -66,12 +72,12 @@ class PoolBytes:
 
 
 def slices_of(blocks: Sequence[int]) -> list[slice]:
-    """Blocks as slices; a slice lasts as long as the blocks rise by one."""
+    """Blocks as slices: each run of consecutive blocks is one slice."""
     return [run for run, _ in runs_of([(block, block) for block in blocks])]
 
 
 def runs_of(pairs: BlockPairs) -> list[RunPair]:
-    """Pairs as slices; a slice lasts as long as both blocks rise by one."""
+    """Pairs as slices: each run in which both blocks rise by one is one pair of slices."""
     if not pairs:
         return []
     blocks = np.array(pairs)
@@ -89,8 +95,8 @@ def _rising(first: int, count: int) -> slice:
 
 @dataclass(slots=True)
 class DeviceStorage:
-    """Implements Storage for a pool on a device. `transport`: how other processes reach the
-    pool.
+    """Implements Storage for a pool on a device. `transport`: how other processes reach the pool;
+    None if no other process does.
     """
 
     pool: PoolBytes
@@ -127,8 +133,6 @@ class DeviceStorage:
         return self.transport
 
 
-log = get_logger("sagellm.kv")
-
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -143,7 +147,9 @@ class SharedMemory:
 
 
 class SharedTransport:
-    """Implements Transport for a pool in shared memory: one copy, and no message."""
+    """Implements Transport for a pool in shared memory. A receiver copies straight out of the
+    sender's memory, without a message.
+    """
 
     def __init__(self, pool: PoolBytes, memory: SharedMemory) -> None:
         self.num_damaged = 0
@@ -187,7 +193,7 @@ class SharedTransport:
                 del self._mapped[where]
 
     async def run(self) -> None:
-        """Receivers read the memory themselves."""
+        """Sleep until cancelled: receivers read the memory themselves."""
         await trio.sleep_forever()
 
     def _map(self, source: SharedBlocks) -> memoryview:
@@ -198,7 +204,7 @@ class SharedTransport:
 
 
 def is_there(pid: int, descriptor: int, size: int) -> bool:
-    """Whether a process still has that memory open."""
+    """Whether process `pid` still has memory of `size` bytes open as `descriptor`."""
     try:
         return os.stat(f"/proc/{pid}/fd/{descriptor}").st_size == size
     except OSError:
@@ -206,8 +212,8 @@ def is_there(pid: int, descriptor: int, size: int) -> bool:
 
 
 def map_shared(pid: int, descriptor: int, size: int) -> memoryview:
-    """Map another process's memory for reading. Raises StaleLease if the process is gone, or has
-    another file open there; DamagedBlocks if this process can map no more.
+    """Map the memory of process `pid` for reading. Raises StaleLease if the process is gone, or has
+    another file open as `descriptor`; DamagedBlocks if this process can map no more memory.
     """
     try:
         opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)

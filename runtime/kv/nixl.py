@@ -1,7 +1,8 @@
-"""The transport `nixl` (`sagellm[nixl]`): RDMA where the hosts have it, else what UCX finds.
+"""The transport `nixl` (`sagellm[nixl]`): RDMA if the hosts have it, else the best way that UCX
+finds.
 
-The receiver reads into a bounce buffer first. A NIXL transfer cannot be cancelled, and must not
-write blocks that have a new owner meanwhile.
+The receiver reads into a bounce buffer first: a NIXL transfer cannot be cancelled, and must not
+write blocks that have got a new owner.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ log = get_logger("sagellm.kv")
 
 logging.getLogger("nixl").setLevel(logging.WARNING)  # lower levels go to standard output
 _LOOK_S = 50e-6  # between two polls of a transfer
-_STALL_S = 5.0  # for one chunk: then the other side counts as gone
+_STALL_S = 5.0  # for one chunk, after which the sender counts as gone
 _DRAM = "DRAM"
 
 
@@ -46,7 +47,7 @@ def _gone(why: object) -> DamagedBlocks:
 
 
 class NixlTransport:
-    """Implements Transport."""
+    """Implements Transport by NIXL."""
 
     def __init__(self, pool: PoolBytes) -> None:
         self.num_damaged = 0
@@ -90,10 +91,10 @@ class NixlTransport:
                     raise damaged(len(blocks))
 
     def drop_stale(self) -> None:
-        """Keep the names of dead agents: they are small, and never asked for again."""
+        """Do nothing: the names of dead agents are small, and are never used again."""
 
     async def run(self) -> None:
-        """The NIXL agent serves from its own thread."""
+        """Sleep until cancelled: the NIXL agent serves from its own thread."""
         await trio.sleep_forever()
 
     def _peer(self, metadata: bytes) -> str:
@@ -117,9 +118,8 @@ class NixlTransport:
         for _, size in theirs:
             ours.append((at, size, 0))
             at += size
-        with trio.CancelScope(
-            shield=True
-        ):  # NIXL may write the buffer until the transfer has ended
+        # Shielded: NIXL may write the buffer until the transfer has ended.
+        with trio.CancelScope(shield=True):
             try:
                 handle = self._agent.initialize_xfer(
                     "READ",
@@ -142,7 +142,7 @@ class NixlTransport:
             raise _gone(state)
 
     def _abandon_bounce(self) -> None:
-        """Never use this buffer again: late bytes must not reach the next chunk."""
+        """Never use this bounce buffer again: late bytes must not reach the next chunk."""
         self._abandoned.append(self._bounce)
         self._bounce, self._bounce_registered = np.empty(0, dtype=np.uint8), None
 
@@ -158,7 +158,9 @@ class NixlTransport:
     def _copy_out(
         self, layers: range, targets: Sequence[slice], wanted: int, check: LeaseCheck
     ) -> bool:
-        """Copy the bounce buffer into the blocks; whether its checksum is right."""
+        """Copy the bounce buffer into the blocks, if it has the checksum `wanted`. Return whether
+        it has.
+        """
         staged, at = self._pool.storage.stage(targets, layers), 0
         size = sum(map(len, staged.views))
         check()

@@ -16,12 +16,12 @@ _UNBOUNDED = 1 << 62  # tokens that a lease without block tables can hold
 
 
 class BlockPool:
-    """Counts blocks, and knows no storage. `num_blocks = num_free + num_cached + num_leased`,
-    always.
+    """Leases blocks by number, and holds no memory. `num_blocks = num_free + num_cached +
+    num_leased`, always.
 
-    The blocks serve all KV groups of a model. `shape` says how many blocks a lease takes for its
-    tokens, and which blocks it frees before its end. A block is leased while at least one live
-    lease refers to it. A published block is cached afterwards, until blocks run out. If
+    The blocks serve all KV groups of a model. `shape` determines how many blocks a lease takes for
+    its tokens, and which blocks it frees before its end. A block is leased while at least one live
+    lease refers to it. After that, a published block is cached until blocks run out. If
     `keeps_prefixes` is False nothing is cached: only leases that live at the same time share
     blocks. `on_free` is called after blocks became available, so that waiting sequences can be
     scheduled.
@@ -46,7 +46,7 @@ class BlockPool:
         self._leases: dict[int, Lease] = {}
         self._num_tables = sum(group.num_tables for group in shape.groups)
         self._layout = TableLayout(shape)
-        self._state_group = len(shape.groups)  # the index of recurrent state: after token groups
+        self._state_group = len(shape.groups)  # in `PrefixNode.entries`: after token groups
         num_groups = len(shape.groups) + (shape.num_state_blocks > 0)
         self._tree = PrefixTree(num_blocks, num_groups, is_anchored=shape.has_full)
         self._blocks = BlockAllocator(num_blocks, self._tree, keeps_prefixes=keeps_prefixes)
@@ -63,7 +63,7 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be leased: cached blocks are evicted for a lease."""
+        """Blocks that can be leased: free blocks, and cached blocks, which a lease evicts."""
         return self._blocks.num_available
 
     @property
@@ -80,12 +80,14 @@ class BlockPool:
         return iter(self._leases.values())
 
     def open_log(self) -> CacheLog:
-        """Open a log of the cached prefixes. The pool writes to the last opened log alone.
+        """Open a log of the cached prefixes. The pool writes only to the log that was opened last.
 
-        The log stays empty if windows or states forget: a sequence cannot reuse every cached block
-        of such a model, and a hash does not say which.
+        The log stays empty if the pool frees blocks of windows or states early (`forgets`): a
+        sequence cannot reuse every cached block of such a model, and a hash does not tell which
+        blocks it can.
         """
-        if not self.keeps_prefixes or self.forgets:  # routers could not use shared leases, either
+        # Without kept prefixes only live leases share blocks, and routers cannot use these.
+        if not self.keeps_prefixes or self.forgets:
             return CacheLog(lambda: ())
         log = self._tree.log = CacheLog(lambda: self._tree.hashes)
         return log
@@ -97,10 +99,11 @@ class BlockPool:
     def num_blocks_needed(
         self, num_tokens: int, prefix: Items[PrefixNode] = (), *, start: int | None = None
     ) -> int:
-        """How many available blocks `reserve` would take."""
+        """The number of available blocks that `reserve` would take."""
         start = len(prefix) * self.block_size if start is None else start
         total = self.shape.num_state_blocks
         for group, span, shared in self._layout.shares(num_tokens, prefix, start):
+            # Idle shared blocks count too: once referred to, they are not available any more.
             total += group * (span - len(shared)) + self._blocks.num_idle(shared)
         return total + self._blocks.num_idle(self._layout.states(prefix))
 
@@ -116,15 +119,16 @@ class BlockPool:
     ) -> Lease:
         """Lease the blocks of `prefix` by reference and, after them, new blocks up to `num_tokens`.
 
-        `prefix` is a live path from the tree's root, as long as `num_reusable` says. Its blocks are
-        full, and never written again. Steps compute the tokens after the prefix, or from `start` on
-        if a transfer fills the blocks before. Raises PoolExhausted.
+        `prefix` is a live path from the tree's root, whose length `num_reusable` gave. Its blocks
+        are full, and never written again. Steps compute the tokens after the prefix, or from
+        `start` on if a transfer fills the blocks before `start`. Raises PoolExhausted.
         """
         start = len(prefix) * self.block_size if start is None else start
         self._blocks.require(self.num_blocks_needed(num_tokens, prefix, start=start))
         spans = self.shape.spans(num_tokens, start)
         shares = [shared for _, _, shared in self._layout.shares(num_tokens, prefix, start)]
         states = self._layout.states(prefix)
+        # Before `take`, which may evict idle blocks.
         for entry in (entry for shared in (*shares, states) for entry in shared):
             self._blocks.refer(entry, priority)
         lease = Lease(self._next_id, fence, owner, [], num_tokens, 0)
@@ -132,8 +136,8 @@ class BlockPool:
             for table in range(group.num_tables):
                 held = [FREED] * first + [entry.blocks[table] for entry in shared]
                 lease.tables.append(held + self._blocks.take(end - len(held)))
-        lease.snapshot = self._blocks.take(self.shape.num_state_blocks)
-        lease.kept = [(start, list(entry.blocks)) for entry in states]
+        lease.state_blocks = self._blocks.take(self.shape.num_state_blocks)
+        lease.snapshots = [(start, list(entry.blocks)) for entry in states]
         lease.path += prefix
         self._note_capacity(lease)
         self._next_id += 1
@@ -141,11 +145,11 @@ class BlockPool:
         return lease
 
     def child(self, parent: PrefixNode | None, key: BlockKey) -> PrefixNode | None:
-        """The published node of `key` after a live `parent`; None: there is none."""
+        """The published node of `key` after a live `parent`, or None."""
         return self._tree.child(parent, key)
 
     def num_reusable(self, path: Items[PrefixNode]) -> int:
-        """How many nodes of a live path a sequence can reuse."""
+        """The number of leading nodes of a live path that a sequence can reuse."""
         return self._layout.num_reusable(path)
 
     def publish(
@@ -158,10 +162,10 @@ class BlockPool:
     ) -> bool:
         """Publish the next full blocks of `lease`, whose keys and values are computed.
 
-        If an equal block was published before, the lease refers to that block instead, and its own
-        block becomes free. No step or copy may use the lease's blocks meanwhile: pass `may_swap`
-        False if one may. Then publishing stops at the first equal block, and returns False. Blocks
-        in a window are never swapped. Raises StaleLease.
+        If an equal block is published already, the lease is swapped to that block, and its own
+        block becomes free. No step or copy may use the lease's blocks during a swap. If one may,
+        pass `may_swap` False: publishing then stops at the first equal block, and returns False.
+        Blocks in a window are never swapped. Raises StaleLease.
         """
         lease.require("reserved", "filled")
         doubles: list[int] = []
@@ -177,7 +181,7 @@ class BlockPool:
         return True
 
     def num_blocks_missing(self, lease: Lease, num_tokens: int) -> int:
-        """How many more blocks the lease needs to hold `num_tokens`."""
+        """The number of blocks that the lease lacks to hold `num_tokens`."""
         count = self.num_blocks_for(num_tokens)
         return sum(max(0, count - len(table)) for table in lease.tables)
 
@@ -190,22 +194,24 @@ class BlockPool:
         self._note_capacity(lease)
 
     def keep_state(self, lease: Lease, position: int) -> None:
-        """Keep the recurrent state at `position` for reuse: later steps write to new blocks.
+        """Freeze the recurrent state at `position` as a snapshot; later steps write to new blocks.
 
         Raises PoolExhausted.
         """
         self._blocks.require(self.shape.num_state_blocks)
-        lease.kept.append((position, lease.snapshot))
-        lease.snapshot = self._blocks.take(self.shape.num_state_blocks)
+        lease.snapshots.append((position, lease.state_blocks))
+        lease.state_blocks = self._blocks.take(self.shape.num_state_blocks)
         self.peak_leased = max(self.peak_leased, self.num_leased)
 
     def free_unread(self, lease: Lease, num_computed: int) -> None:
-        """Free the blocks that no step reads that begins at `num_computed` or later."""
+        """Free the blocks that no step reads after `num_computed` tokens are computed. Snapshots
+        among them are published first.
+        """
         for group, tables in zip(self.shape.groups, self._layout.of_group, strict=True):
             if group.window is not None:
                 self._give_window(lease.tables[tables], self.shape.first(group, num_computed))
-        while lease.kept and lease.kept[0][0] < num_computed:
-            position, blocks = lease.kept.pop(0)
+        while lease.snapshots and lease.snapshots[0][0] < num_computed:
+            position, blocks = lease.snapshots.pop(0)
             self._publish_state(lease, position, blocks)
             self._give(blocks)
 
@@ -214,13 +220,14 @@ class BlockPool:
         return self._layout.sent(lease, first)
 
     def full_blocks(self, lease: Lease, first: int, end: int) -> list[int]:
-        """Blocks `first` to `end` of the lease's tables of full attention."""
+        """Blocks `first` to `end`, exclusive, of the lease's tables of full attention."""
         return self._layout.full_blocks(lease, first, end)
 
     def advance(self, lease: Lease, event: LeaseEvent) -> None:
         """Apply one transition. A lease that becomes `released` drops its references.
 
-        After a crash the prefix of the lease is dropped from the tree: its blocks may be the cause.
+        After a crash, the prefix of the lease is dropped from the tree, because its blocks may be
+        the cause.
         """
         was_released = lease.state == "released"
         lease.state = lease.next_state(event)
@@ -230,7 +237,9 @@ class BlockPool:
             self._close(lease)
 
     def find(self, ref: LeaseRef) -> Lease:
-        """The live lease of a reference. Raises StaleLease if it is gone, or has another fence."""
+        """The live lease of a reference. Raises StaleLease if the lease is gone, or has another
+        fence.
+        """
         lease = self._leases.get(ref.lease_id)
         if lease is None:
             raise StaleLease(f"lease {ref.lease_id} of request {ref.request_id} is gone")
@@ -263,7 +272,7 @@ class BlockPool:
         self._give(lease.blocks)
         if lease.path:
             self._tree.prune(lease.path[-1])
-        lease.tables, lease.path, lease.snapshot, lease.kept = [], [], [], []
+        lease.tables, lease.path, lease.state_blocks, lease.snapshots = [], [], [], []
 
     def _note_capacity(self, lease: Lease) -> None:
         lengths = map(len, lease.tables)
@@ -273,10 +282,10 @@ class BlockPool:
     def _join(
         self, lease: Lease, node: PrefixNode, priority: int, doubles: list[int], *, may_swap: bool
     ) -> bool:
-        """Attach the lease's next blocks to `node`, or make the lease refer to the node's blocks.
+        """Attach the lease's next blocks to `node`, or swap the lease to the blocks of `node`.
 
-        Blocks of the lease that became superfluous are added to `doubles`. Returns False if blocks
-        would have to be swapped and must not be.
+        Blocks of the lease that are replaced are added to `doubles`. Return False if a swap is
+        needed and `may_swap` is False.
         """
         at = len(lease.path)
         for index, tables in enumerate(self._layout.of_group):
@@ -298,7 +307,7 @@ class BlockPool:
         return True
 
     def _give_window(self, tables: list[list[int]], end: int) -> None:
-        """Free the blocks of a window's tables before `end`, the oldest first."""
+        """Free the blocks before block `end` of a window's tables, the oldest first."""
         first = end
         while first > 0 and tables[0][first - 1] != FREED:
             first -= 1

@@ -13,9 +13,9 @@ from sagellm.runtime.prefixes import HASH_BYTES, block_content, block_digest
 class BlockKey(NamedTuple):
     """The identity of a full block: a keyed hash of every token up to its end, within one salt.
 
-    `content`: the bytes that were hashed after the parent's digest: token ids and, in a first
-    block, the salt. Each hit compares `content`, so that a hash collision never serves another's
-    block.
+    `content`: the bytes that were hashed after the parent's digest: the block's token ids and, in a
+    first block, the salt. Each hit compares `content`, so a hash collision never gives a sequence
+    the block of other tokens.
     """
 
     digest: bytes
@@ -28,22 +28,25 @@ class BlockKey(NamedTuple):
 
 
 def block_key(parent: BlockKey | None, token_ids: Iterable[int], salt: str) -> BlockKey:
-    """The key of a block of `token_ids` after `parent`; None: the block is a sequence's first."""
+    """The key of a block of `token_ids` after `parent`, which is None for a sequence's
+    first block.
+    """
     content = block_content(token_ids, salt if parent is None else None)
     return BlockKey(block_digest(parent.digest if parent else b"", content), content)
 
 
 _LAST = len(PRIORITIES) - 1
-_GENERATIONS = 8  # in the time in which as many blocks are handed out as the pool has
+_GENERATIONS = 8  # that pass while as many blocks are handed out as the pool has
 
 
 @dataclass(slots=True, eq=False)
 class PrefixNode:
-    """A computed block of tokens after those of its parents. Only the tree changes a node.
+    """A full block of tokens, which follow the tokens of its ancestors. Only the tree changes a
+    node.
 
-    `entries`: the blocks in memory, by KV group; None: never kept, or evicted. `priority`: the most
-    critical request that has used the node. A node that is not `is_live` was evicted or dropped,
-    and lookups do not find it.
+    `entries`: for each KV group the blocks in memory, or None if these were never kept or are
+    evicted. `priority`: that of the most critical request that has used the node. `is_live`: False
+    after the node was evicted or dropped. Lookups find only live nodes.
     """
 
     key: BlockKey
@@ -65,8 +68,8 @@ class PrefixNode:
 class GroupBlocks:
     """The blocks of one node in one KV group: one block of each table, or a recurrent state.
 
-    The blocks are leased, freed and evicted together. `priority` and `generation` are those of the
-    time when the last lease on them ended.
+    The blocks are leased, freed and evicted together. `priority` and `generation` are set when the
+    last lease on the blocks ends.
     """
 
     node: PrefixNode
@@ -80,15 +83,15 @@ class PrefixTree:
     """Maps tokens to cached blocks; the allocator counts the leases on blocks.
 
     An entry that no lease refers to is idle: cached until blocks run out, then evicted. Eviction
-    takes the least recently used generation first; within a generation, entries of less critical
-    requests first, then older entries. A generation lasts while an eighth of the pool is handed
-    out. So blocks of a critical request outlive others of about their age, and no block stays for
-    its priority alone.
+    takes the least recently used generation first. Within a generation it takes entries of less
+    critical requests first, then older entries. A generation lasts while an eighth of the pool is
+    handed out. So blocks of a critical request outlive other blocks of about their age, and no
+    block stays for its priority alone.
 
-    `is_anchored`: group 0 keeps all tokens. A lease on a node's entry in group 0 leases those of
-    all ancestors, too, and frees the deepest first. Children therefore become idle before their
-    parents, and the next evicted node never has children. Entries of other groups come and go; a
-    node without entries is removed once it has no children.
+    `is_anchored`: whether group 0 keeps all tokens (full attention). Then a lease on a node's entry
+    in group 0 also leases those entries of all ancestors, and frees the deepest first. Children
+    therefore become idle before their parents, and the next evicted node never has children.
+    Entries of other groups come and go; a node without entries is removed once it has no children.
     """
 
     def __init__(self, num_blocks: int, num_groups: int = 1, *, is_anchored: bool = True) -> None:
@@ -116,14 +119,17 @@ class PrefixTree:
         return (entry for each in self._idle for entry in each)
 
     def child(self, parent: PrefixNode | None, key: BlockKey) -> PrefixNode | None:
-        """The node of `key` after a live `parent`, or at the root if `parent` is None."""
+        """The live node of `key` after `parent`, or at the root if `parent` is None; None if it is
+        unknown.
+        """
         found = self._children(parent).get(key.digest)
         return found if found is not None and found.key.content == key.content else None
 
     def insert(self, parent: PrefixNode | None, key: BlockKey, priority: int) -> PrefixNode | None:
-        """The node of `key`, found or new without entries. The caller holds a lease on `parent`.
+        """Find or create the node of `key`; a new node has no entries. The caller holds a lease on
+        `parent`.
 
-        None: the parent was dropped, or a node of another content has this digest.
+        Return None if the parent was dropped, or if a node with other content has this digest.
         """
         if parent is not None and not parent.is_live:
             return None
@@ -138,13 +144,13 @@ class PrefixTree:
         return node
 
     def attach(self, node: PrefixNode, group: int, blocks: tuple[int, ...]) -> None:
-        """Store leased blocks as the memory of `node` in `group`."""
+        """Store leased blocks as the entry of `node` in `group`."""
         entry = node.entries[group] = GroupBlocks(node, group, blocks)
         for block in blocks:
             self._owners[block] = entry
 
     def use(self, entry: GroupBlocks, priority: int, *, is_idle: bool) -> None:
-        """Record a new lease on `entry`; `is_idle`: it was idle until now."""
+        """Record a new lease on `entry`. `is_idle`: whether the entry was idle until now."""
         if is_idle:
             del self._idle[entry.priority][entry]
             self.num_idle -= len(entry.blocks)
@@ -152,13 +158,13 @@ class PrefixTree:
         _raise(entry.node, _clamped(priority))
 
     def advance_clock(self, num_blocks: int) -> None:
-        """Count handed out blocks: the clock of generations."""
+        """Count handed out blocks: they are the clock of the generations."""
         self._num_handed_out += num_blocks
 
     def retire(self, block: int, *, keep: bool) -> bool:
-        """Record the end of a block's last lease; whether the block stays cached, idle.
+        """Record that the last lease on a block has ended. Return whether the block stays cached.
 
-        The last leases of all blocks of an entry end together.
+        The last leases on all blocks of an entry end together.
         """
         entry = self._owners[block]
         if entry is None:
@@ -166,7 +172,7 @@ class PrefixTree:
         if not keep:
             self._forget(entry)
             return False
-        if block == entry.blocks[0]:
+        if block == entry.blocks[0]:  # once for all blocks of the entry
             entry.generation = self._num_handed_out // self._generation_blocks
             entry.priority = entry.node.priority
             self._idle[entry.priority][entry] = None
@@ -174,9 +180,8 @@ class PrefixTree:
         return True
 
     def evict(self) -> list[int]:
-        """Evict the idle entry of the least worth, and in an anchored tree its node.
-
-        Returns their blocks.
+        """Evict the idle entry that is worth the least. If the entry anchors its node, evict the
+        whole node. Return the blocks.
         """
         oldest = [next(iter(each)) for each in self._idle if each]
         if len(oldest) > 1:
@@ -192,7 +197,7 @@ class PrefixTree:
         return blocks
 
     def drop(self, node: PrefixNode) -> list[int]:
-        """Remove a node and all its descendants. Returns the blocks of entries that were idle."""
+        """Remove a node and all its descendants. Return the blocks of entries that were idle."""
         if not node.is_live:
             return []
         self._children(node.parent).pop(node.key.digest)
@@ -209,11 +214,13 @@ class PrefixTree:
         return blocks
 
     def drop_all(self) -> list[int]:
-        """Remove every node. Returns the blocks of entries that were idle."""
+        """Remove every node. Return the blocks of entries that were idle."""
         return [block for node in list(self._first.values()) for block in self.drop(node)]
 
     def prune(self, node: PrefixNode | None) -> None:
-        """Remove a node without entries and children, and then such parents."""
+        """Remove a node that has no entries and no children, then its parents as long as they have
+        none.
+        """
         while node is not None and node.is_live and not node.children and not any(node.entries):
             del self._children(node.parent)[node.key.digest]
             self._end(node)
@@ -249,7 +256,7 @@ class PrefixTree:
         return self._first if parent is None else parent.children
 
     def _take_idle(self, entry: GroupBlocks) -> tuple[int, ...]:
-        """Take an entry off the idle list. Returns its blocks, or none if it was leased."""
+        """Take an entry off the idle list. Return its blocks, or none if it was leased."""
         idle = self._idle[entry.priority]
         if entry not in idle:
             return ()
@@ -268,7 +275,9 @@ class PrefixTree:
             self._owners[block] = None
 
     def _forget(self, entry: GroupBlocks) -> None:
-        """Remove an entry that is not idle, and its node if nothing else needs the node."""
+        """Remove an entry that is not idle. Remove its node too, if the entry anchors the node or
+        was all that kept it.
+        """
         node = entry.node
         if not (self._is_anchored and entry.group == 0):
             self._disown(entry)

@@ -47,10 +47,10 @@ _MAGIC, _VERSION = b"SGKV", 2
 _HELLO = struct.Struct(f">4sB16s{SALT_BYTES}s")
 _ASK = struct.Struct(">I")
 _HEAD = struct.Struct(">IQ")
-_MAX_CONNECTIONS = 64  # served at a time; others wait
-_MAX_STRANGERS = 64  # connections before their greeting; the oldest is closed beyond
-_PIECE_BYTES = 2**19  # fits into a second-level cache
-_GREETING_S = 2.0  # until a connection must have greeted
+_MAX_CONNECTIONS = 64  # served at a time; more connections wait
+_MAX_STRANGERS = 64  # connections without a greeting; if there are more, the oldest is closed
+_PIECE_BYTES = 2**19  # fits into a second-level cache, where the seal reads it again
+_GREETING_S = 2.0  # in which a connection must greet
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class _Export:
 
 
 class TcpTransport:
-    """Implements Transport. Listens on any free port of `host`. Raises OSError."""
+    """Implements Transport. Listens on a free TCP port of `host`. Raises OSError."""
 
     def __init__(self, pool: PoolBytes, host: str) -> None:
         self.num_damaged = 0
@@ -131,17 +131,17 @@ class TcpTransport:
                 await trio.sleep(0.1)
 
     async def _serve(self, connection: BlockConnection) -> None:
-        with (
-            closing(connection),
-            suppress(ConnectionBroken, StaleLease),
-        ):  # the receiver retries, or its own lease has ended, too
+        # Both errors are the receiver's to handle: it retries, or its own lease has ended too.
+        with closing(connection), suppress(ConnectionBroken, StaleLease):
             hello = await self._read_hello(connection)
             if hello is not None:
                 async with self._places:
                     await self._send(connection, *hello)
 
     async def _read_hello(self, connection: BlockConnection) -> tuple[_Export, bytes] | None:
-        """The wanted export and the receiver's salt; None: the peer is a stranger."""
+        """Read the greeting: the wanted export, and the receiver's salt. None if the greeting is
+        wrong or late.
+        """
         with trio.move_on_after(_GREETING_S) as greeting:
             self._strangers.append(greeting)
             if len(self._strangers) > _MAX_STRANGERS:
@@ -193,8 +193,8 @@ async def _send_chunk(
 
 
 class _Receiver:
-    """One transfer, over as many connections as it needs. `wanted`: chunks that have not
-    arrived.
+    """One transfer, over as many connections as it needs. `wanted`: for each chunk its number, and
+    a function that returns the buffers to receive it into.
     """
 
     def __init__(
@@ -215,7 +215,9 @@ class _Receiver:
         return not self._wanted
 
     async def receive(self) -> None:
-        """Receive wanted chunks over one connection, until it breaks."""
+        """Receive wanted chunks over one connection, until all have come or the connection
+        breaks.
+        """
         with closing(await self._connect()) as connection:
             asks, answers = await self._handshake(connection)
             try:
@@ -257,7 +259,9 @@ class _Receiver:
         await connection.send([asked + asks.seal([asked])])
 
     async def _receive_chunk(self, connection: BlockConnection, answers: Sealer) -> bool:
-        """Receive the next chunk; whether its seal is right. If not, the chunk is queued again."""
+        """Receive the next chunk. Return whether its seal is right; if not, the chunk is queued
+        again.
+        """
         number, stage = self._wanted[0]
         staged = stage()
         views = staged.views

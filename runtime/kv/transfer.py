@@ -20,15 +20,15 @@ class PoolSource:
     lease: LeaseRef
 
     async def share(self, num_received: int = 0) -> BlockLocation:
-        """Offer the lease to a receiver in another process, without the first blocks that are there
-        already. Raises StaleLease.
+        """Offer the lease to a receiver in another process, without the first `num_received`
+        blocks, which the receiver has already. Raises StaleLease.
         """
         _check_rest(self.pool.num_blocks_for(self.lease.num_tokens), num_received)
         blocks = self.pool.sent(self.held, num_received)
         return await self.storage.share(blocks, lambda: self.held.require("sending"))
 
     def release(self) -> None:
-        """Free the blocks. Safe to call again."""
+        """Free the blocks. May be called more than once."""
         if self.held.state == "sending":
             self.pool.advance(self.held, "acknowledge")
 
@@ -49,20 +49,24 @@ class PoolTarget:
     num_received: int = 0
 
     async def receive(self, source: KVSource) -> None:
-        """Copy all blocks inside this process. Raises StaleLease; aborts its lease on any error."""
+        """Copy all blocks inside this process. Raises StaleLease. Aborts the target on any
+        error.
+        """
         if not isinstance(source, PoolSource):
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
         await self._receive(lambda: self._copy(source))
 
     async def fetch(self, source: BlockLocation, num_received: int = 0) -> None:
-        """Copy the blocks that are not here yet from another process, which keeps them until the
-        graph releases them. Raises StaleLease, DamagedBlocks; aborts its lease on any error.
+        """Copy the blocks after the first `num_received` from another process, which keeps them
+        until the graph releases them. Raises StaleLease, DamagedBlocks. Aborts the target on any
+        error.
         """
         await self._receive(lambda: self._fetch(source, num_received))
 
     async def fetch_chunk(self, source: BlockLocation, chunk: KVChunk) -> None:
         """Copy some blocks of a prompt that is still being computed. Raises StaleLease,
-        DamagedBlocks; then the lease is unchanged, and the blocks do not count as received.
+        DamagedBlocks. After an error the lease is unchanged, and the blocks do not count as
+        received.
         """
         self._check_follows(chunk.first)
         blocks = self.pool.full_blocks(self.held, chunk.first, chunk.end)
@@ -82,7 +86,7 @@ class PoolTarget:
             self.pool.advance(self.held, "receive")
             await copy()
             self.pool.advance(self.held, "arrive")
-        except BaseException:
+        except BaseException:  # a cancellation too: no sequence may adopt a half-filled lease
             self.abort()
             raise
 
@@ -93,6 +97,7 @@ class PoolTarget:
         await self._copy_blocks(source, blocks, "receiving")
 
     def _check_follows(self, first: int) -> None:
+        # `num_received` counts blocks from the first on, so chunks must come in order.
         if first > self.num_received:
             raise StaleLease(f"block {first} came where {self.num_received} blocks are there")
 
@@ -101,8 +106,8 @@ class PoolTarget:
     ) -> None:
         """Fetch into `blocks` while the lease is in `state`.
 
-        A sender that offers another number of blocks has other KV groups: without a recurrent
-        state, for example. Such blocks would give wrong tokens.
+        Raises StaleLease if the sender offers another number of blocks: such a sender has other KV
+        groups, for example no recurrent state, and its blocks would give wrong tokens.
         """
 
         def check() -> None:
@@ -111,7 +116,7 @@ class PoolTarget:
         if source.num_blocks != len(blocks):
             raise StaleLease(f"{source.num_blocks} blocks were sent where {len(blocks)} are due")
         await self.storage.fetch(source, blocks, check)
-        check()
+        check()  # the lease may have ended after the last chunk
 
     async def _copy(self, source: PoolSource) -> None:
         def check() -> None:
@@ -128,16 +133,18 @@ class PoolTarget:
 
 
 def _check_rest(num_blocks: int, num_received: int) -> None:
-    """Raise StaleLease if no block is left to copy. The last step's blocks always are."""
+    """Raise StaleLease if no block is left to copy. Prefetches never copy the blocks of the last
+    step.
+    """
     if num_received >= num_blocks:
         raise StaleLease(f"{num_received} of {num_blocks} blocks are received already")
 
 
 class PoolTransfers:
-    """One pool's side of all transfers: prompts that wait for an export, blocks reserved for
-    imports.
+    """The leases that transfers of one pool own: computed prompts that wait for an export, and
+    blocks reserved for imports.
 
-    A fence has at most one held lease and one target here.
+    A fence has at most one held lease and one target.
     """
 
     def __init__(self, pool: BlockPool, storage: Storage, *, engine: str, replica: int) -> None:
@@ -149,7 +156,9 @@ class PoolTransfers:
         self._targets: dict[Fence, PoolTarget] = {}
 
     def hold(self, lease: Lease, num_tokens: int) -> LeaseRef:
-        """Hold the blocks of a computed prompt until an export, an adoption or a cancel."""
+        """Hold the blocks of a computed prompt until an export, an adoption or a cancel. Return the
+        reference of the lease.
+        """
         lease.num_tokens = num_tokens
         if lease.state == "reserved":  # a lease that was adopted before is filled already
             self._pool.advance(lease, "fill")
@@ -182,7 +191,9 @@ class PoolTransfers:
         return await self._storage.share(blocks, check)
 
     def target(self, fence: Fence) -> PoolTarget | None:
-        """The receiving side that is open for `fence`: neither adopted nor aborted."""
+        """The open receiving side of `fence`: not adopted, and not aborted. None if there
+        is none.
+        """
         return self._targets.get(fence)
 
     def target_of(self, ref: LeaseRef) -> PoolTarget:
@@ -204,7 +215,7 @@ class PoolTransfers:
         return target
 
     def adopt(self, ref: LeaseRef, fence: Fence) -> Lease:
-        """Make a sequence the owner of a filled lease, which was held or received here.
+        """Make a sequence the owner of a filled lease, which was held or received in this pool.
 
         Raises StaleLease.
         """

@@ -1,4 +1,4 @@
-"""The contract of a transport: where blocks are, how they move between pools, and the circuit
+"""Contracts of KV transfers: locations of offered blocks, transports, storages, and the circuit
 breakers of links that fail.
 """
 
@@ -11,11 +11,14 @@ import msgspec
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.port import DamagedBlocks
 
+log = get_logger("sagellm.kv")
+
 
 class KVChunk(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks `first` to `end`, exclusive, of a prompt, in the tables of full attention.
 
-    Windows and recurrent states change while the prompt is computed: they move at its end.
+    Windows and recurrent states are not in chunks: they change while the prompt is computed, and
+    are copied at its end.
     """
 
     first: int
@@ -27,9 +30,9 @@ class KVChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SharedBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="shared_blocks"):
-    """Blocks in shared memory: `blocks`, in order, of a pool of `size` bytes, which process `pid`
-    of this host has open as `descriptor`. `sums`: the checksum of each chunk at the time of the
-    offer.
+    """Blocks in shared memory. `blocks`: their numbers, in order, in a pool of `size` bytes, which
+    process `pid` of this host has open as `descriptor`. `sums`: the checksum of each chunk at the
+    time of the offer.
     """
 
     pid: int
@@ -44,7 +47,9 @@ class SharedBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="shared_blocks
 
 
 class TcpBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="tcp_blocks"):
-    """`num_blocks` that a worker sends to a receiver that has the `key` of this `export`."""
+    """`num_blocks` blocks that a worker, at `host` and TCP port `port`, sends to a receiver that
+    has the `key` of this `export`.
+    """
 
     host: str
     port: int
@@ -57,9 +62,9 @@ class TcpBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="tcp_blocks"):
 
 
 class NixlBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="nixl_blocks"):
-    """Blocks that NIXL reads: `blocks`, in order, of a pool of `pool_blocks`, which the `agent`
-    (its metadata) has registered at `address`. `sums`: the checksum of each chunk at the time of
-    the offer.
+    """Blocks that NIXL reads. `blocks`: their numbers, in order, in a pool of `pool_blocks` blocks.
+    `agent`: the metadata of the NIXL agent that has registered the pool at `address`. `sums`: the
+    checksum of each chunk at the time of the offer.
     """
 
     agent: bytes
@@ -74,8 +79,8 @@ class NixlBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="nixl_blocks"):
 
 
 class CustomBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="custom_blocks"):
-    """`num_blocks` of a user's transport at an `address`, which only that transport encodes and
-    decodes.
+    """`num_blocks` blocks of a user's transport. Only that transport encodes and decodes
+    `address`.
     """
 
     transport: str
@@ -88,7 +93,7 @@ class CustomBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="custom_blocks
 
 BlockLocation: TypeAlias = SharedBlocks | TcpBlocks | NixlBlocks | CustomBlocks
 
-MAX_COPIES = 3  # of a chunk that arrives damaged
+MAX_COPIES = 3  # of a chunk that arrives damaged each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,36 +113,37 @@ class HostMemory(Protocol):
         ...
 
 
-LeaseCheck: TypeAlias = Callable[[], None]  # raises StaleLease where blocks have a new owner
+LeaseCheck: TypeAlias = Callable[[], None]  # raises StaleLease if the blocks may have a new owner
 
 
 class Transport(Protocol):
-    """One worker's end. A transport that serves nobody can inherit `drop_stale` and `run`.
+    """One worker's end of a transport. A transport whose receivers need no server can inherit
+    `drop_stale` and `run`.
 
-    Call `check` before each chunk is read or written, without a checkpoint in between: `check`
-    raises StaleLease after a lease has ended, so that blocks of another owner are never touched.
-    `num_damaged` counts the chunks that arrived damaged, and were asked for again.
+    A transport calls `check` before it reads or writes each chunk, without a checkpoint in between.
+    `check` raises StaleLease after the lease has ended, so blocks of another owner are never
+    touched. `num_damaged` counts the chunks that arrived damaged and were requested again.
     """
 
     num_damaged: int = 0
 
     async def offer(self, blocks: Sequence[int], check: LeaseCheck) -> BlockLocation:
-        """Offer `blocks` for as long as `check` does not raise; returns where a receiver finds
-        them.
+        """Offer `blocks` until `check` raises. Return their location for a receiver.
 
         The blocks do not change meanwhile: `check` raises before they are written again.
         """
 
     async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: LeaseCheck) -> None:
-        """Copy offered blocks into `blocks` of this pool, chunk by chunk. Every wait has a bound.
+        """Copy offered blocks into `blocks` of this pool, chunk by chunk. Every wait has a time
+        limit.
 
         Raises StaleLease if the lease has ended; DamagedBlocks if a chunk arrived damaged
-        `MAX_COPIES` times, or the sender cannot be reached, or falls silent. After an error or a
+        `MAX_COPIES` times, or the sender cannot be reached, or stops sending. After an error or a
         cancellation the content of `blocks` is undefined.
         """
 
     def drop_stale(self) -> None:
-        """Release resources of workers and leases that have ended. Called every now and then."""
+        """Release resources of workers and leases that have ended. Called from time to time."""
 
     async def run(self) -> None:
         """Serve other workers until cancelled."""
@@ -177,13 +183,11 @@ class Storage(Protocol):
     async def serve(self) -> None: ...
 
 
-log = get_logger("sagellm.kv")
-
 _End: TypeAlias = tuple[str, int]  # an engine's name and a replica
 TransferLink: TypeAlias = tuple[_End, _End]  # from sender to receiver
 
 MAX_FAILURES = 5  # in a row; then the breaker opens
-_SLOW_S = 1.0  # a failure that takes so long counts for `MAX_FAILURES`
+_SLOW_S = 1.0  # a failure that takes this long counts as `MAX_FAILURES` failures
 # An open breaker lets no transfer through for this multiple of the time that the last transfer took
 # to fail, within bounds.
 _SHARE = 4.0
@@ -192,8 +196,9 @@ _LEAST_S, _LONGEST_S = 0.25, 30.0
 
 @dataclass(slots=True)
 class _Record:
-    """`num_failed`: failures in a row. `is_tried`: the one transfer that tests an open breaker is
-    under way.
+    """The state of one breaker. `num_failed`: failures in a row. `rests_until_s`: the time until
+    which an open breaker lets no transfer through. `is_tried`: whether the one transfer that tests
+    an open breaker is in progress.
     """
 
     num_failed: int = 0
@@ -202,17 +207,18 @@ class _Record:
 
 
 class CircuitBreaker:
-    """One breaker a link: says whether a transfer is worth trying. All times are of one clock.
+    """Decides for each link whether a transfer is tried. All times are of one clock.
 
-    After `MAX_FAILURES` failures in a row the breaker opens, and lets one transfer through after
-    each pause. Requests that wait for a transfer slot do not wait for one failure after the other.
+    After `MAX_FAILURES` failures in a row, the breaker of a link opens: it lets one transfer
+    through after each pause, until a transfer passes. So requests that wait for a transfer slot do
+    not wait for one failure after the other.
     """
 
     def __init__(self) -> None:
         self._records: dict[TransferLink, _Record] = {}
 
     def begin(self, link: TransferLink, now: float) -> bool:
-        """Whether to try a transfer. If so, the caller must report its end: `passed`, `failed` or
+        """Whether to try a transfer. If so, the caller must report its end by `passed`, `failed` or
         `left`.
         """
         record = self._records.setdefault(link, _Record())

@@ -1,8 +1,8 @@
 """The registry of transports: what `kv: NAME` of executor `processes` means.
 
 Option checks derive from this table, and a test compares documents with it. To add a transport, add
-a file beside this file and an entry to the table. A user registers a transport, or an installed
-package offers it by an entry point of the group `sagellm.transports`.
+a file beside this file and an entry to the table. Users register transports of their own, or
+installed packages offer them as entry points of the group `sagellm.transports`.
 """
 
 import importlib
@@ -38,9 +38,9 @@ class Requirement:
 class TransportKind:
     """One transport.
 
-    `open(pool, host)` opens one worker's end, and may listen on `host`; it raises OSError.
-    `allocate(num_bytes)` makes the memory that the pool must lie in, `PoolBytes.memory`; None: the
-    pool may lie anywhere. Raises TypeError for parts that cannot be called.
+    `open(pool, host)` opens one worker's end, which may listen on `host`; it raises OSError.
+    `allocate(num_bytes)` makes the host memory that the pool must lie in (`PoolBytes.memory`).
+    `allocate` None: the pool may lie anywhere. Raises TypeError for parts that cannot be called.
     """
 
     open: "Callable[[PoolBytes, str], Transport]"
@@ -62,8 +62,8 @@ def read_transport(name: str, found: Any) -> TransportKind:
 
 
 def _file(name: str) -> Any:
-    """A file of this folder. It is imported when its transport is opened: NIXL is an extra, and has
-    hundreds of megabytes.
+    """Import a module of this folder. Each transport is imported only when it is opened: NIXL is an
+    extra of hundreds of megabytes.
     """
     return importlib.import_module(f"sagellm.runtime.kv.{name}")
 
@@ -87,7 +87,8 @@ TRANSPORTS: Registry[TransportKind] = Registry(
 
 
 def pool_memory(sharing: Sharing | None, num_bytes: int) -> HostMemory | None:
-    """The memory that a pool must lie in to be shared so; None: it may lie anywhere.
+    """Allocate the memory that a pool must lie in if it is shared by `sharing`. None if the pool
+    may lie anywhere.
 
     Raises OSError, ValueError for an unknown transport.
     """

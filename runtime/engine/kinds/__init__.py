@@ -18,11 +18,12 @@ from sagellm.runtime.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlace:
-    """Which replica of an engine is opened, and where.
+    """The replica of an engine that is opened, and how it is opened.
 
-    `sharing`: how other processes reach its KV pool; None when all engines are in this process.
-    `num_blocks`: the size of its pool in an earlier life, if it had one. `progress` is called with
-    each event of the start. `may_abandon`: a cancelled opening may leave a thread that still loads.
+    `sharing`: how other processes reach its KV pool; None if all engines are in this process.
+    `num_blocks`: the size of the pool in the replica's earlier life, in blocks; None in its first
+    life. `progress` is called with each event of the start. `may_abandon`: whether a cancelled
+    opening may leave a thread that still loads.
     """
 
     engine: str
@@ -35,11 +36,12 @@ class ReplicaPlace:
 
 @dataclass(frozen=True, slots=True)
 class EngineDescription:
-    """What is known of an engine before it is loaded.
+    """The facts of an engine that are known before it is loaded.
 
-    `folder`: the model folder whose tokenizer encodes its prompts; None when it takes text.
-    `warnings`: what a user should know of model folders. `sizes`: options that follow from the size
-    of the memory; they are set when the engine is opened, so that it opens as it was checked.
+    `folder`: the model folder whose tokenizer encodes prompts; None if the engine takes text.
+    `warnings`: faults of model folders that a user should know. `sizes`: options that were derived
+    from the size of the memory. They are set when the engine is opened, so that it opens as it was
+    checked.
     """
 
     view: EngineFactsView
@@ -53,10 +55,10 @@ class EngineDescription:
 class EngineKind:
     """One kind of engine: `kind: NAME` of an engine in a graph.
 
-    `options`: the frozen dataclass of its options. Its field `replicas`, if it has one, is the
-    number of engines to open, and its field `model` names the model. `capabilities`: what its
-    engines can do, of CAPABILITIES. `open(options, place)` opens one replica. `describe(options)`
-    returns what is known before, and reads no weight. Both raise EngineOptionError, ModelError or
+    `options`: the frozen dataclass of the kind's options. A field `replicas` is the number of
+    engines to open, and a field `model` names the model. `capabilities`: names from CAPABILITIES
+    that the kind's engines have. `open(options, place)` opens one replica. `describe(options)`
+    describes an engine without reading weights. Both raise EngineOptionError, ModelError or
     UnsupportedModel for an engine that cannot be opened. Raises TypeError and ValueError for
     invalid fields.
     """
@@ -78,7 +80,9 @@ class EngineKind:
                 raise TypeError(f"{name} must be a function, not {type(part).__name__}")
 
     def described(self, options: Any) -> EngineDescription:
-        """The result of `describe`, or a description that follows from the options alone."""
+        """The result of `describe`. Without `describe`, a description made from the options
+        alone.
+        """
         if self.describe is not None:
             return self.describe(options)
         view = EngineFactsView(
@@ -98,7 +102,7 @@ def read_kind(name: str, found: Any) -> EngineKind:
 
 
 class _Lazy(Mapping[str, EngineKind]):
-    """Kinds by name, each imported from its module when it is asked for."""
+    """Kinds by name. A kind is imported from its module when it is looked up."""
 
     def __init__(self, modules: Mapping[str, str]) -> None:
         self._modules = modules
@@ -116,9 +120,9 @@ class _Lazy(Mapping[str, EngineKind]):
         return len(self._modules)
 
 
-# The kinds that ship: a new kind is a file of this folder, and a line here. Kinds of users are
-# registered, or offered by packages as entry points `sagellm.engines`. Option types, checks, and
-# the tests of the documents derive from this registry.
+# The built-in kinds: a new kind is a file of this folder, and a line here. Users register kinds of
+# their own, or packages offer them as entry points of the group `sagellm.engines`. Option types,
+# checks, and the tests of the documents derive from this registry.
 KINDS: Registry[EngineKind] = Registry(
     "engine kind",
     "sagellm.engines",

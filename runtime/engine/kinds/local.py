@@ -34,8 +34,8 @@ def open_engine(
     """Open one replica, ready for `run`: load weights, lower the kernel graph, allocate the pool.
 
     `sharing`: how other processes reach the pool. `progress` is called with each event of the
-    start. Takes seconds without a checkpoint. Raises EngineOptionError, ModelError,
-    UnsupportedModel, LoweringError.
+    start. Blocks the thread for seconds. Raises EngineOptionError, ModelError, UnsupportedModel,
+    LoweringError.
     """
     folder = resolve_model(options.model)
     device = open_device(options, replica)
@@ -63,7 +63,9 @@ def open_device(options: EngineOptions, replica: int = 0) -> Device:
 
 
 def prepare(devices: Sequence[str]) -> None:
-    """Import what engines on these devices need, before their options are known."""
+    """Import the modules that engines on `devices` need, before the options of the engines are
+    known.
+    """
     if not devices:
         return
     _import_torch()
@@ -73,10 +75,11 @@ def prepare(devices: Sequence[str]) -> None:
 
 
 def _import_torch() -> None:
-    """Import torch before other modules load it, and freeze its objects.
+    """Import torch before other modules import it, and freeze its objects.
 
-    Collections of cycles would go over hundreds of thousands of objects that stay for good: again
-    and again during the import, and whenever a server collects later.
+    Torch makes hundreds of thousands of objects that live until the process ends. Unfrozen, the
+    garbage collector would visit them again and again during the import, and at each later
+    collection.
     """
     if "torch" in sys.modules or not gc.isenabled():
         return

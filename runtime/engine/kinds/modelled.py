@@ -1,5 +1,5 @@
-"""The kind `modelled`: it schedules and leases as `local` does, but a cost model says how long
-steps take, and nothing is computed.
+"""The kind `modelled`: an engine that schedules and leases as `local` does, but computes nothing. A
+cost model gives the time of each step.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,12 +31,13 @@ def _cost(default: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ModelledOptions(PagedOptions):
-    """The options of kind `modelled`: the coefficients of `StepCost`, in seconds.
+    """The options of kind `modelled`. All costs are in seconds.
 
-    `decode_step_s`: of a step, whatever it computes. `prefill_token_s`: of a prompt token that is
-    computed. `prefill_pair_s`: of a pair of such a token and a token that it attends to.
-    `decode_row_s`: of a sequence that decodes. `context_token_s`: of a token in the context of a
-    sequence of the step. `kv_bytes_per_s`: bytes a second between pools.
+    `decode_step_s`: the fixed cost of a step. `prefill_token_s`: the cost of each computed prompt
+    token. `prefill_pair_s`: the cost of each pair of a computed prompt token and a token that it
+    attends to. `decode_row_s`: the cost of each sequence that decodes. `context_token_s`: the cost
+    of each token in the contexts of the step's sequences. `kv_bytes_per_s`: the speed of copies
+    between pools, in bytes a second.
     """
 
     prefill_token_s: float = _cost(1e-4)
@@ -58,7 +59,7 @@ class ModelledOptions(PagedOptions):
 
     @property
     def quantization(self) -> None:
-        """None: no weights are loaded, and their form is that of the folder."""
+        """Always None: no weights are loaded."""
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -82,7 +83,7 @@ def open_modelled(options: ModelledOptions, *, name: str, replica: int = 0) -> L
 
 @dataclass(frozen=True, slots=True)
 class ModelledLaunch:
-    """A step that begins when its result is awaited."""
+    """A launched batch, whose `seconds` begin when its result is awaited."""
 
     batch: Batch
     seconds: float
@@ -99,8 +100,8 @@ class ModelledLaunch:
 
 @dataclass(frozen=True, slots=True)
 class ModelledRunner:
-    """Sleeps for the cost of each batch, on trio's clock. Token ids follow from seed, choice and
-    position.
+    """Sleeps for the cost of each batch, on trio's clock. Token ids follow from the seed, the
+    choice and the position.
     """
 
     vocab_size: int
@@ -114,7 +115,7 @@ class ModelledRunner:
         await trio.lowlevel.checkpoint()
 
     async def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no step runs by itself."""
 
 
 def shape_of(batch: Batch) -> StepShape:
@@ -125,8 +126,8 @@ def shape_of(batch: Batch) -> StepShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelledStorage:
-    """Implements Storage without memory. A copy takes as long as its bytes take on a link of
-    `bytes_per_s`.
+    """Implements Storage without memory. A copy takes as long as a link of `bytes_per_s` bytes a
+    second would take.
     """
 
     block_bytes: int
@@ -140,6 +141,7 @@ class ModelledStorage:
     async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> BlockLocation:
         await trio.lowlevel.checkpoint()
         check()
+        # A placeholder: no process reads memory of this pool.
         return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
 
     async def fetch(
@@ -149,7 +151,7 @@ class ModelledStorage:
         await trio.sleep(self._seconds(len(blocks)))
 
     def drop_stale(self) -> None:
-        """There is nothing to forget."""
+        """Do nothing: no resources of other processes are held."""
 
     async def serve(self) -> None:
         await trio.sleep_forever()

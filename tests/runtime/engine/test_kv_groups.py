@@ -345,10 +345,10 @@ async def test_blocks_without_a_state_are_refused(exam: Exam) -> None:
         sender = source.export(held.lease)
         offer = offer_of(source, prompt)
         reservation = await target.import_(offer)
-        sender.held.snapshot, snapshot = [], sender.held.snapshot
+        sender.held.state_blocks, state_blocks = [], sender.held.state_blocks
         with pytest.raises(StaleLease, match="blocks were sent where"):
             await reservation.receive(sender)
-        sender.held.snapshot = snapshot
+        sender.held.state_blocks = state_blocks
         sender.release()
         with pytest.raises(EngineRefusal, match="another layout"):
             await target.import_(msgspec.structs.replace(offer, layout_hash="of other groups"))

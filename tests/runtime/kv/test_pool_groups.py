@@ -80,9 +80,9 @@ def test_a_prefix_ends_where_its_state_is_kept():
     pool.publish(lease, key_path(4, 1, 5))
     pool.free_unread(lease, 20)
     assert pool.num_reusable(lease.path) == 0
-    kept = lease.snapshot
+    kept = lease.state_blocks
     pool.keep_state(lease, 20)
-    assert lease.state_at(20) == kept != lease.snapshot
+    assert lease.state_at(20) == kept != lease.state_blocks
     assert pool.num_reusable(lease.path) == 0  # no step has begun there: the state may be written
     pool.grow(lease, 28)
     pool.publish(lease, key_path(4, 1, 7)[5:])
@@ -90,7 +90,7 @@ def test_a_prefix_ends_where_its_state_is_kept():
     assert pool.num_reusable(lease.path) == 5
     other = pool.reserve(B, 40, prefix=lease.path[:5])
     assert other.state_at(20) == kept
-    assert other.snapshot != kept
+    assert other.state_blocks != kept
     assert other.tables[0][:5] == lease.tables[0][:5]
     assert other.tables[1][:3] == [FREED] * 3
     pool.check()
@@ -101,7 +101,7 @@ def test_blocks_are_sent_in_one_order_with_the_state_at_the_end():
     lease = lease_of(pool, 30, 30)
     lease.num_tokens = 30
     full, *windows = lease.tables
-    assert pool.sent(lease) == [*full, *windows[0][6:], *windows[1][6:], *lease.snapshot]
+    assert pool.sent(lease) == [*full, *windows[0][6:], *windows[1][6:], *lease.state_blocks]
     assert pool.sent(lease, first=5) == pool.sent(lease)[5:]
     reservation = pool.reserve(B, 30, "transfer", start=30)
     assert len(pool.sent(reservation)) == len(pool.sent(lease))
@@ -149,7 +149,7 @@ class GroupsMachine(RuleBasedStateMachine):
         if start + count > lease.capacity:
             pool.grow(lease, start + count)
         is_due = keeps and size and self.keeps_prefixes and start and start % 4 == 0
-        if is_due and lease.state_at(start) is lease.snapshot and pool.num_available >= size:
+        if is_due and lease.state_at(start) is lease.state_blocks and pool.num_available >= size:
             pool.keep_state(lease, start)
         keys = key_path(4, token_id, (start + count) // 4)[len(lease.path) :]
         if not lease.path or lease.path[-1].is_live:
@@ -170,7 +170,7 @@ class GroupsMachine(RuleBasedStateMachine):
         held = {block for lease in self.leases for block in lease.blocks}
         assert self.pool.num_leased == len(held)
         for lease, (_, computed) in self.leases.items():
-            assert len(lease.snapshot) == self.shape.num_state_blocks
+            assert len(lease.state_blocks) == self.shape.num_state_blocks
             groups = [group for group in self.shape.groups for _ in range(group.num_tables)]
             for group, table in zip(groups, lease.tables, strict=True):
                 first = self.shape.first(group, computed)
