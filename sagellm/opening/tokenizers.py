@@ -1,4 +1,4 @@
-"""Loads the models of a checked graph for sessions and gateways: tokenizers, names, scopes."""
+"""Loads the tokenizer, the names and the cache scope of each model of a checked graph."""
 
 from hashlib import blake2b
 
@@ -16,7 +16,7 @@ def load_models(graph: Graph) -> Models:
 
 
 def _loaded(graph: Graph, served: ServedModel) -> Model:
-    """One model, described by its first engine: the checks refuse engines of other tokenizers."""
+    """Load one model from its first engine: by the checks, all its engines share a tokenizer."""
     engine = describe_engine(graph, served.engines[0])
     if engine.folder is None:
         return Model(served, RemoteTokenizer(), engine.model, _digest(engine.model))
@@ -24,7 +24,7 @@ def _loaded(graph: Graph, served: ServedModel) -> Model:
 
 
 def _scope(folder: ModelFolder) -> str:
-    """An id of a model folder. The path is part of it: equal configs may have different weights."""
+    """The id of a model folder, from hash and path: equal configs may have different weights."""
     return _digest(f"{folder.hash} {folder.path}")
 
 

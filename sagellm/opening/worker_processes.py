@@ -29,10 +29,10 @@ async def start_workers(
     launch: Callable[[ProcessesOptions], ProcessLauncher] | None = None,
     progress: Progress = silent,
 ) -> Supervisor:
-    """Start a supervisor and its workers in `nursery`; returns when every worker is ready.
+    """Start a supervisor and its workers in `nursery`; return when every worker is ready.
 
-    Cancelling the nursery ends the workers. `launch` replaces the way that processes are started.
-    Raises WorkerUnfit, BadKeys.
+    Cancelling the nursery ends the workers. `launch` makes the process launcher, in place of the
+    default one. Raises WorkerUnfit, BadKeys.
     """
     cores = len(os.sched_getaffinity(0))
     computing = tuple(name for name in graph.engines if _computes(graph, name))
