@@ -1,4 +1,4 @@
-"""The connection to one server over HTTP, for plain threads and for async code."""
+"""The service of a client for a server over HTTP, for plain threads and for async code."""
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, suppress
@@ -107,14 +107,14 @@ class ServerConnection:
             return None
 
     def _send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
-        """Send a call; returns the open response, which the caller must close.
+        """Send a call, and return the open response, which the caller must close.
 
         Raises ClientError for an error response.
         """
         with raising_client_errors(self.url):
             extra = _JSON_HEADERS if content is not None else None
             request = self._http.build_request(method, path, content=content, headers=extra)
-            response = self._http.send(request, stream=True)  # the status decides who reads it
+            response = self._http.send(request, stream=True)  # the body of an error is read below
         if not response.is_success:
             raise response_error(response.status_code, response.headers, self._read(response))
         return response
@@ -210,22 +210,20 @@ class AsyncServerConnection:
         await self._http.aclose()
 
     async def first_model(self) -> str:
-        """The first model of the server. Only the first call asks the server."""
+        """The first model of the server. The first call asks the server; later calls do not."""
         if self._first is None:
             self._first = http_calls.first_model_of(await self.models())
         return self._first
 
     async def send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
-        """Send a call; returns the open response, which the caller must close.
+        """Send a call, and return the open response, which the caller must close.
 
         Raises ClientError for an error response.
         """
         with raising_client_errors(self.url):
             extra = _JSON_HEADERS if content is not None else None
             request = self._http.build_request(method, path, content=content, headers=extra)
-            response = await self._http.send(
-                request, stream=True
-            )  # the status decides who reads it
+            response = await self._http.send(request, stream=True)  # an error is read below
         if not response.is_success:
             raise response_error(response.status_code, response.headers, await self.read(response))
         return response
