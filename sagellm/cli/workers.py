@@ -1,4 +1,4 @@
-"""`sagellm ps`, `restart`, `drain`, `scale`: the workers of the graphs that this user runs."""
+"""`sagellm ps`, `restart`, `drain`, `scale`: lists and controls workers of this user's graphs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -85,9 +85,9 @@ def drain(
 def _request_for(
     command: Literal["drain", "restart"], operator: str, replica: int | None
 ) -> ControlRequest:
-    """The request for `operator`; `decode[0]`, the spelling of `ps`, means replica 0 of decode.
+    """The control request for `operator`. `decode[0]`, as `ps` prints it, means its replica 0.
 
-    Raises Failure if `replica` is another one.
+    Raises Failure if `replica` contradicts the number in `operator`.
     """
     found = re.fullmatch(r"(.+)\[(\d+)\]", operator)
     if found is None:
@@ -114,7 +114,7 @@ def scale(
     operator
         A name of the graph that has an engine, such as decode.
     count
-        How many there are to be.
+        The new number of replicas.
     """
     return _change(ControlRequest("scale", operator, count=count), graph_pid, json)
 
@@ -137,7 +137,7 @@ def _change(request: ControlRequest, graph_pid: int | None, json: bool) -> int:
 async def _ask_one_graph(request: ControlRequest, graph_pid: int | None) -> ControlReply:
     """Send `request` to the graph of `graph_pid`, or to the only graph with workers.
 
-    Raises Failure for no graph, for several graphs and for an error that the graph answers.
+    Raises Failure if no graph or several graphs match, and if the graph answers with an error.
     """
     listed = {
         path: answer
@@ -168,7 +168,7 @@ def _rows_of(listed: Mapping[Path, ControlReply]) -> list[tuple[ReplicaStatus, .
 
 
 async def _answers(request: ControlRequest) -> dict[Path, ControlReply]:
-    """The answer of each graph that this user runs, by its control socket."""
+    """Send `request` to every graph that this user runs: returns control socket -> answer."""
     found = {}
     for path in running():
         with suppress(OSError, trio.BrokenResourceError):  # the graph has just ended
