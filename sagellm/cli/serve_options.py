@@ -26,7 +26,7 @@ S = TypeVar("S", RequestLimits, Streaming, Budget)
 @Parameter(name="*", group="Settings")
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions(GivenOptions):
-    """The sources of settings. The command line wins over the file, the file over the environment."""
+    """The sources of settings: the command line wins over the file, the file over the variables."""
 
     config: Path | None = None
     """A TOML file of options, with keys, limits and changes of the graph."""
