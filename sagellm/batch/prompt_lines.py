@@ -26,7 +26,7 @@ async def numbered_lines(file: FileIO) -> AsyncIterator[tuple[int, bytes]]:
     never return. `file` must be unbuffered: the abandoned thread would hold the lock of a buffered
     file at the end of the process.
     """
-    number, line = 1, bytearray()
+    number, line = 1, bytearray()  # the line so far: a line may span several chunks
     while chunk := await trio.to_thread.run_sync(file.read, CHUNK_BYTES, abandon_on_cancel=True):
         *ends, rest = chunk.split(b"\n")
         for end in ends:

@@ -56,13 +56,14 @@ def begin_streams(
 async def _stream(
     session: Session, outcome: StreamOutcomes, key: tuple[int, int], load: StreamLoad
 ) -> None:
+    # Equal in the runs with and without faults, whose tokens are compared.
     draw = random.Random(f"{load.seed} {key}")
     prompt = draw.choices(_IDS, k=load.prompt_tokens)
     sampling = Sampling(
         max_tokens=load.max_tokens,
         temperature=load.temperature,
         seed=draw.getrandbits(32),
-        ignore_eos=True,
+        ignore_eos=True,  # every stream has `max_tokens` tokens
     )
     outcome.tokens[key] = []
     last_s: float | None = None

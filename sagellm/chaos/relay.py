@@ -87,7 +87,7 @@ class Relay:
                 while data := await source.receive_some(self.faults.chunk_bytes):
                     await put.send((trio.current_time() + self.faults.delay_s, bytes(data)))
             except trio.BrokenResourceError:
-                pass
+                pass  # the connection was reset
 
     async def _write(
         self,
@@ -111,7 +111,7 @@ class Relay:
                     await sink.send_all(self._flipped(data))
                 except trio.BrokenResourceError:
                     break
-        scope.cancel()
+        scope.cancel()  # one direction has ended: close the other one, too
 
     def _flipped(self, data: bytes) -> bytes:
         if self.faults.num_to_flip:

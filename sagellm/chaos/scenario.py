@@ -57,6 +57,7 @@ def read_check(text: str, figures: Iterable[str]) -> Check:
     if found is None:
         raise ScenarioError(f"check {text!r}: write `identical`, or NAME < NUMBER")
     known = list(figures)
+    # Which metrics there are is known only after the run.
     if found["name"] not in known and not found["name"].startswith(("sagellm_", "vllm:")):
         close = nearest(found["name"], known)
         hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"

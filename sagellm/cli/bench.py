@@ -110,7 +110,7 @@ class LoadRun:
             self.model = self.server.model or await client.first_model()
             target, prompts = target_of(self.workload, self.model), prompts_of(self.workload)
             await self._warm_up(Sender(client, target, prompts))
-            sender = Sender(client, target, prompts)
+            sender = Sender(client, target, prompts)  # its clock starts here, after the warm-up
             with _progress(self.schedule) as advance:
                 drive = LoadDriver(sender.send, lambda: sender.now_s, report=advance)
                 await self._drive(drive, arrivals)
@@ -130,6 +130,7 @@ class LoadRun:
         return {"url": self.url, "model": self.model, **load_settings(self.schedule, self.workload)}
 
     async def _warm_up(self, sender: Sender) -> None:
+        # Negative numbers give prompts that differ from those of the load, and warm no prefix.
         for number, arrival in enumerate(warmup_of(self.schedule, self.workload), 1):
             record = await sender.send(-number, arrival, sender.now_s)
             if not record.is_ok:

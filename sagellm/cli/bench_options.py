@@ -186,7 +186,7 @@ def target_of(workload: WorkloadOptions, model: str) -> LoadTarget:
     """The model and the options that all requests share."""
     options: dict[str, Any] = {"temperature": workload.temperature}
     if not workload.stop_at_eos:
-        options["ignore_eos"] = True
+        options["ignore_eos"] = True  # answers of planned length make loads comparable
     return LoadTarget(
         model=model,
         is_chat=workload.endpoint == "chat",

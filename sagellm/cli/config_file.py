@@ -71,7 +71,7 @@ def read_config(path: Path, structs: Sequence[type]) -> ConfigFile:
             f"the file is larger than {MAX_CONFIG_BYTES >> 20} MiB", "is it TOML?", str(path)
         )
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")  # some editors add a byte order mark
         tree = tomllib.loads(text)
     except UnicodeDecodeError:
         raise Failure("the file is not UTF-8", "save it as UTF-8", str(path)) from None
@@ -151,7 +151,7 @@ class _Reader:
             else:
                 self._unknown((*place, written), key, [*_KEY_SOURCES, *_BUDGET])
         sources = {written.replace("-", "_") for written in table} & _KEY_SOURCES.keys()
-        if table and len(sources) != 1:
+        if table and len(sources) != 1:  # `_table` has reported an empty table
             fix = "give one of key_file, key_env and key"
             self._mistake(place, f"the key {name} needs one place to come from", fix)
         return KeyTable(**given, budget=budget, where=self._where(place))

@@ -166,6 +166,7 @@ def _cpu_name() -> str:
     listing = Path("/proc/cpuinfo")
     text = listing.read_text() if listing.exists() else ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    # platform.processor() is empty on many systems.
     return match[1] if match else platform.processor() or platform.machine()
 
 

@@ -22,7 +22,7 @@ from sagellm.runtime.models.folder import BUILT_IN
 NAME = "models"
 MAX_QUEUED = 4096  # for each model; the shipped graphs have the same limit
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
-_TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")
+_TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")  # names of other nodes, and reserved ones
 
 
 def public_model_name(model: str) -> str:

@@ -178,7 +178,7 @@ def _from_file(file: Path) -> str:
     """Read the key in a file. Raises Failure for a file without a key, OSError on a read error."""
     with file.open("rb") as opened:
         content = opened.read(MAX_KEY_BYTES + 1)
-    key = content.decode(errors="replace").strip()
+    key = content.decode(errors="replace").strip()  # invalid UTF-8 makes an invalid key
     if len(content) > MAX_KEY_BYTES or not _is_key(key):
         raise Failure("the file holds no key", "write one word into it, in one line", str(file))
     return key

@@ -157,7 +157,7 @@ def _docs(struct: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     return {
         field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body.body)
+        for field, text in pairwise(body.body)  # a docstring is the statement after its field
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
         if isinstance(text.value.value, str)

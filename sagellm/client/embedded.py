@@ -278,7 +278,7 @@ class AsyncEmbedded(_EmbeddedGraph):
     async def aclose(self, *error: Any) -> None:
         """Cancel running requests, and free the engine. Idempotent."""
         if self._session is not None:
-            self._session = None
+            self._session = None  # before the await: a second call must not close again
             await self._opened.__aexit__(*(error or (None, None, None)))
 
     async def ask(

@@ -63,9 +63,11 @@ def transport_options(url: str, api_key: str | None, timeout_s: float) -> Mappin
     return {
         "base_url": url,
         "headers": request_headers(api_key),
+        # Answers may take long, but connecting may not: notice an absent host soon.
         "timeout": httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
         "trust_env": not is_local(url),  # ignore proxies for this machine
         "verify": ssl.create_default_context(),  # reads SSL_CERT_FILE even without trust_env
+        # Unlimited: the default of httpx2 would queue requests of a large load in the client.
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=None),
     }
 
@@ -102,7 +104,7 @@ Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MODELS, HEALTH, LOAD, VERSION = "/v1/models", "/health", "/load", "/version"
-_ABSENT = (404, 405, 501)
+_ABSENT = (404, 405, 501)  # HTTP statuses of a server without the endpoint
 
 
 def encode_call(

@@ -44,10 +44,7 @@ class ResponseMessage(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One choice of an answer or of a chunk.
-
-    `/v1/completions` sets `text`; a chat sets `message`, or `delta` in a stream.
-    """
+    """One choice of an answer: completions have `text`, chats `message`, in a stream `delta`."""
 
     index: int = 0
     text: str | None = None
@@ -97,7 +94,7 @@ class TextReply(str):
 
 
 class Piece(str):
-    """A part of a stream: the next text of one choice. Its last piece has a finish reason.
+    """The next text of one choice of a stream. The last piece of a choice has a finish reason.
 
     A server may send the usage in a piece without text after all other pieces.
     """
@@ -127,7 +124,7 @@ def make_piece(
 
 def whole_reply(body: ResponseBody) -> TextReply:
     """The reply of the first choice. Raises ClientError for an answer without choices."""
-    ordered = sorted(body.choices, key=lambda choice: choice.index)
+    ordered = sorted(body.choices, key=lambda choice: choice.index)  # servers may mix them
     if not ordered:
         raise ClientError("the server's answer holds no choice", code=BAD_ANSWER)
     replies = tuple(_choice_reply(choice, body) for choice in ordered)
@@ -188,10 +185,7 @@ class ChunkReader:
             self._finish("the connection")
 
     def next(self) -> ResponseBody | None:
-        """Remove and return the next chunk; None if more bytes are needed or the stream is over.
-
-        Raises ClientError after the last chunk of a failed stream.
-        """
+        """Remove and return the next chunk, if any. Raises ClientError after those of a failure."""
         if self._bodies:
             return self._bodies.popleft()
         if self._error is not None:
@@ -216,7 +210,7 @@ class ChunkReader:
         self._num_choices += 1
 
     def _finish(self, what: str) -> None:
-        if self._open or not self._num_choices:
+        if self._open or not self._num_choices:  # a stream without any choice is no answer
             self._fail(ClientError(f"{what} ended before the answer was whole", code=CUT_OFF))
         self.is_over = True
 
@@ -308,7 +302,7 @@ class ReplyStream(_StreamState[None]):
         self.close()
 
     def __del__(self) -> None:
-        self._close()
+        self._close()  # a dropped stream must not keep its request running
 
 
 @misused(

@@ -73,6 +73,7 @@ def stream_error(data: bytes | str) -> ClientError:
     raw = data.encode() if isinstance(data, str) else data
     fields = _error_fields(raw)
     code = fields.get("code")
+    # Some servers, such as vLLM, put the HTTP status into `code`.
     is_status = isinstance(code, int) and 400 <= code < 600
     return ClientError(
         _text(fields.get("message")) or f"the stream ended with an error: {_quoted(raw)}",

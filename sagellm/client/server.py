@@ -102,7 +102,7 @@ class ServerConnection:
         try:
             return self._get(path)
         except ClientError as error:
-            if error.status is None:
+            if error.status is None:  # the server is unreachable, not just without the endpoint
                 raise
             return None
 
@@ -254,7 +254,7 @@ class AsyncServerConnection:
 
         async def close() -> None:
             await generator.aclose()
-            await body.aclose()
+            await body.aclose()  # a generator that never started has not closed the body
 
         return AsyncReplyStream(generator, close)
 

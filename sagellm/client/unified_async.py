@@ -198,6 +198,7 @@ class AsyncUnifiedInferenceClient:
             raise ClientError(cause, code=MISUSED)
         if self._found is None:
             self._url = self._url or await find_server_async()
+            # Another task may have set the service during the await.
             self._found = self._found or AsyncServerConnection(
                 self._url, self._api_key, self._timeout_s
             )

@@ -186,12 +186,12 @@ class Sender:
         reader = ChunkReader()
         while not reader.is_over:
             data = await body.next()
-            now_s = self.now_s
+            now_s = self.now_s  # all events of one read arrived at the same time
             reader.end() if data is None else reader.feed(data)
             while (chunk := reader.next()) is not None:
                 _note(chunk, record, now_s)
         record.ended_s = now_s
-        await body.finish()
+        await body.finish()  # not part of the answer's time
 
 
 def error_class(error: ClientError) -> str:
@@ -245,7 +245,7 @@ class LoadDriver:
         self, arrivals: Iterator[PlannedRequest], concurrency: int, until_s: float = float("inf")
     ) -> None:
         """Run a closed loop: keep `concurrency` requests open, until `until_s` or the last one."""
-        numbered = enumerate(arrivals)
+        numbered = enumerate(arrivals)  # shared by the workers, so that each request is sent once
         async with trio.open_nursery() as nursery:
             for _ in range(concurrency):
                 nursery.start_soon(self._worker, numbered, until_s)
@@ -255,6 +255,7 @@ class LoadDriver:
         async with trio.open_nursery() as nursery:
             with self.stop:
                 for number, arrival in enumerate(arrivals):
+                    # A late request is sent at once: its lag shows that the client was too slow.
                     await trio.sleep(max(0.0, arrival.at_s - self.now_s()))
                     nursery.start_soon(self._one, number, arrival, arrival.at_s)
 

@@ -39,7 +39,8 @@ class Redactor:
     """
 
     def __init__(self, key: bytes = b"", known: Iterable[str] = ()) -> None:
-        self._key = key[:64] or secrets.token_bytes(32)
+        self._key = key[:64] or secrets.token_bytes(32)  # 64 bytes is blake2b's limit
+        # One secret may contain another: the longest must match first.
         longest_first = sorted((text for text in known if text), key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -58,7 +59,7 @@ class Redactor:
         return {"len": size, "hash": digest.hexdigest()}
 
     def clean(self, value: Any, name: str = "", depth: int = 0) -> Any:
-        """The value without secrets and content. `name`: the field's name, which may mark either."""
+        """The value without secrets and content. `name`: its field, whose name may mark it."""
         if value is None or isinstance(value, bool | int | float):
             return REDACTED if value and _SECRET_NAMES.search(name) else value
         if _SECRET_NAMES.search(name):

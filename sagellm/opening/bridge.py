@@ -54,7 +54,7 @@ class _SessionThread:
 
     def close(self) -> None:
         atexit.unregister(self.close)
-        self._is_open = False
+        self._is_open = False  # first: later calls must fail, not wait for a thread that ends
         self._stack.close()
 
     def start(
@@ -72,6 +72,7 @@ class _SessionThread:
 
         self._check_open()
         future = self.portal.start_task_soon(pump)
+        # Not in `pump`: a future that is cancelled early never runs it, but the reader must end.
         future.add_done_callback(lambda done: put(_StreamEnd(_error_of(done))))
         return future
 

@@ -329,6 +329,6 @@ def _describe_or_diagnose(name: str, graph: Graph, given: str) -> EngineDescript
 
 
 def _bad_model(name: str, given: str, cause: str, fix: str) -> Diagnostic:
-    if given:
+    if given:  # the model in the file does not matter: name the option instead
         return Diagnostic("bad-engine", (given,), cause, fix or None)
     return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {cause}", fix or None)

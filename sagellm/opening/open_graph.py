@@ -103,7 +103,7 @@ class OpenGraph:
         """A copy of this graph, not open, with further options set."""
         recipe = self._recipe
         other = copy(self)
-        other._left()
+        other._left()  # the copy must not close a session of this graph
         other._recipe = replace(recipe, overrides={**recipe.overrides, **more})
         return other
 
@@ -221,14 +221,14 @@ async def _running_session(
         session = Session(models, make)
         session.supervisor = supervisor
         await nursery.start(session.executor.run)  # returns when the executor accepts requests
-        if supervisor is not None:
+        if supervisor is not None:  # it started before the executor, which needs its engines
             supervisor.watch(session.executor)
         try:
             yield session
         finally:
             with trio.CancelScope(shield=True):  # lasts one engine step at most
                 await session.close()
-            nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()  # ends the tasks that run until cancelled
 
 
 async def _engines(

@@ -60,6 +60,7 @@ def shadowed_by(name: str, folder: Path) -> str | None:
     if not is_shipped_name(name):
         return None
     found = _first(folder, (f"{name}{suffix}" for suffix in (*SUFFIXES, "")))
+    # In the folder of the shipped graphs, the file found is the shipped graph itself.
     is_shipped = found is not None and (folder / found).samefile(shipped_file(name))
     return None if is_shipped else found
 
@@ -120,7 +121,7 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
 def _with_option(node: Node, option: str, value: Any) -> Node:
     whole, dot, key = option.partition(".")
     before = node.attrs.get(whole, FrozenMap())
-    if not dot or not isinstance(before, FrozenMap):
+    if not dot or not isinstance(before, FrozenMap):  # the check reports a key of no mapping
         return node.with_attrs(**{option: value})
     return node.with_attrs(**{whole: FrozenMap({**before, key: freeze(value)})})
 
@@ -137,7 +138,7 @@ def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
     """The graph with engine `name` prepared for `kind`: options that `kind` lacks are dropped."""
     before = graph.engines[name]
     if kind not in KINDS or not isinstance(before, FrozenMap):
-        return graph
+        return graph  # the check reports both
     options = KINDS[kind].options
     known = {option.name for option in fields(options)} | set(old_names(options))
     kept = FrozenMap({option: value for option, value in before.items() if option in known})

@@ -16,7 +16,7 @@ def load_models(graph: Graph) -> Models:
 
 
 def _loaded(graph: Graph, served: ServedModel) -> Model:
-    """Load one model from its first engine: by the checks, all its engines share a tokenizer."""
+    """Load one model from its first engine. The checks ensure that all have one tokenizer."""
     engine = describe_engine(graph, served.engines[0])
     if engine.folder is None:
         return Model(served, RemoteTokenizer(), engine.model, _digest(engine.model))

@@ -57,6 +57,7 @@ def _computes(graph: Graph, name: str) -> bool:
 
 
 def _launcher(options: ProcessesOptions, devices: tuple[str, ...]) -> ProcessLauncher:
+    # A spare has imported the modules of the devices, which is the slow part of a start.
     num_spares = options.num_spares if devices else 0
     return ProcessLauncher(
         WORKER_MODULE,

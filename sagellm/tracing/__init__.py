@@ -79,7 +79,7 @@ class Tracer:
     def _note(self, opened: OpenRequest, item: TokenEvent | Answer) -> None:
         choice = opened.choices[item.choice]
         choice.num_tokens += item.num_tokens
-        if choice.first is None and item.num_tokens:  # later tokens cost no clock
+        if choice.first is None and item.num_tokens:  # later tokens need no reading of the clock
             choice.first, choice.first_s = item, self._now()
         if item.finish_reason is not None and choice.last is None:
             choice.last = item
@@ -153,6 +153,7 @@ async def open_tracing(
     finally:
         session.observers.remove(tracer)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _CLOSE_S):
+            # The deadline abandons a thread that waits for a collector which does not answer.
             await trio.to_thread.run_sync(exporter.close, abandon_on_cancel=True)
 
 
