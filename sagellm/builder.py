@@ -244,6 +244,7 @@ class Graph:
         return name
 
     def _all_edges(self) -> tuple[Edge, ...]:
+        # An outlet `out` without an edge leads to `sink`; other outlets must be connected.
         left = {(edge.source, edge.outlet) for edge in self._edges}
         ends = [
             Edge(operator.name, SINK)
@@ -268,7 +269,7 @@ def operator(op: str, *args: Any, **options: Any) -> Operator:
     for name in given:
         if name not in names:
             raise TypeError(f"{op} has no option {name!r}; did you mean {nearest(name, names)!r}?")
-    functions = {}
+    functions = {}  # symbol -> function; the options hold symbols, which YAML can hold
     for name, value in given.items():
         if callable(value):
             given[name] = symbol = _symbol(value)

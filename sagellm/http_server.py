@@ -70,7 +70,7 @@ async def serve_async(
 
     Cancellation ends the server at once. The program's own requests go over HTTP, too.
     """
-    if sniffio.current_async_library() != "trio":
+    if sniffio.current_async_library() != "trio":  # the gateway runs under trio only
         raise RuntimeError("serve_async needs trio; a program of its own may call sagellm.serve")
     if not isinstance(graph, Graph | OpenGraph):
         raise TypeError(f"{graph!r:.80} is no graph: write sagellm.serve(Graph.load(...))")

@@ -71,7 +71,7 @@ def read_check(text: str, figures: Iterable[str]) -> Check:
 
 def metric_value(families: Iterable[Metric], check: Check) -> float | None:
     """The sum of the time series with the name and labels of `check`; None if none matches."""
-    values = [
+    values = [  # labels that the check does not name are summed over
         sample.value
         for family in families
         for sample in family.samples

@@ -87,6 +87,7 @@ async def run_scenario(
         launchers.append(RelayedProcesses(options, seed))
         return launchers[0]
 
+    # Worker processes read this variable when they start.
     with _environment(KV_DAMAGE_VARIABLE, str(scenario.kv_damage)):
         opening = graph.open(set=options, executor="processes", decisions=decisions)
         opening.launch_by(launch)
@@ -99,7 +100,7 @@ async def run_scenario(
             with player.undoing():
                 await player.play(scenario.events)
             report.seconds = round(trio.current_time() - began_s, 3)
-            report.failed += await _at_rest(session)
+            report.failed += await _at_rest(session)  # first: late requests change the figures
             _fill(report, player, session, launchers[0], right)
             families = list(meters.families(await meters.snapshot()))
             report.failed += _failures(report, checks, partial(metric_value, families))

@@ -64,6 +64,7 @@ def _with_commands(app: App, commands: Mapping[str, tuple[str, str]]) -> App:
     return app
 
 
+# `negative=()`: a flag has no form `--no-NAME` unless it declares one.
 APP = _with_commands(
     App(
         name="sagellm", help=HELP, version=sagellm_version, default_parameter=Parameter(negative=())

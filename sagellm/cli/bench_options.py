@@ -222,6 +222,7 @@ def arrivals_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterato
 
 def warmup_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterator[PlannedRequest]:
     """Warm-up requests: the lengths of the first requests of the load, without shared prefixes."""
+    # No block ids: a warm-up must not put the load's prefixes into the server's cache.
     for arrival in islice(arrivals_of(schedule, workload), schedule.warmup):
         yield PlannedRequest(0.0, arrival.input_len, arrival.output_len)
 

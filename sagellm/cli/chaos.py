@@ -49,7 +49,7 @@ def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> ScenarioR
         warn_shadowed_graph(loaded.scenario.graph, path.parent, "beside the scenario")
         with process_logs(logging.WARNING):  # a failed write of a log does not end the scenario
             report = trio.run(run_scenario, loaded, seed, log)
-    except* ScenarioError as group:
+    except* ScenarioError as group:  # nurseries wrap the errors of their tasks in groups
         raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None
     if json:
         print(msgspec.json.encode(asdict(report)).decode())

@@ -130,7 +130,7 @@ class ChatSession:
 
 def _answer_once(session: ChatSession, question: str, stats: bool, json: bool) -> int:
     answer = session.ask(question, silent=json)
-    if json and not answer.is_stopped:
+    if json and not answer.is_stopped:  # --json prints whole answers only
         print_answer(answer, str(session.server.model))
     if stats:
         show_stats(answer)

@@ -161,7 +161,7 @@ async def _complete(
     if stats or json:
         options["stream_options"] = {"include_usage": True}
     async with server.client() as client:
-        model = server.model or first_model_of(await client.models())
+        model = server.model or first_model_of(await client.models())  # printed with --json
         asking = client.generate(prompt, model, stream=True, **options)
         return model, await print_stream(asking, silent=json)
 
@@ -191,6 +191,7 @@ async def print_stream(
     """
     answer, started_s = StreamedAnswer(), trio.current_time()
     with trio.CancelScope() as scope:
+        # Entered before the call is awaited: Ctrl-C must also cancel a call without an answer.
         async with drain_on_interrupt(scope, "\nstopped"), await asking as stream:
             async for piece in stream:
                 answer.take(piece, trio.current_time() - started_s)

@@ -280,7 +280,7 @@ def _templates() -> Finding:
     else:
         return Finding("failed", "a template was not stopped", "use Linux: its limits are tested")
     finally:
-        template.sandbox.close()
+        template.sandbox.close()  # ends the helper process
     found = f"helper processes are stopped after {RENDER_CPU_S:g} s of CPU time"
     if sys.platform != "linux":
         fix = "take models from those you trust: this system limits no memory of a process"

@@ -72,7 +72,7 @@ def check(
         graph = check_graph(named.document, RESOLVER, FUNCTIONS, parse_assignments(set_), model)
     except GraphError as error:
         if not json:
-            raise
+            raise  # `main` shows it
         mistakes = [_as_fields(mistake) for mistake in error.diagnostics]
         print(_encode({"ok": False, "mistakes": mistakes}))
         return CONFIGURATION
@@ -131,6 +131,7 @@ class _Drawer(Protocol):
 
 def _as_texts(graph: ir.Graph, *, unfold: bool) -> str:
     """The graph as text, followed by each distinct kernel graph of its nodes."""
+    # By hash: engines of one model share a kernel graph, which is printed once.
     bodies = {inner.body.hash: inner.body for inner in graph.nodes if inner.body}
     return "\n".join(as_text(one, unfold=unfold) for one in (graph, *bodies.values()))
 
@@ -153,6 +154,7 @@ def _shown_graph(
         return kernel_graph(file, after)
     document = Graph.load(found).document
     graph = override(document.graph, overrides)
+    # The placement and the given overrides need a valid executor; other drawings do not.
     if after == Place().name or any(name.startswith("executor.") for name in overrides):
         _check_executor(graph, document)
     if node is not None:

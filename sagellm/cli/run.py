@@ -275,6 +275,7 @@ def _check_output(files: FileOptions) -> None:
         raise Failure(cause, "make it, or choose another --output", str(files.output))
     if not files.output.exists():
         return
+    # Opening the output would truncate the input before it is read.
     if files.output.is_file() and os.path.samestat(
         os.stat(_source(files.input)), files.output.stat()
     ):
@@ -290,7 +291,7 @@ def _source(path: Path | None) -> int | str:
 
 def _open_input(path: Path | None) -> FileIO:
     source = _source(path)
-    return FileIO(source, closefd=source != STDIN)
+    return FileIO(source, closefd=source != STDIN)  # unbuffered: see `numbered_lines`
 
 
 def _open_output(files: FileOptions) -> OutputFile:

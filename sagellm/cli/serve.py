@@ -93,6 +93,7 @@ def serve(
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
+            # An OSError means that the machine could not start the processes.
             code = RESOURCES if isinstance(error.__cause__, OSError) else CONFIGURATION
             fix = "see the log; --gateways 0 serves without"
             raise Failure(str(error), fix, graph, code) from None

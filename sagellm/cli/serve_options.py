@@ -211,7 +211,7 @@ def read_settings(
         budgets={
             name: _changed(budget, key.budget)
             for name, key in config.keys.items()
-            if name in keys and key.budget
+            if name in keys and key.budget  # --api-key replaces all keys of the file
         },
     )
 

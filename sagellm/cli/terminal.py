@@ -57,7 +57,7 @@ class _StartProgress:
 
     def __call__(self, event: ProgressEvent) -> None:
         with self._lock:
-            if self._is_closed:
+            if self._is_closed:  # a loading thread may outlive the start
                 return
             if isinstance(event, Compiling):
                 self._console.print(_compiling(event), markup=False)

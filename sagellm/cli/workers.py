@@ -142,7 +142,7 @@ async def _ask_one_graph(request: ControlRequest, graph_pid: int | None) -> Cont
     listed = {
         path: answer
         for path, answer in (await _answers(ControlRequest("ps"))).items()
-        if answer.rows and answer.rows[0].executor == "processes"
+        if answer.rows and answer.rows[0].executor == "processes"  # `tasks` has no workers
     }
     if not listed:
         raise Failure("no graph with workers runs here", _NONE_RUNS)
@@ -156,7 +156,7 @@ async def _ask_one_graph(request: ControlRequest, graph_pid: int | None) -> Cont
         raise Failure(f"which graph? There are {known}", "name one of them by --graph-pid")
     try:
         answer = await ask(next(iter(chosen)), request)
-    except (OSError, trio.BrokenResourceError):
+    except (OSError, trio.BrokenResourceError):  # it answered `ps` a moment ago
         raise Failure("the graph ended meanwhile", "sagellm ps lists what runs") from None
     if answer.error:
         raise Failure(answer.error, "sagellm ps lists them")

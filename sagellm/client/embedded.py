@@ -186,7 +186,7 @@ class _EmbeddedGraph:
 
     def __init__(self, model: str | None) -> None:
         graph = Graph.load(GRAPH)
-        (engine,) = graph.ir.engines.values()
+        (engine,) = graph.ir.engines.values()  # the graph `joint` has one engine
         assert isinstance(engine, FrozenMap)
         self._model = model or str(engine["model"])
         self._opened = graph.open(model=model)

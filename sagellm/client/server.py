@@ -39,6 +39,7 @@ def find_server() -> str:
 
 
 def _answers(url: str) -> bool:
+    # A proxy cannot reach a local address, so the environment is ignored.
     with suppress(httpx2.HTTPError), httpx2.Client(trust_env=False, timeout=PROBE_S) as probe:
         answer = probe.get(f"{url}{http_calls.MODELS}", headers=request_headers(None))
         return is_server(answer.status_code, answer.content)

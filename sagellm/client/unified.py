@@ -19,7 +19,7 @@ from sagellm.client.responses import CLOSED, MISUSED, ClientError
 from sagellm.client.server import ServerConnection, find_server
 from sagellm.errors import blocked_loop, misused
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0  # longest time that a server may send nothing
 
 
 class InferenceService(Protocol):

@@ -172,6 +172,7 @@ class AsyncUnifiedInferenceClient:
 
     async def aclose(self) -> None:
         """Cancel running requests, and close the connections, or the embedded graph. Idempotent."""
+        # Before the await: a second `aclose` finds nothing to close.
         found, self._found, self._is_closed = self._found, None, True
         if found is not None:
             await found.aclose()

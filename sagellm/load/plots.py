@@ -18,7 +18,7 @@ def plot_cdf(path: Path, records: Sequence[RequestRecord], objective: Objective 
 
     `path` names a file whose suffix matplotlib knows. Raises OSError that names the file.
     """
-    served = [record for record in records if record.is_ok]
+    served = [record for record in records if record.is_ok]  # as in the summary
     wanted = objective or Objective()
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     ttft, itl, e2e = figure.subplots(1, 3, sharey=True)

@@ -130,7 +130,7 @@ def summarise(
     start_s = min((record.planned_s for record in records), default=0.0)
     elapsed_s = max((record.ended_s for record in records), default=0.0) - start_s
     num_tokens = sum(record.num_tokens for record in served)
-    num_events = sum(record.num_events for record in records)
+    num_events = sum(record.num_events for record in records)  # failed requests cost CPU time too
     return Summary(
         elapsed_s=elapsed_s,
         num_sent=len(records),

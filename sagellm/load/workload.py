@@ -64,6 +64,7 @@ def _mooncake(lines: Iterable[str]) -> Iterator[PlannedRequest]:
             read = msgspec.json.decode(line, type=_Mooncake)
         except ValueError as error:
             raise TraceError(f"line {number}: {error}") from None
+        # An answer has at least one token: `max_tokens` 0 is no valid request.
         yield PlannedRequest(
             read.timestamp / 1e3, read.input_length, max(1, read.output_length), read.hash_ids
         )

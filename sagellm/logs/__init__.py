@@ -68,6 +68,7 @@ def log(level: str = "info", *, format: str | None = None) -> None:
     if format is not None:
         _check(format, ("text", "json"), "format")
     ours = logging.getLogger(ROOT)
+    # Over a copy, since the loop removes handlers.
     for handler in [each for each in ours.handlers if isinstance(each, _LogHandler)]:
         ours.removeHandler(handler)
     ours.propagate = level == _OFF  # else an application's root handler would show each line again

@@ -177,7 +177,7 @@ def _load_operators(document: Document, graph: Graph, resolver: Resolver) -> Non
     found = []
     for node in graph.nodes:
         try:
-            resolver.vocabulary.get(node.op)
+            resolver.vocabulary.get(node.op)  # imports the op's entry point
         except BrokenEntryPoint as error:
             path = ("operators", node.name, "op", VALUE)
             hint = "fix or remove that package"

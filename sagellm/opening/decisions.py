@@ -97,7 +97,7 @@ class _Recorder:
 def _open_private(path: str, flags: int) -> int:
     """Open a file that only its owner may read, even if the file existed with other rights."""
     descriptor = os.open(path, flags, 0o600)
-    os.fchmod(descriptor, 0o600)
+    os.fchmod(descriptor, 0o600)  # the mode of `open` has no effect on an existing file
     return descriptor
 
 

@@ -70,6 +70,7 @@ def engine_options(graph: Graph, name: str) -> Any:
 
 def num_replicas(graph: Graph, name: str) -> int:
     """The number of replicas of an engine."""
+    # A registered kind may have no option `replicas`.
     return int(getattr(engine_options(graph, name), "replicas", 1))
 
 

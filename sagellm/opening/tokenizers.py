@@ -18,7 +18,7 @@ def load_models(graph: Graph) -> Models:
 def _loaded(graph: Graph, served: ServedModel) -> Model:
     """Load one model from its first engine. The checks ensure that all have one tokenizer."""
     engine = describe_engine(graph, served.engines[0])
-    if engine.folder is None:
+    if engine.folder is None:  # an engine that takes text, such as a remote one
         return Model(served, RemoteTokenizer(), engine.model, _digest(engine.model))
     return Model(served, load_tokenizer(engine.folder), engine.model, _scope(engine.folder))
 
@@ -29,4 +29,5 @@ def _scope(folder: ModelFolder) -> str:
 
 
 def _digest(named: str) -> str:
+    # Paths that are not UTF-8 contain surrogates.
     return blake2b(named.encode(errors="surrogateescape"), digest_size=8).hexdigest()

@@ -29,7 +29,7 @@ async def open_engine(
 
 
 def main() -> None:
-    with child_logs():
+    with child_logs():  # the level and format of the process that started this worker
         unfit = (ModelError, EngineOptionError, UnsupportedModel, BrokenEntryPoint)
         serve(open_engine, unfit, prepare)
 
