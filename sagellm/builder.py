@@ -244,7 +244,7 @@ class Graph:
         return name
 
     def _all_edges(self) -> tuple[Edge, ...]:
-        # An outlet `out` without an edge leads to `sink`; other outlets must be connected.
+        # An outlet `out` without an edge leads to `sink`.
         left = {(edge.source, edge.outlet) for edge in self._edges}
         ends = [
             Edge(operator.name, SINK)
