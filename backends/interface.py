@@ -256,10 +256,18 @@ def register_backend(backend: Backend) -> None:
     missing = [member for member in _MEMBERS if not hasattr(backend, member)]
     if missing:
         raise TypeError(f"backend {type(backend).__name__} has no {missing[0]}")
+    if not backend.name.isidentifier():  # a colon would end the name in `device: NAME:INDEX`
+        raise ValueError(f"{backend.name!r} is no name for a backend: use letters, digits and `_`")
+    before = _registered.get(backend.name, backend)
     taken = backend.name in SHIPPED or backend.name in _installed()
-    if taken or _registered.get(backend.name, backend) != backend:
+    if taken or (before != backend and _home(before) != _home(backend)):
         raise ValueError(f"backend {backend.name!r} exists already; choose another name")
     _registered[backend.name] = backend
+
+
+def _home(backend: Backend) -> tuple[str, str]:
+    """The class of a backend. A reloaded module makes an equal class, which may register again."""
+    return type(backend).__module__, type(backend).__qualname__
 
 
 def is_registered_here(name: str) -> bool:

@@ -225,8 +225,11 @@ def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
 
 
 def with_current_names(options: type, values: Mapping[str, Value]) -> Mapping[str, Value]:
-    """The values with old spellings of options replaced by current names; logs a warning."""
-    current = old_names(options)
+    """The values with old spellings of options replaced by current names; logs a warning.
+
+    An old spelling beside its current name stays, and the check of the options refuses it.
+    """
+    current = {old: name for old, name in old_names(options).items() if name not in values}
     for old in current.keys() & values.keys():
         _warn_of_old_name(old, current[old])
     return {current.get(name, name): value for name, value in values.items()}

@@ -7,7 +7,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from sagellm.errors import unopened
 from sagellm.extensions import RESOLVER, import_all
@@ -76,9 +76,6 @@ class Outlet:
             raise ValueError(f"{self.operator.spec.name} is in no graph yet; begin with Graph(...)")
         graph.connect(self.operator, self.name, after)
         return after
-
-
-Chain = Union["Graph", Operator]
 
 
 @unopened(HOW_TO_OPEN)

@@ -15,6 +15,7 @@ SAYS = {
     "python_graph.py": " words: ",
     "own_operator.py": "refused: the prompt holds",
     "own_engine.py": "a graph of operators",
+    "own_engine_kind.py": "tokens: 4",
     "own_family.py": "68",
     "own_transport.py": "transports: memory, tcp, nixl, file",
     "own_policy.py": "[16, 4, 8, 12]",

@@ -1,6 +1,6 @@
 """Model families: a table by architecture, to which packages and programs add their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -116,15 +116,38 @@ FAMILIES: dict[str, ModelFamily] = {
 }
 
 
+_registered: dict[str, ModelFamily] = {}
+
+
 def register_model_family(family: ModelFamily) -> None:
     """Add a family to this process; a worker process knows shipped and installed families only.
 
-    Raises TypeError for another type, ValueError where the architecture has a family already.
+    Raises TypeError for another type, ValueError if the architecture has a family already. The same
+    function of a reloaded module replaces the earlier one.
     """
     if not isinstance(family, ModelFamily):
         raise TypeError(f"a model family must be a ModelFamily, not {type(family).__name__}")
-    if FAMILIES.setdefault(family.architecture, family) != family:
-        raise ValueError(f"the architecture {family.architecture!r} has a model family already")
+    name = family.architecture
+    before = _registered.get(name)
+    is_taken = name in FAMILIES if before is None else _home(before) != _home(family)
+    if is_taken or entry_points(group=GROUP, name=name):
+        raise ValueError(f"the architecture {name!r} has a model family already")
+    FAMILIES[name] = _registered[name] = family
+
+
+def architecture_of(config: Mapping[str, object]) -> str:
+    """The first architecture that a config.json names; empty if there is none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list | tuple) and named else ""
+
+
+def is_registered_here(architecture: str) -> bool:
+    """Whether this process registered the family: worker processes do not know it."""
+    return architecture in _registered
+
+
+def _home(family: ModelFamily) -> tuple[str, str]:
+    return family.shape.__module__, family.shape.__qualname__
 
 
 def find_family(architecture: str) -> ModelFamily | None:
@@ -156,6 +179,9 @@ def _load(entry: EntryPoint) -> ModelFamily:
         raise UnsupportedModel(cause, field="architectures", fix=fix) from error
     if not isinstance(family, ModelFamily):
         cause = f"{entry.value} is no ModelFamily, but a {type(family).__name__}"
+        raise UnsupportedModel(cause, field="architectures", fix=fix)
+    if family.architecture != entry.name:
+        cause = f"{entry.value} is a family of {family.architecture}, not of {entry.name}"
         raise UnsupportedModel(cause, field="architectures", fix=fix)
     return family
 

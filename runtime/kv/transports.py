@@ -28,7 +28,10 @@ class Requirement:
 
     @property
     def is_met(self) -> bool:
-        return importlib.util.find_spec(self.module) is not None
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # the package of a dotted module
+            return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,14 @@ from sagellm.extensions import ImportMistake, import_each
 from sagellm.graphs.ir import SINK, SOURCE
 from sagellm.graphs.sections import served_models
 from sagellm.graphs.vocabulary import nearest
-from sagellm.opening.sources import SUFFIXES, graph_file, shadowed_by, shipped_names, suggest_graph
+from sagellm.opening.sources import (
+    ALIASES,
+    SUFFIXES,
+    graph_file,
+    shadowed_by,
+    shipped_names,
+    suggest_graph,
+)
 from sagellm.runtime.models.files import is_model_file
 from sagellm.runtime.models.folder import BUILT_IN
 
@@ -182,7 +189,7 @@ def _check_model_name(name: str) -> None:
     if "/" in name or name in (*BUILT_IN, NULL) or Path(name).exists():
         return
     graphs, models = shipped_names(), tuple(BUILT_IN)
-    close = nearest(name, (*graphs, *models))
+    close = nearest(name, (*graphs, *ALIASES, *models))
     listed = f"graphs: {', '.join(graphs)}, a file; models: {', '.join(models)}, a folder, a Hub id"
     fix = f"did you mean {close}?" if close else listed
     raise Failure("there is no graph and no model of that name", fix, name)

@@ -241,6 +241,8 @@ class BudgetHold:
         except BaseException as error:
             self._note(error)
             raise
+        finally:  # a last event to a client that does not read needs no place
+            self._release()
 
     def first_token(self) -> None:
         """Note that the call waits no longer. May be called more than once."""

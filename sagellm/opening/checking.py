@@ -10,11 +10,16 @@ from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
+from sagellm.graphs.models import family as families
 from sagellm.graphs.sections import KIND, ROUTE_MODEL, ServedModel, engine_kind, served_models
 from sagellm.graphs.text.yaml import Document
-from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.opening.graph_engines import KindViews, describe_engine
-from sagellm.opening.sources import assignment, override, with_engine_options
+from sagellm.opening.sources import (
+    assignment,
+    override,
+    with_engine_options,
+    with_outlet_names,
+)
 from sagellm.operators.policies import OWN, POLICIES
 from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
@@ -91,7 +96,7 @@ def checked_graph(
     )
     engines: dict[str, EngineDescription] = {}
     _load_operators(document, graph, resolver)
-    graph = _with_outlet_names(graph, resolver.vocabulary)
+    graph = with_outlet_names(graph, resolver.vocabulary)
     found = check(graph, resolver.vocabulary, facts)
     if not found:  # describing an engine may download its model, so wrong graphs end here
         given = _given_models(graph, overrides or {}, model)
@@ -109,6 +114,7 @@ def checked_graph(
     if not found:
         found = _mistaken_executor(graph)
         found += _kinds_of_this_process(graph) + _backends_of_this_process(graph)
+        found += _families_of_this_process(graph, engines)
     if not found:
         found = _unbuildable(graph, resolver, functions)
     if found:
@@ -133,23 +139,6 @@ def _path_as_given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
     if target == "executor.kind":
         return (f"--executor {overrides[target]}",)
     return (assignment(target, overrides[target]),)
-
-
-def _with_outlet_names(graph: Graph, vocabulary: Vocabulary) -> Graph:
-    """The graph with outlet aliases (`joint` of `pd_split`) replaced by the current names.
-
-    Later code needs no aliases. Logs a warning for each alias.
-    """
-    ops, edges = {node.name: node.op for node in graph.nodes}, []
-    for edge in graph.edges:
-        spec = vocabulary.get(ops.get(edge.source, ""))
-        port = spec.outlet(edge.outlet) if spec is not None else None
-        if port is not None and port.name != edge.outlet:
-            old, new = f"{edge.source}.{edge.outlet}", f"{edge.source}.{port.name}"
-            LOG.warning("outlet_renamed", graph=graph.name, outlet=old, fix=f"write {new}")
-            edge = replace(edge, outlet=port.name)
-        edges.append(edge)
-    return replace(graph, edges=tuple(edges))
 
 
 class _RegistryNames(Collection[str]):
@@ -196,10 +185,7 @@ def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
 
 
 def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
-    """A diagnostic for each engine whose kind is registered in this process only.
-
-    Worker processes do not import the user's code, so they do not know such a kind.
-    """
+    """Diagnostics for kinds that only this process knows: workers import no code of the user."""
     if processes_options(graph) is None:
         return ()
     kinds = {name: engine_kind(values) for name, values in graph.engines.items()}
@@ -217,10 +203,7 @@ def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
 
 
 def _backends_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
-    """A diagnostic for each engine whose backend is registered in this process only.
-
-    Worker processes do not import the user's code, so they do not know such a backend.
-    """
+    """Diagnostics for backends that only this process knows: workers import no user's code."""
     if processes_options(graph) is None:
         return ()
     devices = {
@@ -238,6 +221,30 @@ def _backends_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
         )
         for name, device in devices.items()
         if is_registered_here(device.partition(":")[0])
+    )
+
+
+def _families_of_this_process(
+    graph: Graph, engines: Mapping[str, EngineDescription]
+) -> tuple[Diagnostic, ...]:
+    """Diagnostics for model families that only this process knows: workers run no user code."""
+    if processes_options(graph) is None:
+        return ()
+    folders = {name: engine.folder for name, engine in engines.items() if engine.folder is not None}
+    architectures = {
+        name: families.architecture_of(folder.config) for name, folder in folders.items()
+    }
+    return tuple(
+        Diagnostic(
+            "bad-engine",
+            ("engines", name, "model", VALUE),
+            f"the model family of `{architecture}` is registered in this process; worker processes "
+            "do not know it",
+            "install it as a package with an entry point `sagellm.model_families`, or use "
+            "`kind: tasks` of the executor",
+        )
+        for name, architecture in architectures.items()
+        if families.is_registered_here(architecture)
     )
 
 
@@ -273,10 +280,7 @@ def log_warnings(warnings: Iterable[FolderWarning]) -> None:
 def _mixed_tokenizers(
     graph: Graph, engines: Mapping[str, EngineDescription]
 ) -> tuple[Diagnostic, ...]:
-    """Diagnostics for engines of one model that differ in their tokenizers.
-
-    The same token ids would mean different text on such engines.
-    """
+    """Diagnostics for engines of one model whose tokenizers give a text different token ids."""
     found = (_mixed(served, engines) for served in served_models(graph))
     return tuple(one for one in found if one is not None)
 

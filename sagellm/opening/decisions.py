@@ -17,7 +17,7 @@ from sagellm.extensions import RESOLVER
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import from_msgpack, to_msgpack
-from sagellm.opening.sources import override
+from sagellm.opening.sources import override, with_outlet_names
 from sagellm.opening.tokenizers import load_models
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.decision_log import (
@@ -137,6 +137,7 @@ def replay(
         reader = DecisionReader(file)
         header = reader.header
         graph = override(from_msgpack(header.graph), overrides or {})
+        graph = with_outlet_names(graph, RESOLVER.vocabulary)  # older logs have aliases
         hold_s = math.inf if header.max_hold_s is None else header.max_hold_s
         encode = _encoder(graph)
         ready = plan(

@@ -15,16 +15,19 @@ from typing import Any
 from sagellm import graphs
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import FrozenMap, Graph, Node, freeze
+from sagellm.graphs.log import get_logger
 from sagellm.graphs.rules.option_types import old_names
 from sagellm.graphs.sections import KIND, engine_kind, served_models
-from sagellm.graphs.vocabulary import nearest
+from sagellm.graphs.vocabulary import Vocabulary, nearest
 from sagellm.runtime.engine.kinds import KINDS
-from sagellm.runtime.registry import with_current_names
 
 _FOLDER = Path(graphs.__file__).parent
 _IN_REPOSITORY = re.compile(r"graphs/(\w+)\.yaml")
 SUFFIXES = (".yaml", ".yml")
 ALIASES = {"aggregated": "joint"}
+# Old names of operators in shipped graphs. `--set` accepts them for one version.
+RENAMED_OPERATORS = {"route_joint": "route_aggregated"}
+LOG = get_logger("sagellm.models")
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -100,6 +103,9 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
     name, dot, option = target.partition(".")
     if not dot or not option:
         raise _mistake(target, value, "write NAME.option=value")
+    if name not in graph.names and RENAMED_OPERATORS.get(name) in graph.names:
+        LOG.warning("operator_renamed", operator=name, fix=f"write {RENAMED_OPERATORS[name]}")
+        name = RENAMED_OPERATORS[name]
     if name == "executor":
         return _with_executor(graph, option, value)
     if name in graph.names:
@@ -149,16 +155,17 @@ def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
 def with_engine_options(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
     """The graph with options of one engine changed.
 
-    Options have old and current names. A new value also replaces a value under the other name.
+    A new value replaces the value of the file under either spelling of the option.
     """
     before = graph.engines[name]
     kind = engine_kind(before)
     if kind in KINDS.ours and isinstance(before, FrozenMap):
-        declared = KINDS[kind].options
-        kept = FrozenMap(with_current_names(declared, before))
+        current = old_names(KINDS[kind].options)
+        spellings = {**current, **{name: old for old, name in current.items()}}
+        replaced = {spellings.get(option) for option in options}
+        kept = FrozenMap({key: value for key, value in before.items() if key not in replaced})
         whole = FrozenMap({**graph.engines, name: kept})
         graph = replace(graph, attrs=FrozenMap({**graph.attrs, "engines": whole}))
-        options = with_current_names(declared, options)
     return _with_entry(graph, "engines", name, options)
 
 
@@ -185,3 +192,20 @@ def assignment(target: str, value: Any) -> str:
 
 def _mistake(target: str, value: Any, message: str, hint: str | None = None) -> GraphError:
     return GraphError((Diagnostic("bad-override", (assignment(target, value),), message, hint),))
+
+
+def with_outlet_names(graph: Graph, vocabulary: Vocabulary) -> Graph:
+    """The graph with outlet aliases (`joint` of `pd_split`) replaced by the current names.
+
+    Later code sees no aliases. Logs a warning for each alias.
+    """
+    ops, edges = {node.name: node.op for node in graph.nodes}, []
+    for edge in graph.edges:
+        spec = vocabulary.get(ops.get(edge.source, ""))
+        port = spec.outlet(edge.outlet) if spec is not None else None
+        if port is not None and port.name != edge.outlet:
+            old, new = f"{edge.source}.{edge.outlet}", f"{edge.source}.{port.name}"
+            LOG.warning("outlet_renamed", graph=graph.name, outlet=old, fix=f"write {new}")
+            edge = replace(edge, outlet=port.name)
+        edges.append(edge)
+    return replace(graph, edges=tuple(edges))

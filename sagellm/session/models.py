@@ -139,6 +139,8 @@ class Models:
         model = self.named(request.model)
         if not (request.prompt_token_ids or model.takes_text):
             raise empty_prompt()
+        if model.takes_text:  # a request with token ids would carry no text to the engine
+            request = msgspec.structs.replace(request, prompt_token_ids=())
         sampling = model.fitted(request)
         if self.is_several:
             salt = (

@@ -21,6 +21,7 @@ def test_the_family_of_the_guide_computes_what_transformers_does(reference, page
     assert found
     with monkeypatch.context() as patched:
         patched.setattr(family, "FAMILIES", dict(family.FAMILIES))
+        patched.setattr(family, "_registered", {})
         exec(textwrap.dedent(found[1]), {"sagellm": sagellm})
         changes = {"attention_bias": True, "attention_out_bias": True, "head_dim": 16}
         model = reference("llama", model_type="seed_oss", **changes)

@@ -46,6 +46,7 @@ FAMILY = ModelFamily(NAME, shape)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that a test adds is gone after the test."""
     monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr(families, "_registered", {})
 
 
 def offer(site: Path, monkeypatch: pytest.MonkeyPatch, value: str, package: str = "own") -> None:
@@ -119,3 +120,34 @@ def test_two_packages_of_one_architecture_are_refused(
     offer(tmp_path, monkeypatch, "own_package:OTHER", "other")
     with pytest.raises(UnsupportedModel, match="offered by package own and package other"):
         build(CONFIG)
+
+
+def test_a_name_that_a_package_offers_is_taken_before_the_package_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(tmp_path, monkeypatch, "own_package:FAMILY")
+    with pytest.raises(ValueError, match="has a model family already"):
+        register_model_family(FAMILY)
+    assert "own_package" not in sys.modules
+
+
+def test_a_package_may_not_offer_a_family_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(tmp_path, monkeypatch, "own_package:OTHER")
+    other = PACKAGE.replace("FAMILY = ", "OTHER = ").replace(f'"{NAME}"', '"OtherForCausalLM"')
+    (tmp_path / "own_package.py").write_text(other)
+    with pytest.raises(UnsupportedModel, match="is a family of OtherForCausalLM, not of"):
+        build(CONFIG)
+
+
+def test_a_reloaded_module_may_register_its_family_again() -> None:
+    register_model_family(FAMILY)
+
+    def reloaded(config: Config) -> Decoder:
+        return shape(config)
+
+    reloaded.__module__, reloaded.__qualname__ = shape.__module__, shape.__qualname__
+    again = ModelFamily(NAME, reloaded)
+    register_model_family(again)
+    assert families.FAMILIES[NAME] is again

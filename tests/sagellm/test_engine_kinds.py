@@ -186,3 +186,17 @@ async def test_an_engine_is_opened_as_large_as_it_was_checked(
     engine = await open_replica(found.sized, ReplicaPlace("g"))
     assert engine.facts.num_blocks == found.sizes["g"]["num_blocks"]
     assert describe_engine(found.graph, "g").sizes["num_blocks"] > engine.facts.num_blocks
+
+
+def test_both_names_are_refused_whatever_else_is_overridden() -> None:
+    document = document_with(max_step_tokens=64, max_num_batched_tokens=32)
+    for overrides in ({}, {"e.max_num_seqs": 8}, {"e.replicas": 2}):
+        with pytest.raises(GraphError, match="`max_step_tokens` is the old name of"):
+            check_graph(document, RESOLVER, {}, overrides)
+
+
+def test_a_wrong_value_under_the_old_name_is_found_where_it_was_given() -> None:
+    with pytest.raises(GraphError) as raised:
+        check_graph(document_with(), RESOLVER, {}, {"e.max_step_tokens": 1})
+    (found,) = raised.value.diagnostics
+    assert found.path == ("--set e.max_step_tokens=1",)

@@ -18,9 +18,13 @@ from gateway_session import served_session
 from text_kind import registered
 from trio.testing import MockClock
 from virtual_workers import chaotic
+from waiting import until
 
 from sagellm import Graph, RequestError, Sampling, ops
+from sagellm.gateway.lifecycle import _watch
 from sagellm.gateway.processes.supervision import GatewaysFailed
+from sagellm.gateway.readiness import Readiness
+from sagellm.gateway.settings import Streaming
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.opening.open_graph import OpenGraph
 from sagellm.runtime.engine.kinds import KINDS
@@ -267,6 +271,15 @@ async def test_over_http_it_streams_and_counts() -> None:
     assert whole["choices"][0]["text"] == SAID
     assert whole["usage"]["completion_tokens"] == chunks[-1]["usage"]["completion_tokens"] == 8
     assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"]) == SAID
+
+
+async def test_its_gateway_becomes_ready(autojump_clock: MockClock) -> None:
+    """A probe carries token ids, which an engine that takes text never sees."""
+    readiness = Readiness()
+    async with graph().open() as session, trio.open_nursery() as nursery:
+        nursery.start_soon(_watch, readiness, session, Streaming())
+        await until(lambda: readiness.is_ready)
+        nursery.cancel_scope.cancel()
 
 
 async def test_gateway_processes_do_not_know_a_kind_of_this_one() -> None:

@@ -22,6 +22,7 @@ from sagellm.gateway.api_errors import (
 )
 from sagellm.gateway.gateway import Gateway, objective_of
 from sagellm.gateway.http.call import (
+    CLIENT_LEFT,
     Call,
     EndpointRoute,
     OpenCalls,
@@ -43,7 +44,6 @@ from sagellm.gateway.http.routes import routes_of
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
-CLIENT_LEFT = 499
 PIECE_BYTES = 64 << 10
 
 

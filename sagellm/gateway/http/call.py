@@ -23,6 +23,7 @@ from sagellm.gateway.http.checks import Access
 Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
 _PARAMETER = re.compile(r"{(\w+)(:path)?}")
+CLIENT_LEFT = 499  # the status for the log and the metrics where the client has gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import BudgetHold
 from sagellm.gateway.gateway import Gateway, HostedModel
 from sagellm.gateway.graph_bridge import EventBatch, open_streams
-from sagellm.gateway.http.call import Call
+from sagellm.gateway.http.call import CLIENT_LEFT, Call
 from sagellm.gateway.http.checks import RequestBody
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.sampling_params import far_too_long, fitted, num_logprobs, sampling_of
@@ -34,8 +34,6 @@ from sagellm.runtime.messages import NORMAL
 from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.sampling import Sampling
 from sagellm.session.requests import Encoded, Timing
-
-CLIENT_LEFT = 499  # for the log and the metrics: the client is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

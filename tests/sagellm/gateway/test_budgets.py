@@ -1,6 +1,6 @@
 """Budgets of tenants, and of retries."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -49,6 +49,15 @@ def test_waiting_ends_with_the_first_token() -> None:
         with some.hold("a"):
             assert refused(some) is not None
     assert refused(some) is None
+
+
+def test_places_end_with_the_requests_and_not_with_the_last_event() -> None:
+    """A client that does not read its error event holds no place of its key."""
+    some = budgets(num_open=1, num_waiting=1)
+    with some.hold("a") as hold:
+        with suppress(KeyError), hold.widened(3):
+            raise KeyError
+        assert refused(some) is None
 
 
 def cancel(some: Budgets, num: int) -> None:

@@ -14,6 +14,7 @@ from sagellm.backends.null import NullBackend
 from sagellm.builder import RESOLVER
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import Graph as FrozenGraph
+from sagellm.graphs.models import family
 from sagellm.graphs.text.yaml import Document
 from sagellm.opening.checking import check_graph
 
@@ -108,3 +109,20 @@ def test_worker_processes_do_not_have_a_backend_of_this_process(
     check_graph(graph.document, RESOLVER)
     found = refused(graph, overrides={"executor.kind": "processes"})
     assert "backend `mine:0` is registered in this process" in found.message
+
+
+def test_the_old_name_of_a_shipped_graph_s_operator_may_be_set() -> None:
+    document = Graph.load("pd_many").document
+    found = check_graph(document, RESOLVER, {}, {"route_joint.strategy": "round_robin"})
+    node = next(node for node in found.nodes if node.name == "route_aggregated")
+    assert node.attrs["strategy"] == "round_robin"
+
+
+def test_a_family_of_this_process_is_refused_for_worker_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(family, "_registered", {"Qwen3ForCausalLM": None})
+    document = Graph.load("joint").document
+    with pytest.raises(GraphError, match="registered in this process; worker processes"):
+        check_graph(document, RESOLVER, {}, {"executor.kind": "processes"})
+    check_graph(document, RESOLVER, {})

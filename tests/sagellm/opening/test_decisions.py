@@ -108,3 +108,9 @@ def test_what_is_no_log_is_refused(
     (tmp_path / "log").write_bytes(content)
     assert main(["replay", str(tmp_path / "log")]) == 2
     assert cause in capsys.readouterr().err
+
+
+def test_a_log_of_an_earlier_version_replays() -> None:
+    """The graph `pd` still had the outlet `joint`, and three short prompts went through it."""
+    found = replay(Path(__file__).parent / "pd_with_joint.log", functions={})
+    assert (found.difference, found.num_events) == (None, 42)
