@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Each name loads its module at first use, so that `import sagellm.graphs` loads floor 0 alone.
+# A name loads its module at first use, so that `import sagellm.graphs` loads only `graphs`.
 _NAMES = {
     "Graph": "sagellm.builder",
     "Sampling": "sagellm.runtime.messages",

@@ -14,9 +14,9 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 def command() -> int:
-    """Run the command line as the whole process; returns the exit code.
+    """Run the command line as the whole process, and return the exit code.
 
-    After an interrupt, threads that still import or load are abandoned.
+    After an interrupt, the process ends without waiting for threads that import or load.
     """
     ending = _Ending()
     signal.signal(signal.SIGTERM, ending.terminate)
@@ -35,8 +35,8 @@ def command() -> int:
 
 
 class _Ending:
-    """Ends the command from outside. SIGTERM runs the handler that Ctrl-C has at that moment, and
-    changes the exit code.
+    """Signal handlers that end the command. SIGTERM calls the current handler of SIGINT, and sets
+    the exit code to TERMINATED.
     """
 
     code = INTERRUPTED
@@ -46,7 +46,7 @@ class _Ending:
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler):
             handler(signal.SIGINT, frame)
-        else:  # a shell starts background commands with Ctrl-C ignored
+        else:  # SIGINT is ignored: a shell starts background commands this way
             self.exit()
 
     def exit(self, *_: object) -> None:
@@ -58,9 +58,10 @@ class _Ending:
 
 
 def _load(ending: _Ending) -> None:
-    """Import the modules of the command. Ctrl-C ends the process here at once: nothing is open yet.
+    """Import the modules of the command. During the import, Ctrl-C ends the process at once.
 
-    A KeyboardInterrupt is not enough: some libraries catch it during their import.
+    A KeyboardInterrupt would not do: some libraries catch it during their import. Ending at once is
+    safe, because the command has opened nothing yet.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
@@ -70,7 +71,7 @@ def _load(ending: _Ending) -> None:
 
 
 def main() -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line, and return the exit code."""
     try:
         code: int = import_module("sagellm.cli").main()
     except BaseException as error:
@@ -87,7 +88,10 @@ def _leave(*_: object) -> None:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Whether a KeyboardInterrupt caused an error: some libraries raise their own error for it."""
+    """Whether a KeyboardInterrupt is among the causes of `error`.
+
+    Some libraries catch a KeyboardInterrupt, and raise an error of their own.
+    """
     found: list[BaseException] = [error]
     for one in found:  # the list grows; each error is visited once, because causes may form a cycle
         inner = one.exceptions if isinstance(one, BaseExceptionGroup) else ()

@@ -1,4 +1,4 @@
-"""The DSL: `Graph("pd") >> ops.admission() >> ...` builds the frozen IR graph, and opens it."""
+"""The DSL: `Graph("pd") >> ops.admission() >> ...` builds a graph, which can then be opened."""
 
 import errno
 import inspect
@@ -21,12 +21,12 @@ from sagellm.opening.open_graph import HOW_TO_OPEN, OpenGraph
 from sagellm.opening.sources import graph_file, suggest_graph
 from sagellm.runtime.registry import FUNCTIONS
 
-_NUMBERS = itertools.count(1)  # in the symbols of functions without a name
+_NUMBERS = itertools.count(1)  # for the symbols of functions without a unique name
 
 
 @dataclass(eq=False)
 class Operator:
-    """One operator of a graph under construction. `>>` connects its outlet `out`."""
+    """An operator of a graph under construction. `a >> b` connects outlet `out` of `a` to `b`."""
 
     spec: OpSpec
     options: dict[str, Any]
@@ -35,12 +35,12 @@ class Operator:
     graph: "Graph | None" = None
 
     def named(self, name: str) -> "Operator":
-        """Name the operator, and return it. Without a name, the operator is called after its op."""
+        """Name the operator, and return it. The default name is the name of its op."""
         self.name = name
         return self
 
     def outlet(self, name: str) -> "Outlet":
-        """One of several outlets: `split.outlet("aggregated") >> ops.generate(engine="d")`.
+        """The outlet `name`, to connect: `split.outlet("aggregated") >> ops.generate(engine="d")`.
 
         Raises ValueError for an outlet that the operator does not have.
         """
@@ -100,10 +100,12 @@ class Graph:
         cls, path: str | Path, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> "Graph":
         """Read a YAML file, or a shipped graph by its name, and import the modules of its key
-        `imports`. `functions` win over registered functions of the same name. A text that names a
-        shipped graph (`pd`) never means a file; a `Path` always does.
+        `imports`. A str with the name of a shipped graph (`pd`) means that graph, even if there is
+        a file of this name; a `Path` always means a file. `functions` win over registered functions
+        of the same name.
 
-        Raises GraphError, and FileNotFoundError with the names of the shipped graphs.
+        Raises GraphError for mistakes in the file, and FileNotFoundError, which names the shipped
+        graphs.
         """
         file = graph_file(path)
         if not file.exists():
@@ -130,7 +132,7 @@ class Graph:
         return self
 
     def __rshift__(self, after: Operator) -> "Graph":
-        """Append to the chain that begins at `source`."""
+        """Append an operator to the chain that begins at `source`."""
         if self._tail is None:
             self.connect(None, "out", after)
         else:
@@ -139,10 +141,10 @@ class Graph:
         return self
 
     def connect(self, before: Operator | None, outlet: str, after: Operator) -> None:
-        """Add an edge, and the operator `after` unless the graph has it. `before` None is `source`.
+        """Add an edge from an outlet of `before` to `after`. `before` None means `source`.
 
-        Raises ValueError for a name that is taken and for an operator of another graph, TypeError
-        for a value that is no operator.
+        Adds the operator `after` to the graph if it is new. Raises ValueError for a taken name and
+        for an operator of another graph, TypeError for a value that is no operator.
         """
         self._refuse_loaded()
         self._adopt(after)
@@ -239,6 +241,7 @@ class Graph:
         return name
 
     def _all_edges(self) -> tuple[Edge, ...]:
+        # An outlet `out` without an edge leads to `sink`.
         left = {(edge.source, edge.outlet) for edge in self._edges}
         ends = [
             Edge(operator.name, SINK)
@@ -249,11 +252,11 @@ class Graph:
 
 
 def operator(op: str, *args: Any, **options: Any) -> Operator:
-    """An operator of the vocabulary. Positional values are its options in their declared order.
+    """Create an operator. Positional values are its options, in the order of their declaration.
 
-    An option may be a function. The graph holds a symbol for the function: its registered name, or
-    else its qualified name. A lambda or an object gets a numbered symbol, which YAML cannot hold.
-    Raises TypeError for an unknown option.
+    An option may be a function. The graph stores a symbol for the function: its registered name, or
+    else its qualified name. The symbol of a lambda or a callable object has a number, and cannot be
+    written to YAML. Raises TypeError for an unknown option.
     """
     spec = RESOLVER.operator(op).spec
     names = [option.name for option in fields(spec.options)]
@@ -263,7 +266,7 @@ def operator(op: str, *args: Any, **options: Any) -> Operator:
     for name in given:
         if name not in names:
             raise TypeError(f"{op} has no option {name!r}; did you mean {nearest(name, names)!r}?")
-    functions = {}
+    functions = {}  # symbol -> function; the options hold symbols, which YAML can hold
     for name, value in given.items():
         if callable(value):
             given[name] = symbol = _symbol(value)
@@ -272,9 +275,9 @@ def operator(op: str, *args: Any, **options: Any) -> Operator:
 
 
 def _symbol(function: Callable[..., Any]) -> str:
-    """The symbol of a function in a graph: its registered name if there is one.
+    """The symbol of a function in a graph: its registered name, or else its qualified name.
 
-    Two lambdas of one line have the same qualified name, so such functions get a number.
+    Two lambdas of one line have the same qualified name, so lambdas and the like get a number too.
     """
     for known, registered in FUNCTIONS.at_hand.items():  # `items()` would import entry points
         if registered is function:
@@ -292,5 +295,5 @@ def _is_wrapper(function: Callable[..., Any]) -> bool:
 
 
 def _no_graph(path: str | Path) -> FileNotFoundError:
-    """The error for a graph that does not exist, with the closest or all shipped names."""
+    """The error for a graph that does not exist; it names the closest or all shipped graphs."""
     return FileNotFoundError(errno.ENOENT, f"no such graph ({suggest_graph(str(path))})", str(path))

@@ -1,4 +1,6 @@
-"""The errors that callers meet: misused calls, wrong requests, files that fail."""
+"""Errors with a fix for misused calls: blocking calls in an event loop, graphs that are not open,
+the wrong kind of `with`. Also names the file of an OSError.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ T = TypeVar("T")
 
 
 class UsageError(RuntimeError):
-    """A call in a place or form that cannot work; the message gives the form that works."""
+    """A call from the wrong place or in the wrong form. The message gives the correct form."""
 
 
 def running_loop() -> str | None:
@@ -60,9 +62,8 @@ def misused(**forms: str) -> Callable[[type[T]], type[T]]:
 
 
 def unopened(how: str) -> Callable[[type[T]], type[T]]:
-    """Make the lookup of a session's method in a class raise AttributeError that explains opening.
-
-    `how` is the form that opens a graph.
+    """Decorate a class of graphs that are not open: looking up a session's method, such as
+    `generate`, raises an AttributeError with `how`, the form that opens a graph.
     """
 
     def decorate(kind: type[T]) -> type[T]:
@@ -71,7 +72,7 @@ def unopened(how: str) -> Callable[[type[T]], type[T]]:
                 raise AttributeError(f"{name} is a method of an open graph: {how}")
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
 
-        setattr(kind, "__getattr__", look_up)  # noqa: B010 - as in `misused`
+        setattr(kind, "__getattr__", look_up)  # noqa: B010 - hidden from type checkers
         return kind
 
     return decorate
@@ -86,7 +87,7 @@ def _refusing(text: str) -> Callable[..., NoReturn]:
 
 @contextmanager
 def naming_file(path: Path | str) -> Iterator[None]:
-    """Give an OSError without a file name this path: a full disk raises one without a name."""
+    """Set `path` as the file name of an OSError that has none, such as the error of a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""A user's own code: registered under the names that graphs use, and imported.
+"""Registers users' code under the names that graphs use, and imports users' modules.
 
 `--import` and the key `imports` of a graph file name modules. Only the user's own command or a
-Python call imports them. A graph that came over a wire is never a reason to import: codecs, checks,
+Python call imports them. A graph received over a wire never causes an import: codecs, checks,
 workers and gateways ignore `imports`.
 """
 
@@ -43,7 +43,7 @@ def register_operator(spec: OpSpec, build: Build) -> None:
 
 
 def register_function(function: Callable[..., Any], name: str | None = None) -> None:
-    """Make `function: NAME` of a graph mean this function. The default is the function's name.
+    """Make `function: NAME` of a graph mean this function. The default NAME is `__name__`.
 
     Raises ValueError for a taken or invalid name, TypeError for a value that is no callable.
     """
@@ -79,10 +79,10 @@ def register_policy(
 ) -> None:
     """Make `policy: NAME` of `policy_sort` mean this policy.
 
-    A frozen dataclass may have options and a state: see
+    A policy that is a frozen dataclass may have options and a state: see
     `sagellm.operators.policies.order.RankingPolicy`. `uses` names the options of `policy_sort` that
-    the policy reads; a graph that sets another one is refused. Raises ValueError for a name that is
-    taken, TypeError for a value that is no policy.
+    the policy reads; a graph that sets an option outside `uses` is refused. Raises ValueError for a
+    name that is taken, TypeError for a value that is no policy.
     """
     if name == OWN:
         raise ValueError(f"policy {OWN!r} is the order of `function`; choose another name")
@@ -93,8 +93,9 @@ def register_strategy(name: str, strategy: RegisteredStrategy) -> None:
     """Make `strategy: NAME` of `route` mean this strategy.
 
     A strategy is a function (candidates, now, draw) -> one replica, or several with the best first.
-    A frozen dataclass may have options and a state: see `sagellm.operators.routing.Strategy`.
-    Raises ValueError for a name that is taken, TypeError for a value that is no strategy.
+    A strategy that is a frozen dataclass may have options and a state: see
+    `sagellm.operators.routing.Strategy`. Raises ValueError for a name that is taken, TypeError for
+    a value that is no strategy.
     """
     STRATEGIES.register(name, check_strategy(name, strategy))
 
@@ -108,17 +109,18 @@ def register_engine_kind(name: str, kind: EngineKind) -> None:
 
 
 def register_transport(name: str, kind: TransportKind) -> None:
-    """Make `kv: NAME` of executor `processes` mean this transport, in this process; a package's
-    entry point of the group `sagellm.transports` makes it known in worker processes, too.
+    """Make `kv: NAME` of executor `processes` mean this transport, in this process only.
 
-    Raises ValueError where the name is taken, TypeError for what is no transport.
+    For worker processes, a package must declare the transport as an entry point of the group
+    `sagellm.transports`. Raises ValueError for a name that is taken, TypeError for a value that is
+    no transport.
     """
     TRANSPORTS.register(name, read_transport(name, kind))
 
 
 @dataclass
 class ImportMistake(Exception):
-    """A module that could not be imported: its name, the cause and the fix."""
+    """The error for a module that could not be imported."""
 
     name: str
     cause: str
@@ -162,7 +164,7 @@ def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A missing import inside the user's module is a fault of that module, not a wrong name.
+        # Another name is missing: an import inside the user's module failed, `name` is right.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _failed(name, error) from error
         fix = f"give a module that {os.getcwd()} or this Python has, or the path of a .py file"
@@ -182,13 +184,13 @@ def _import_file(name: str, path: Path) -> ModuleType:
         cause = f"`{name}` is no .py file" if resolved.exists() else f"there is no file `{path}`"
         raise ImportMistake(name, cause, "give the path of a .py file, or a dotted module")
     if str(resolved.parent) not in sys.path:
-        # The file may import its neighbours; at the end of the path they hide no other module.
+        # The file may import modules of its folder. At the end of sys.path they hide no other.
         sys.path.append(str(resolved.parent))
     spec = importlib.util.spec_from_file_location(unique, resolved)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module  # before it runs: dataclasses look their module up here
+    sys.modules[unique] = module  # before the module runs: dataclasses look up their module here
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a script may call sys.exit() at its end

@@ -1,4 +1,4 @@
-"""Serves a graph built in Python behind the OpenAI API, as `sagellm serve` serves a file.
+"""`sagellm.serve`: the OpenAI API for a graph built in Python, like `sagellm serve` for a file.
 
 The options of `sagellm serve` are keyword arguments here, with `_` for `-`: `port=8000`,
 `api_key="secret"`, `served_model_name=("a", "b")`, `gateways=2`.
@@ -38,15 +38,17 @@ from sagellm.opening.open_graph import OpenGraph
 
 T = TypeVar("T")
 _KINDS = (ListenOptions, ServedModelOptions, ObservabilityOptions)
-_OF_THE_GRAPH = ("set", "executor", "model", "seed")  # options of `graph.open`, often tried here
+# Options of `graph.open`. Users often give them to `serve`; the error names the right place.
+_OF_THE_GRAPH = ("set", "executor", "model", "seed")
 
 
 def serve(graph: Graph | OpenGraph, *, log_level: LogLevel | None = "info", **options: Any) -> None:
-    """Serve a graph until SIGTERM or Ctrl-C: the first signal drains, a second ends it at once.
+    """Serve a graph until SIGTERM or Ctrl-C. The call blocks the thread.
 
-    Prints the address on stderr. Outside the main thread no signal ends the call. `log_level` None
-    leaves logging as it is. Raises TypeError and ValueError for options, OSError for an address
-    that is not available, GraphError, and RuntimeError under trio or asyncio.
+    The first signal drains the server, the second ends it at once; outside the main thread signals
+    have no effect. Prints the address on stderr. `log_level` None leaves logging unchanged. Raises
+    TypeError and ValueError for wrong options, OSError for an address that is not available,
+    GraphError for a wrong graph, and RuntimeError under trio or asyncio.
     """
     try:
         library = sniffio.current_async_library()
@@ -66,9 +68,9 @@ async def serve_async(
 ) -> None:
     """Serve a graph like `serve`, under trio: `url = await nursery.start(graph.serve_async)`.
 
-    Cancellation ends the server at once. Requests of the same program also go over HTTP.
+    Cancellation ends the server at once. The program's own requests go over HTTP, too.
     """
-    if sniffio.current_async_library() != "trio":
+    if sniffio.current_async_library() != "trio":  # the gateway runs under trio only
         raise RuntimeError("serve_async needs trio; a program of its own may call sagellm.serve")
     if not isinstance(graph, Graph | OpenGraph):
         raise TypeError(f"{graph!r:.80} is no graph: write sagellm.serve(Graph.load(...))")
@@ -85,7 +87,10 @@ async def serve_async(
 
 
 def _prepared(opening: OpenGraph, options: Mapping[str, Any]) -> tuple[OpenGraph, Settings]:
-    """The graph and the settings with options applied. Raises TypeError, ValueError, Failure."""
+    """Apply `options`: returns the changed graph and the gateway's settings.
+
+    Raises TypeError, ValueError, Failure.
+    """
     known = [
         option.name for kind in _KINDS for option in fields(kind) if option.name != "log_level"
     ]
@@ -107,7 +112,7 @@ def _prepared(opening: OpenGraph, options: Mapping[str, Any]) -> tuple[OpenGraph
 
 
 def _read(kind: type[T], options: Mapping[str, Any]) -> T:
-    """The options that belong to `kind`. A text counts as a list of one where a list is expected.
+    """The options that are fields of `kind`. A str is accepted for a list of one str.
 
     Raises ValueError.
     """
@@ -123,7 +128,7 @@ def _read(kind: type[T], options: Mapping[str, Any]) -> T:
 def _logs(
     level: LogLevel | None, options: Mapping[str, Any], settings: Settings
 ) -> AbstractContextManager[None]:
-    """The logs of the command line; without a level, the application's logging stays."""
+    """A context that logs like the command line; without a level it changes nothing."""
     if level is None:  # a library must not change the logging of its application
         return nullcontext()
     watch = ObservabilityOptions(log_level=level, log_format=options.get("log_format"))
@@ -132,7 +137,7 @@ def _logs(
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise OSError or ValueError for a Failure, with its place, cause and fix in one sentence."""
+    """Turn a Failure into an OSError or ValueError whose message has its place, cause and fix."""
     try:
         yield
     except Failure as failure:

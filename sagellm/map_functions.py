@@ -1,6 +1,6 @@
-"""The functions of the shipped graph `map`, an example to copy.
+"""The functions of the shipped graph `map`, as an example for users.
 
-The graph's key `imports` names this module; importing it registers the functions.
+The graph's key `imports` names this module. Importing the module registers the functions.
 """
 
 from sagellm.extensions import function

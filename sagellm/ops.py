@@ -1,6 +1,6 @@
 """One function for each operator of the vocabulary: `ops.policy_sort("slo_aware")`.
 
-The module defines and imports little: any other name hides a registered operator of that name.
+Every name that this module defines or imports hides an operator of that name, so it has few.
 """
 
 from collections.abc import Callable

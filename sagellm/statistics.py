@@ -1,4 +1,4 @@
-"""The counts and the health of an open graph, each as one frozen record."""
+"""The statistics and the health of an open graph, as immutable records."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counts since the session opened. Latencies are None until a `metrics_sink` has seen one."""
+    """Counts and latencies since the session opened.
+
+    Operator `metrics_sink` measures latencies: they are None before its first measurement.
+    """
 
     elapsed_s: float
     num_requests: int  # each choice of a request counts
     num_open: int
-    ended: Mapping[str, int]  # finish reason -> how many
+    ended: Mapping[str, int]  # finish reason -> number of choices
     num_tokens: int
     ttft_p50_s: float | None
     ttft_p99_s: float | None
@@ -67,9 +70,9 @@ def _peak(load: EngineLoad) -> float:
 class Health:
     """Whether an open graph makes progress.
 
-    `num_open` counts choices without their last event. `engines` has one record for each replica.
-    `missing` names, in words, the engines without a serving worker that requests cannot avoid; it
-    is empty when there are none.
+    `num_open` counts choices that have not ended. `engines` has one record for each replica.
+    `missing` is a text about the engines that have no serving worker and that the graph cannot
+    route around; it is empty if there are none.
     """
 
     num_open: int

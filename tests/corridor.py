@@ -1,4 +1,6 @@
-"""The corridor: the modules of ours that one streamed chat over HTTP passes, in order of entry."""
+"""The corridor: the modules of sagellm whose functions one streamed chat over HTTP calls, in order
+of the first call.
+"""
 
 import inspect
 import json
@@ -29,7 +31,7 @@ OURS = "sagellm"
 
 
 class Corridor:
-    """Notes the module of each function that begins while a call is under way, in any thread."""
+    """Records the module of each function that any thread calls inside a block of `open`."""
 
     def __init__(self) -> None:
         self.modules: dict[str, None] = {}
@@ -37,7 +39,7 @@ class Corridor:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """All threads that start in the block are watched, and this one."""
+        """Profile this thread, and all threads that start in the block."""
         threading.setprofile(self._note)
         sys.setprofile(self._note)
         try:
@@ -58,13 +60,13 @@ class Corridor:
         if not self._is_open or event != "call":
             return
         module = str(frame.f_globals.get("__name__"))
-        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # bodies of modules are none
+        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # unset for a module's body
         if is_function and module.partition(".")[0] == OURS:
             self.modules.setdefault(module)
 
 
 def corridor() -> list[str]:
-    """The modules that the second of two equal chats passes on trio, in one process."""
+    """The modules of the second of two equal chats, in one process under trio."""
     found = Corridor()
     with found.watched():
         trio.run(_chat_twice, found)
@@ -78,7 +80,7 @@ async def _chat_twice(found: Corridor) -> None:
         bridge = SessionBridge(session, settings.streaming)
         meters = meters_of(session, settings, cards)
         app = build_app(gateway_of(session, settings, bridge, meters, cards, Readiness()))
-        await _chat(app)  # what is done once is done
+        await _chat(app)  # the first chat also initialises modules, which is not counted
         await session.idle()
         with found.open():
             await _chat(app)
@@ -90,7 +92,7 @@ async def _chat(app: App) -> None:
 
     async def receive() -> Any:
         if not incoming:
-            await trio.sleep_forever()  # the client stays
+            await trio.sleep_forever()  # the client stays connected
         return incoming.pop()
 
     async def send(message: Any) -> None:

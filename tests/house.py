@@ -1,6 +1,7 @@
-"""Figures of the source tree: `make house` prints them, and tests hold some of them.
+"""Figures of the source tree: `make house` prints them, and tests bound some of them.
 
-The source tree is the house: its floors are the top-level packages, a file is a room.
+A floor is a top-level package. A room is a folder without subfolders, or a module of a folder that
+has subfolders.
 """
 
 import ast
@@ -22,7 +23,7 @@ LONG_FILE_LINES = 300
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, with its line and whether it stands inside a function."""
+    """One import. `is_late`: whether the import is inside a function."""
 
     module: str
     line: int
@@ -30,7 +31,10 @@ class Import:
 
 
 def sources(floor: str) -> Iterator[Path]:
-    """The Python files of a floor. Files behind the four links belong to their own floor."""
+    """The Python files of a floor.
+
+    `sagellm` contains links to the other floors; files below a link belong to those floors.
+    """
     for path in sorted((ROOT / floor).rglob("*.py")):
         inside = path.relative_to(ROOT).parts
         if not (floor == "sagellm" and inside[1] in FLOORS):
@@ -49,12 +53,12 @@ FOLDERS = {path.relative_to(ROOT).parent for path in MODULES.values()}
 
 @functools.cache
 def tree_of(module: str) -> ast.Module:
-    """Parsed when a test asks: each test worker imports this file, and few need all trees."""
+    """The syntax tree of a module. Parsed on demand: few test workers need all of them."""
     return ast.parse(MODULES[module].read_text())
 
 
 def imports(tree: ast.AST, is_late: bool = False) -> Iterator[Import]:
-    """Every import below a node, `TYPE_CHECKING` blocks included."""
+    """Every import below a node, including those in `TYPE_CHECKING` blocks."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             for name in node.names:
@@ -78,26 +82,26 @@ def floor_of(module: str) -> str:
 
 
 def edges(module: str) -> set[str]:
-    """The modules of ours that a module imports itself."""
+    """The modules of sagellm that a module imports directly."""
     return {found.module for found in imports_of(module)} & set(MODULES)
 
 
 def room_of(module: str) -> str:
-    """A folder that has no folders inside; a module of its own beside such folders."""
+    """The room of a module: its folder, or the module itself if the folder has subfolders."""
     folder = MODULES[module].relative_to(ROOT).parent
     has_folders = any(folder in other.parents for other in FOLDERS)
     return module if has_folders else str(folder)
 
 
 def in_circles(needs: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What is left of a dependency graph after everything outside its circles is removed."""
+    """The names of a dependency graph that are in a circle, or depend on one, and their needs."""
     while leaves := {name for name, others in needs.items() if not others & set(needs)}:
         needs = {name: others for name, others in needs.items() if name not in leaves}
     return needs
 
 
 def package_circles() -> dict[str, set[str]]:
-    """The packages that import each other, with what each of them imports."""
+    """The rooms that import each other in a circle, or such a room, and what they import."""
     needs: dict[str, set[str]] = defaultdict(set)
     for module in MODULES:
         needs[room_of(module)] |= {room_of(name) for name in edges(module)} - {room_of(module)}
@@ -142,13 +146,13 @@ def _repeated(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def has_code(module: str) -> bool:
-    """Whether a file is more than the docstring of its folder."""
+    """Whether a module has more than a docstring."""
     tree = tree_of(module)
     return len(tree.body) > (ast.get_docstring(tree) is not None)
 
 
 def function_lines() -> list[int]:
-    """Lines of code of each function: docstring, comments and blank lines left out."""
+    """The lines of code of each function, without docstring, comments and blank lines."""
     found = []
     for module, path in MODULES.items():
         coded = _lines_with_code(path)
@@ -181,7 +185,7 @@ def file_lines() -> dict[Path, int]:
 
 
 def comment_share() -> float:
-    """Comments of 100 lines that are not blank."""
+    """The number of comments per 100 lines that are not blank."""
     num_comments = num_lines = 0
     for path in MODULES.values():
         text = path.read_text()
@@ -192,7 +196,7 @@ def comment_share() -> float:
 
 
 def figures() -> Iterator[tuple[str, str]]:
-    """What is counted, and the count, for a person."""
+    """Label and value of each figure, as printed text."""
     lines = file_lines()
     rooms = {path: count for path, count in lines.items() if path.name != "__init__.py"}
     by_floor = ", ".join(f"{floor} {len(list(sources(floor)))}" for floor in FLOORS)
@@ -224,7 +228,7 @@ def _names(repeated: dict[str, list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    from corridor import corridor  # imports what it counts, which tests of the floors need not
+    from corridor import corridor  # imported here: it loads all of sagellm, which tests do not need
 
     modules = corridor()
     for label, figure in (*figures(), ("modules of a streamed chat", f"{len(modules)}")):

@@ -1,4 +1,4 @@
-"""Answers a file of prompts: JSON lines in, JSON lines out, resumable."""
+"""Answers a file of prompts: reads JSON lines, writes JSON lines, and can resume a run."""
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -21,8 +21,8 @@ from sagellm.session.requests import RequestFailed, RequestRefused
 def answer_record(id: LineId, answers: Sequence[Answer]) -> dict[str, Any]:
     """The output line of one request.
 
-    With several choices, `choices` has all of them, and the top level repeats the first choice. One
-    unserved choice makes the whole line an error: an incomplete answer counts as none.
+    For several choices, `choices` has all of them, and the top level repeats the first choice. The
+    line is an error if any choice has a finish reason outside SERVED.
     """
     for answer in answers:
         if answer.finish_reason not in SERVED:
@@ -40,12 +40,12 @@ def answer_record(id: LineId, answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def error_record(id: LineId, message: str, kind: str) -> dict[str, Any]:
-    """The output line of an unanswered request; `kind` is a finish reason or "malformed"."""
+    """The output line of a failed request. `kind`: a finish reason, or "malformed"."""
     return {"id": id, "error": {"message": message, "type": kind}}
 
 
 def encode_record(line: dict[str, Any]) -> bytes:
-    """One line of JSON with its newline. A user's value that JSON cannot hold becomes text."""
+    """Encode a line as JSON with a newline. Values that JSON cannot hold are converted by `str`."""
     return msgspec.json.encode(line, enc_hook=str) + b"\n"
 
 
@@ -69,7 +69,7 @@ def _logprob(logprob: TokenLogprob) -> dict[str, Any]:
 
 
 def token_usage(answers: Sequence[Answer]) -> dict[str, int]:
-    """Token counts under the OpenAI names. All choices share the prompt, which counts once."""
+    """Token counts under the names of the OpenAI API. The shared prompt counts once."""
     num_prompt = answers[0].num_prompt_tokens
     num_completion = sum(answer.num_tokens for answer in answers)
     return {
@@ -80,9 +80,12 @@ def token_usage(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def phase_times(stamps: Stamps) -> dict[str, float | None]:
-    """Milliseconds of each phase, None for a phase that did not happen; the sum is the total."""
+    """The duration of each phase in ms; None for a phase that did not happen.
+
+    The durations add up to the time between arrival and finish.
+    """
     bounds = (
-        # Engines of other systems do not tell their first step: there the queue ends at dispatch.
+        # Remote engines do not report their first step: their queue phase ends at dispatch.
         ("queue_ms", stamps.dispatched_s if stamps.started_s is None else stamps.started_s),
         ("prefill_ms", stamps.prefilled_s),
         ("transfer_ms", stamps.transferred_s),
@@ -97,9 +100,9 @@ def phase_times(stamps: Stamps) -> dict[str, float | None]:
 
 
 class OutputFile:
-    """A file of output lines. Each line is flushed at once, so that a kill loses no whole line.
+    """A file of output lines. Each line is flushed at once, so that a kill loses no complete line.
 
-    `answered` has the ids that the file contained when it was opened, as text. Leaving the `with`
+    `answered`: the ids, as text, that the file contained when it was opened. Leaving the `with`
     block closes the file.
     """
 
@@ -127,10 +130,11 @@ class OutputFile:
 
 
 def open_output(path: Path, *, force: bool = False, resume: bool = False) -> OutputFile:
-    """Open `path` for answers. Raises FileExistsError for an existing file without an option.
+    """Open `path` for output lines.
 
-    `force` replaces the file. `resume` keeps every whole line with an answer, and drops errors and
-    an incomplete last line, whose requests run again.
+    `force` replaces an existing file. `resume` keeps its complete lines with answers, and drops
+    errors and an incomplete last line: their requests run again. Without either, an existing file
+    raises FileExistsError.
     """
     if resume and path.exists():
         answered = _keep_answers(path)
@@ -139,9 +143,10 @@ def open_output(path: Path, *, force: bool = False, resume: bool = False) -> Out
 
 
 def _keep_answers(path: Path) -> frozenset[str]:
-    """Keep only the answers of the file; returns their ids.
+    """Remove all lines but the answers from the file, and return the answers' ids.
 
-    A new file replaces the old one in one step: a kill in between loses no answer.
+    The answers are copied to a new file, which then replaces the old one atomically: a kill at any
+    time loses no answer.
     """
     answered = set()
     kept = path.with_name(path.name + ".resuming")
@@ -150,7 +155,7 @@ def _keep_answers(path: Path) -> frozenset[str]:
             new.write(raw)
             answered.add(id)
         new.flush()
-        os.fsync(new.fileno())  # the data must be on the disk before the rename is
+        os.fsync(new.fileno())  # the data must reach the disk before the rename does
     kept.replace(path)
     return frozenset(answered)
 
@@ -173,11 +178,11 @@ AnswerLine: TypeAlias = Callable[[LineRequest], Awaitable[Sequence[Answer]]]
 
 @dataclass
 class LineCounts:
-    """Counts of lines. `ids` maps each id, as text, to its line, to refuse an id that repeats."""
+    """Counts of lines. `ids`: id, as text, -> line number; used to refuse a repeated id."""
 
     num_answered: int = 0
     num_failed: int = 0
-    num_skipped: int = 0  # answered by the run that this run resumes
+    num_skipped: int = 0  # answered by an earlier run
     ids: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -187,11 +192,11 @@ class LineCounts:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One run over an input.
+    """One run over the lines of an input.
 
-    `reply` answers a line. `defaults` are the sampling parameters of a line that sets none; `given`
-    names those that the user chose (see `parse_line`). `report` is called with each output line
-    after the line was written, and with None for a skipped line.
+    `reply` answers a line. `defaults`: the sampling parameters for lines that set none; `given`:
+    the names of the defaults that the user chose (see `parse_line`). `report` is called with each
+    output line after the line was written, and with None for each skipped line.
     """
 
     reply: AnswerLine
@@ -205,9 +210,9 @@ class BatchRun:
     async def serve(
         self, lines: AsyncIterator[tuple[int, bytes]], drain: trio.CancelScope | None = None
     ) -> LineCounts:
-        """Answer every line; output lines come in order of completion.
+        """Answer every line. Output lines are written in order of completion.
 
-        Cancelling `drain` stops reading, and lets requests in flight finish.
+        Cancelling `drain` stops reading; requests in flight still finish.
         """
         slots = trio.Semaphore(self.num_in_flight)
         async with trio.open_nursery() as nursery:
@@ -219,7 +224,7 @@ class BatchRun:
         return self.counts
 
     def _start(self, nursery: trio.Nursery, slots: trio.Semaphore, number: int, raw: bytes) -> None:
-        """Start one line. Its slot is free again after its output line was written."""
+        """Start the request of one line. The slot is released once the output line is written."""
         try:
             ask = self._claimed(parse_line(number, raw, self.defaults, self.given))
         except LineError as error:
@@ -234,7 +239,7 @@ class BatchRun:
         nursery.start_soon(self._answer, ask, slots)
 
     def _claimed(self, ask: LineRequest) -> LineRequest:
-        # As text: the ids 1 and "1" would be equal in the output file.
+        # Compare as text: a resumed run does not distinguish the ids 1 and "1".
         first = self.counts.ids.setdefault(str(ask.id), ask.number)
         if first != ask.number:
             raise LineError(ask.number, f"id {ask.id!r} is that of line {first}", ask.id)
@@ -245,7 +250,7 @@ class BatchRun:
             line = answer_record(ask.id, await self.reply(ask))
         except (RequestRefused, RequestFailed) as error:
             line = error_record(ask.id, str(error), str(error.end.finish_reason))
-        except ValueError as error:  # refused before it entered the graph
+        except ValueError as error:  # the session refused it before it entered the graph
             line = error_record(ask.id, f"line {ask.number}: {error}", "refused")
         self._write(line)
         slots.release()

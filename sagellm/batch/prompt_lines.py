@@ -1,4 +1,4 @@
-"""The lines of a file of prompts: read outside the event loop, and checked."""
+"""Reads the lines of a file of prompts in a thread, and parses them into requests."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -17,15 +17,16 @@ CHUNK_BYTES = 1 << 20
 
 
 async def numbered_lines(file: FileIO) -> AsyncIterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers, which begin at 1.
+    """Yield (number, line) for each line that is not blank. Numbers begin at 1.
 
-    A line longer than MAX_LINE_BYTES is cut to MAX_LINE_BYTES + 1, which `parse_line` refuses.
+    A line longer than MAX_LINE_BYTES is cut to MAX_LINE_BYTES + 1 bytes, so that `parse_line`
+    refuses it.
 
-    Reads in a thread. Cancellation abandons the thread: a read of a pipe or a terminal may never
-    return. `file` is unbuffered: a buffered file has a lock, which an abandoned thread would hold
-    at the end of the process.
+    Reads in a thread. Cancellation abandons the thread, because a read of a pipe or a terminal may
+    never return. `file` must be unbuffered: the abandoned thread would hold the lock of a buffered
+    file at the end of the process.
     """
-    number, line = 1, bytearray()
+    number, line = 1, bytearray()  # the line so far: a line may span several chunks
     while chunk := await trio.to_thread.run_sync(file.read, CHUNK_BYTES, abandon_on_cancel=True):
         *ends, rest = chunk.split(b"\n")
         for end in ends:
@@ -40,12 +41,12 @@ async def numbered_lines(file: FileIO) -> AsyncIterator[tuple[int, bytes]]:
 
 
 def _extend(line: bytearray, part: bytes) -> None:
-    """Extend in place: a copy for each chunk would take quadratic time for long lines."""
+    """Extend `line` in place. A copy for each chunk would take quadratic time for long lines."""
     line += part[: MAX_LINE_BYTES + 1 - len(line)]
 
 
 def _stripped(number: int, line: bytes) -> bytes:
-    """The line without white space at its ends, and line 1 without a byte order mark."""
+    """The line without white space at its ends; line 1 also without a byte order mark."""
     if len(line) > MAX_LINE_BYTES:
         return line
     return line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
@@ -59,7 +60,7 @@ MAX_LINE_BYTES = 64 << 20  # far longer than any prompt that a model accepts
 
 
 class LineTextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """One part of a message. Only text is served."""
+    """A part of a message's content. Only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -79,7 +80,7 @@ class LineMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class LineFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The fields of both kinds of line: prompt and sampling. The session checks the ranges."""
+    """The fields that both forms of a line share. The session checks their ranges."""
 
     prompt: str | list[int] | UnsetType = UNSET
     messages: Annotated[list[LineMessage], Meta(min_length=1)] | UnsetType = UNSET
@@ -104,7 +105,7 @@ class LineFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
 
 
 class PlainLine(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """A line of the plain form: the fields are at the top level."""
+    """A line in sagellm's form: all fields are at the top level."""
 
     id: LineId | UnsetType = UNSET
     logprobs: int | UnsetType | None = UNSET
@@ -115,7 +116,7 @@ class PlainLine(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 
 
 class BatchBody(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The body of an OpenAI request. `model` selects one of the models of the graph."""
+    """The body of an OpenAI request. `model` selects one of several models of the graph."""
 
     model: str | UnsetType = UNSET
     max_completion_tokens: int | UnsetType = UNSET
@@ -126,7 +127,7 @@ class BatchBody(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 
 
 class BatchLine(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """A line of the form of an OpenAI batch file."""
+    """A line in the form of an OpenAI batch file."""
 
     custom_id: str
     body: BatchBody
@@ -135,7 +136,7 @@ class BatchLine(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
 
 
 class LineError(ValueError):
-    """An input line that is wrong. `id` is the line's id if it was readable, else its number."""
+    """The error for a wrong line. `id`: the line's id, or its number if the id is unreadable."""
 
     def __init__(self, number: int, message: str, id: LineId | None = None) -> None:
         self.number = number
@@ -145,7 +146,7 @@ class LineError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LineRequest:
-    """One valid line. `fields` are the further fields of a session's request."""
+    """A valid line as a request. `fields`: further arguments of `Session.generate_all`."""
 
     id: LineId
     number: int
@@ -158,15 +159,15 @@ class LineRequest:
 def parse_line(
     number: int, raw: bytes, defaults: Sampling, given: frozenset[str] = frozenset()
 ) -> LineRequest:
-    """Read one line. Fields that the line omits come from `defaults`. Raises LineError.
+    """Parse one line. `defaults` supply the sampling parameters that it omits. Raises LineError.
 
-    `given` names the defaults that the user chose. A chosen temperature also wins over OpenAI's
-    default of 1, which otherwise holds for lines with a `body`.
+    `given`: the names of the defaults that the user chose. A line with a `body` that sets no
+    temperature has the user's, if chosen, or else OpenAI's default of 1.
     """
     if len(raw) > MAX_LINE_BYTES:
         raise LineError(number, f"longer than {MAX_LINE_BYTES >> 20} MiB")
     plain = _decode(number, raw)
-    own_id = _id_of(plain)  # an error line has the id even if another field is wrong
+    own_id = _id_of(plain)  # read first: an error of another field should name the id
     try:
         if "body" in plain or "custom_id" in plain:
             return _batch_request(number, plain, defaults, given)
@@ -187,12 +188,15 @@ def _decode(number: int, raw: bytes) -> dict[str, Any]:
 
 def _id_of(plain: dict[str, Any]) -> LineId | None:
     found = plain.get("custom_id", plain.get("id"))
-    # `true` is no id, but bool is a subclass of int.
+    # bool is a subclass of int, but `true` is no id.
     return found if isinstance(found, str | int) and not isinstance(found, bool) else None
 
 
 def _convert(plain: Any, schema: type[Any], where: str = "") -> Any:
-    """Convert `plain` to a struct. Raises ValueError; suggests a name for an unknown field."""
+    """Convert `plain` to `schema`. Raises ValueError, with the closest name for an unknown field.
+
+    `where`: a prefix for field names in errors.
+    """
     known: tuple[str, ...] = schema.__struct_fields__
     for name in plain if isinstance(plain, dict) else ():
         if name not in known:
@@ -245,7 +249,10 @@ def _check_url(line: BatchLine) -> None:
 
 
 def _num_logprobs(body: BatchBody) -> int | None:
-    """Chats have `logprobs: true, top_logprobs: k`; completions have `logprobs: k`."""
+    """The number of top logprobs, or None. Raises ValueError.
+
+    A chat has `logprobs: true, top_logprobs: k`, a completion has `logprobs: k`.
+    """
     top = body.top_logprobs if isinstance(body.top_logprobs, int) else None
     if body.logprobs is True:
         return top or 0
@@ -269,7 +276,7 @@ def _set_fields(line: msgspec.Struct, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _sampling(line: LineFields) -> dict[str, Any]:
-    """The fields of Sampling that the line sets; null counts as not set."""
+    """The fields of Sampling that the line sets. A field with null is not set."""
     shared = tuple(
         name for name in Sampling.__struct_fields__ if name in LineFields.__struct_fields__
     )

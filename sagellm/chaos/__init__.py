@@ -1,1 +1,1 @@
-"""Injected faults: scenarios of events that hit a graph of processes, and checks that must hold."""
+"""Scenarios: faults that are injected into a graph with worker processes, and checks of it."""

@@ -1,4 +1,4 @@
-"""Plays a scenario: starts its streams, causes its events, and undoes events that last."""
+"""Plays a scenario: starts its streams, causes its events, and undoes lasting events."""
 
 import os
 import random
@@ -27,20 +27,20 @@ from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.sampling import Sampling
 from sagellm.session import Session
 
-_IDS = range(20, 120)  # every model has these token ids
+_IDS = range(20, 120)  # token ids that every model has
 
 
 @dataclass
 class StreamOutcomes:
-    """The tokens, finish reasons and gaps of the streams of one run."""
+    """The streams of one run: tokens, finish reasons, and gaps between outputs in seconds."""
 
-    tokens: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (load, number)
+    tokens: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (load, stream) -> ids
     reasons: dict[tuple[int, int], str] = field(default_factory=dict)
     gaps_s: list[float] = field(default_factory=list)
 
     @property
     def fewest(self) -> int:
-        """The smallest number of tokens that an open stream has received."""
+        """The smallest number of tokens of an open stream; 0 if none is open."""
         running = [len(found) for key, found in self.tokens.items() if key not in self.reasons]
         return min(running, default=0)
 
@@ -48,7 +48,7 @@ class StreamOutcomes:
 def begin_streams(
     session: Session, outcome: StreamOutcomes, number: int, load: StreamLoad, nursery: trio.Nursery
 ) -> None:
-    """Start all streams of a load in `nursery`. `number` is the load's number in the scenario."""
+    """Start all streams of a load in `nursery`. `number`: the number of the load's event."""
     for stream in range(load.streams):
         nursery.start_soon(_stream, session, outcome, (number, stream), load)
 
@@ -56,13 +56,14 @@ def begin_streams(
 async def _stream(
     session: Session, outcome: StreamOutcomes, key: tuple[int, int], load: StreamLoad
 ) -> None:
+    # Equal in the runs with and without faults, whose tokens are compared.
     draw = random.Random(f"{load.seed} {key}")
     prompt = draw.choices(_IDS, k=load.prompt_tokens)
     sampling = Sampling(
         max_tokens=load.max_tokens,
         temperature=load.temperature,
         seed=draw.getrandbits(32),
-        ignore_eos=True,
+        ignore_eos=True,  # every stream has `max_tokens` tokens
     )
     outcome.tokens[key] = []
     last_s: float | None = None
@@ -79,7 +80,7 @@ async def _stream(
 
 
 class Player:
-    """Causes the events of one scenario. `outcome` grows with the streams."""
+    """Causes the events of one scenario. Its streams record their results in `outcome`."""
 
     def __init__(
         self, session: Session, launcher: RelayedProcesses, outcome: StreamOutcomes
@@ -92,7 +93,7 @@ class Player:
         self._jumps_s: dict[int, float] = {}
 
     async def play(self, events: tuple[ScenarioEvent, ...]) -> None:
-        """Play all events; returns after the last event and the end of every stream."""
+        """Play all events, and return when the last event is over and every stream has ended."""
         began_s = trio.current_time()
         async with trio.open_nursery() as nursery:
             for number, event in enumerate(events):
@@ -104,7 +105,7 @@ class Player:
 
     @contextmanager
     def undoing(self) -> Iterator[None]:
-        """Undo every lasting event at the end of the block, also after an error."""
+        """Undo all lasting events at the end of the block, even after an error."""
         try:
             yield
         finally:
@@ -130,7 +131,7 @@ class Player:
         if undo is not None:
             undo()
 
-    # `_happen` calls the method with the name of the event's kind.
+    # `_happen` calls one of these methods by the event's kind. `number` is the event's number.
 
     async def _kill(self, number: int, worker: str) -> None:
         self._signal(worker, signal.SIGKILL)
@@ -179,7 +180,7 @@ class Player:
         self._lasting[number] = restore
 
     async def _fill_disk(self, number: int, what: str) -> None:
-        """Fill the disk of the logs: writes of the graph's process to stderr fail with ENOSPC."""
+        """Make writes to stderr in the graph's process fail with ENOSPC, as on a full disk."""
         descriptor = sys.stderr.fileno()
         before, full = os.dup(descriptor), os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, descriptor)
@@ -192,9 +193,9 @@ class Player:
         self._lasting[number] = restore
 
     async def _clock_jump_s(self, number: int, jump_s: float) -> None:
-        """Move the wall clock of the graph's process, as `time.time` reads it."""
+        """Move the wall clock of the graph's process: changes what `time.time` returns."""
         self._jumps_s[number] = jump_s
-        # Jumps may overlap: the clock shows their sum.
+        # Jumps may overlap: the clock moves by their sum.
         time.time = lambda: self._read_clock() + sum(self._jumps_s.values())
 
         def jump_back() -> None:
@@ -235,7 +236,7 @@ class Player:
         return pid
 
     def _faults(self, name: str) -> LinkFaults:
-        # By the pid: the next life of a worker has a new relay, without faults.
+        # Found by pid: a restarted worker has a new process and a new relay without faults.
         return self._launcher.relays[self._pid(name)].faults
 
 

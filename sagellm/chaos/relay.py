@@ -1,4 +1,4 @@
-"""Faults between a graph and its workers: a relay on the link, and damaged KV transfers.
+"""Faults between a graph and its workers: relays that disturb links, and damaged KV transfers.
 
 Worker processes of a scenario run this module as their main module.
 """
@@ -24,16 +24,16 @@ from sagellm.runtime.cluster.launch import ProcessLauncher, ProcessLife
 
 log = get_logger("sagellm.chaos")
 
-_ROOM = 256  # chunks in flight in one direction
+_ROOM = 256  # most chunks in flight in one direction
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends RST and drops unsent data
 
 
 @dataclass(slots=True)
 class LinkFaults:
-    """The current faults of one link; see `scenario.Toxic` for the other fields.
+    """The current faults of one link. The player changes them while the relay runs.
 
-    `is_cut` holds all data back, and loses none. `num_to_flip` counts the next chunks that get one
-    flipped bit each.
+    `is_cut`: hold all data back, without losing any. `num_to_flip`: flip one bit in each of the
+    next `num_to_flip` chunks. `scenario.Toxic` describes the other fields.
     """
 
     is_cut: bool = False
@@ -47,7 +47,7 @@ class LinkFaults:
 
 @dataclass(slots=True)
 class Relay:
-    """Accepts connections at `listening`, and relays each over a new connection to `address`."""
+    """Accepts a worker's connections, and relays each over a new connection to `address`."""
 
     listening: socket.socket
     family: socket.AddressFamily
@@ -87,7 +87,7 @@ class Relay:
                 while data := await source.receive_some(self.faults.chunk_bytes):
                     await put.send((trio.current_time() + self.faults.delay_s, bytes(data)))
             except trio.BrokenResourceError:
-                pass
+                pass  # the connection was reset
 
     async def _write(
         self,
@@ -111,7 +111,7 @@ class Relay:
                     await sink.send_all(self._flipped(data))
                 except trio.BrokenResourceError:
                     break
-        scope.cancel()
+        scope.cancel()  # one direction has ended: close the other one, too
 
     def _flipped(self, data: bytes) -> bytes:
         if self.faults.num_to_flip:
@@ -128,7 +128,7 @@ CHAOS_WORKER_MODULE = "sagellm.chaos.relay"
 
 
 class RelayedProcesses(ProcessLauncher):
-    """Starts each worker process behind its own relay. `relays` has them by the pid."""
+    """Starts worker processes, each with a relay on its link. `relays`: pid -> relay."""
 
     def __init__(self, options: ProcessesOptions, seed: int = 0) -> None:
         super().__init__(CHAOS_WORKER_MODULE, options.address, options.keys, logs_environment())
@@ -143,7 +143,7 @@ class RelayedProcesses(ProcessLauncher):
             await super().run(task_status)
 
     def launch(self, epoch: int) -> ProcessLife:
-        life = super().launch(epoch)  # calls `_door`, which makes the relay of this process
+        life = super().launch(epoch)  # calls `_next_endpoint`, which makes the process's relay
         assert self._next is not None
         self.relays[life.pid] = self._next
         return life
@@ -181,7 +181,7 @@ _STORAGE = (
 
 
 def damage_kv_transfers(share: float) -> None:
-    """Flip one bit in this share of the KV chunks that this process receives from now on."""
+    """Flip one bit in a share of the KV chunks that this process receives after this call."""
     storage: Any = importlib.import_module(_STORAGE).CpuStorage
     draw, receive = random.Random(os.getpid()), storage.receive
 
@@ -192,7 +192,7 @@ def damage_kv_transfers(share: float) -> None:
         received = [run for _, run in pairs]
         flipped: memoryview = draw.choice(self.read(received, layers))
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
-        # The caller compares this checksum with the sender's, and so learns of the damage.
+        # The caller detects the damage by comparing this checksum with the sender's.
         found = self.checksum(received, layers)
         return found
 

@@ -1,4 +1,4 @@
-"""Scenarios: YAML files with the load on a graph, the events that hit it, and the checks."""
+"""Reads scenarios: YAML files with the load on a graph, the faults to cause, and the checks."""
 
 import operator
 import re
@@ -34,7 +34,7 @@ _SIGNS: Mapping[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of `checks`."""
+    """One line of `checks`: a comparison of a figure or a metric with a bound."""
 
     text: str
     name: str
@@ -47,13 +47,17 @@ class Check:
 
 
 def read_check(text: str, figures: Iterable[str]) -> Check:
-    """Parse a line of `checks`. `figures` are the names in the report. Raises ScenarioError."""
+    """Parse a line of `checks`. Raises ScenarioError.
+
+    `figures`: the names of the report's figures. Any other name must be that of a metric.
+    """
     if text == IDENTICAL:
         return Check(text, "num_different", {}, "==", 0.0)
     found = _COMPARISON.fullmatch(text)
     if found is None:
         raise ScenarioError(f"check {text!r}: write `identical`, or NAME < NUMBER")
     known = list(figures)
+    # Which metrics there are is known only after the run.
     if found["name"] not in known and not found["name"].startswith(("sagellm_", "vllm:")):
         close = nearest(found["name"], known)
         hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
@@ -66,8 +70,8 @@ def read_check(text: str, figures: Iterable[str]) -> Check:
 
 
 def metric_value(families: Iterable[Metric], check: Check) -> float | None:
-    """The sum of the series with the name and the labels of a check; None if there is none."""
-    values = [
+    """The sum of the time series with the name and labels of `check`; None if none matches."""
+    values = [  # labels that the check does not name are summed over
         sample.value
         for family in families
         for sample in family.samples
@@ -77,20 +81,20 @@ def metric_value(families: Iterable[Metric], check: Check) -> float | None:
     return sum(values) if values else None
 
 
-_MOST_BYTES = 65_536  # of a file
+_MOST_BYTES = 65_536  # size limit of a scenario's file
 _UNKNOWN = re.compile(r"unknown field `(.+?)`")
 
 
 class ScenarioError(ValueError):
-    """A scenario that cannot run; the message has the cause, the place and the fix."""
+    """The error for a scenario that cannot run. The message has cause, place and fix."""
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping in the file."""
+    """The base of all mappings in a scenario's file."""
 
 
 class StreamLoad(_Part, frozen=True, kw_only=True):
-    """Streams that begin together. Each stream has its own prompt and seed."""
+    """Streams that start together. Each stream has its own prompt and seed."""
 
     streams: int = 16
     prompt_tokens: int = 40
@@ -100,10 +104,10 @@ class StreamLoad(_Part, frozen=True, kw_only=True):
 
 
 class Toxic(_Part, frozen=True, kw_only=True):
-    """The faults of a worker's link, in both directions. Times are in seconds.
+    """Faults of a worker's link, in both directions. Times are in seconds.
 
-    Data passes in chunks of `chunk_bytes`. The connection is reset at every `reset_every`-th chunk.
-    One bit of a chunk is flipped with probability `flip`.
+    Data passes in chunks of at most `chunk_bytes`. Every `reset_every`-th chunk resets the
+    connection. In each chunk, one bit is flipped with probability `flip`.
     """
 
     worker: str
@@ -115,24 +119,25 @@ class Toxic(_Part, frozen=True, kw_only=True):
 
 
 class FdLimit(_Part, frozen=True, kw_only=True):
-    """The limit of open files for the process of a worker or of the graph."""
+    """A limit of open files. `of`: the worker that gets it, or `graph` for the graph's process."""
 
     of: str = "graph"
     files: int
 
 
 class Scale(_Part, frozen=True, kw_only=True):
-    """A new number of replicas, as by `sagellm scale`."""
+    """A new number of replicas for an engine, like `sagellm scale`."""
 
     engine: str
     replicas: int
 
 
 class ScenarioEvent(_Part, frozen=True, kw_only=True):
-    """One event and its time: `at_s` after the start, or when every open stream has `after_tokens`.
+    """One event. Exactly one of the fields after `for_s` is set: the kind of the event.
 
-    An event of a kind in LASTING is undone after `for_s`. Workers are named as in logs: `d[0]` is
-    replica 0 of engine d.
+    The event happens `at_s` seconds after the start, or when every open stream has at least
+    `after_tokens` tokens. An event of a kind in LASTING is undone after `for_s` seconds. Workers
+    are named as in logs: `d[0]` is replica 0 of engine d.
     """
 
     at_s: float | None = None
@@ -177,11 +182,11 @@ LASTING = ("stop", "partition", "toxic", "fd_limit", "fill_disk", "clock_jump_s"
 
 
 class Scenario(_Part, frozen=True, kw_only=True):
-    """A whole scenario.
+    """A whole scenario. `sagellm_chaos`: the version of the format.
 
-    `graph` is a shipped name, or the path of a file relative to the scenario. `set` overrides
-    options of the graph. `kv_damage` is the share of transferred KV chunks in which one bit is
-    flipped. `checks` are read by `read_check`; the ledger is always checked too.
+    `graph`: the name of a shipped graph, or a path relative to the scenario's file. `set`:
+    overridden options of the graph. `kv_damage`: the share of transferred KV chunks in which one
+    bit is flipped. `checks`: lines for `read_check`; the ledger is checked in any case.
     """
 
     sagellm_chaos: int
@@ -214,7 +219,7 @@ def load_scenario(path: Path) -> LoadedScenario:
     if len(content) > _MOST_BYTES:
         raise ScenarioError(f"{path}: more than {_MOST_BYTES} bytes")
     try:
-        # The reader of graph files: it builds no objects, and is bounded in size.
+        # The YAML reader of graph files is safe: it builds plain values only, of limited size.
         tree = read(content.decode("utf-8-sig"), file=str(path))
         if tree.mistakes:
             raise ScenarioError(f"{path}: {tree.mistakes[0].message}")
@@ -227,7 +232,7 @@ def load_scenario(path: Path) -> LoadedScenario:
         raise ScenarioError(f"{path}: {_explained(str(error))}") from None
     if scenario.sagellm_chaos != 1:  # the version of the format
         raise ScenarioError(f"{path}: this release knows sagellm_chaos: 1")
-    is_loaded = False  # whether an earlier event has started streams
+    is_loaded = False  # whether an earlier event starts streams
     for number, event in enumerate(scenario.events):
         mistake = event.mistake()
         if event.after_tokens is not None and not is_loaded:

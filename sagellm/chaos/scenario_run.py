@@ -1,6 +1,6 @@
-"""Runs a scenario twice: without faults in this process, then with faults over processes.
+"""Runs a scenario twice: without faults in this process, then with faults in worker processes.
 
-The first run gives the tokens that the second must repeat.
+The second run must produce the same tokens as the first.
 """
 
 import os
@@ -36,7 +36,10 @@ _SETTLE_S = 30.0  # for requests that end after the last stream
 
 @dataclass
 class ScenarioReport:
-    """The result of a scenario. `failed` are the failed checks, each with its value."""
+    """The result of a scenario. `failed`: a text for each failed check, with the found value.
+
+    `num_different`: streams whose tokens differ from those of the run without faults.
+    """
 
     name: str
     num_streams: int = 0
@@ -64,15 +67,15 @@ class ScenarioReport:
 async def run_scenario(
     loaded: LoadedScenario, seed: int = 0, decisions: Path | None = None
 ) -> ScenarioReport:
-    """Run a scenario. `decisions` is a file for the decision log of the run with faults.
+    """Run a scenario. `decisions`: a file for the decision log of the run with faults.
 
-    Raises ScenarioError, GraphError, and every error of opening a graph.
+    Raises ScenarioError, GraphError, and the other errors of opening a graph.
     """
     scenario = loaded.scenario
     report = ScenarioReport(scenario.name)
     checks = [read_check(text, report.figures()) for text in scenario.checks]
     graph, options = Graph.load(loaded.graph), dict(scenario.set)
-    # The run without faults stays in this process, which knows no option of `processes`.
+    # The run without faults has executor `tasks`, which refuses the options of `processes`.
     plain = {name: value for name, value in options.items() if not name.startswith("executor.")}
     async with graph.open(set=plain, executor="tasks") as session:
         right = await _undisturbed(session, scenario.events)
@@ -84,6 +87,7 @@ async def run_scenario(
         launchers.append(RelayedProcesses(options, seed))
         return launchers[0]
 
+    # Worker processes read this variable when they start.
     with _environment(KV_DAMAGE_VARIABLE, str(scenario.kv_damage)):
         opening = graph.open(set=options, executor="processes", decisions=decisions)
         opening.launch_by(launch)
@@ -96,7 +100,7 @@ async def run_scenario(
             with player.undoing():
                 await player.play(scenario.events)
             report.seconds = round(trio.current_time() - began_s, 3)
-            report.failed += await _at_rest(session)
+            report.failed += await _at_rest(session)  # first: late requests change the figures
             _fill(report, player, session, launchers[0], right)
             families = list(meters.families(await meters.snapshot()))
             report.failed += _failures(report, checks, partial(metric_value, families))
@@ -104,7 +108,7 @@ async def run_scenario(
 
 
 async def _undisturbed(session: Session, events: tuple[ScenarioEvent, ...]) -> StreamOutcomes:
-    """The tokens without faults. All loads run at once: concurrency changes no token."""
+    """Run the streams without faults. All loads start at once: concurrency changes no token."""
     outcome = StreamOutcomes()
     async with trio.open_nursery() as nursery:
         for number, event in enumerate(events):
@@ -114,8 +118,10 @@ async def _undisturbed(session: Session, events: tuple[ScenarioEvent, ...]) -> S
 
 
 async def _at_rest(session: Session) -> list[str]:
-    """Check the ledger at rest: each request ended once, each token came once and in order, and no
-    block is leased. Returns the violations.
+    """Wait until no request runs, then check the ledger and the leases; return the violations.
+
+    Each request must have ended once, each token must have come once and in order, and no block may
+    be leased.
     """
     with trio.move_on_after(_SETTLE_S) as waiting:
         await session.idle()
@@ -170,7 +176,7 @@ def _failures(
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for processes that start during the block."""
+    """Set an environment variable during the block, for processes that start there."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -19,7 +19,7 @@ HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
 Exit codes: 0 done, 1 something failed, 2 your configuration, 3 resources, 130 interrupted,
 143 terminated."""
 
-# Name -> module:function, help. A command is imported when it runs: `--help` never loads torch.
+# Name -> (module:function, help). A command is imported when it runs: `--help` never loads torch.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("sagellm.cli.run:run", "Answer a prompt, or a file of them."),
     "serve": ("sagellm.cli.serve:serve", "Serve a graph to OpenAI clients."),
@@ -54,7 +54,7 @@ BENCH_COMMANDS: Mapping[str, tuple[str, str]] = {
 
 
 def sagellm_version() -> str:
-    """The version of this package, as installed."""
+    """The installed version of sagellm."""
     return installed("sagellm")
 
 
@@ -64,6 +64,7 @@ def _with_commands(app: App, commands: Mapping[str, tuple[str, str]]) -> App:
     return app
 
 
+# `negative=()`: a flag has no form `--no-NAME` unless it declares one.
 APP = _with_commands(
     App(
         name="sagellm", help=HELP, version=sagellm_version, default_parameter=Parameter(negative=())
@@ -79,13 +80,13 @@ for group in (
 
 
 def load(tokens: Sequence[str]) -> None:
-    """Import the command that `tokens` name, as far as they are valid. Raises nothing."""
-    with suppress(Exception):  # `main` meets the same error, and shows it
+    """Import the module of the command that `tokens` name. Errors are ignored."""
+    with suppress(Exception):  # `main` raises the same error again, and shows it
         APP.parse_commands(list(tokens))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A user's mistake is shown without a traceback."""
+    """Run one command, and return the exit code. A user's mistake is shown without a traceback."""
     tokens = sys.argv[1:] if argv is None else list(argv)
     try:
         with command_logs():
@@ -124,7 +125,7 @@ def version(*, json: bool = False) -> None:
 
 
 def _version(name: str) -> str | None:
-    """The version of a package from its metadata, without an import; None if it is missing."""
+    """The version of a package, read without importing it; None if the package is missing."""
     try:
         return installed(name)
     except PackageNotFoundError:
@@ -141,5 +142,5 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
         a folder of fpath, fish from ~/.config/fish/completions/sagellm.fish.
     """
     script = APP.generate_completion(shell=shell)
-    # Arguments such as GRAPH are paths: bash should complete file names where no option fits.
+    # Arguments such as GRAPH are paths: bash should complete file names if no option fits.
     print(script.replace("complete -F _sagellm", "complete -o default -F _sagellm"))

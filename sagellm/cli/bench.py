@@ -1,4 +1,4 @@
-"""`sagellm bench`: load on any server, and the measurements of the repository."""
+"""`sagellm bench`: puts load on any server, and runs the benchmarks of the repository."""
 
 import os
 import subprocess
@@ -63,8 +63,9 @@ def serve(
     """Send requests to a server, and say how it answered.
 
     TTFT ends with the first token. ITL is the time between events with tokens, of all requests
-    together; TPOT the mean time of a request's tokens behind the first, which goodput is measured
-    by. Ctrl-C once sends no more and waits, twice stops. Exit code 1 if any request failed.
+    together; TPOT the mean time of a request's tokens after the first token, which goodput is
+    measured by. Ctrl-C once sends no more and waits, twice stops. Exit code 1 if any request
+    failed.
     """
     check_load_options(schedule, workload, results)
     plot = _plotter() if results.plot else None
@@ -77,7 +78,7 @@ def serve(
     try:
         if results.output is not None:
             _write_results(results.output, load, summary, plot)
-    finally:  # after a full disk there is still the summary on stdout
+    finally:  # print the summary even if the disk is full
         _print_load_summary(summary, results)
     if load.is_interrupted:
         return INTERRUPTED
@@ -86,7 +87,7 @@ def serve(
 
 @dataclass(slots=True)
 class LoadRun:
-    """One load on a server: its options, and after `run` its records."""
+    """One load on a server. `run` sets the fields that have defaults."""
 
     server: ServerOptions
     schedule: ScheduleOptions
@@ -99,7 +100,7 @@ class LoadRun:
     num_open_peak: int = 0
 
     async def run(self) -> None:
-        """Warm up, then send all requests. Raises ClientError, and Failure if the warm-up fails."""
+        """Warm up, then send all requests. Raises ClientError, and Failure for a failed warm-up."""
         arrivals = arrivals_of(self.schedule, self.workload)
         self.url = configured_url(self.server.url) or await find_server_async()
         client = AsyncServerConnection(
@@ -109,7 +110,7 @@ class LoadRun:
             self.model = self.server.model or await client.first_model()
             target, prompts = target_of(self.workload, self.model), prompts_of(self.workload)
             await self._warm_up(Sender(client, target, prompts))
-            sender = Sender(client, target, prompts)
+            sender = Sender(client, target, prompts)  # its clock starts here, after the warm-up
             with _progress(self.schedule) as advance:
                 drive = LoadDriver(sender.send, lambda: sender.now_s, report=advance)
                 await self._drive(drive, arrivals)
@@ -129,6 +130,7 @@ class LoadRun:
         return {"url": self.url, "model": self.model, **load_settings(self.schedule, self.workload)}
 
     async def _warm_up(self, sender: Sender) -> None:
+        # Negative numbers give prompts that differ from those of the load, and warm no prefix.
         for number, arrival in enumerate(warmup_of(self.schedule, self.workload), 1):
             record = await sender.send(-number, arrival, sender.now_s)
             if not record.is_ok:
@@ -155,7 +157,7 @@ def _not_serving(record: RequestRecord, schedule: ScheduleOptions) -> Failure:
 
 
 def _fix(record: RequestRecord, schedule: ScheduleOptions) -> str:
-    """What the user should change, derived from the server's answer to a warm-up request."""
+    """The change to suggest to the user after a failed warm-up request."""
     text = (record.message or "").lower()
     if record.status in REFUSALS:
         return "wait until the server takes requests, or let --retries try again"
@@ -204,7 +206,7 @@ def _plotter() -> Plot:
 
 @contextmanager
 def _progress(schedule: ScheduleOptions) -> Iterator[Callable[[RequestRecord], None]]:
-    """Show a bar on stderr, if a terminal; gives a callable that counts one request."""
+    """Show a bar on stderr if it is a terminal; yield a callable that counts one request."""
     console = Console(file=sys.stderr)
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -214,7 +216,7 @@ def _progress(schedule: ScheduleOptions) -> Iterator[Callable[[RequestRecord], N
 
 
 def _measurement(name: str, module: str, does: str, *, sets_threads: bool) -> Callable[..., int]:
-    """A command that runs a module of benchmarks/ in a process; `does` is its help."""
+    """A command that runs a module of benchmarks/ in a new process. `does`: its help text."""
 
     def measure(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
         return _run(module, tokens, sets_threads)
@@ -273,7 +275,10 @@ size = _measurement(
 
 
 def _run(module: str, tokens: Sequence[str], sets_threads: bool) -> int:
-    """Run a module in a process; returns its exit code. Raises Failure outside the repository."""
+    """Run a module in a new process, and return its exit code.
+
+    Raises Failure outside the repository.
+    """
     if not (ROOT / "benchmarks" / "engine.py").is_file():
         cause = "the benchmarks are in the repository, not in the installed package"
         raise Failure(cause, "clone the repository and type `make bench` there")

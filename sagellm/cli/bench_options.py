@@ -38,7 +38,7 @@ COUNT, POSITIVE = Number(gte=1), Number(gt=0)
 @Parameter(name="*", group="When")
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """When requests are sent: so many at a time, so many a second, or by a trace."""
+    """When requests are sent: at a fixed concurrency, at a rate, or at the times of a trace."""
 
     concurrency: Annotated[int | None, Parameter(validator=COUNT)] = None
     """Closed loop: so many requests at a time [default: 8]."""
@@ -65,7 +65,7 @@ class ScheduleOptions:
 @Parameter(name="*", group="What")
 @dataclass(frozen=True, kw_only=True)
 class WorkloadOptions:
-    """The requests that are sent."""
+    """The content, length and number of retries of the requests."""
 
     endpoint: Literal["completions", "chat"] = "completions"
     """/v1/completions or /v1/chat/completions."""
@@ -144,7 +144,7 @@ class ResultOptions:
 def check_load_options(
     schedule: ScheduleOptions, workload: WorkloadOptions, results: ResultOptions
 ) -> None:
-    """Raise Failure for options that contradict each other, or that would have no effect."""
+    """Raise Failure for options that contradict each other or would have no effect."""
     loops = [
         name for name in ("concurrency", "rate", "trace") if getattr(schedule, name) is not None
     ]
@@ -162,7 +162,7 @@ def check_load_options(
 
 
 def _check_trace(schedule: ScheduleOptions, workload: WorkloadOptions) -> None:
-    """Raise Failure for lengths beside a trace, and for options of a trace without one."""
+    """Raise Failure for lengths together with a trace, and for trace options without a trace."""
     if schedule.trace is None and schedule.speedup is not None:
         raise Failure("--speedup is of a trace, and there is none", "add --trace FILE")
     for name in _TRACE_ONLY if schedule.trace is None else _NOT_WITH_TRACE:
@@ -183,10 +183,10 @@ def _check_free(results: ResultOptions) -> None:
 
 
 def target_of(workload: WorkloadOptions, model: str) -> LoadTarget:
-    """What every request has in common."""
+    """The model and the options that all requests share."""
     options: dict[str, Any] = {"temperature": workload.temperature}
     if not workload.stop_at_eos:
-        options["ignore_eos"] = True
+        options["ignore_eos"] = True  # answers of planned length make loads comparable
     return LoadTarget(
         model=model,
         is_chat=workload.endpoint == "chat",
@@ -221,13 +221,14 @@ def arrivals_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterato
 
 
 def warmup_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterator[PlannedRequest]:
-    """Requests with the lengths of the load's first ones, but without a prefix in common."""
+    """Warm-up requests: the lengths of the first requests of the load, without shared prefixes."""
+    # No block ids: a warm-up must not put the load's prefixes into the server's cache.
     for arrival in islice(arrivals_of(schedule, workload), schedule.warmup):
         yield PlannedRequest(0.0, arrival.input_len, arrival.output_len)
 
 
 def load_settings(schedule: ScheduleOptions, workload: WorkloadOptions) -> dict[str, Any]:
-    """The options of a load with its defaults filled in; None for those it does not use."""
+    """The options of a load, with defaults filled in. None for options that the load ignores."""
     settings = {**asdict(schedule), **asdict(workload), "prompts": workload.kind}
     settings["num_requests"] = _num_requests(schedule)
     for name, value in _defaults(schedule, workload).items():
@@ -245,7 +246,7 @@ def _defaults(schedule: ScheduleOptions, workload: WorkloadOptions) -> dict[str,
 
 
 def length_options(schedule: ScheduleOptions) -> str:
-    """The options that make requests shorter."""
+    """The names of the options that make requests shorter, for an error message."""
     return (
         "--input-len or --output-len"
         if schedule.trace is None

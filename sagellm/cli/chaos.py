@@ -1,4 +1,4 @@
-"""`sagellm chaos run`: scenarios of faults, and whether a graph keeps its promises in them."""
+"""`sagellm chaos run`: runs scenarios of faults, and checks the graph's results in each."""
 
 import logging
 import sys
@@ -47,9 +47,9 @@ def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> ScenarioR
     try:
         loaded = load_scenario(path)
         warn_shadowed_graph(loaded.scenario.graph, path.parent, "beside the scenario")
-        with process_logs(logging.WARNING):  # logs that cannot be written do not end a scenario
+        with process_logs(logging.WARNING):  # a failed write of a log does not end the scenario
             report = trio.run(run_scenario, loaded, seed, log)
-    except* ScenarioError as group:
+    except* ScenarioError as group:  # nurseries wrap the errors of their tasks in groups
         raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None
     if json:
         print(msgspec.json.encode(asdict(report)).decode())
@@ -63,6 +63,6 @@ def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> ScenarioR
 
 
 def _first(group: BaseExceptionGroup[ScenarioError]) -> str:
-    """The message of the first error in nested groups."""
+    """The message of the first error in a nested exception group."""
     first = group.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else str(first)

@@ -26,13 +26,13 @@ from sagellm.cli.errors import INTERRUPTED, Failure, explain, show_failure
 from sagellm.client.http_calls import first_model_of
 from sagellm.graphs.vocabulary import nearest
 
-with suppress(ImportError):  # loading it gives `input` line editing; some systems lack it
+with suppress(ImportError):  # importing readline adds line editing to `input`; optional
     import_module("readline")
 
 PROMPT = "> "
 HINT = "/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves"
 SLASH = "/"
-ESCAPE = "//"  # escapes a text whose first character is a slash
+ESCAPE = "//"  # begins a text whose first character is a slash
 
 
 def chat(
@@ -69,7 +69,7 @@ def chat(
 
 
 def _resolved(server: ServerOptions) -> ServerOptions:
-    """The server with URL and model filled in: both should stay equal for a whole conversation."""
+    """The server with URL and model filled in, so that both stay the same for the conversation."""
 
     async def find() -> ServerOptions:
         async with server.client() as client:
@@ -82,7 +82,7 @@ def _resolved(server: ServerOptions) -> ServerOptions:
 
 @dataclass
 class ChatSession:
-    """A conversation so far. A stopped answer stays in the history as far as it was received."""
+    """A conversation. `messages` keep the received part of an answer that the user stopped."""
 
     server: ServerOptions
     sampling: RequestSamplingOptions
@@ -98,19 +98,19 @@ class ChatSession:
 
     @property
     def record(self) -> dict[str, object]:
-        """Model and messages, in the fields of a chat request."""
+        """Model and messages as fields of a chat request, for `/save`."""
         return {"model": self.server.model, "messages": self.messages}
 
     def ask(self, question: str, *, silent: bool = False) -> StreamedAnswer:
-        """Print the answer while it streams. A question without an answer leaves the history.
+        """Send a question, and print the answer while it streams. Raises Failure.
 
-        Raises Failure.
+        A question without an answer is removed from `messages`.
         """
         self.append("user", question)
         try:
             with translate_client_errors():
                 answer = trio.run(self._answer, silent)
-        except BaseException:  # Ctrl-C too: a failed question must not be part of the next request
+        except BaseException:  # also Ctrl-C: the next request must not contain a failed question
             self.messages.pop()
             raise
         if answer.text:
@@ -130,7 +130,7 @@ class ChatSession:
 
 def _answer_once(session: ChatSession, question: str, stats: bool, json: bool) -> int:
     answer = session.ask(question, silent=json)
-    if json and not answer.is_stopped:
+    if json and not answer.is_stopped:  # --json prints whole answers only
         print_answer(answer, str(session.server.model))
     if stats:
         show_stats(answer)
@@ -138,7 +138,7 @@ def _answer_once(session: ChatSession, question: str, stats: bool, json: bool) -
 
 
 def _converse(session: ChatSession, stats: bool) -> int:
-    """Answer each line until stdin ends or the user leaves. A failed line shows its error."""
+    """Process each line until stdin ends or the user leaves. An error of a line is only shown."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{session.server.model} at {session.server.url}. {HINT}.", file=sys.stderr)
@@ -178,19 +178,19 @@ def _process(line: str, session: ChatSession, stats: bool) -> None:
 
 
 def text_of(line: str) -> str | None:
-    """The text of a line that goes to the model; None for a command."""
+    """The text of a line for the model; None if the line is a command."""
     if line.startswith(ESCAPE):
         return line.removeprefix(SLASH)
     return None if line.startswith(SLASH) else line
 
 
 class _EndChat(Exception):
-    """The user ends the conversation."""
+    """The user has ended the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`argument` names the argument of the command; "" for a command without one."""
+    """A command of a chat. `argument`: the name of its argument; empty if it takes none."""
 
     does: str
     run: Callable[[ChatSession, str], None]
@@ -198,7 +198,7 @@ class Command:
 
 
 def run_command(line: str, session: ChatSession) -> None:
-    """Run the command of a line. Raises _EndChat, Failure, OSError."""
+    """Run the command in `line`. Raises _EndChat, Failure, OSError."""
     word, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(word)
     if command is None:
@@ -234,7 +234,7 @@ def _clear(session: ChatSession, argument: str) -> None:
 
 
 def _save(session: ChatSession, argument: str) -> None:
-    """Write a new file. Raises FileExistsError rather than overwrite a file."""
+    """Write the conversation to a new file. Raises FileExistsError if the file exists."""
     path = Path(argument).expanduser()
     content = msgspec.json.format(msgspec.json.encode(session.record), indent=2)
     with path.open("xb") as file:

@@ -1,4 +1,4 @@
-"""`sagellm complete`; and what it shares with `chat`: server options, streaming, errors."""
+"""`sagellm complete`, and the code that it shares with `chat`: server options, streams, errors."""
 
 import sys
 from collections.abc import Awaitable, Iterator
@@ -63,7 +63,7 @@ class ServerOptions:
 @Parameter(name="*", group="How to answer")
 @dataclass(frozen=True, kw_only=True)
 class RequestSamplingOptions:
-    """Sampling of an answer; the server decides about options that are not given."""
+    """Sampling of an answer. An option that is not given has the server's default."""
 
     max_tokens: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     """The longest answer, in tokens."""
@@ -86,7 +86,7 @@ class RequestSamplingOptions:
 
 @dataclass(slots=True)
 class StreamedAnswer:
-    """An answer so far. Times are in seconds after the call."""
+    """The received part of an answer. Times are in seconds since the call."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -98,20 +98,20 @@ class StreamedAnswer:
 
     @property
     def num_tokens(self) -> int:
-        """Completion tokens as the server counts them, or else the number of pieces."""
+        """The completion tokens that the server reports, or else the number of pieces."""
         counted = self.usage.completion_tokens if self.usage else None
         return self.num_pieces if counted is None else counted
 
     @property
     def tpot_s(self) -> float | None:
-        """The mean time of a token after the first."""
+        """The mean seconds per token after the first token; None for fewer than two tokens."""
         if self.ttft_s is None or self.last_s is None or self.num_tokens < 2:
             return None
         return (self.last_s - self.ttft_s) / (self.num_tokens - 1)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """The rate between the call and the last token."""
+        """The tokens per second between the call and the last token; None without a token."""
         return self.num_tokens / self.last_s if self.last_s else None
 
     def take(self, piece: Piece, after_s: float) -> None:
@@ -133,7 +133,7 @@ def complete(
     stats: bool = False,
     json: bool = False,
 ) -> int:
-    """Print what a model writes behind a text, while it comes; Ctrl-C stops it.
+    """Print the continuation of a text, while it comes; Ctrl-C stops it.
 
     Parameters
     ----------
@@ -161,13 +161,13 @@ async def _complete(
     if stats or json:
         options["stream_options"] = {"include_usage": True}
     async with server.client() as client:
-        model = server.model or first_model_of(await client.models())
+        model = server.model or first_model_of(await client.models())  # printed with --json
         asking = client.generate(prompt, model, stream=True, **options)
         return model, await print_stream(asking, silent=json)
 
 
 def read_text(text: str, where: str) -> str:
-    """`text`, or stdin for `-`. `where` names the option in errors.
+    """`text`, or the contents of stdin if it is `-`. `where`: the option to name in errors.
 
     Raises Failure for an empty text and for text that is not UTF-8.
     """
@@ -185,12 +185,13 @@ def read_text(text: str, where: str) -> str:
 async def print_stream(
     asking: Awaitable[AsyncReplyStream], *, silent: bool = False
 ) -> StreamedAnswer:
-    """Print an answer while it streams. Ctrl-C cancels the request; the answer so far is returned.
+    """Print an answer while it streams, and return it. Raises ClientError.
 
-    `silent` prints nothing. Raises ClientError.
+    Ctrl-C cancels the request; the received part is returned. `silent` prints nothing.
     """
     answer, started_s = StreamedAnswer(), trio.current_time()
     with trio.CancelScope() as scope:
+        # Entered before the call is awaited: Ctrl-C must also cancel a call without an answer.
         async with drain_on_interrupt(scope, "\nstopped"), await asking as stream:
             async for piece in stream:
                 answer.take(piece, trio.current_time() - started_s)
@@ -231,9 +232,9 @@ def print_answer(answer: StreamedAnswer, model: str) -> None:
 
 @contextmanager
 def translate_client_errors() -> Iterator[None]:
-    """Raise Failure for a ClientError, also for one inside an exception group.
+    """Turn a ClientError in the block into a Failure.
 
-    A nursery wraps the ClientError of a task in such a group.
+    Also unwraps an exception group: a nursery puts the ClientError of a task into one.
     """
     try:
         yield
@@ -252,7 +253,7 @@ def _first(group: ExceptionGroup[ClientError]) -> ClientError:
 
 
 def failure_of(error: ClientError) -> Failure:
-    """The failure to show. Exit code: 2 for a wrong call, 3 for a full server, 1 otherwise."""
+    """The Failure for an error. Exit code: 2 for a wrong call, 3 for a full server, else 1."""
     if error.status in REFUSALS:
         after = error.retry_after_s
         fix = "try again later" if after is None else f"try again in {after:g} s"

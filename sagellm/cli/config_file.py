@@ -1,4 +1,4 @@
-"""`--config FILE` and `--print-config`: the options of `sagellm serve` as a TOML file."""
+"""`--config FILE` and `--print-config`: reads and prints the options of `serve` as TOML."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from sagellm.cli.errors import Failure, suggestion
 from sagellm.cli.setting import LIMITS, GivenOptions, InvalidSetting, Setting, settings_of
 from sagellm.gateway.settings import Budget, RequestLimits, Settings, Streaming
 
-MAX_CONFIG_BYTES = 1 << 20  # a wrong path may name a file of weights; do not read all of it
+MAX_CONFIG_BYTES = 1 << 20  # a wrong path may name a file of weights: do not read it all
 TABLES = ("limits", "keys", "set")
-_OPTIONS_ONLY = {  # options that a file may not contain -> what to write instead
+_OPTIONS_ONLY = {  # option that a file may not contain -> the fix in the error
     "api_key": "write a table [keys.NAME] with key_file, key_env or key",
     "limit": "write a table [limits] with NAME = VALUE",
     "import": "give --import on the command line, or write imports: in the graph file",
@@ -34,7 +34,7 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class KeyTable:
-    """`[keys.NAME]`: the source of an API key, and its budget. `where`: file and line."""
+    """`[keys.NAME]`: an API key or its source, and the tenant's budget. `where`: file and line."""
 
     key: str = field(default="", repr=False)
     key_file: Path | None = None
@@ -47,8 +47,8 @@ class KeyTable:
 class ConfigFile:
     """The contents of a file.
 
-    `values`: by field names of the option structs; `limits`: by names of LIMITS; `keys`: by tenant;
-    `set`: by `op.key`.
+    `values`: field name of an option struct -> value. `limits`: name in LIMITS -> value. `keys`:
+    tenant -> key. `set`: `op.key` -> value.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -61,8 +61,8 @@ class ConfigFile:
 def read_config(path: Path, structs: Sequence[type]) -> ConfigFile:
     """Read a file with options of `structs` and the tables `[limits]`, `[keys.NAME]` and `[set]`.
 
-    Paths in the file are relative to its folder. Raises Failure with the line of each mistake, and
-    OSError if the file cannot be read.
+    Paths in the file are relative to the folder of the file. Raises Failure with the line of each
+    mistake, and OSError if the file cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(MAX_CONFIG_BYTES + 1)
@@ -71,7 +71,7 @@ def read_config(path: Path, structs: Sequence[type]) -> ConfigFile:
             f"the file is larger than {MAX_CONFIG_BYTES >> 20} MiB", "is it TOML?", str(path)
         )
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")  # some editors add a byte order mark
         tree = tomllib.loads(text)
     except UnicodeDecodeError:
         raise Failure("the file is not UTF-8", "save it as UTF-8", str(path)) from None
@@ -92,7 +92,7 @@ class _Mistake:
 
 
 class _Reader:
-    """Converts the tables of one file; collects all `mistakes` instead of ending at the first."""
+    """Converts the tables of one file. Collects all `mistakes`, so that one error can list them."""
 
     def __init__(self, path: Path, lines: Mapping[KeyPath, int], structs: Sequence[type]) -> None:
         self.mistakes: list[_Mistake] = []
@@ -151,7 +151,7 @@ class _Reader:
             else:
                 self._unknown((*place, written), key, [*_KEY_SOURCES, *_BUDGET])
         sources = {written.replace("-", "_") for written in table} & _KEY_SOURCES.keys()
-        if table and len(sources) != 1:
+        if table and len(sources) != 1:  # `_table` has reported an empty table
             fix = "give one of key_file, key_env and key"
             self._mistake(place, f"the key {name} needs one place to come from", fix)
         return KeyTable(**given, budget=budget, where=self._where(place))
@@ -184,7 +184,7 @@ class _Reader:
 
     def _where(self, place: KeyPath) -> str:
         while place and place not in self._lines:
-            place = place[:-1]  # the pattern may miss an unusual key; its table is near enough
+            place = place[:-1]  # the pattern misses unusual keys: give the line of their table
         return f"{self._path}:{self._lines.get(place, 1)}"
 
 
@@ -196,7 +196,7 @@ _KEY_SOURCES = {
 
 
 def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Nested tables as dotted keys: `[set.admission]` gives "admission.max_queued"."""
+    """The values of nested tables under dotted keys, such as `admission.max_queued`."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flat(f"{prefix}{key}.", value)
@@ -205,7 +205,7 @@ def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, object]]
 
 
 def _lines(text: str) -> dict[KeyPath, int]:
-    """The line of each key and table. tomllib does not keep lines, so that the text is matched."""
+    """The line of each key and table, found by patterns: tomllib does not report lines."""
     found: dict[KeyPath, int] = {}
     table: KeyPath = ()
     for number, line in enumerate(text.splitlines(), 1):
@@ -245,9 +245,10 @@ def format_config(
     config: ConfigFile,
     changes: Mapping[str, object],
 ) -> str:
-    """A file that gives the same settings when its secrets are filled in; defaults are comments.
+    """The settings as the text of a config file. Secrets are left out; defaults are comments.
 
-    `changes`: the options of the graph that are changed, by `op.key`.
+    The file gives the same settings once the user has added the secrets. `changes`: overridden
+    options of the graph, `op.key` -> value.
     """
     lines = ["# sagellm serve GRAPH --config THIS_FILE", ""]
     for struct in options:
@@ -276,12 +277,12 @@ def _setting_lines(setting: Setting, value: Any, default: Any) -> list[str]:
 
 
 def _has_password(value: object) -> bool:
-    """Whether a value is a URL with a user: https://user:password@host."""
+    """Whether a value is a URL that may contain a password: https://user:password@host."""
     return isinstance(value, str) and "://" in value and "@" in value
 
 
 def as_toml(setting: Setting, value: Any) -> str:
-    """The value as TOML; bytes in the largest unit that divides them: "8MiB", not 8388608."""
+    """The value as TOML. A number of bytes gets the largest unit that divides it: "8MiB"."""
     if setting.is_bytes:
         for shift, unit in ((20, "MiB"), (10, "KiB")):
             if value % (1 << shift) == 0:
@@ -298,7 +299,7 @@ def _limit_lines(settings: Settings) -> Iterator[str]:
 
 
 def _key_lines(name: str, config: ConfigFile) -> list[str]:
-    """The source of an API key and its budget. A key itself is never printed."""
+    """The lines of `[keys.NAME]`: the key's source and the budget, never the key itself."""
     table = config.keys.get(name)
     lines = [f"[keys.{_quoted(name)}]"]
     if table is not None and table.key_file is not None:

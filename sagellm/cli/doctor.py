@@ -1,4 +1,4 @@
-"""`sagellm doctor`: checks whether this machine and this installation can serve."""
+"""`sagellm doctor`: checks whether this machine and this installation can serve models."""
 
 import hashlib
 import os
@@ -52,7 +52,7 @@ TOO_OLD = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check. `fix` is empty if it is ok; `code`: the exit code if it failed."""
+    """The result of one check. `fix`: empty for "ok"; `code`: the exit code for "failed"."""
 
     status: Literal["ok", "warning", "failed"]
     detail: str
@@ -83,18 +83,18 @@ def doctor(*, json: bool = False) -> int:
 
 
 def run_checks(checks: Mapping[str, Check]) -> dict[str, Finding]:
-    """The finding of every check, by name."""
+    """Run every check; returns name -> finding."""
     return {name: check() for name, check in checks.items()}
 
 
 def exit_code(findings: Mapping[str, Finding]) -> int:
-    """0, or the highest code of the failed checks; a warning is no failure."""
+    """The highest exit code of the failed checks, or 0. Warnings do not count."""
     failed = (finding.code for finding in findings.values() if finding.status == "failed")
     return max(failed, default=0)
 
 
 def report(findings: Mapping[str, Finding]) -> dict[str, object]:
-    """The findings as data for JSON."""
+    """The findings as an object for JSON."""
     checks = [
         {key: value for key, value in {"name": name, **asdict(finding)}.items() if key != "code"}
         for name, finding in findings.items()
@@ -119,7 +119,7 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    """Whether all dependencies that the package declares are installed; extras do not count."""
+    """Check that all declared dependencies are installed, except those of extras."""
     declared = [text for text in requires("sagellm") or () if "extra ==" not in text]
     names = [match[0] for text in declared if (match := re.match(r"[\w.-]+", text))]
     missing = [name for name in names if _version(name) is None]
@@ -166,6 +166,7 @@ def _cpu_name() -> str:
     listing = Path("/proc/cpuinfo")
     text = listing.read_text() if listing.exists() else ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    # platform.processor() is empty on many systems.
     return match[1] if match else platform.processor() or platform.machine()
 
 
@@ -200,7 +201,7 @@ def _disk() -> Finding:
 
 
 def _open_files() -> Finding:
-    """The hard limit counts: `serve` raises the soft limit to the hard limit."""
+    """Check the hard limit of open files: `serve` raises the soft limit to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 0:  # no limit
         return Finding("ok", "as many open files as are wanted")
@@ -227,7 +228,7 @@ def _compiler() -> Finding:
 
 
 def _kernels() -> Finding:
-    """Where the compiled kernels are, or where the first start will write them."""
+    """Check the compiled kernels: find their file, or the folder for the first start to write."""
     compiler = c_compiler()
     if not compiler:
         return Finding("warning", "none: torch computes, slower", "install gcc or clang")
@@ -246,7 +247,7 @@ def _kernels() -> Finding:
 
 
 def _graphs() -> Finding:
-    """Whether the shipped graphs can be parsed. Modules that they name are not imported."""
+    """Check that the shipped graphs can be parsed. Their `imports` are not imported."""
     try:
         names = [yaml.load_file(shipped_file(name)).graph.name for name in shipped_names()]
     except GraphError as error:
@@ -257,7 +258,7 @@ def _graphs() -> Finding:
 
 
 def _model() -> Finding:
-    """The shipped model, identified by a hash of its files in order of their names."""
+    """Check that the shipped model exists, and show a hash of its files."""
     folder = Path(str(files("sagellm.runtime"))) / "models" / "sage_tiny"
     if not (folder / "model.safetensors").is_file():
         return Finding("failed", "sage-tiny is missing", "reinstall sagellm: make setup")
@@ -268,7 +269,7 @@ def _model() -> Finding:
 
 
 def _templates() -> Finding:
-    """Whether the sandbox stops a chat template that never ends."""
+    """Check that the sandbox stops a chat template that never ends."""
     template = IsolatedTemplate("", _ENDLESS, {})
     try:
         template.render([{"role": "user", "content": ""}])
@@ -279,7 +280,7 @@ def _templates() -> Finding:
     else:
         return Finding("failed", "a template was not stopped", "use Linux: its limits are tested")
     finally:
-        template.sandbox.close()
+        template.sandbox.close()  # ends the helper process
     found = f"helper processes are stopped after {RENDER_CPU_S:g} s of CPU time"
     if sys.platform != "linux":
         fix = "take models from those you trust: this system limits no memory of a process"

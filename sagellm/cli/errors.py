@@ -1,4 +1,4 @@
-"""Errors of commands: cause, place, fix and exit code; and how Ctrl-C ends a command."""
+"""Errors of commands, with cause, place, fix and exit code; and the handling of Ctrl-C."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ _EXHAUSTED = {
 
 @dataclass
 class Failure(Exception):
-    """An error that the user can fix. `where`: a file, an option or an address."""
+    """An error that the user can fix. `where`: a file, option or address; `code`: exit code."""
 
     cause: str
     fix: str
@@ -44,16 +44,16 @@ class Failure(Exception):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The fix for an unknown name: the nearest known name, or else all of them."""
+    """The fix for an unknown name: suggests the nearest known name, or else lists all."""
     names = list(known)
     close = nearest(name, names)
     return f"did you mean {close}?" if close else f"there are {', '.join(names)}"
 
 
 def show_failure(failure: Failure) -> None:
-    """Print a failure to stderr: cause, where, fix. For BROKEN_PIPE, print nothing."""
+    """Print cause, place and fix to stderr. For exit code BROKEN_PIPE, print nothing."""
     if failure.code == BROKEN_PIPE:
-        # Python flushes stdout at exit: without a valid target that would raise again.
+        # Python flushes stdout at exit, which would raise again for a broken pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -73,9 +73,9 @@ def warn(text: str) -> None:
 
 
 def explain(error: BaseException) -> Failure | None:
-    """The failure that caused an exception or group; None for a defect of sagellm.
+    """The Failure for an exception or group; None if it looks like a defect of sagellm.
 
-    The caller should raise an unexplained exception again: its traceback is needed then.
+    For None, the caller should raise the exception again: a defect needs its traceback.
     """
     return next((found for one in _leaves(error) if (found := _explain(one))), None)
 
@@ -132,7 +132,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _graph_failure(error: GraphError) -> Failure:
-    """Several diagnostics become one list in the cause; a single one gives its place and hint."""
+    """The Failure for a GraphError: one mistake with place and hint, or a list of mistakes."""
     if len(error.diagnostics) != 1:
         num = len(error.diagnostics)
         listed = "".join(f"\n  {diagnostic}" for diagnostic in error.diagnostics)
@@ -161,9 +161,9 @@ def _system_failure(error: OSError) -> Failure | None:
 
 
 def _redirected_stdout(error: OSError) -> str:
-    """The file that stdout is redirected to, if its disk may be full; "" otherwise.
+    """The file that stdout is redirected to, if `error` says that a disk is full; otherwise "".
 
-    An OSError of a write to stdout has no filename; errors of all other files have one.
+    Only an OSError from writing to stdout has no filename, so the file must be looked up.
     """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
@@ -178,10 +178,10 @@ def _redirected_stdout(error: OSError) -> str:
 
 @asynccontextmanager
 async def drain_on_interrupt(drain: trio.CancelScope, notice: str) -> AsyncIterator[None]:
-    """A context in which the first Ctrl-C drains, and the second ends the command.
+    """Handle Ctrl-C in the block: the first cancels `drain`, the second raises KeyboardInterrupt.
 
-    The first prints `notice` to stderr and cancels `drain`, the second raises KeyboardInterrupt.
-    Works on the main thread only: Python delivers signals there.
+    The first also prints `notice` to stderr. Works on the main thread only: Python delivers signals
+    there.
     """
     with trio.open_signal_receiver(signal.SIGINT) as interrupts:
         async with trio.open_nursery() as nursery:

@@ -40,7 +40,7 @@ from sagellm.runtime.registry import FUNCTIONS
 
 ATTACH = AttachBodies().name
 PASS_NAMES = (ATTACH, *(step.name for step in KERNEL_PASSES))
-_SHOWN_EXECUTOR_OPTIONS = ("address", "kv")  # drawn also where they have their defaults
+_SHOWN_EXECUTOR_OPTIONS = ("address", "kv")  # drawn even if they have their defaults
 
 DrawingFormat = Literal["text", "mermaid", "svg"]
 
@@ -72,7 +72,7 @@ def check(
         graph = check_graph(named.document, RESOLVER, FUNCTIONS, parse_assignments(set_), model)
     except GraphError as error:
         if not json:
-            raise
+            raise  # `main` shows it
         mistakes = [_as_fields(mistake) for mistake in error.diagnostics]
         print(_encode({"ok": False, "mistakes": mistakes}))
         return CONFIGURATION
@@ -104,7 +104,8 @@ def show(
     node
         Show the kernel graph of this operator's engine.
     after
-        Show kernel graphs as they are after this pass; those of a graph's engines below it.
+        Show kernel graphs as they are after this pass; for a graph, print its kernel graphs after
+        it.
         attach_bodies leaves them as built; then come the passes that fuse kernels. place shows the
         processes that a graph runs in, and their links.
     format
@@ -130,6 +131,7 @@ class _Drawer(Protocol):
 
 def _as_texts(graph: ir.Graph, *, unfold: bool) -> str:
     """The graph as text, followed by each distinct kernel graph of its nodes."""
+    # By hash: engines of one model share a kernel graph, which is printed once.
     bodies = {inner.body.hash: inner.body for inner in graph.nodes if inner.body}
     return "\n".join(as_text(one, unfold=unfold) for one in (graph, *bodies.values()))
 
@@ -152,6 +154,7 @@ def _shown_graph(
         return kernel_graph(file, after)
     document = Graph.load(found).document
     graph = override(document.graph, overrides)
+    # The placement and the given overrides need a valid executor; other drawings do not.
     if after == Place().name or any(name.startswith("executor.") for name in overrides):
         _check_executor(graph, document)
     if node is not None:
@@ -162,7 +165,7 @@ def _shown_graph(
 
 
 def _check_executor(graph: ir.Graph, document: Document) -> None:
-    """Raise GraphError for an unknown executor, or an unknown or wrong option of the executor."""
+    """Raise GraphError for an unknown executor, and for a wrong option of the executor."""
     facts = Facts(executors=EXECUTORS, names={"transports": TRANSPORTS})
     found = tuple(executor_options(CheckContext(graph, Vocabulary({}), facts)))
     if found:
@@ -170,7 +173,7 @@ def _check_executor(graph: ir.Graph, document: Document) -> None:
 
 
 def _placed(graph: ir.Graph) -> ir.Graph:
-    """The graph after pass `place`. Its executor must be checked already."""
+    """The graph after pass `place`. The caller must have checked the executor."""
     options = processes_options(graph)
     if options is not None:
         links = {name: ir.freeze(asdict(options)[name]) for name in _SHOWN_EXECUTOR_OPTIONS}
@@ -191,7 +194,10 @@ def _with_bodies(graph: ir.Graph, after: str) -> ir.Graph:
 
 
 def kernel_graph(model: str, after: str | None) -> ir.Graph:
-    """The typed kernel graph of a model: as built, or after the passes up to `after`."""
+    """The typed kernel graph of a model, after the passes up to `after`; None runs no pass.
+
+    Raises Failure for an unknown pass.
+    """
     built = build(resolve_model(model).config)
     if after is None:
         return infer(built)

@@ -29,16 +29,16 @@ from sagellm.runtime.models.folder import BUILT_IN
 NAME = "models"
 MAX_QUEUED = 4096  # for each model; the shipped graphs have the same limit
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
-_TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")
+_TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")  # names of other nodes, and reserved ones
 
 
 def public_model_name(model: str) -> str:
-    """The name of a model for clients. A path becomes its last part: clients learn no paths."""
+    """The name of a model for clients: of a path only the last part, to hide the server's paths."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def model_keys(names: Iterable[str]) -> list[str]:
-    """A unique key for each model; outlets and engines of the graph are named by these keys."""
+    """A unique key for each model, which names the model's outlet and engine in the graph."""
     keys: list[str] = []
     for name in names:
         plain = _OTHER.sub("_", name.rpartition("/")[2]).strip("-") or "model"
@@ -51,9 +51,10 @@ def model_keys(names: Iterable[str]) -> list[str]:
 
 
 def graph_of_models(models: Sequence[str]) -> Graph:
-    """`route_model`, then admission, queue and engine for each model, then one metrics sink.
+    """Build a graph that serves several models, each with its own admission, queue and engine.
 
-    Raises ValueError for two models of one name.
+    The graph begins with `route_model`, and all models share one `metrics_sink`. Raises ValueError
+    if two models have the same name.
     """
     names = [public_model_name(model) for model in models]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -92,10 +93,10 @@ Imports = Annotated[
 def choose_graph(
     name: str, model: str | None, imports: tuple[str, ...] = ()
 ) -> tuple[Graph, str | None]:
-    """The graph that `name` means, and the model of its engines if the user chose one.
+    """The graph that `name` means, and the model for its engines (None keeps the graph's models).
 
-    If `name` means a model, the graph is DEFAULT_GRAPH. `imports` are imported before the graph
-    is loaded. Raises Failure for a wrong GRAPH, --model or --import, GraphError for a wrong graph.
+    If `name` means a model, the graph is DEFAULT_GRAPH. `imports` are imported before the graph is
+    loaded. Raises Failure for a wrong GRAPH, --model or --import, GraphError for a wrong graph.
     """
     file = find_graph_file(name, model)
     import_code(imports)
@@ -109,7 +110,7 @@ def choose_graph(
 def choose_graphs(
     names: Sequence[str], model: str | None, imports: tuple[str, ...] = ()
 ) -> tuple[Graph, str | None]:
-    """Like `choose_graph`; several names must be models, and one graph serves all of them."""
+    """Choose like `choose_graph`, for one or more names. Several names must all mean models."""
     if len(names) == 1:
         return choose_graph(names[0], model, imports)
     for name in names:
@@ -128,10 +129,10 @@ def choose_graphs(
 
 
 def choose_model(graph: Graph, model: str | None) -> tuple[str | None, str]:
-    """What `--model` means for a graph: (the model of every engine, the model that is requested).
+    """Interpret `--model` for a graph: returns (model for every engine, model of the requests).
 
-    In a graph of several models, `--model` selects the requested one; in any other graph it
-    replaces the model of every engine. Raises Failure if no model has that name.
+    In a graph of several models, `--model` is the model of the requests. In any other graph, it
+    replaces the model of every engine. Raises Failure if the graph serves no such model.
     """
     served = served_models(graph.ir)
     if len(served) == 1 or model is None:
@@ -146,8 +147,8 @@ def choose_model(graph: Graph, model: str | None) -> tuple[str | None, str]:
 def find_graph_file(name: str, model: str | None = None) -> Path | None:
     """The file of the graph that `name` means, or None if `name` means a model.
 
-    Warns of a file or folder in the current folder that a shipped name hides. Raises Failure for an
-    unknown name, and for a model if `model` is given too.
+    Warns if the shipped meaning of `name` hides a file or folder in the current folder. Raises
+    Failure for an unknown name, and for a model as `name` if `model` is given too.
     """
     file = graph_file(name)
     if file.is_file() and not is_model_file(file):
@@ -172,7 +173,7 @@ def import_code(names: tuple[str, ...]) -> None:
 
 
 def warn_shadowed_graph(name: str, folder: Path, where: str) -> None:
-    """Warn if `folder` has a file with the name of a shipped graph: `name` means the shipped one.
+    """Warn if `name` means a shipped graph, and `folder` has a file of that name.
 
     `where` describes the folder in the warning.
     """
@@ -195,15 +196,15 @@ def _check_model_name(name: str) -> None:
 
 
 def _warn_shadowed_model(model: str) -> None:
-    """Warn if the current folder has a folder with the name of a built-in model."""
+    """Warn if `model` means a built-in model, and the current folder has a file of that name."""
     if model in (*BUILT_IN, NULL) and Path(model).exists():
         warn(f"{model} means the shipped model; write ./{model} for the one in this folder")
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, object]:
-    """The options that `--set op.key=value` changes, as {"op.key": value}.
+    """Parse the `--set op.key=value` of the command line into {"op.key": value}.
 
-    A value is JSON, or else text. Raises Failure for an assignment without `op.key=`.
+    A value is read as JSON, or else as text. Raises Failure for an assignment without `op.key=`.
     """
     found: dict[str, object] = {}
     for assignment in assignments:

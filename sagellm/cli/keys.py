@@ -1,4 +1,4 @@
-"""`sagellm keys`; and the keys and certificates of `serve` from options, files, environment."""
+"""`sagellm keys`; and reads the keys of `serve` from options, files and the environment."""
 
 import os
 import re
@@ -25,7 +25,8 @@ def keys(folder: Path, /) -> int:
     Parameters
     ----------
     folder
-        Where; `executor.keys` then names it, and `executor.address` a tcp address.
+        The new folder for the keys; pass it as `executor.keys`, with a tcp address as
+        `executor.address`.
     """
     try:
         create_keys(folder)
@@ -38,7 +39,7 @@ def keys(folder: Path, /) -> int:
 
 
 def user_keys(given: Sequence[str], config: ConfigFile) -> dict[str, str]:
-    """API keys by name: of the command line, or else of the file, or else of the environment.
+    """The API keys by name, from the command line, or else the file, or else the environment.
 
     Raises Failure.
     """
@@ -50,11 +51,14 @@ def user_keys(given: Sequence[str], config: ConfigFile) -> dict[str, str]:
 
 
 def read_keys(given: Sequence[str]) -> dict[str, str]:
-    """The keys of KEY or NAME=KEY, by name; a key without a name gets a number. Raises Failure."""
+    """Parse texts KEY or NAME=KEY into name -> key. KEY number N is named `key-N`.
+
+    Raises Failure.
+    """
     keys: dict[str, str] = {}
     for number, text in enumerate(given, 1):
         name, _, key = text.partition("=")
-        if not key.strip("="):  # a key without a name whose base64 ends in "="
+        if not key.strip("="):  # no name: the "=" is padding at the end of a base64 key
             name, key = f"key-{number}", text
         if not _is_key(key):
             raise Failure("an API key is empty or has blanks", "give --api-key KEY or NAME=KEY")
@@ -89,7 +93,10 @@ def _key_of(name: str, table: KeyTable) -> str:
 
 
 def admin_key(given: str | None, file: Path | None) -> str | None:
-    """The admin key: `given`, or else from `file`, or else from the environment. Raises Failure."""
+    """The admin key from the command line, `file` or the environment; None without one.
+
+    Raises Failure, also for a key both on the command line and in a file.
+    """
     if given is not None and file is not None:
         raise Failure("the admin key is given twice", "leave --admin-key or --admin-key-file out")
     key = given or (
@@ -101,9 +108,9 @@ def admin_key(given: str | None, file: Path | None) -> str | None:
 
 
 def salt_key(file: Path | None) -> bytes:
-    """The salt key of a file or of the environment; if empty, the gateway makes a random one.
+    """The salt key from `file`, or else from the environment, or else empty.
 
-    Raises Failure for a key below 16 bytes.
+    For an empty key, the gateway makes a random one. Raises Failure for fewer than 16 bytes.
     """
     key = _from_file(file) if file else next(iter(_from_environment(SALT_KEY_VARIABLE)), "")
     if key and len(key.encode()) < 16:
@@ -113,7 +120,7 @@ def salt_key(file: Path | None) -> bytes:
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:
-    """Raise Failure for one file without the other, and for files that HTTPS cannot use.
+    """Check a TLS certificate and its key. Raises Failure if one is missing or unusable.
 
     Raises OSError for a file that cannot be read.
     """
@@ -140,7 +147,7 @@ class _Encrypted(Exception):
 
 
 def _no_passphrase() -> str:
-    """Raise instead of an answer: OpenSSL would otherwise ask on the terminal, and block."""
+    """Raise _Encrypted. Without this callback, OpenSSL would ask for a passphrase, and block."""
     raise _Encrypted
 
 
@@ -153,7 +160,7 @@ def _tls_failure(error: ssl.SSLError, certificate: Path, key: Path) -> Failure:
 
 
 def readable_secrets(config: ConfigFile, files: Sequence[Path | None]) -> Iterator[str]:
-    """A warning for each file with secrets that other users of this machine may read."""
+    """Yield a warning for each file with secrets that other users of this machine may read."""
     paths = [file for file in files if file is not None]
     paths += [table.key_file for table in config.keys.values() if table.key_file is not None]
     if config.path is not None and _has_keys(config):
@@ -168,10 +175,10 @@ def _has_keys(config: ConfigFile) -> bool:
 
 
 def _from_file(file: Path) -> str:
-    """The key in a file. Raises Failure if the file holds no key, OSError if it cannot be read."""
+    """Read the key in a file. Raises Failure for a file without a key, OSError on a read error."""
     with file.open("rb") as opened:
         content = opened.read(MAX_KEY_BYTES + 1)
-    key = content.decode(errors="replace").strip()
+    key = content.decode(errors="replace").strip()  # invalid UTF-8 makes an invalid key
     if len(content) > MAX_KEY_BYTES or not _is_key(key):
         raise Failure("the file holds no key", "write one word into it, in one line", str(file))
     return key

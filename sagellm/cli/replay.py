@@ -1,4 +1,4 @@
-"""`sagellm replay`: feeds a decision log to a new core, and prints the first difference."""
+"""`sagellm replay`: replays a decision log in a new core, and prints the first difference."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from sagellm.runtime.core.decision_log import LogError
 from sagellm.runtime.core.events import Event
 from sagellm.runtime.registry import FUNCTIONS
 
-_MAX_EFFECTS = 20  # effects of an event that are printed
+_MAX_EFFECTS = 20  # printed effects of an event
 _MAX_LINE_LEN = 200
 _FIELDS = (
     "type",
@@ -26,7 +26,7 @@ _FIELDS = (
     "code",
     "placement",
 )
-_NESTED = ("request", "event")  # fields whose message names the request
+_NESTED = ("request", "event")  # fields that hold another message about the request
 
 
 def run(
@@ -84,12 +84,12 @@ def _show_difference(difference: ReplayDifference) -> None:
 
 
 def event_line(event: Event) -> str:
-    """One event as a line."""
+    """The event as one line of text."""
     return _line(msgspec.to_builtins(event, enc_hook=repr))
 
 
 def effect_lines(effects: list[Any], most: int) -> Iterator[str]:
-    """The first `most` effects as lines, and a line with the number of the others."""
+    """The first `most` effects as lines, then a line with the number of further effects."""
     yield from (_line(effect) for effect in effects[:most])
     if len(effects) > most:
         yield f"and {len(effects) - most} more"
@@ -101,7 +101,7 @@ def _line(message: list[Any]) -> str:
 
 
 def _words(part: Any) -> str:
-    """A value as text. Of a message only the fields that identify its request are kept."""
+    """A value as text. A message is shortened to the fields that identify its request."""
     if isinstance(part, Mapping):
         inner = next((part[name] for name in _NESTED if isinstance(part.get(name), Mapping)), None)
         shown = {name: part[name] for name in _FIELDS if part.get(name) not in (None, "", 0, {})}

@@ -1,4 +1,4 @@
-"""`sagellm run`: one prompt, or a file of prompts, through a graph."""
+"""`sagellm run`: answers one prompt, or a file of prompts, with a graph."""
 
 import os
 import sys
@@ -115,9 +115,9 @@ async def answer_prompt(
     json: bool,
     model: str = "",
 ) -> int:
-    """Print the answer to stdout and a summary to stderr; returns the exit code.
+    """Print the answer to stdout and a summary to stderr, and return the exit code.
 
-    `model` names one of several models that the graph serves. Raises Failure.
+    `model` selects one of several models of a graph. Raises Failure.
     """
     prompt = _prompt(prompt_options)
     answer = _stream_answer if prompt_options.stream else _whole_answer
@@ -140,9 +140,10 @@ def _prompt(prompt_options: PromptOptions) -> LinePrompt:
 
 
 def _prompt_text(prompt: str | None) -> str:
-    """The prompt of the command line, or stdin for `-`. Raises Failure for text that is not UTF-8.
+    """The prompt of the command line, or the contents of stdin for `-`.
 
-    Python represents invalid UTF-8 in arguments as lone surrogates, which no tokenizer accepts.
+    Raises Failure for text that is not UTF-8: Python represents invalid UTF-8 in arguments as lone
+    surrogates, which no tokenizer accepts.
     """
     try:
         raw = sys.stdin.buffer.read() if prompt == "-" else (prompt or "").encode()
@@ -153,7 +154,7 @@ def _prompt_text(prompt: str | None) -> str:
 
 
 async def _as_failures(answering: Awaitable[T]) -> T:
-    """Await the answer. Raises Failure if the request is wrong, refused or failed by the graph."""
+    """Await the answer. Raises Failure if the request is wrong, is refused, or fails."""
     try:
         return await answering
     except RequestFailed as error:
@@ -172,7 +173,10 @@ async def _ask(
     json: bool,
     model: str,
 ) -> T:
-    """Raises RequestError if prompt and `--max-tokens` together exceed the context."""
+    """Encode the prompt, and call `answer` with it.
+
+    Raises RequestError if prompt and `--max-tokens` together exceed the model's context.
+    """
     encoded = session.encode(prompt, model=model)
     if options.max_tokens is not None:
         check_room(len(encoded.token_ids), options.max_tokens, session.max_model_len_of(model))
@@ -199,7 +203,7 @@ async def _whole_answer(
 async def _stream_answer(
     session: Session, prompt: Encoded, sampling: Sampling, json: bool, model: str
 ) -> Output | None:
-    """Print each event as text or as a JSON line; returns the last event, None without any."""
+    """Print each event as text or as a JSON line, and return the last event, if any."""
     event: Output | None = None
     async with session.stream(prompt, sampling=sampling, model=model) as stream:
         try:
@@ -222,7 +226,7 @@ def _write(text: str) -> None:
 
 
 def _check_served(end: Output | None) -> None:
-    """Raise Failure unless the request ended with an answer. `end`: its last event."""
+    """Raise Failure unless `end`, the last event of a request, ends it with an answer."""
     reason = end.finish_reason if end else "filtered"
     if reason in SERVED:
         return
@@ -238,9 +242,10 @@ async def answer_file(
     json: bool,
     model: str = "",
 ) -> int:
-    """Answer every line of the input; returns 1 if any line failed, 130 after Ctrl-C.
+    """Answer every line of the input file, and return the exit code.
 
-    `model` serves lines that name no model. Raises Failure.
+    The code is FAILED if a line failed, INTERRUPTED after Ctrl-C. `model` serves the lines that
+    name no model. Raises Failure.
     """
     if json and files.output is None:
         raise Failure("--json prints a summary where the answers go", "add --output FILE")
@@ -259,9 +264,9 @@ async def answer_file(
 
 
 def _check_output(files: FileOptions) -> None:
-    """Raise Failure if the output cannot be made, is the input, or exists and may not change.
+    """Raise Failure if the output file cannot be created, is the input, or must not be changed.
 
-    Runs before a model is loaded.
+    Called before a model is loaded, so that a mistake is reported at once.
     """
     if files.output is None:
         return
@@ -270,6 +275,7 @@ def _check_output(files: FileOptions) -> None:
         raise Failure(cause, "make it, or choose another --output", str(files.output))
     if not files.output.exists():
         return
+    # Opening the output would truncate the input before it is read.
     if files.output.is_file() and os.path.samestat(
         os.stat(_source(files.input)), files.output.stat()
     ):
@@ -285,11 +291,11 @@ def _source(path: Path | None) -> int | str:
 
 def _open_input(path: Path | None) -> FileIO:
     source = _source(path)
-    return FileIO(source, closefd=source != STDIN)
+    return FileIO(source, closefd=source != STDIN)  # unbuffered: see `numbered_lines`
 
 
 def _open_output(files: FileOptions) -> OutputFile:
-    # The graph is open by now: a graph that cannot be opened should leave no empty file.
+    # Called after the graph is open: a graph that cannot be opened should leave no empty file.
     if files.output is None:
         return OutputFile(open(STDOUT, "wb", closefd=False), Path("standard output"))
     return open_output(files.output, force=files.force, resume=files.resume)

@@ -1,4 +1,4 @@
-"""The options of `sagellm run`, in groups, and which of them go together."""
+"""The options of `sagellm run`, in groups, and the check that they fit together."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -47,7 +47,7 @@ class FileOptions:
 @Parameter(name="*", group="How to answer")
 @dataclass(frozen=True, kw_only=True)
 class RunSamplingOptions:
-    """Sampling of every answer; a line of an input file may override each option."""
+    """Sampling of every answer. A line of an input file may override each option."""
 
     max_tokens: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     """The longest answer, in tokens [default: 128]."""
@@ -70,7 +70,7 @@ class RunSamplingOptions:
 
 
 def check_run_options(prompt_options: PromptOptions, files: FileOptions) -> None:
-    """Raise Failure for options that contradict each other, or that would have no effect."""
+    """Raise Failure for options that contradict each other or would have no effect."""
     if (prompt_options.prompt is None) == (files.input is None):
         raise Failure("give either --prompt or --input", 'for example --prompt "Hello"')
     if prompt_options.prompt is not None:

@@ -1,4 +1,4 @@
-"""`sagellm serve`: a graph, or models, as an OpenAI-compatible server."""
+"""`sagellm serve`: serves a graph, or models, over the OpenAI API."""
 
 import errno
 import gc
@@ -93,6 +93,7 @@ def serve(
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
+            # An OSError means that the machine could not start the processes.
             code = RESOURCES if isinstance(error.__cause__, OSError) else CONFIGURATION
             fix = "see the log; --gateways 0 serves without"
             raise Failure(str(error), fix, graph, code) from None
@@ -100,9 +101,9 @@ def serve(
 
 
 def _started(text: str) -> None:
-    """Freeze the loaded objects, and print the address of the gateway."""
+    """Exclude loaded objects from garbage collection, and print the address of the gateway."""
     gc.collect()
-    gc.freeze()  # a later collection of all loaded objects would stall every stream for 50 ms
+    gc.freeze()  # a collection that visits all loaded objects would stall every stream for 50 ms
     print_address(text)
 
 
@@ -116,7 +117,7 @@ def served_names(
 ) -> tuple[str, ...]:
     """The names that clients may use for the models. They never contain a path of this machine.
 
-    `model`: the model of every engine, if chosen. Raises Failure.
+    `model`: the model that replaces the model of every engine, or None. Raises Failure.
     """
     if not all(served.served_model_name):
         raise Failure("--served-model-name is empty", "give it the name that clients use")
@@ -151,14 +152,14 @@ def engine_overrides(graph: Graph | OpenGraph, served: ServedModelOptions) -> di
 def server_logs(
     observability: ObservabilityOptions, settings: Settings
 ) -> AbstractContextManager[None]:
-    """A context in which this process and its libraries log to stderr; keys are removed."""
+    """A context in which this process and its libraries log to stderr, without API keys."""
     known = (*settings.api_keys.values(), settings.admin_key or "")
     level, form = LEVELS[observability.log_level], observability.log_format
     return process_logs(level, key=settings.salt_key, known=known, form=form)
 
 
 def check_server_installed(server: str) -> None:
-    """Raise Failure if the extra of an HTTP server is not installed."""
+    """Raise Failure if the package of the HTTP server `server` is not installed."""
     try:
         server_class(server)
     except ModuleNotFoundError as error:
@@ -167,7 +168,7 @@ def check_server_installed(server: str) -> None:
 
 
 def check_open_files() -> None:
-    """Raise the limit of open files; raise Failure if the server still could not work."""
+    """Increase this process's limit of open files. Raises Failure if it stays too low."""
     raise_open_files()
     if num_files() < LEAST_FILES:
         cause = f"{num_files()} open files are too few: a server needs {LEAST_FILES}, and more"
@@ -176,9 +177,10 @@ def check_open_files() -> None:
 
 @contextmanager
 def bound_socket(settings: Settings) -> Iterator[socket.socket]:
-    """A socket bound to the address; closed at the end. Raises Failure if the address is not free.
+    """A socket bound to the gateway's address; leaving the block closes it.
 
-    Bound before weights load, so that a taken port is reported at once.
+    Raises Failure if the address is not available. Enter the block before weights load, so that
+    this error comes at once.
     """
     try:
         sock = bind(settings.host, settings.port)

@@ -1,4 +1,4 @@
-"""The options of `sagellm serve`, and the gateway's settings that they give."""
+"""The options of `sagellm serve`, and their conversion to the gateway's settings."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ S = TypeVar("S", RequestLimits, Streaming, Budget)
 @Parameter(name="*", group="Settings")
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions(GivenOptions):
-    """Where settings come from: first the command line, then the file, then the environment."""
+    """The sources of settings: the command line wins over the file, the file over the variables."""
 
     config: Path | None = None
     """A TOML file of options, with keys, limits and changes of the graph."""
@@ -41,7 +41,7 @@ class ConfigOptions(GivenOptions):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions(GivenOptions):
-    """The options with which the graph is opened."""
+    """The options for opening the graph."""
 
     model: str | None = None
     """The model of every engine of a graph."""
@@ -119,7 +119,7 @@ class ListenOptions(GivenOptions):
 @Parameter(name="*", group="What is served")
 @dataclass(frozen=True, kw_only=True)
 class ServedModelOptions(GivenOptions):
-    """The served models. The options have the names of vLLM's."""
+    """The served models. The options have vLLM's names."""
 
     served_model_name: tuple[str, ...] = ()
     """What clients call the model; may be repeated, the first is in answers."""
@@ -168,17 +168,18 @@ def read_settings(
     config: ConfigFile = ConfigFile(),  # noqa: B008 - frozen
     limits: Sequence[str] = (),
 ) -> Settings:
-    """The gateway's settings. `names`: the served models; `limits`: NAME=VALUE of `--limit`.
+    """The gateway's settings. `names`: the served models; `limits`: texts NAME=VALUE of `--limit`.
 
-    Raises Failure for invalid or repeated keys, an open address without a key, an unusable
-    certificate, an unknown limit, a wrong tracing endpoint, and gateway processes without Linux.
+    Raises Failure for invalid or repeated keys, an address that others can reach without a key, an
+    unusable certificate, an unknown limit, a wrong tracing endpoint, and gateway processes on a
+    system other than Linux.
     """
     _check_tracing(observability)
     check_tls(listen.tls_certificate, listen.tls_key)
     keys = user_keys(listen.api_key, config)
     _check_listen(listen, has_keys=bool(keys))
     admin = admin_key(listen.admin_key, listen.admin_key_file)
-    if len({*keys.values(), admin}) <= len(keys):  # a user with the admin's key would be admin
+    if len({*keys.values(), admin}) <= len(keys):  # a tenant with the admin key would be admin
         raise Failure("one API key is given twice, or is the admin key too", "give each its own")
     changed = {**config.limits, **read_limits(limits)}
     budget = _changed(Settings(api_keys=keys).common_budget, changed)
@@ -210,13 +211,15 @@ def read_settings(
         budgets={
             name: _changed(budget, key.budget)
             for name, key in config.keys.items()
-            if name in keys and key.budget
+            if name in keys and key.budget  # --api-key replaces all keys of the file
         },
     )
 
 
 def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:
-    """Raise Failure for an open address without a key, and for gateway processes without Linux."""
+    """Raise Failure for an address that others can reach without a key, and for gateway processes
+    on a system other than Linux.
+    """
     if listen.gateways and not hasattr(os, "pidfd_open"):
         cause = "gateway processes need Linux: they are watched by its means"
         raise Failure(cause, "leave --gateways away: the process of the graph speaks HTTP then")
@@ -226,7 +229,7 @@ def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:
 
 
 def _changed(part: S, changed: Mapping[str, Any]) -> S:
-    """`part` with the changes that are fields of `part`."""
+    """A copy of `part`, with the entries of `changed` that are fields of `part`."""
     names = {field.name for field in fields(part)}
     return replace(part, **{name: changed[name] for name in names & changed.keys()})
 
@@ -244,7 +247,7 @@ def _check_tracing(observability: ObservabilityOptions) -> None:
 
 
 def read_limits(given: Sequence[str]) -> dict[str, Any]:
-    """The limits that `--limit NAME=VALUE` gives. Raises Failure."""
+    """Parse texts NAME=VALUE of `--limit` into name -> value. Raises Failure."""
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")

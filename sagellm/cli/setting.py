@@ -1,4 +1,4 @@
-"""One setting as an option and as a key of a file: name, type, default, range and description."""
+"""The declaration of a setting, for command line and config file: name, type, range, default."""
 
 import ast
 import inspect
@@ -28,7 +28,7 @@ from sagellm.runtime.engine.options import EngineOptionError, num_bytes
 
 
 def _whole(kind: Any, tokens: Sequence[Token]) -> int:
-    """Convert an argument. Raises ValueError, which cyclopts shows with the name of the option."""
+    """Convert an argument. cyclopts shows the ValueError of a wrong one with the option's name."""
     text = tokens[0].value
     try:
         return int(text)
@@ -40,20 +40,20 @@ WholeNumber: TypeAlias = Annotated[int, Parameter(converter=_whole, n_tokens=1)]
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _RANGES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-ALTERNATIVES = (frozenset({"admin_key", "admin_key_file"}),)  # one option replaces the other
+ALTERNATIVES = (frozenset({"admin_key", "admin_key_file"}),)  # either option excludes the other
 
 
 class InvalidSetting(ValueError):
-    """A value of a wrong type or out of range. The message says which values a setting takes."""
+    """The error for a value of a wrong type or out of range. The message names valid values."""
 
 
 class GivenOptions:
-    """A base of option structs; `given` holds the names of the options that the user gave."""
+    """The base class of option structs. `given`: the names of the options that the user gave."""
 
     given: frozenset[str]
 
     def __new__(cls, **given: object) -> "GivenOptions":
-        # A value that equals the default counts as given: it must win over the file's value.
+        # An option given with its default value also counts: it must win over the file's value.
         self = super().__new__(cls)
         object.__setattr__(self, "given", frozenset(given))
         return self
@@ -63,9 +63,10 @@ T = TypeVar("T", bound=GivenOptions)
 
 
 def merge_given(options: T, values: Mapping[str, Any]) -> T:
-    """The options that the user gave, and `values` of a file for the others.
+    """The options that the user gave, with `values` of a config file for all other options.
 
-    `values` may have names of other structs. An alternative of a given option is dropped.
+    `values` may contain names of other structs. A value is dropped if the user gave its alternative
+    (see ALTERNATIVES).
     """
     names = {field.name for field in fields(options)}  # type: ignore[arg-type]
     given = {name: getattr(options, name) for name in options.given}
@@ -76,7 +77,10 @@ def merge_given(options: T, values: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`hint`: the type with its bounds. With the unit "bytes", a text such as "16MiB" is valid."""
+    """One setting. `hint`: the annotated type, with its bounds; `doc`: the help text.
+
+    A setting with the unit "bytes" also takes a text such as "16MiB".
+    """
 
     name: str
     hint: Any
@@ -96,7 +100,7 @@ class Setting:
         return [each for each in _metadata(self.hint) if isinstance(each, msgspec.Meta)]
 
     def read(self, value: object) -> Any:
-        """The value converted to the type. Raises InvalidSetting."""
+        """Check `value`, and convert it to the type of the setting. Raises InvalidSetting."""
         kind = _plain(self.hint)
         if self.is_bytes and isinstance(value, str):
             value = _bytes(value)
@@ -121,7 +125,7 @@ class Setting:
                     yield f"{words} {bound:g}"
 
     def _check_range(self, kind: Any, value: object) -> None:
-        """Apply the validators of the command line. Raises InvalidSetting."""
+        """Apply the command line's validators to a file's value. Raises InvalidSetting."""
         for each in _metadata(self.hint):
             if isinstance(each, Parameter) and value is not None:
                 validators: Any = each.validator
@@ -148,12 +152,12 @@ def settings_of(struct: type) -> Mapping[str, Setting]:
 
 
 def _docs(struct: type) -> dict[str, str]:
-    """The docstring of each field. Python drops these at run time, hence the source is parsed."""
+    """The docstring of each field, parsed from the source: Python does not keep them."""
     body = ast.parse(inspect.getsource(struct)).body[0]
     assert isinstance(body, ast.ClassDef)
     return {
         field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body.body)
+        for field, text in pairwise(body.body)  # a docstring is the statement after its field
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
         if isinstance(text.value.value, str)
@@ -165,7 +169,7 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
 
 
 def _plain(hint: Any) -> Any:
-    """The type without its bounds and without None."""
+    """The type without annotations and without None."""
     kind = get_args(hint)[0] if _metadata(hint) else hint
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(each for each in get_args(kind) if each is not type(None))

@@ -1,4 +1,4 @@
-"""What commands show on stderr: the progress of a start and of a file, and a run's summary."""
+"""Output of commands on the terminal: progress bars of a start and of a file, and summaries."""
 
 import sys
 import threading
@@ -31,7 +31,10 @@ SHORT_BYTES = 64 << 20  # smaller models load too fast for a bar to be read
 
 @contextmanager
 def show_start_progress() -> Iterator[Progress]:
-    """Give a callable that shows kernel compilation and weight loading on stderr, if a terminal."""
+    """Yield a callable that shows kernel compilation and weight loading on stderr.
+
+    It shows nothing if stderr is no terminal.
+    """
     if not is_terminal():
         yield silent
         return
@@ -43,7 +46,7 @@ def show_start_progress() -> Iterator[Progress]:
 
 
 class _StartProgress:
-    """One bar for each model that loads, removed when the model is loaded. Thread-safe."""
+    """Shows a bar for each model while the model loads. Thread-safe."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -54,7 +57,7 @@ class _StartProgress:
 
     def __call__(self, event: ProgressEvent) -> None:
         with self._lock:
-            if self._is_closed:
+            if self._is_closed:  # a loading thread may outlive the start
                 return
             if isinstance(event, Compiling):
                 self._console.print(_compiling(event), markup=False)
@@ -114,7 +117,7 @@ def _compiling(event: Compiling) -> str:
 
 
 def show_summary(statistics: Statistics, counts: LineCounts | None = None) -> None:
-    """Print the figures to stderr: a table on a terminal, plain lines elsewhere."""
+    """Print the figures of a run to stderr: as a table on a terminal, else as plain lines."""
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     rows = summary_rows(statistics, counts)
     if not console.is_terminal:
@@ -127,7 +130,10 @@ def show_summary(statistics: Statistics, counts: LineCounts | None = None) -> No
 
 
 def print_summary(statistics: Statistics, counts: LineCounts) -> None:
-    """Print the figures to stdout as one JSON object; times in seconds, null if not measured."""
+    """Print the figures of a run to stdout as one JSON object.
+
+    Times are in seconds; null stands for a time that was not measured.
+    """
     figures = {
         "answered": counts.num_answered,
         "failed": counts.num_failed,
@@ -145,7 +151,7 @@ def print_summary(statistics: Statistics, counts: LineCounts) -> None:
 
 
 def summary_rows(statistics: Statistics, counts: LineCounts | None = None) -> list[tuple[str, str]]:
-    """Label and value of each figure. No tally means a single request."""
+    """Label and value of each figure. `counts` None means that the run was a single request."""
     return [
         ("requests", _requests(counts) if counts else "1"),
         ("tokens", str(statistics.num_tokens)),
@@ -169,9 +175,9 @@ def _pair(p50_s: float | None, p99_s: float | None) -> str:
 
 
 class FileProgress:
-    """A context that shows a bar of answered lines on stderr, and each failed line.
+    """A context that shows a bar of processed lines on stderr, and each failed line.
 
-    The lines of `input` are counted for the end of the bar, except those of a pipe.
+    The length of the bar is the number of lines of `input`, which a pipe does not tell.
     """
 
     def __init__(self, input: Path | None) -> None:
@@ -188,7 +194,7 @@ class FileProgress:
         self._task = self._bar.add_task("requests", total=total)
 
     def advance(self, line: dict[str, Any] | None) -> None:
-        """Count one line. `line`: the answer written for it, None if the line was skipped."""
+        """Count one input line. `line`: its output line, or None if it was skipped."""
         self._bar.advance(self._task)
         if line and "error" in line:
             console = self._console

@@ -1,4 +1,4 @@
-"""`sagellm ps`, `restart`, `drain`, `scale`: the workers of the graphs that this user runs."""
+"""`sagellm ps`, `restart`, `drain`, `scale`: lists and controls workers of this user's graphs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -85,9 +85,9 @@ def drain(
 def _request_for(
     command: Literal["drain", "restart"], operator: str, replica: int | None
 ) -> ControlRequest:
-    """The request for `operator`; `decode[0]`, the spelling of `ps`, means replica 0 of decode.
+    """The control request for `operator`. `decode[0]`, as `ps` prints it, means its replica 0.
 
-    Raises Failure if `replica` is another one.
+    Raises Failure if `replica` contradicts the number in `operator`.
     """
     found = re.fullmatch(r"(.+)\[(\d+)\]", operator)
     if found is None:
@@ -114,7 +114,7 @@ def scale(
     operator
         A name of the graph that has an engine, such as decode.
     count
-        How many there are to be.
+        The new number of replicas.
     """
     return _change(ControlRequest("scale", operator, count=count), graph_pid, json)
 
@@ -137,12 +137,12 @@ def _change(request: ControlRequest, graph_pid: int | None, json: bool) -> int:
 async def _ask_one_graph(request: ControlRequest, graph_pid: int | None) -> ControlReply:
     """Send `request` to the graph of `graph_pid`, or to the only graph with workers.
 
-    Raises Failure for no graph, for several graphs and for an error that the graph answers.
+    Raises Failure if no graph or several graphs match, and if the graph answers with an error.
     """
     listed = {
         path: answer
         for path, answer in (await _answers(ControlRequest("ps"))).items()
-        if answer.rows and answer.rows[0].executor == "processes"
+        if answer.rows and answer.rows[0].executor == "processes"  # `tasks` has no workers
     }
     if not listed:
         raise Failure("no graph with workers runs here", _NONE_RUNS)
@@ -156,7 +156,7 @@ async def _ask_one_graph(request: ControlRequest, graph_pid: int | None) -> Cont
         raise Failure(f"which graph? There are {known}", "name one of them by --graph-pid")
     try:
         answer = await ask(next(iter(chosen)), request)
-    except (OSError, trio.BrokenResourceError):
+    except (OSError, trio.BrokenResourceError):  # it answered `ps` a moment ago
         raise Failure("the graph ended meanwhile", "sagellm ps lists what runs") from None
     if answer.error:
         raise Failure(answer.error, "sagellm ps lists them")
@@ -168,7 +168,7 @@ def _rows_of(listed: Mapping[Path, ControlReply]) -> list[tuple[ReplicaStatus, .
 
 
 async def _answers(request: ControlRequest) -> dict[Path, ControlReply]:
-    """The answer of each graph that this user runs, by its control socket."""
+    """Send `request` to every graph that this user runs: returns control socket -> answer."""
     found = {}
     for path in running():
         with suppress(OSError, trio.BrokenResourceError):  # the graph has just ended

@@ -1,4 +1,4 @@
-"""A graph that is open in this process, for the clients. Only `embedded=True` loads this module."""
+"""The service of a client with `embedded=True`: a graph that is open in this process."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -47,7 +47,7 @@ _KNOWN_OPTIONS = frozenset(
 
 
 class SessionEncoder(Protocol):
-    """The parts of an open session that checking a call needs."""
+    """The members of an open session that `read_call` uses."""
 
     @property
     def max_model_len(self) -> int: ...
@@ -56,7 +56,7 @@ class SessionEncoder(Protocol):
 
 
 class SessionCall(msgspec.Struct, frozen=True):
-    """One call, as the arguments of a session."""
+    """The arguments with which a client's call becomes a request to a session."""
 
     prompt: Prompt
     sampling: Sampling
@@ -66,7 +66,7 @@ class SessionCall(msgspec.Struct, frozen=True):
 def read_call(
     path: str, call: Mapping[str, Any], options: Mapping[str, Any], session: SessionEncoder
 ) -> SessionCall:
-    """Check a call as the gateway checks the same call over HTTP. Raises ClientError."""
+    """Check a call like the gateway does for the same call over HTTP. Raises ClientError."""
     try:
         return _session_call(path, encode_json({**call, **options}), options, session)
     except RequestError as error:
@@ -90,7 +90,7 @@ def _session_call(
         if len(completion.prompts) != 1:
             raise wrong("prompt", "is a list of them; give one")
         (prompt,) = completion.prompts
-    for name in options:  # after the gateway's checks: they refuse options that no server knows
+    for name in options:  # the gateway's checks came first: they refuse what no server knows
         if name not in _KNOWN_OPTIONS:
             cause = f"{name}: is not served by a graph in this process; serve it over HTTP"
             raise ClientError(cause, status=400, code=NOT_OFFERED, param=name)
@@ -102,14 +102,14 @@ def _session_call(
 
 
 class StreamUsage:
-    """Makes the pieces of one stream from its events, and counts the usage for the last piece."""
+    """Converts the events of one stream to pieces, and counts the usage for the last piece."""
 
     def __init__(self, num_choices: int) -> None:
         self._num_open = num_choices
         self._num_prompt = self._num_cached = self._num_sampled = 0
 
     def piece_of(self, event: Output) -> Piece:
-        """The piece of one event. Raises ClientError for a choice that ends unserved."""
+        """The piece of one event. Raises ClientError for a finish reason outside SERVED."""
         check_served(event)
         self._num_open -= event.is_last
         self._num_sampled += event.num_tokens
@@ -126,7 +126,7 @@ class StreamUsage:
 
 
 def reply_of(answers: Sequence[Answer], model: str) -> TextReply:
-    """The whole reply. Raises ClientError for a choice that ended unserved."""
+    """The whole reply. Raises ClientError for a finish reason outside SERVED."""
     for answer in answers:
         check_served(answer)
     choices = tuple(
@@ -152,17 +152,17 @@ def _usage(num_prompt: int, num_cached: int, num_sampled: int) -> Usage:
 
 
 def check_served(end: Output) -> None:
-    """Raise ClientError for the last event of a choice that was not served."""
+    """Raise ClientError for a finish reason outside SERVED; None is none."""
     reason = end.finish_reason
     if reason is not None and reason not in SERVED:
         raise unserved_error(end, end.error or f"the graph ended the request: {reason}")
 
 
 def unserved_error(end: Output, message: str) -> ClientError:
-    """The error of an unserved choice, with the status, code and type that the gateway gives."""
+    """The error of a choice that was not served, with the gateway's status, code and type."""
     event = end if isinstance(end, TokenEvent) else event_of(end)
     api_error = error_of(event, end.request_id, lambda: True)
-    if api_error is None:  # filtered: over HTTP an answer with finish reason content_filter
+    if api_error is None:  # filtered: no error over HTTP, but finish reason content_filter
         return ClientError(message, code=str(end.finish_reason))
     status, code, type = api_error.status, api_error.code, api_error.type
     after_s = end.retry_after_s
@@ -170,7 +170,7 @@ def unserved_error(end: Output, message: str) -> ClientError:
 
 
 def _client_error(error: RequestError | RequestFailed) -> ClientError:
-    """The error that a server would answer with."""
+    """The ClientError that the same call to a server would raise."""
     if isinstance(error, RequestRefused | RequestFailed):
         return unserved_error(error.end, str(error))
     return ClientError(str(error), status=400, type="invalid_request_error")
@@ -182,11 +182,11 @@ def _no_embeddings() -> ClientError:
 
 
 class _EmbeddedGraph:
-    """The shipped graph with one model, not opened yet; shared by both kinds of client."""
+    """The base of both services: the shipped graph with one model, opened by the subclass."""
 
     def __init__(self, model: str | None) -> None:
         graph = Graph.load(GRAPH)
-        (engine,) = graph.ir.engines.values()
+        (engine,) = graph.ir.engines.values()  # the graph `joint` has one engine
         assert isinstance(engine, FrozenMap)
         self._model = model or str(engine["model"])
         self._opened = graph.open(model=model)
@@ -212,7 +212,7 @@ class _EmbeddedGraph:
 
 
 class Embedded(_EmbeddedGraph):
-    """The open graph for plain threads. Creating an instance opens the graph."""
+    """The service for plain threads. Creating an instance opens the graph."""
 
     def __init__(self, model: str | None) -> None:
         super().__init__(model)
@@ -256,7 +256,7 @@ class Embedded(_EmbeddedGraph):
         usage = StreamUsage(read.sampling.n)
         events = self._session.stream(read.prompt, sampling=read.sampling, **read.fields)
         try:
-            # A refusal is raised here, at the call, as a server refuses before it streams.
+            # Wait for the first event, so that the call raises a refusal, as over HTTP.
             first = usage.piece_of(next(events))
         except BaseException:  # no caller has the stream yet: close it here
             events.__exit__()
@@ -270,7 +270,7 @@ class Embedded(_EmbeddedGraph):
 
 
 class AsyncEmbedded(_EmbeddedGraph):
-    """The open graph for trio and asyncio: one task opens and closes it."""
+    """The service for trio and asyncio. The same task must open and close the graph."""
 
     async def open(self) -> None:
         self._session = await self._opened.__aenter__()
@@ -278,7 +278,7 @@ class AsyncEmbedded(_EmbeddedGraph):
     async def aclose(self, *error: Any) -> None:
         """Cancel running requests, and free the engine. Idempotent."""
         if self._session is not None:
-            self._session = None
+            self._session = None  # before the await: a second call must not close again
             await self._opened.__aexit__(*(error or (None, None, None)))
 
     async def ask(
@@ -322,7 +322,9 @@ class AsyncEmbedded(_EmbeddedGraph):
 
 
 class _AsyncPieces:
-    """The first piece of a stream, awaited before to learn of a refusal, and the later ones."""
+    """The pieces of a stream whose first piece was awaited before, so that the call itself raises a
+    refusal.
+    """
 
     def __init__(self, first: Piece, events: AsyncIterator[Output], usage: StreamUsage) -> None:
         self._first: Piece | None = first

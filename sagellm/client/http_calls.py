@@ -1,4 +1,4 @@
-"""HTTP calls: the address of the server, headers and bodies, and answers without text."""
+"""HTTP calls: server addresses, headers, request bodies, and answers other than generated text."""
 
 import os
 import ssl
@@ -19,7 +19,7 @@ _LOCKED = (401, 403)
 
 
 def read_url(url: str) -> str:
-    """The root URL of a server: with a scheme, without a slash or `/v1` at its end.
+    """Normalise the URL of a server: add a scheme, remove a slash and `/v1` at the end.
 
     Raises ClientError for a text that is no HTTP URL.
     """
@@ -34,7 +34,7 @@ def read_url(url: str) -> str:
 
 
 def configured_url(url: str | None) -> str | None:
-    """The URL of the caller, or else of SAGELLM_URL, or None."""
+    """The given URL, or else the URL in the variable SAGELLM_URL, or None."""
     named = url or os.environ.get(URL_VARIABLE)
     return read_url(named) if named else None
 
@@ -44,13 +44,13 @@ def configured_key(api_key: str | None) -> str | None:
 
 
 def request_headers(api_key: str | None) -> dict[str, str]:
-    """The headers of every call. Compression is refused: it would delay the chunks of a stream."""
+    """The headers of every call. They disable compression, which would delay a stream's chunks."""
     plain = {"Accept-Encoding": "identity", "User-Agent": "sagellm"}
     return {**plain, "Authorization": f"Bearer {api_key}"} if api_key else plain
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL names this machine, which a proxy cannot reach."""
+    """Whether a URL names this machine; then a proxy must not be used."""
     host = httpx2.URL(url).host
     try:
         return ip_address(host).is_loopback
@@ -59,19 +59,24 @@ def is_local(url: str) -> bool:
 
 
 def transport_options(url: str, api_key: str | None, timeout_s: float) -> Mapping[str, object]:
-    """The options of a httpx2 client for one server, blocking or not."""
+    """The options of a client of httpx2 for one server, blocking or async."""
     return {
         "base_url": url,
         "headers": request_headers(api_key),
+        # Answers may take long, but connecting may not: notice an absent host soon.
         "timeout": httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
         "trust_env": not is_local(url),  # ignore proxies for this machine
-        "verify": ssl.create_default_context(),  # obeys SSL_CERT_FILE even without trust_env
+        "verify": ssl.create_default_context(),  # reads SSL_CERT_FILE even without trust_env
+        # Unlimited: the default of httpx2 would queue requests of a large load in the client.
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=None),
     }
 
 
 def is_server(status: int, body: bytes) -> bool:
-    """Whether the answer to `/v1/models` is that of an OpenAI-compatible server."""
+    """Whether an answer to `/v1/models` comes from an OpenAI-compatible server.
+
+    A server that wants an API key answers 401 or 403 with an error body.
+    """
     if status in _LOCKED:
         return b"error" in body
     try:
@@ -82,14 +87,14 @@ def is_server(status: int, body: bytes) -> bool:
 
 
 def no_server() -> ClientError:
-    """The error for no server at the local addresses."""
+    """The error if no server answers at the local addresses."""
     tried = ", ".join(LOCAL)
     fix = f"start one with `sagellm serve`, give a URL, or set {URL_VARIABLE}"
     return ClientError(f"no server answers at {tried}; {fix}", code=UNREACHABLE)
 
 
 def check_embedded(url: str | None) -> None:
-    """Raise ClientError for a URL together with `embedded`: one of them would be ignored."""
+    """Raise ClientError if a URL is given together with `embedded`, which would ignore it."""
     if url is not None:
         cause = "an embedded graph has no URL; leave one of the two out"
         raise ClientError(cause, code=NOT_OFFERED)
@@ -99,7 +104,7 @@ Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MODELS, HEALTH, LOAD, VERSION = "/v1/models", "/health", "/load", "/version"
-_ABSENT = (404, 405, 501)
+_ABSENT = (404, 405, 501)  # HTTP statuses of a server without the endpoint
 
 
 def encode_call(
@@ -123,7 +128,7 @@ def is_stream(headers: Mapping[str, str]) -> bool:
 
 
 def not_streamed(body: bytes) -> ClientError:
-    """The error for a response that should be a stream and is none."""
+    """The error for a response that is no stream although a stream was requested."""
     try:
         read_body(body)
     except ClientError as error:
@@ -146,7 +151,7 @@ def first_model_of(models: Sequence[str]) -> str:
 
 
 def read_embeddings(body: bytes) -> list[list[float]]:
-    """The embeddings in the order of the texts. Raises ClientError for an answer without any."""
+    """The embeddings in the order of the texts. Raises ClientError for any other answer."""
     try:
         entries = msgspec.json.decode(body)["data"]
         ordered = sorted(entries, key=lambda entry: entry["index"])
@@ -170,7 +175,7 @@ def without_embeddings(error: ClientError) -> ClientError:
 def server_status(
     url: str, models: Sequence[str], is_ready: bool, load: bytes | None, version: bytes | None
 ) -> dict[str, Any]:
-    """The value of `get_status` for a server, with None for facts that the server does not tell."""
+    """The value of `get_status` for a server. None stands for facts that it does not publish."""
     return {
         "mode": "http",
         "url": url,

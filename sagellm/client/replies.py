@@ -1,4 +1,4 @@
-"""The answers of the OpenAI API: whole replies, streams of pieces, and the reader of chunks."""
+"""Answers of the OpenAI API: whole replies, streams of pieces, and the parser of chunks."""
 
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -22,13 +22,13 @@ DONE = b"[DONE]"
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
-    """The tokens of a prompt that were in the cache."""
+    """Details of the prompt's tokens: how many of them were in the server's prefix cache."""
 
     cached_tokens: int | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """The token counts of one call, by the server."""
+    """The token counts of one call, as the server reports them."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -37,14 +37,14 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class ResponseMessage(msgspec.Struct, frozen=True):
-    """A message of a chat, or the next part of a message."""
+    """A message of a chat; in a stream, the next part of the message."""
 
     role: str | None = None
     content: str | None = None
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One choice of an answer or of a chunk; both of `/v1/completions` and of a chat."""
+    """One choice of an answer: completions have `text`, chats `message`, in a stream `delta`."""
 
     index: int = 0
     text: str | None = None
@@ -56,7 +56,7 @@ class Choice(msgspec.Struct, frozen=True):
 
     @property
     def content(self) -> str | None:
-        """The text of the choice; None for a chunk without text, such as one that only ends."""
+        """The text of the choice; None for a chunk without text, such as a mere finish reason."""
         part = self.message or self.delta
         return part.content if part is not None else self.text
 
@@ -82,7 +82,7 @@ _DECODER = msgspec.json.Decoder(ResponseBody)
 
 
 class TextReply(str):
-    """The text of a whole answer, with its facts. `choices` has the replies of all choices."""
+    """The text of a whole answer, with its other fields. `choices`: the replies of all choices."""
 
     finish_reason: str | None
     stop_reason: str | int | None
@@ -96,7 +96,7 @@ class TextReply(str):
 class Piece(str):
     """The next text of one choice of a stream. The last piece of a choice has a finish reason.
 
-    A server that sends usage sends it in a further piece without text, after all others.
+    A server may send the usage in a piece without text after all other pieces.
     """
 
     choice: int
@@ -124,7 +124,7 @@ def make_piece(
 
 def whole_reply(body: ResponseBody) -> TextReply:
     """The reply of the first choice. Raises ClientError for an answer without choices."""
-    ordered = sorted(body.choices, key=lambda choice: choice.index)
+    ordered = sorted(body.choices, key=lambda choice: choice.index)  # servers may mix them
     if not ordered:
         raise ClientError("the server's answer holds no choice", code=BAD_ANSWER)
     replies = tuple(_choice_reply(choice, body) for choice in ordered)
@@ -142,10 +142,10 @@ def _choice_reply(choice: Choice, body: ResponseBody) -> TextReply:
 
 
 def read_body(data: bytes) -> ResponseBody:
-    """Decode a body. Raises ClientError for invalid JSON, and for a body that contains an error."""
+    """Decode a body. Raises ClientError for invalid JSON and for an error in the body."""
     try:
         body = _DECODER.decode(data)
-    except ValueError as error:  # from msgspec, also for text that is not UTF-8
+    except ValueError as error:  # msgspec raises it also for text that is not UTF-8
         raise ClientError(f"the server's answer makes no sense: {error}", code=BAD_ANSWER) from None
     if body.error is not None:
         raise stream_error(data)
@@ -153,10 +153,10 @@ def read_body(data: bytes) -> ResponseBody:
 
 
 class ChunkReader:
-    """The chunks of one streamed answer, from the bytes of its body.
+    """Parses the bytes of a streamed answer into chunks.
 
-    A stream is complete if `[DONE]` or the end of the body follows the finish reasons of all
-    choices. Any other end is an error. Chunks before an error can still be read.
+    A stream is complete if every choice has a finish reason before `[DONE]` or the end of the body.
+    Any other end is an error, which `next` raises after the chunks before it.
     """
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class ChunkReader:
         self.is_over = False
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the body."""
+        """Parse the next bytes of the body."""
         try:
             for event in self._events.feed(data):
                 if self.is_over:
@@ -180,12 +180,12 @@ class ChunkReader:
             self._fail(error)
 
     def end(self) -> None:
-        """Take the end of the body."""
+        """Note that the body has ended."""
         if not self.is_over:
             self._finish("the connection")
 
     def next(self) -> ResponseBody | None:
-        """The next chunk; None until more is fed. Raises ClientError after the last chunk."""
+        """Remove and return the next chunk, if any. Raises ClientError after those of a failure."""
         if self._bodies:
             return self._bodies.popleft()
         if self._error is not None:
@@ -210,7 +210,7 @@ class ChunkReader:
         self._num_choices += 1
 
     def _finish(self, what: str) -> None:
-        if self._open or not self._num_choices:
+        if self._open or not self._num_choices:  # a stream without any choice is no answer
             self._fail(ClientError(f"{what} ended before the answer was whole", code=CUT_OFF))
         self.is_over = True
 
@@ -219,7 +219,7 @@ class ChunkReader:
 
 
 def chunk_pieces(body: ResponseBody) -> list[Piece]:
-    """The pieces of one chunk, one for each choice. The last one has the usage, if there is any."""
+    """The pieces of one chunk, one for each choice. The last piece has the usage, if any."""
     pieces = [
         make_piece(
             choice.content or "",
@@ -247,7 +247,7 @@ C = TypeVar("C")
 
 
 class _StreamState(Generic[C]):
-    """The finish reason of choice 0 and the usage, for both kinds of stream."""
+    """The base of both kinds of stream: keeps the finish reason of choice 0 and the usage."""
 
     finish_reason: str | None = None
     usage: Usage | None = None
@@ -271,8 +271,8 @@ class _StreamState(Generic[C]):
 class ReplyStream(_StreamState[None]):
     """The pieces of one answer. Closing the stream before its end cancels the request.
 
-    Raises ClientError for an answer that breaks off. Leaving `with` closes the stream, and so does
-    the loss of the last reference.
+    Leaving `with` closes the stream, and so does losing the last reference to it. Iteration raises
+    ClientError if the answer breaks off.
     """
 
     def __init__(self, pieces: Iterator[Piece], close: Callable[[], None]) -> None:
@@ -291,7 +291,7 @@ class ReplyStream(_StreamState[None]):
         return self._note(next(self._pieces))
 
     def close(self) -> None:
-        """Close the stream: it has no further piece. Idempotent."""
+        """Close the stream: iteration ends. Idempotent."""
         self._is_closed = True
         self._close()
 
@@ -302,7 +302,7 @@ class ReplyStream(_StreamState[None]):
         self.close()
 
     def __del__(self) -> None:
-        self._close()
+        self._close()  # a dropped stream must not keep its request running
 
 
 @misused(
@@ -325,7 +325,7 @@ class AsyncReplyStream(_StreamState[Awaitable[None]]):
         return self._note(await anext(self._pieces))
 
     async def aclose(self) -> None:
-        """Close the stream: it has no further piece. Idempotent."""
+        """Close the stream: iteration ends. Idempotent."""
         self._is_closed = True
         await self._close()
 

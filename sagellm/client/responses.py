@@ -1,4 +1,4 @@
-"""The responses of a server: errors as `ClientError`, and streams as events."""
+"""Reads the responses of a server: errors as `ClientError`, streams as server-sent events."""
 
 import ssl
 from collections.abc import Iterator, Mapping
@@ -16,17 +16,18 @@ CUT_OFF = "cut_off"  # the answer ended too early
 BAD_ANSWER = "bad_answer"  # the answer does not follow the OpenAI API
 NOT_OFFERED = "not_offered"  # the server, or this client, has no such function
 TRANSPORT = (httpx2.RequestError, httpx2.InvalidURL)  # the errors of httpx2
-MISUSED = "misused"  # a call in a place or form that cannot work
+MISUSED = "misused"  # a call from the wrong place or in the wrong form
 CLOSED = "the client is closed; create another one"
 _QUOTED_CHARS = 200
 
 
 class ClientError(Exception):
-    """A call without an answer.
+    """The error of a failed call.
 
-    `status` is the HTTP status; None if there was none (an unreachable server, an error inside a
-    stream). `code` is the server's code or one of this module. `retry_after_s` is the server's wait
-    before another attempt. `should_retry` is the server's advice whether to try again, if any.
+    `status`: the HTTP status; None without one (an unreachable server, an error inside a stream).
+    `code`: the server's error code, or a code of this module, such as UNREACHABLE. `retry_after_s`:
+    seconds that the server asks the client to wait. `should_retry`: the server's advice whether to
+    try again, if any.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ClientError(Exception):
 
 
 def response_error(status: int, headers: Mapping[str, str], body: bytes) -> ClientError:
-    """The error in a response other than 2xx."""
+    """The error of a response whose status is not 2xx."""
     fields = _error_fields(body)
     return ClientError(
         _text(fields.get("message")) or _status_message(status, body),
@@ -68,10 +69,11 @@ def response_error(status: int, headers: Mapping[str, str], body: bytes) -> Clie
 
 
 def stream_error(data: bytes | str) -> ClientError:
-    """The error that a stream contains in place of a chunk."""
+    """The error that a stream contains instead of a chunk."""
     raw = data.encode() if isinstance(data, str) else data
     fields = _error_fields(raw)
     code = fields.get("code")
+    # Some servers, such as vLLM, put the HTTP status into `code`.
     is_status = isinstance(code, int) and 400 <= code < 600
     return ClientError(
         _text(fields.get("message")) or f"the stream ended with an error: {_quoted(raw)}",
@@ -83,7 +85,10 @@ def stream_error(data: bytes | str) -> ClientError:
 
 
 def _first_message(error: BaseException) -> str:
-    """The first message of an error and its causes: TLS errors have one in an inner cause only."""
+    """The first message that is not empty, of an error and its causes.
+
+    Some TLS errors have their message only in an inner cause.
+    """
     while not str(error) and (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     text = str(error) or type(error).__name__
@@ -94,7 +99,7 @@ def _first_message(error: BaseException) -> str:
 
 @contextmanager
 def raising_client_errors(url: str) -> Iterator[None]:
-    """Raise ClientError for errors of httpx2."""
+    """Turn errors of httpx2 in the block into ClientError."""
     try:
         yield
     except TRANSPORT as error:
@@ -116,7 +121,10 @@ def transport_error(error: Exception, url: str) -> ClientError:
 
 
 def _error_fields(body: bytes) -> dict[str, Any]:
-    """The fields of {"error": {...}}, and of its variants: a text, `detail`, or no envelope."""
+    """The fields of an error body `{"error": {...}}`. Empty if there are none.
+
+    Servers also send `{"error": TEXT}`, `{"detail": ...}`, and the fields without `error`.
+    """
     try:
         found = msgspec.json.decode(body)
     except ValueError:
@@ -137,7 +145,7 @@ def _status_message(status: int, body: bytes) -> str:
 
 
 def _quoted(body: bytes) -> str:
-    """The beginning of a body, on one line."""
+    """The first characters of a body, on one line."""
     return " ".join(body[:_QUOTED_CHARS].decode(errors="replace").split())
 
 
@@ -146,7 +154,7 @@ def _text(value: object) -> str | None:
 
 
 def _seconds(value: str | None) -> float | None:
-    """The seconds of a Retry-After header; None for its date form, which LLM servers avoid."""
+    """The seconds of a Retry-After header. None for a date, the header's other form."""
     try:
         seconds = float(value or "")
     except ValueError:
@@ -164,18 +172,18 @@ class EventTooLong(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One event. `data` are its data lines, joined by line feeds."""
+    """One event. `data`: its data lines, joined by line feeds."""
 
     data: bytes
     name: str = "message"
 
 
 class EventReader:
-    """Parses the bytes of a body, cut at any place, into server-sent events (HTML standard, 9.2.6).
+    """Parses a body, in pieces of any size, into server-sent events (HTML standard, 9.2.6).
 
-    Only LF, CR and CRLF end a line: `str.splitlines` would also cut text at U+2028 or U+0085.
-    Comments, ids and retry times are skipped. httpx2.EventSource reads a Response only, and costs
-    three times as much for each event.
+    Comments, ids and retry times are skipped. Only LF, CR and CRLF end a line: `str.splitlines`
+    would also cut text at U+2028 or U+0085. httpx2.EventSource is no replacement: it reads only a
+    Response, and takes three times as long for an event.
     """
 
     def __init__(self, largest: int = LARGEST_EVENT) -> None:
@@ -188,7 +196,7 @@ class EventReader:
         self._size = 0
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Take the next bytes; returns the events that they complete. Raises EventTooLong."""
+        """Parse the next bytes, and return the events that they complete. Raises EventTooLong."""
         lines = (self._rest + self._without_cr(chunk)).split(b"\n")
         if self._is_first:
             if len(lines) == 1 and _BOM.startswith(lines[0]):
@@ -203,7 +211,7 @@ class EventReader:
         return events
 
     def _without_cr(self, chunk: bytes) -> bytes:
-        """The chunk with LF for CR and CRLF. Two chunks may share a CRLF."""
+        """The chunk with every CR and CRLF replaced by LF. A CRLF may span two chunks."""
         if self._ended_with_cr and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._ended_with_cr = False
@@ -213,7 +221,7 @@ class EventReader:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _line(self, line: bytes) -> ServerSentEvent | None:
-        """Take one line. An empty line ends the event, which is returned."""
+        """Parse one line. An empty line ends an event, which is returned."""
         if not line:
             return self._dispatch()
         self._size += len(line)
@@ -231,11 +239,11 @@ class EventReader:
         return ServerSentEvent(b"\n".join(data), name or "message") if data else None
 
 
-LINGER_S = 1.0  # for a server that sent the last chunk but does not end its response
+LINGER_S = 1.0  # longest wait for the end of a response after its last chunk
 
 
 class BodyBytes:
-    """The bytes of a response: call `next` until it returns None, then `finish`.
+    """The bytes of a streamed response: call `next` until the last event, then `finish`.
 
     `aclose` closes the connection, unless the whole response was read.
     """
@@ -253,15 +261,15 @@ class BodyBytes:
             raise transport_error(error, self._url) from error
 
     async def finish(self) -> None:
-        """Read the end of the response, so that another call may reuse the connection."""
+        """Read the rest of the response, so that another call can reuse the connection."""
         with anyio.move_on_after(LINGER_S), suppress(httpx2.HTTPError):
             async for _ in self._chunks:
                 pass
 
     async def aclose(self) -> None:
-        """Close the connection, then read on, which ends every generator inside httpx2.
+        """Close the connection, then read on to end every generator inside httpx2.
 
-        httpx2 leaves one generator to the garbage collector otherwise, and trio warns of it.
+        Otherwise httpx2 leaves a generator to the garbage collector, and trio warns about it.
         """
         await self._response.aclose()
         with suppress(httpx2.HTTPError, httpx2.StreamError):

@@ -1,4 +1,4 @@
-"""The connection to one server over HTTP, for plain threads and for async code."""
+"""The service of a client for a server over HTTP, for plain threads and for async code."""
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, suppress
@@ -39,6 +39,7 @@ def find_server() -> str:
 
 
 def _answers(url: str) -> bool:
+    # A proxy cannot reach a local address, so the environment is ignored.
     with suppress(httpx2.HTTPError), httpx2.Client(trust_env=False, timeout=PROBE_S) as probe:
         answer = probe.get(f"{url}{http_calls.MODELS}", headers=request_headers(None))
         return is_server(answer.status_code, answer.content)
@@ -102,19 +103,19 @@ class ServerConnection:
         try:
             return self._get(path)
         except ClientError as error:
-            if error.status is None:
+            if error.status is None:  # the server is unreachable, not just without the endpoint
                 raise
             return None
 
     def _send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
-        """Send a call; returns the open response, which the caller must close.
+        """Send a call, and return the open response, which the caller must close.
 
         Raises ClientError for an error response.
         """
         with raising_client_errors(self.url):
             extra = _JSON_HEADERS if content is not None else None
             request = self._http.build_request(method, path, content=content, headers=extra)
-            response = self._http.send(request, stream=True)  # the status decides who reads it
+            response = self._http.send(request, stream=True)  # the body of an error is read below
         if not response.is_success:
             raise response_error(response.status_code, response.headers, self._read(response))
         return response
@@ -210,22 +211,20 @@ class AsyncServerConnection:
         await self._http.aclose()
 
     async def first_model(self) -> str:
-        """The first model of the server. Only the first call asks the server."""
+        """The first model of the server. The first call asks the server; later calls do not."""
         if self._first is None:
             self._first = http_calls.first_model_of(await self.models())
         return self._first
 
     async def send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
-        """Send a call; returns the open response, which the caller must close.
+        """Send a call, and return the open response, which the caller must close.
 
         Raises ClientError for an error response.
         """
         with raising_client_errors(self.url):
             extra = _JSON_HEADERS if content is not None else None
             request = self._http.build_request(method, path, content=content, headers=extra)
-            response = await self._http.send(
-                request, stream=True
-            )  # the status decides who reads it
+            response = await self._http.send(request, stream=True)  # an error is read below
         if not response.is_success:
             raise response_error(response.status_code, response.headers, await self.read(response))
         return response
@@ -256,7 +255,7 @@ class AsyncServerConnection:
 
         async def close() -> None:
             await generator.aclose()
-            await body.aclose()
+            await body.aclose()  # a generator that never started has not closed the body
 
         return AsyncReplyStream(generator, close)
 

@@ -19,11 +19,11 @@ from sagellm.client.responses import CLOSED, MISUSED, ClientError
 from sagellm.client.server import ServerConnection, find_server
 from sagellm.errors import blocked_loop, misused
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0  # longest time that a server may send nothing
 
 
 class InferenceService(Protocol):
-    """A server over HTTP, or a graph in this process."""
+    """The target of a client's calls: a server over HTTP, or a graph in this process."""
 
     def ask(
         self,
@@ -50,9 +50,10 @@ class InferenceService(Protocol):
 class UnifiedInferenceClient:
     """A client for plain threads. Any number of threads may use it at once.
 
-    A call without an answer raises ClientError. Options of `chat` and `generate` have the names of
-    the OpenAI API and go to the server unchanged. `timeout` is the longest silence of the server
-    in seconds. The client never retries; `ClientError.retry_after_s` is the server's wait.
+    A failed call raises ClientError. Options of `chat` and `generate` have the names of the OpenAI
+    API, and go to the server unchanged. `timeout`: the longest time, in seconds, that the server
+    may send nothing. The client never retries; `ClientError.retry_after_s` is the time that the
+    server asks it to wait.
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class UnifiedInferenceClient:
         timeout: float = TIMEOUT_S,
         api_key: str | None = None,
     ) -> "UnifiedInferenceClient":
-        """A client of the server at a URL, or at SAGELLM_URL, or of a server on this machine.
+        """Create a client of the server at `control_plane_url`, or else at SAGELLM_URL, or else on
+        this machine.
 
         `embedded` opens the shipped graph `joint` in this process instead, with
-        `default_llm_model` as its model. The key is `api_key` or SAGELLM_API_KEY. A call without a
-        model uses the default, or else the first model of the server. Raises ClientError if no
-        server is found.
+        `default_llm_model` as its model. The API key is `api_key`, or else SAGELLM_API_KEY. A call
+        without a model uses the default model, or else the first model of the server. Raises
+        ClientError if no server is found.
         """
         served: InferenceService
         if embedded:
@@ -162,11 +164,13 @@ class UnifiedInferenceClient:
         return self._ready("models").models()
 
     def get_status(self) -> dict[str, Any]:
-        """mode, url, is_ready, models, server_load (open requests), version; None: unknown."""
+        """The status under the keys mode, url, is_ready, models, server_load (the number of open
+        requests) and version. None means unknown.
+        """
         return self._ready("get_status").status()
 
     def close(self) -> None:
-        """Cancel running requests, and leave the server or close the graph. Idempotent."""
+        """Cancel running requests, and close the connections, or the embedded graph. Idempotent."""
         self._is_closed = True
         self._served.close()
 
@@ -185,7 +189,7 @@ class UnifiedInferenceClient:
 
 
 def _check_place(call: str) -> None:
-    """Raise ClientError inside an event loop: a blocking call would stop all its tasks."""
+    """Raise ClientError inside an event loop: a blocking call would stop all tasks of the loop."""
     fault = blocked_loop(call, "AsyncUnifiedInferenceClient, whose methods are awaited")
     if fault is not None:
         raise ClientError(fault, code=MISUSED)

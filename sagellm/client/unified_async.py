@@ -22,7 +22,7 @@ from sagellm.errors import misused
 
 
 class AsyncInferenceService(Protocol):
-    """A server over HTTP, or a graph in this process."""
+    """The target of a client's calls: a server over HTTP, or a graph in this process."""
 
     async def ask(
         self,
@@ -49,9 +49,9 @@ class AsyncInferenceService(Protocol):
 class AsyncUnifiedInferenceClient:
     """A client like `UnifiedInferenceClient`, for the tasks of one event loop.
 
-    The first call finds the server. `async with` opens and closes a graph in this process, in one
-    task. `await client.chat(messages, stream=True)` returns a stream, which `async with` closes.
-    Cancelling a call cancels its request.
+    The first call looks for the server. An embedded graph is opened and closed by `async with`, in
+    one task. `await client.chat(messages, stream=True)` returns a stream, which another `async
+    with` closes. Cancelling a call cancels its request.
     """
 
     def __init__(
@@ -160,16 +160,19 @@ class AsyncUnifiedInferenceClient:
         return await (await self._served()).models()
 
     async def get_status(self) -> dict[str, Any]:
-        """mode, url, is_ready, models, server_load (open requests), version; None: unknown."""
+        """The status under the keys mode, url, is_ready, models, server_load (the number of open
+        requests) and version. None means unknown.
+        """
         return await (await self._served()).status()
 
     @property
     def url(self) -> str | None:
-        """The URL of the server; None before it is found, and for a graph in this process."""
+        """The URL of the server; None before the server is found, and for an embedded graph."""
         return self._url
 
     async def aclose(self) -> None:
-        """Cancel running requests, and leave the server or close the graph. Idempotent."""
+        """Cancel running requests, and close the connections, or the embedded graph. Idempotent."""
+        # Before the await: a second `aclose` finds nothing to close.
         found, self._found, self._is_closed = self._found, None, True
         if found is not None:
             await found.aclose()
@@ -196,6 +199,7 @@ class AsyncUnifiedInferenceClient:
             raise ClientError(cause, code=MISUSED)
         if self._found is None:
             self._url = self._url or await find_server_async()
+            # Another task may have set the service during the await.
             self._found = self._found or AsyncServerConnection(
                 self._url, self._api_key, self._timeout_s
             )

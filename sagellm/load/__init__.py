@@ -1,8 +1,8 @@
 """Sends load to an OpenAI-compatible server, in a closed or an open loop.
 
-A load generator of our own: guidellm and aiperf do more, and bring torch, transformers and a
-hundred packages with them, which have no place beside a server. Every figure is defined as they
-define it, so that results can be laid side by side.
+guidellm and aiperf do more, but install torch, transformers and a hundred other packages, which
+should not be necessary next to a server. Every figure has the definition of these tools, so that
+results can be compared.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,10 +25,10 @@ REFUSALS = (429, 503)
 class RequestRecord:
     """One request and its answer. Times are seconds since the load began.
 
-    Latencies count from the first attempt to send, also after refusals. TTFT ends with the first
-    token; a role or an empty last chunk is no token. `itl_s` has the times between two events with
-    tokens: a server that puts several tokens into one event has fewer and longer ones, but the same
-    `tpot_s`.
+    Latencies count from the first attempt to send, even if the server refused it. TTFT ends with
+    the first token; a chunk with only a role, or an empty last chunk, is no token. `itl_s`: the
+    times between consecutive events with tokens. A server that puts several tokens into one event
+    has fewer and longer ITLs, but the same `tpot_s`.
     """
 
     number: int
@@ -47,12 +47,12 @@ class RequestRecord:
     completion_tokens: int | None = None
     finish_reason: str | None = None
     status: int | None = None
-    error: str | None = None  # its class: http_429, timed_out, cut_off ...
+    error: str | None = None  # the class of the error: http_429, timed_out, cut_off, ...
     message: str | None = None  # the server's message
     code: str | None = None  # the server's code
 
     def token(self, now_s: float) -> None:
-        """Note an event with tokens."""
+        """Record an event with tokens."""
         if self.last_s is None:
             self.first_s = now_s
         else:
@@ -61,7 +61,7 @@ class RequestRecord:
         self.num_events += 1
 
     def last(self, now_s: float) -> None:
-        """Note an event that only ends a choice: its token, an EOS, has no text."""
+        """Record an event with only a finish reason: it stands for an EOS token, without text."""
         self.first_s = now_s if self.first_s is None else self.first_s
         self.last_s = now_s
 
@@ -71,7 +71,7 @@ class RequestRecord:
 
     @property
     def lag_s(self) -> float:
-        """The delay of this client: sent after the planned time."""
+        """How late this client sent the request, in seconds."""
         return self.sent_s - self.planned_s
 
     @property
@@ -84,23 +84,23 @@ class RequestRecord:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the answer by the server's count, or else one for each event."""
+        """The tokens of the answer, as the server counts them, or else the number of events."""
         return self.num_events if self.completion_tokens is None else self.completion_tokens
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time of a token after the first; None for fewer than two tokens."""
+        """The mean seconds per token after the first token; None for fewer than two tokens."""
         if self.first_s is None or self.last_s is None or self.num_tokens < 2:
             return None
         return (self.last_s - self.first_s) / (self.num_tokens - 1)
 
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0  # before a retry, unless the server sets the time
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0  # before a retry, unless the server says how long
 
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """The model and the options of every request, its timeout and its retries."""
+    """The settings that all requests of a load share."""
 
     model: str
     is_chat: bool = False
@@ -111,7 +111,7 @@ class LoadTarget:
 
 
 class Sender:
-    """Sends the requests of one load to one server. Creating an instance begins the load's time."""
+    """Sends the requests of one load to one server. The load begins when it is created."""
 
     def __init__(self, server: AsyncServerConnection, target: LoadTarget, prompts: Prompts) -> None:
         self._server = server
@@ -125,7 +125,7 @@ class Sender:
         return trio.current_time() - self.started_s
 
     async def send(self, number: int, arrival: PlannedRequest, planned_s: float) -> RequestRecord:
-        """Send one request, with retries. Errors are in the record; none is raised."""
+        """Send one request, with retries. Errors are written to the record, and not raised."""
         content = self._content(number, arrival)
         lengths = arrival.input_len, arrival.output_len
         record = RequestRecord(number, planned_s, self.now_s, *lengths)
@@ -156,7 +156,7 @@ class Sender:
                 return await self._attempt(content, record)
             except ClientError as error:
                 if error.status not in REFUSALS or record.first_s is not None:
-                    raise  # a refusal in the middle of an answer must not be retried
+                    raise  # not a refusal, or one in the middle of an answer: do not retry
                 record.num_refusals += 1
                 if record.num_attempts > self._target.num_retries or error.should_retry is False:
                     raise
@@ -164,7 +164,10 @@ class Sender:
                 record.num_attempts += 1
 
     def _wait_s(self, error: ClientError, num_attempts: int) -> float:
-        """The server's wait, or else exponential back-off with jitter, which spreads clients."""
+        """Seconds to wait before a retry: the server's Retry-After, or else exponential backoff.
+
+        The backoff has jitter, so that clients do not retry at the same time.
+        """
         if error.retry_after_s is not None:
             return error.retry_after_s
         longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (num_attempts - 1))
@@ -183,16 +186,16 @@ class Sender:
         reader = ChunkReader()
         while not reader.is_over:
             data = await body.next()
-            now_s = self.now_s
+            now_s = self.now_s  # all events of one read arrived at the same time
             reader.end() if data is None else reader.feed(data)
             while (chunk := reader.next()) is not None:
                 _note(chunk, record, now_s)
         record.ended_s = now_s
-        await body.finish()
+        await body.finish()  # not part of the answer's time
 
 
 def error_class(error: ClientError) -> str:
-    """The class that errors are counted by: the HTTP status, or the fate of the connection."""
+    """The class under which an error is counted: its HTTP status, or the ClientError's code."""
     return f"http_{error.status}" if error.status is not None else error.code or "failed"
 
 
@@ -209,9 +212,9 @@ def _note(chunk: ResponseBody, record: RequestRecord, now_s: float) -> None:
 
 
 def _has_token(choice: Choice) -> bool:
-    """Whether a chunk has a token.
+    """Whether a choice of a chunk has a token.
 
-    A token with an incomplete character has an empty text, and so has a chunk that only ends.
+    An empty text is a token (an incomplete character), unless the chunk has a finish reason.
     """
     if choice.content is None or choice.is_opening:
         return False
@@ -225,9 +228,9 @@ SendRequest = Callable[
 
 @dataclass(slots=True)
 class LoadDriver:
-    """Drives one load. Cancelling `stop` ends the sending; open requests finish.
+    """Sends the requests of one load on time. Cancelling `stop` ends sending; open requests finish.
 
-    Each request adds a record to `records` when it ends, and `report` is called with the record.
+    When a request ends, its record is added to `records`, and `report` is called with it.
     """
 
     send: SendRequest
@@ -241,17 +244,18 @@ class LoadDriver:
     async def closed(
         self, arrivals: Iterator[PlannedRequest], concurrency: int, until_s: float = float("inf")
     ) -> None:
-        """A closed loop: `concurrency` requests at a time, until `until_s` or the last request."""
-        numbered = enumerate(arrivals)
+        """Run a closed loop: keep `concurrency` requests open, until `until_s` or the last one."""
+        numbered = enumerate(arrivals)  # shared by the workers, so that each request is sent once
         async with trio.open_nursery() as nursery:
             for _ in range(concurrency):
                 nursery.start_soon(self._worker, numbered, until_s)
 
     async def open(self, arrivals: Iterator[PlannedRequest]) -> None:
-        """An open loop: each request at its time, even if a slow server has many open requests."""
+        """Run an open loop: send each request at its time, however many requests are open."""
         async with trio.open_nursery() as nursery:
             with self.stop:
                 for number, arrival in enumerate(arrivals):
+                    # A late request is sent at once: its lag shows that the client was too slow.
                     await trio.sleep(max(0.0, arrival.at_s - self.now_s()))
                     nursery.start_soon(self._one, number, arrival, arrival.at_s)
 

@@ -1,4 +1,4 @@
-"""Plots of the latencies of a load. Needs the extra `plot`: nothing else imports this module."""
+"""Plots the latencies of a load. Needs the extra `plot`, so this module is imported on demand."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def plot_cdf(path: Path, records: Sequence[RequestRecord], objective: Objective 
 
     `path` names a file whose suffix matplotlib knows. Raises OSError that names the file.
     """
-    served = [record for record in records if record.is_ok]
+    served = [record for record in records if record.is_ok]  # as in the summary
     wanted = objective or Objective()
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     ttft, itl, e2e = figure.subplots(1, 3, sharey=True)
@@ -32,7 +32,7 @@ def plot_cdf(path: Path, records: Sequence[RequestRecord], objective: Objective 
 
 
 def _curve(axes: Axes, title: str, values: Iterable[float | None], bound_s: float | None) -> None:
-    """Draw one distribution in ms, with a dashed line at the objective."""
+    """Draw one cumulative distribution in ms, with a dashed line at the objective's bound."""
     ordered_ms = sorted(value * 1e3 for value in values if value is not None)
     shares = [rank / len(ordered_ms) for rank in range(1, len(ordered_ms) + 1)]
     axes.step(ordered_ms, shares, where="post")

@@ -1,4 +1,4 @@
-"""The results of a load: the summary of its records, and its output as table, JSON and CSV."""
+"""Summarises the records of a load, and writes the results as table, JSON and CSV."""
 
 import csv
 from collections import Counter
@@ -14,7 +14,7 @@ from rich.table import Table
 from sagellm.errors import naming_file
 from sagellm.load import RequestRecord
 
-# Of one core. Above this share the client may be measured, instead of the server.
+# Share of one core. A client above it may be the bottleneck that is measured, not the server.
 SATURATED_CPU_RATIO = 0.8
 
 
@@ -30,13 +30,13 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Objective(msgspec.Struct, frozen=True):
-    """The bounds of a good request: TTFT, and the mean time of later tokens (TPOT) as `itl_s`."""
+    """The bounds of a good request, in seconds; None is no bound. `itl_s` bounds TPOT, not ITLs."""
 
     ttft_s: float | None = None
     itl_s: float | None = None
 
     def holds(self, record: RequestRecord) -> bool:
-        """Whether a request was served within the bounds. A single token has no TPOT to exceed."""
+        """Whether a request was served within the bounds. An answer without TPOT meets `itl_s`."""
         if not record.is_ok:
             return False
         ttft_s, tpot_s = record.ttft_s, record.tpot_s
@@ -45,7 +45,7 @@ class Objective(msgspec.Struct, frozen=True):
 
 
 class Goodput(msgspec.Struct, frozen=True):
-    """The requests that met the objective: their number, share of all, and rate."""
+    """The requests that met the objective: number, share of all requests, and rate per second."""
 
     objective: Objective
     num_good: int
@@ -54,7 +54,7 @@ class Goodput(msgspec.Struct, frozen=True):
 
 
 class ClientCost(msgspec.Struct, frozen=True):
-    """The cost of this client. The latencies of a client without idle time are its own."""
+    """The cost of the load generator itself. Latencies measured by a busy client are unreliable."""
 
     cpu_s: float
     cpu_ratio: float  # of one core
@@ -69,8 +69,8 @@ class ClientCost(msgspec.Struct, frozen=True):
 class Summary(msgspec.Struct, frozen=True):
     """The figures of one load. Rates are requests or tokens a second.
 
-    `offered` is the planned rate, None in a closed loop, which plans none. `sent` is the rate of
-    this client, `reached` the rate of served requests.
+    `offered_per_s`: the planned rate of requests; None in a closed loop. `sent_per_s`: the rate at
+    which this client sent them. `reached_per_s`: the rate of served requests.
     """
 
     elapsed_s: float
@@ -78,7 +78,7 @@ class Summary(msgspec.Struct, frozen=True):
     num_ok: int
     num_failed: int
     errors: dict[str, int]
-    num_refusals: int  # answers 429 and 503, also to retries
+    num_refusals: int  # responses 429 and 503, including those to retries
     num_retries: int
     offered_per_s: float | None
     sent_per_s: float
@@ -123,14 +123,14 @@ def summarise(
 ) -> Summary:
     """Summarise the records of a load.
 
-    Latencies count served requests only. Rates count the time from the first planned request to the
-    last end of one.
+    Latencies cover served requests only. Rates refer to the time between the first planned request
+    and the end of the last request.
     """
     served = [record for record in records if record.is_ok]
     start_s = min((record.planned_s for record in records), default=0.0)
     elapsed_s = max((record.ended_s for record in records), default=0.0) - start_s
     num_tokens = sum(record.num_tokens for record in served)
-    num_events = sum(record.num_events for record in records)
+    num_events = sum(record.num_events for record in records)  # failed requests cost CPU time too
     return Summary(
         elapsed_s=elapsed_s,
         num_sent=len(records),
@@ -164,7 +164,7 @@ def _latencies(served: Sequence[RequestRecord], records: Sequence[RequestRecord]
         "itl_s": spread(itl_s for record in served for itl_s in record.itl_s),
         "tpot_s": spread(record.tpot_s for record in served),
         "e2e_s": spread(record.e2e_s for record in served),
-        # The lag is a fact of this client: failed requests count too.
+        # The lag measures this client, not the server: failed requests count, too.
         "lag_s": spread(record.lag_s for record in records),
     }
 
@@ -177,7 +177,7 @@ def _goodput(records: Sequence[RequestRecord], objective: Objective, elapsed_s: 
 
 
 def _rate(times_s: Sequence[float]) -> float:
-    """Events a second: the number of gaps over the time from the first to the last event."""
+    """Events per second: the number of gaps between events, divided by their total time."""
     return _over(len(times_s) - 1, max(times_s) - min(times_s)) if times_s else 0.0
 
 
@@ -203,7 +203,7 @@ _COLUMNS = tuple(name for name in _RECORD_FIELDS if name != "itl_s")
 
 
 def record_row(record: RequestRecord) -> dict[str, Any]:
-    """One request as plain data, with its latencies."""
+    """A record as a dict of its fields and its latencies."""
     return {name: getattr(record, name) for name in _RECORD_FIELDS}
 
 
@@ -240,7 +240,7 @@ def show_report(console: Console, summary: Summary) -> None:
 
 
 def figure_rows(summary: Summary) -> Iterator[tuple[str, str]]:
-    """Label and value of each count and rate."""
+    """Label and value of each count and rate, as printed text."""
     yield "requests", f"{summary.num_ok} served, {summary.num_failed} failed{_errors(summary)}"
     if summary.num_refusals:
         yield "refusals", f"{summary.num_refusals}, {summary.num_retries} tried again"

@@ -1,4 +1,4 @@
-"""Workloads: lengths, arrival times and prompts of requests, also from published traces."""
+"""Workloads: lengths, arrival times and prompts of requests, generated or from a trace."""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,18 +12,19 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-BLOCK_LEN = 512  # tokens of one hash id in a Mooncake trace
+BLOCK_LEN = 512  # number of tokens that a hash id of a Mooncake trace stands for
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 class TraceError(ValueError):
-    """A trace that cannot be read; the message has the line and the cause."""
+    """The error for an unreadable trace. The message has the line and the cause."""
 
 
 class PlannedRequest(msgspec.Struct, frozen=True):
-    """One request: its time in seconds since the first request, and its lengths in tokens.
+    """The plan of one request: `at_s`, seconds after the first request, and lengths in tokens.
 
-    Two requests whose `block_ids` begin equally share a prefix of tokens.
+    Each of `block_ids` stands for BLOCK_LEN tokens of the prompt: requests whose first block ids
+    are equal share a prefix.
     """
 
     at_s: float
@@ -40,9 +41,9 @@ class _Mooncake(msgspec.Struct, frozen=True):
 
 
 def read_trace(path: Path) -> list[PlannedRequest]:
-    """Read a trace of Azure (CSV) or Mooncake (JSON lines); the first line shows the format.
+    """Read a trace of Azure (CSV) or Mooncake (JSON lines); the first line tells the format.
 
-    The requests are in order of time, and the first is at 0. Raises TraceError, OSError.
+    The requests are sorted by time, and the first has time 0. Raises TraceError, OSError.
     """
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         first = file.readline()
@@ -63,6 +64,7 @@ def _mooncake(lines: Iterable[str]) -> Iterator[PlannedRequest]:
             read = msgspec.json.decode(line, type=_Mooncake)
         except ValueError as error:
             raise TraceError(f"line {number}: {error}") from None
+        # An answer has at least one token: `max_tokens` 0 is no valid request.
         yield PlannedRequest(
             read.timestamp / 1e3, read.input_length, max(1, read.output_length), read.hash_ids
         )
@@ -85,7 +87,7 @@ def _azure(lines: Iterable[str]) -> Iterator[PlannedRequest]:
 
 
 def _utc(at: datetime) -> datetime:
-    """Read a time without a zone as UTC: in a local zone, some hours occur twice or never."""
+    """The time, in UTC if it has no zone. In a local zone, some hours occur twice or never."""
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
@@ -102,7 +104,7 @@ _WORDS = _TEXT.split()
 
 
 class Prompts:
-    """Makes the prompt of each request, from token ids below `vocab_size` or from words.
+    """Generates prompts from random token ids below `vocab_size`, or from random words.
 
     A word is one token, or slightly more, in most vocabularies.
     """
@@ -116,7 +118,7 @@ class Prompts:
         self._block = lru_cache(_CACHED_BLOCKS)(self._draw_block)
 
     def make(self, number: int, length: int, block_ids: Sequence[int] = ()) -> str | list[int]:
-        """The prompt of request `number`. Equal block ids give equal tokens."""
+        """The prompt of request `number`: `length` ids or words. Equal block ids repeat them."""
         items: list[int | str] = []
         for block_id in block_ids[: -(-length // BLOCK_LEN)]:
             items += self._block(block_id)
@@ -138,7 +140,7 @@ class Prompts:
 def closed_loop(
     input_len: int, output_len: int, spread: float, seed: int
 ) -> Iterator[PlannedRequest]:
-    """Endless requests for a closed loop, which sends each one after an earlier answer."""
+    """Endless requests with random lengths, for a closed loop. Their times are 0."""
     draw = Random(f"{seed}/lengths")
     for _ in count():
         yield PlannedRequest(0.0, _near(draw, input_len, spread), _near(draw, output_len, spread))
@@ -147,7 +149,7 @@ def closed_loop(
 def poisson(arrivals: Iterable[PlannedRequest], rate: float, seed: int) -> Iterator[PlannedRequest]:
     """The requests at the times of a Poisson process with `rate` requests a second.
 
-    The first request comes after a gap too: the times are exactly those of the process.
+    As in the process, the first request also comes after a random gap, not at 0.
     """
     draw, at_s = Random(f"{seed}/arrivals"), 0.0
     for arrival in arrivals:
@@ -162,7 +164,7 @@ def replay_trace(
     max_input_len: int | None = None,
     max_output_len: int | None = None,
 ) -> Iterator[PlannedRequest]:
-    """The requests of a trace at `speedup` times its speed, with clipped lengths."""
+    """The requests of a trace, `speedup` times as fast, with lengths clipped to the maxima."""
     for arrival in arrivals:
         yield PlannedRequest(
             arrival.at_s / speedup,
@@ -173,12 +175,12 @@ def replay_trace(
 
 
 def within(arrivals: Iterable[PlannedRequest], duration_s: float) -> Iterator[PlannedRequest]:
-    """The requests before `duration_s`."""
+    """The requests whose time is below `duration_s`."""
     return takewhile(lambda arrival: arrival.at_s < duration_s, arrivals)
 
 
 def _near(draw: Random, length: int, spread: float) -> int:
-    """A uniform draw from length * (1 +- spread), at least 1."""
+    """A uniform random length from length * (1 - spread) to length * (1 + spread), at least 1."""
     low, high = round(length * (1 - spread)), round(length * (1 + spread))
     return max(1, draw.randint(low, high))
 

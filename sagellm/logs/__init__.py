@@ -1,6 +1,6 @@
-"""Logs: on stderr, as text for people or as JSON lines. By default nothing is shown.
+"""Shows sagellm's logs on stderr, as text for people or as JSON lines. By default, none are shown.
 
-One event is one line. Control characters are escaped, secrets are removed, and a prompt is replaced
+An event is one line. Control characters are escaped, secrets are removed, and a prompt is replaced
 by its length and a keyed hash. Request ids come from structlog's context variables.
 """
 
@@ -22,7 +22,7 @@ from sagellm.logs.lines import LogWriter, Redactor, TextRenderer
 LogFormat: TypeAlias = Literal["text", "json"]
 
 _NUM_FRAMES = 12
-_VARIABLE = "SAGELLM_LOGS"  # tells a child process what to show: level:format
+_VARIABLE = "SAGELLM_LOGS"  # level:format, for child processes
 _OFF = "off"
 LEVELS = {
     "debug": logging.DEBUG,
@@ -35,7 +35,7 @@ LEVELS = {
 class _Stderr:
     """Writes to the current `sys.stderr`, which may be redirected between two lines.
 
-    A write that fails (a full disk, a closed pipe) loses its line and raises nothing.
+    If a write fails (a full disk, a closed pipe), the line is lost, and no error is raised.
     """
 
     def write(self, text: str) -> int:
@@ -49,7 +49,7 @@ class _Stderr:
 
 
 class _LogHandler(logging.StreamHandler[Any]):
-    """The handler of sagellm; `form` is the format of its lines."""
+    """The log handler of sagellm. `form`: the format of its lines."""
 
     form: LogFormat
 
@@ -58,17 +58,17 @@ WRITERS: list[LogWriter] = []  # at most one in a process
 
 
 def log(level: str = "info", *, format: str | None = None) -> None:
-    """Show sagellm's logs of this process on stderr, from this level up.
+    """Show sagellm's logs of this process on stderr, at `level` and above.
 
-    `level`: "debug", "info", "warning", "error", or "off", which is the state at the start.
-    `format`: "text" or "json"; the default is text on a terminal and JSON elsewhere. The logging
-    and structlog set-up of the application stay unchanged. Raises ValueError for another level or
-    format.
+    `level`: "debug", "info", "warning", "error", or "off", which is the initial state. `format`:
+    "text" or "json"; the default is text on a terminal, and otherwise JSON. The application's own
+    set-up of logging and structlog stays unchanged. Raises ValueError for another level or format.
     """
     _check(level, (*LEVELS, _OFF), "level")
     if format is not None:
         _check(format, ("text", "json"), "format")
     ours = logging.getLogger(ROOT)
+    # Over a copy, since the loop removes handlers.
     for handler in [each for each in ours.handlers if isinstance(each, _LogHandler)]:
         ours.removeHandler(handler)
     ours.propagate = level == _OFF  # else an application's root handler would show each line again
@@ -81,7 +81,7 @@ def log(level: str = "info", *, format: str | None = None) -> None:
 
 @contextmanager
 def command_logs() -> Iterator[None]:
-    """Show warnings on stderr during the block, for a command of sagellm."""
+    """Show warnings on stderr during the block: the logs of a command by default."""
     log("warning")
     try:
         yield
@@ -90,7 +90,7 @@ def command_logs() -> Iterator[None]:
 
 
 def choose_format(asked: str | None) -> LogFormat:
-    """The format that was asked for; by default text on a terminal and JSON elsewhere."""
+    """The format `asked`; for None, text if stderr is a terminal, and otherwise JSON."""
     if asked is None:
         return "text" if is_terminal() else "json"
     return "text" if asked == "text" else "json"
@@ -105,7 +105,7 @@ def is_terminal() -> bool:
 
 
 def current_logs() -> tuple[str, LogFormat] | None:
-    """The level and the format of sagellm's logs; None if they are not shown."""
+    """The level and the format of sagellm's logs; None if logs are off."""
     ours = logging.getLogger(ROOT)
     for handler in (*logging.root.handlers, *ours.handlers):
         if isinstance(handler, _LogHandler):
@@ -115,16 +115,16 @@ def current_logs() -> tuple[str, LogFormat] | None:
 
 
 def logs_environment() -> Mapping[str, str]:
-    """Environment variables that give a child process the log settings of this one.
+    """Environment variables with the log settings of this process, for a child process.
 
-    The child applies them by `child_logs`.
+    The child applies the settings by `child_logs`.
     """
     return {_VARIABLE: ":".join(current_logs() or (_OFF, ""))}
 
 
 @contextmanager
 def child_logs() -> Iterator[None]:
-    """Show logs during the block with the settings of the parent process."""
+    """Show logs during the block, with the settings of the parent process."""
     level, _, form = os.environ.get(_VARIABLE, "warning").partition(":")
     with process_logs(LEVELS.get(level, logging.CRITICAL), form=form or None):
         yield
@@ -139,15 +139,15 @@ def num_dropped_lines() -> int:
 def process_logs(
     level: int, *, key: bytes = b"", known: Iterable[str] = (), form: str | None = None
 ) -> Iterator[None]:
-    """Show all logs of this process during the block, those of libraries included.
+    """Show all logs of this process during the block, including those of libraries.
 
-    Only for programs of sagellm: the set-up of structlog and of `logging` is replaced, and restored
-    at the end. `key` keys the hashes of prompts. `known` are secrets to remove from every line.
-    `form` is "text" or "json": see `choose_format`.
+    Only for programs of sagellm: replaces the set-up of structlog and of `logging`, and restores it
+    at the end. `key`: the key for hashes of prompts. `known`: secrets to remove from every line.
+    `form`: see `choose_format`.
 
-    The text of an exception may contain anything, so it is logged at level debug only; the event
-    `operator_failed` has the text of an error in the user's own code as a field. A thread writes
-    the lines, so that logging never blocks.
+    A thread writes the lines, so that logging never blocks. The text of an exception may contain a
+    user's content, so it is logged at level debug only. The exception is event `operator_failed`:
+    it has a field with the text of an error in the user's own code.
     """
     redactor, before = Redactor(key, known), structlog.get_config()
     explain = structlog.processors.format_exc_info if level <= logging.DEBUG else without_error_text
@@ -173,7 +173,9 @@ def process_logs(
 
 
 def without_error_text(_: object, __: str, line: EventDict) -> EventDict:
-    """Replace an exception by its type and the places of its traceback, innermost last."""
+    """A structlog processor that replaces an exception by the places of its traceback (innermost
+    last) and its type.
+    """
     found = line.pop("exc_info", None)
     error = sys.exc_info()[1] if found is True else found[1] if isinstance(found, tuple) else found
     if isinstance(error, BaseException):
@@ -184,7 +186,7 @@ def without_error_text(_: object, __: str, line: EventDict) -> EventDict:
 
 
 def _handler(redactor: Redactor, sink: Any, explain: Processor, form: LogFormat) -> _LogHandler:
-    """A handler that writes records of sagellm and of libraries as lines."""
+    """A handler that writes each record of sagellm or a library as a line to `sink`."""
     handler = _LogHandler(sink)
     handler.form = form
     handler.setFormatter(
@@ -200,7 +202,7 @@ def _handler(redactor: Redactor, sink: Any, explain: Processor, form: LogFormat)
 
 
 def _unpacked(logger: WrappedLogger, name: str, line: EventDict) -> EventDict:
-    """The fields of a record: those of an event of sagellm, or a library's `extra`."""
+    """Add the fields of a record: those of sagellm's event, or the `extra` of a library."""
     record: logging.LogRecord = line["_record"]
     if isinstance(record.msg, LogEvent):
         return {**line, **record.msg.fields, "event": record.msg.name}
@@ -217,7 +219,7 @@ def _renderer(form: LogFormat) -> Processor:
 
 
 def _dropped_line(form: LogFormat) -> Callable[[int], str]:
-    """A function that makes the line with the number of dropped lines."""
+    """A function: number of dropped lines -> the log line that reports this number."""
 
     def line(num: int) -> str:
         fields: EventDict = {"event": "logs_dropped", "num": num}
@@ -228,7 +230,7 @@ def _dropped_line(form: LogFormat) -> Callable[[int], str]:
 
 
 def _stamper(form: LogFormat) -> Processor:
-    """Time stamps: UTC in JSON, local time in text for people."""
+    """The processor that adds the time: UTC in JSON, local time in text."""
     if form == "json":
         return structlog.processors.TimeStamper(fmt="iso")
     return structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%S.%f", utc=False)
@@ -236,7 +238,7 @@ def _stamper(form: LogFormat) -> Processor:
 
 @contextmanager
 def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
-    """Replace the handlers and levels of all loggers by one handler and one level."""
+    """Send the records of all loggers to `handler`, at `level` and above, during the block."""
     before = [
         (each, each.handlers[:], each.propagate, each.level, each.disabled) for each in _loggers()
     ]
@@ -254,7 +256,7 @@ def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
 
 
 def _common(redactor: Redactor, explain: Processor, form: LogFormat) -> list[Any]:
-    """The processors of all lines. `explain` comes before the redactor, which must see its text."""
+    """The processors of every line. `explain` precedes the redactor, which must clean its text."""
     return [structlog.processors.add_log_level, _stamper(form), explain, redactor]
 
 

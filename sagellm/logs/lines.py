@@ -1,4 +1,4 @@
-"""One log line: redacted, shown as text for people, and written by a thread."""
+"""Redacts log lines, renders them as text, and writes them in a thread."""
 
 import os
 import re
@@ -24,7 +24,7 @@ _SECRET_TEXTS = re.compile(
     r"|(?<![A-Za-z0-9])(?:sk|pk|hf|ghp|xoxb)[-_][A-Za-z0-9_-]{8,}"
     r"|(?i:((?:api|admin)[-_]?key|token|password)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
 )
-# Fields with content of users. Their values are never logged, at any level.
+# Fields with users' content. Their values are not logged at any level.
 _CONTENT_NAMES = frozenset(
     {"prompt", "prompts", "messages", "content", "text", "input", "inputs", "completion", "output",
      "body", "stop", "token_ids", "prompt_token_ids", "emitted_token_ids", "emitted_text"}
@@ -32,14 +32,15 @@ _CONTENT_NAMES = frozenset(
 
 
 class Redactor:
-    """A structlog processor that removes secrets and content. `known` are secrets to remove.
+    """A structlog processor that removes secrets and users' content. `known`: secrets to remove.
 
-    `key` keys the hashes of prompts: equal prompts of one server have equal hashes, and the hash
-    tells nothing about a prompt without the key. The default is a random key.
+    `key`: the key for hashes of prompts, random by default. Under one key, equal prompts have equal
+    hashes; without the key, a hash reveals nothing about its prompt.
     """
 
     def __init__(self, key: bytes = b"", known: Iterable[str] = ()) -> None:
-        self._key = key[:64] or secrets.token_bytes(32)
+        self._key = key[:64] or secrets.token_bytes(32)  # 64 bytes is blake2b's limit
+        # One secret may contain another: the longest must match first.
         longest_first = sorted((text for text in known if text), key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -51,14 +52,14 @@ class Redactor:
         return line
 
     def describe(self, content: object) -> dict[str, object]:
-        """The loggable facts of a prompt: its length and a keyed hash."""
+        """The length and a keyed hash of a prompt, which are logged instead of the prompt."""
         text = content if isinstance(content, str) else repr(content)
         digest = blake2b(text.encode(errors="surrogatepass"), key=self._key, digest_size=8)
         size = len(content) if isinstance(content, str | list | tuple | dict) else len(text)
         return {"len": size, "hash": digest.hexdigest()}
 
     def clean(self, value: Any, name: str = "", depth: int = 0) -> Any:
-        """The value in its loggable form; `name` is the field, which decides about redaction."""
+        """The value without secrets and content. `name`: its field, whose name may mark it."""
         if value is None or isinstance(value, bool | int | float):
             return REDACTED if value and _SECRET_NAMES.search(name) else value
         if _SECRET_NAMES.search(name):
@@ -72,7 +73,7 @@ class Redactor:
         return self.text(value if isinstance(value, str) else repr(value))
 
     def text(self, text: str) -> str:
-        """The text without known secrets and without strings that look like secrets."""
+        """The text with known secrets, and strings that look like secrets, replaced."""
         return _SECRET_TEXTS.sub(_redact_value, self._known.sub(REDACTED, text))
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
@@ -103,10 +104,10 @@ _CLOCK = slice(11, 23)  # hours to milliseconds in an ISO time
 
 
 class TextRenderer:
-    """A structlog renderer: time, level, event and fields, aligned, one line for each event.
+    """A structlog renderer: one line for each event, with time, level, event and fields in columns.
 
-    Control characters and bidirectional marks are escaped: no value can begin a line, or look like
-    another field.
+    Control characters and bidirectional marks are escaped, so that no value can begin a new line or
+    look like another field.
     """
 
     def __init__(self, *, has_colours: bool) -> None:
@@ -129,7 +130,7 @@ class TextRenderer:
             yield f"{self._painted(escaped(name), _CYAN)}={_shown(line[name])}"
 
     def _call(self, line: Mapping[str, Any]) -> Iterator[str]:
-        """The columns of an HTTP call, and after them its other fields."""
+        """The columns of an HTTP call, followed by its other fields."""
         rest = dict(line)
         rest.pop("route", None)  # the column of the path contains it
         status = rest.pop("status", 0)
@@ -143,7 +144,7 @@ class TextRenderer:
 
 
 def escaped(text: str) -> str:
-    """The text on one line, without control characters for a terminal."""
+    """The text on one line, with control characters escaped."""
     if text.isprintable():
         return text
     return "".join(
@@ -152,7 +153,7 @@ def escaped(text: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """The value; in quotation marks if it is empty or contains a blank or `=`."""
+    """The value as text, in quotation marks if it is empty or contains a blank or `=`."""
     text = escaped(str(value)).replace('"', r"\"")
     return f'"{text}"' if not text or " " in text or "=" in text else text
 
@@ -211,7 +212,7 @@ _COLUMNS: tuple[tuple[Callable[[dict[str, Any]], str], int], ...] = (
 )
 
 
-_MOST_BYTES = 1 << 20  # of queued lines
+_MOST_BYTES = 1 << 20  # limit of queued lines; more are dropped
 _ERASE = b"\r\x1b[2K"
 _CLOSE_S = 1.0  # for writing queued lines at the end
 
@@ -221,14 +222,14 @@ def _dropped(num: int) -> str:
 
 
 class LogWriter:
-    """Writes lines to stderr in a thread, so that logging never waits for a reader.
+    """Writes lines to stderr in a thread, so that logging never waits for a slow reader of stderr.
 
-    A line that does not fit in the queue or cannot be written (a full disk) is dropped and counted.
-    The next line that is written precedes a line with the number of dropped lines.
+    A line is dropped and counted if the queue is full or the line cannot be written (a full disk).
+    After the next successful write, a further line reports the number of dropped lines.
     """
 
     def __init__(self, dropped: Callable[[int], str] = _dropped) -> None:
-        """`dropped` makes the line with the number of dropped lines."""
+        """`dropped`: number of dropped lines -> the line that reports this number."""
         self.num_dropped = 0
         self.takes_line = False  # True: erase the terminal's line, where a progress bar may be
         self._dropped = dropped
@@ -255,7 +256,7 @@ class LogWriter:
         """Do nothing: the thread writes each line as soon as it can."""
 
     def close(self) -> None:
-        """Write queued lines for one second at most, and accept no more."""
+        """Accept no more lines, and wait up to _CLOSE_S until the queued lines are written."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -279,10 +280,10 @@ class LogWriter:
 
 
 def write_line(line: bytes) -> bool:
-    """Write a line to stderr; returns whether all of it was written.
+    """Write a line to stderr, and return whether the whole line was written. Raises nothing.
 
-    Writes to the descriptor, if there is one: a buffered stream has a lock, and a blocked write
-    would hold it while other code prints.
+    Writes to the descriptor of stderr, if it has one: a blocked write to the buffered stream would
+    hold the stream's lock, and so block every other `print`.
     """
     try:
         descriptor = sys.stderr.fileno()

@@ -1,1 +1,1 @@
-"""From a graph's name to an open session: its file, options, checks, engines and workers."""
+"""Opens a graph: finds its file, sets options, checks it, starts its engines or workers."""

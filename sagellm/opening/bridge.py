@@ -1,4 +1,4 @@
-"""The bridge from asyncio and plain threads to a session: trio runs in a thread of its own."""
+"""The bridge from asyncio and plain threads to a session that runs in a separate trio thread."""
 
 import asyncio
 import atexit
@@ -24,7 +24,7 @@ _ASYNC = "`async with graph.open()`, whose session is awaited"
 
 
 class _StreamEnd:
-    """The marker after the last item of a stream, with the error that ended the stream, if any."""
+    """The last item of a stream's queue. `error` is the error that ended the stream, if any."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
@@ -47,22 +47,22 @@ class _SessionThread:
                 self._open()
             )
             self.session = stack.enter_context(manager)
-            self._stack = stack.pop_all()  # an error before this line closes the portal too
+            self._stack = stack.pop_all()  # an error before this line also closes the portal
         self._is_open = True
-        # A program may end without closing: C threads that still run would abort the interpreter.
+        # C threads that run at the interpreter's exit would abort it, if the program never closes.
         atexit.register(self.close)
 
     def close(self) -> None:
         atexit.unregister(self.close)
-        self._is_open = False
+        self._is_open = False  # first: later calls must fail, not wait for a thread that ends
         self._stack.close()
 
     def start(
         self, put: Callable[[Any], None], prompt: Prompt, fields: dict[str, Any]
     ) -> "Future[None]":
-        """Stream one request into `put`. The trio thread calls `put`, which must not block.
+        """Stream one request into `put`, which the trio thread calls and which must not block.
 
-        A `_StreamEnd` follows the last item. Cancelling the future cancels the request.
+        The last item is a `_StreamEnd`. Cancelling the future cancels the request.
         """
 
         async def pump() -> None:
@@ -72,6 +72,7 @@ class _SessionThread:
 
         self._check_open()
         future = self.portal.start_task_soon(pump)
+        # Not in `pump`: a future that is cancelled early never runs it, but the reader must end.
         future.add_done_callback(lambda done: put(_StreamEnd(_error_of(done))))
         return future
 
@@ -83,12 +84,12 @@ class _SessionThread:
         return self.portal.start_task_soon(run)
 
     def ask(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function in the trio thread that returns at once."""
+        """Call a function in the trio thread, and return its result. It must not block."""
         self._check_open()
         return self.portal.call(function, *args)
 
     def _check_open(self) -> None:
-        """Raise RequestError if the graph is closed, as a session inside trio does."""
+        """Raise RequestError if the graph is closed: the error of a session inside trio."""
         if not self._is_open:
             raise RequestError(str(ExecutorStopped()))
 
@@ -98,7 +99,7 @@ def _error_of(done: "Future[None]") -> BaseException | None:
 
 
 class _BridgedStream(Generic[T]):
-    """The parts that both kinds of stream share: the end of a stream, and its cancellation."""
+    """The base of both kinds of stream: detects the end, and cancels the request."""
 
     _future: "Future[None] | None" = None
     _is_over = False
@@ -119,9 +120,9 @@ class _BridgedStream(Generic[T]):
     __aenter__="a stream of a blocking session is entered with `with`",
 )
 class BlockingStream(_BridgedStream[Output]):
-    """The tokens of one request, for a plain thread.
+    """The outputs of one request, for a plain thread: an iterator and a context manager.
 
-    An iterator and a context manager; leaving the block cancels the request.
+    Leaving the `with` block cancels the request.
     """
 
     def __init__(self, thread: _SessionThread, prompt: Prompt, fields: dict[str, Any]) -> None:
@@ -152,7 +153,7 @@ class BlockingStream(_BridgedStream[Output]):
 class BlockingSession:
     """An open graph for plain threads; any number of threads may use it at once.
 
-    Methods that block raise UsageError in a thread that runs a trio or asyncio loop.
+    Blocking methods raise UsageError if they are called in a trio or asyncio loop.
     """
 
     def __init__(self, thread: _SessionThread) -> None:
@@ -170,7 +171,7 @@ class BlockingSession:
         return self._wait("generate_all", self._thread.session.generate_all, prompt, **fields)
 
     def idle(self) -> None:
-        """Block until every request has ended."""
+        """Block the thread until every request has ended."""
         self._wait("idle", self._thread.session.idle)
 
     def cancel(self, request_id: str) -> bool:
@@ -202,7 +203,7 @@ class BlockingSession:
     __await__="a stream is not awaited: read it with `async for`, or await session.generate(...)",
 )
 class AsyncioStream(_BridgedStream[Output]):
-    """The tokens of one request, for an asyncio task."""
+    """The outputs of one request, for an asyncio task."""
 
     def __init__(self, thread: _SessionThread, prompt: Prompt, fields: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
@@ -261,7 +262,7 @@ class AsyncioSession:
         await asyncio.wrap_future(self._thread.call(self._thread.session.idle))
 
     def cancel(self, request_id: str) -> None:
-        """Cancel a request. Returns at once, and so without a result."""
+        """Cancel a request. Returns before the cancellation, so an unknown id is not reported."""
         self._thread.portal.start_task_soon(self._thread.session.cancel, request_id)
 
     @property
@@ -280,7 +281,7 @@ class AsyncioSession:
 
 
 class Bridge:
-    """Opens and closes a session in a trio thread, for callers outside trio."""
+    """Opens and closes a session in a trio thread, for code outside trio."""
 
     def __init__(self, open_session: OpenSession) -> None:
         self._thread = _SessionThread(open_session)

@@ -1,4 +1,4 @@
-"""Checks a graph against this machine and the configs of its models, without reading weights."""
+"""Checks a graph against this machine and its models' configs. Reads no weights."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -44,22 +44,25 @@ def check_graph(
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
 ) -> Graph:
-    """Check a graph, and return it with its overrides. Raises as `checked_graph` does."""
+    """Check a graph, and return it with its overrides. Raises the errors of `checked_graph`."""
     return checked_graph(document, resolver, functions, overrides, model).graph
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedGraph:
-    """A graph with its overrides and without mistakes, and the pool sizes of its engines."""
+    """A graph that passed the checks, with its overrides.
+
+    `sizes`: for each engine, the options that follow from the size of the memory.
+    """
 
     graph: Graph
     sizes: Mapping[str, Mapping[str, int]]
 
     @property
     def sized(self) -> Graph:
-        """The graph with the sizes set that depend on free memory.
+        """The graph with `sizes` set as options of its engines.
 
-        Memory is measured once, so that engines open with the sizes that the check has seen.
+        The engines then open with the sizes that were checked: memory is measured only once.
         """
         graph = self.graph
         for name, options in self.sizes.items():
@@ -77,8 +80,8 @@ def checked_graph(
     """Check a graph with its overrides. Raises GraphError with every mistake found.
 
     `functions` None skips the check of function names: functions may be registered later. The check
-    imports no module of `imports`. Models are looked up, and downloaded if necessary, only if the
-    graph is right without them. Warnings about model folders are logged.
+    imports no module of `imports`. Models are looked up, and downloaded if necessary, only after
+    the graph itself has no mistakes. Warnings about model folders are logged.
     """
     graph = override(document.graph, overrides or {}, model)
     facts = Facts(
@@ -95,7 +98,7 @@ def checked_graph(
     _load_operators(document, graph, resolver)
     graph = with_outlet_names(graph, resolver.vocabulary)
     found = check(graph, resolver.vocabulary, facts)
-    if not found:  # describing an engine may download its model: only for a graph that is right
+    if not found:  # describing an engine may download its model, so wrong graphs end here
         given = _given_models(graph, overrides or {}, model)
         looked = {
             name: _describe_or_diagnose(name, graph, given.get(name, "")) for name in graph.engines
@@ -104,7 +107,7 @@ def checked_graph(
         mistaken = [one for one in looked.values() if isinstance(one, Diagnostic)]
         found = tuple(dict.fromkeys(mistaken))  # engines of one model report one mistake once
         views = {name: engine.view for name, engine in engines.items()}
-        # The same check again, with the facts of the engines: sizes, roles, KV layouts.
+        # Repeat the check with the facts of the engines: sizes, roles, KV layouts.
         found += check(graph, resolver.vocabulary, replace(facts, engines=views))
         found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
@@ -120,15 +123,15 @@ def checked_graph(
 
 
 def _as_given(found: Iterable[Diagnostic], overrides: Mapping[str, Any]) -> list[Diagnostic]:
-    """The mistakes, with the override instead of a place in the file where an override is wrong."""
+    """The mistakes; one in an override has the override as its place, not a place in the file."""
     return [replace(one, path=_path_as_given(one, overrides)) for one in found]
 
 
 def _path_as_given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
-    """The path of a mistake in the graph, or the command line option that contains the mistake."""
+    """The path of a mistake: in the graph, or the command line option with the wrong override."""
     kind, *names = found.path if found.path[:1] in _NAMED else (None, *found.path)
     target = ".".join(str(name) for name in names[:2])
-    if kind == "engines" and len(names) == 1:  # two options of the engine contradict each other
+    if kind == "engines" and len(names) == 1:  # options of the engine contradict: name one given
         named = (one for one in overrides if one.startswith(f"{target}."))
         target = next((one for one in named if one.partition(".")[2] in found.message), "")
     if target not in overrides:
@@ -139,8 +142,10 @@ def _path_as_given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
 
 
 class _RegistryNames(Collection[str]):
-    """The names of a registry and one more. Entry points of packages are read only for a name that
-    is not built in.
+    """The names of a registry, and the name `more`.
+
+    A set of names would read the entry points of all packages at once. A lookup here reads them
+    only for a name that is not built in.
     """
 
     def __init__(self, known: Collection[str], more: str) -> None:
@@ -157,11 +162,11 @@ class _RegistryNames(Collection[str]):
 
 
 def _load_operators(document: Document, graph: Graph, resolver: Resolver) -> None:
-    """Load the operators of a graph. Raises GraphError for each operator that fails to load."""
+    """Load the operators of a graph. Raises a GraphError that names all that fail to load."""
     found = []
     for node in graph.nodes:
         try:
-            resolver.vocabulary.get(node.op)
+            resolver.vocabulary.get(node.op)  # imports the op's entry point
         except BrokenEntryPoint as error:
             path = ("operators", node.name, "op", VALUE)
             hint = "fix or remove that package"
@@ -171,7 +176,7 @@ def _load_operators(document: Document, graph: Graph, resolver: Resolver) -> Non
 
 
 def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Options of the executor that contradict each other."""
+    """A diagnostic for each option of the executor that contradicts another one."""
     options = processes_options(graph)
     return tuple(
         Diagnostic("bad-options", ("executor", option), f"{option}: {message}", hint)
@@ -180,7 +185,7 @@ def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
 
 
 def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Engines of a kind that worker processes do not know: workers import no code of the user."""
+    """Diagnostics for kinds that only this process knows: workers import no code of the user."""
     if processes_options(graph) is None:
         return ()
     kinds = {name: engine_kind(values) for name, values in graph.engines.items()}
@@ -198,7 +203,7 @@ def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
 
 
 def _backends_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Engines whose device no worker process has: workers import no code of the user."""
+    """Diagnostics for backends that only this process knows: workers import no user's code."""
     if processes_options(graph) is None:
         return ()
     devices = {
@@ -222,7 +227,7 @@ def _backends_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
 def _families_of_this_process(
     graph: Graph, engines: Mapping[str, EngineDescription]
 ) -> tuple[Diagnostic, ...]:
-    """Engines whose model family no worker process has: workers import no code of the user."""
+    """Diagnostics for model families that only this process knows: workers run no user code."""
     if processes_options(graph) is None:
         return ()
     folders = {name: engine.folder for name, engine in engines.items() if engine.folder is not None}
@@ -244,7 +249,7 @@ def _families_of_this_process(
 
 
 class _AnyFunction(dict[str, Callable[..., Any]]):
-    """A stand-in for functions that will be registered later: it has every name."""
+    """A mapping that has a function under every name, for functions that are registered later."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -256,7 +261,7 @@ class _AnyFunction(dict[str, Callable[..., Any]]):
 def _unbuildable(
     graph: Graph, resolver: Resolver, functions: Mapping[str, Callable[..., Any]] | None
 ) -> tuple[Diagnostic, ...]:
-    """Options that contradict each other. Only building every operator finds these mistakes."""
+    """Diagnostics for contradictory options of operators, which only building them finds."""
     replicas = dict.fromkeys(graph.names, 1)
     known = _AnyFunction() if functions is None else functions
     try:
@@ -275,7 +280,7 @@ def log_warnings(warnings: Iterable[FolderWarning]) -> None:
 def _mixed_tokenizers(
     graph: Graph, engines: Mapping[str, EngineDescription]
 ) -> tuple[Diagnostic, ...]:
-    """Engines of one model whose tokenizers differ: token ids would mean different text."""
+    """Diagnostics for engines of one model whose tokenizers give a text different token ids."""
     found = (_mixed(served, engines) for served in served_models(graph))
     return tuple(one for one in found if one is not None)
 
@@ -302,7 +307,7 @@ def _tokenizer_hash(engine: EngineDescription) -> str:
 
 
 def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None) -> dict[str, str]:
-    """Engine -> the command line option that chose its model, if one did."""
+    """Engine name -> command line option, for each engine whose model such an option chose."""
     given = {} if model is None else dict.fromkeys(graph.engines, f"--model {model}")
     named = {name: f"{name}.model" for name in graph.engines}
     return given | {
@@ -313,9 +318,9 @@ def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None)
 
 
 def _describe_or_diagnose(name: str, graph: Graph, given: str) -> EngineDescription | Diagnostic:
-    """The description of an engine, or the diagnostic of an engine that cannot open.
+    """The description of an engine, or a diagnostic if the engine cannot open.
 
-    `given` is the command line option that chose the model, or empty.
+    `given`: the command line option that chose the model; empty if the graph chose it.
     """
     try:
         return describe_engine(graph, name)
@@ -328,6 +333,6 @@ def _describe_or_diagnose(name: str, graph: Graph, given: str) -> EngineDescript
 
 
 def _bad_model(name: str, given: str, cause: str, fix: str) -> Diagnostic:
-    if given:
+    if given:  # the model in the file does not matter: name the option instead
         return Diagnostic("bad-engine", (given,), cause, fix or None)
     return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {cause}", fix or None)

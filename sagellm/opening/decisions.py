@@ -1,6 +1,7 @@
-"""The log of a graph's decisions: written while the graph runs, and replayed later.
+"""The decision log of a graph: written while the graph runs, and replayed later.
 
-A replay gives the logged events to a fresh core and compares the effects: see `docs/operations.md`.
+A replay gives the logged events to a new core and compares its effects with the logged effects: see
+`docs/operations.md`.
 """
 
 import math
@@ -39,7 +40,7 @@ MAX_DECISION_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class DecisionFile:
-    """The file of a graph's decisions, and its largest size.
+    """The file of a decision log, which ends at `max_bytes`.
 
     The file contains prompts, so only its owner may read it.
     """
@@ -54,8 +55,8 @@ def recording(
 ) -> Iterator[RecordDecision | None]:
     """Open the log, and yield the function that an executor calls with each event.
 
-    Yields None without a file. A full disk ends the log, but never the graph. Raises OSError for a
-    file that cannot be opened. The file is closed at the end of the block.
+    Yields None if `decisions` is None. A full disk ends the log, but not the graph. Raises OSError
+    for a file that cannot be opened. Leaving the block closes the file.
     """
     if decisions is None:
         yield None
@@ -66,7 +67,7 @@ def recording(
         seed=plan.seed,
         max_hold_s=None if math.isinf(max_hold_s) else max_hold_s,
         facts=dict(plan.facts),
-        # The key of prefix hashes: a replay of routers that read the cache must repeat the hashes.
+        # Routers that read the cache compare prefix hashes: a replay needs the same hash key.
         block_key=plan.block_key if any(map(plan.reads_cache, plan.engines)) else b"",
     )
     with open(decisions.path, "wb", opener=_open_private) as file:
@@ -85,7 +86,7 @@ class _Recorder:
         try:
             self._writer.record(now, event, effects)
         except OSError as error:
-            # One failure ends the log: a replay stops making sense after a missing event.
+            # One failure ends the log: after a missing event, a replay is meaningless.
             self._writer.is_full = True
             log.warning("decisions_not_written", file=self._path, error=str(error))
         else:
@@ -96,13 +97,13 @@ class _Recorder:
 def _open_private(path: str, flags: int) -> int:
     """Open a file that only its owner may read, even if the file existed with other rights."""
     descriptor = os.open(path, flags, 0o600)
-    os.fchmod(descriptor, 0o600)
+    os.fchmod(descriptor, 0o600)  # the mode of `open` has no effect on an existing file
     return descriptor
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayDifference:
-    """The first event whose effects differ. `number` counts from 1."""
+    """The first event whose replayed effects differ from the logged ones. `number` begins at 1."""
 
     number: int
     now_s: float
@@ -113,7 +114,7 @@ class ReplayDifference:
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """The result of a replay. `is_cut`: the log ends before the graph ended."""
+    """The result of a replay. `is_cut`: whether the log ends before its graph ended."""
 
     num_events: int
     num_effects: int
@@ -129,8 +130,8 @@ def replay(
 ) -> ReplayResult:
     """Replay a log up to the first difference. `overrides` change options of the logged graph.
 
-    Raises OSError, LogError for a file that is no log, and GraphError for overrides that do not fit
-    and for functions that are not registered.
+    Raises OSError, LogError for a file that is no log, and GraphError for wrong overrides and for
+    functions that are not registered.
     """
     with open(path, "rb") as file:
         reader = DecisionReader(file)
@@ -164,6 +165,6 @@ def replay(
 
 
 def _encoder(graph: Graph) -> EncodeText:
-    """The encoder of the graph's models. The first call loads them: most replays need none."""
+    """The encoder of the graph's models. Its first call loads them: most replays encode nothing."""
     models = cache(lambda: load_models(graph))
     return lambda text, model: models().encode(text, model)

@@ -1,4 +1,4 @@
-"""The engines of a graph: their kinds, options and descriptions; opens them in this process.
+"""Reads kinds, options and descriptions of a graph's engines, and opens them in this process.
 
 Worker processes load this module, so it imports neither sessions nor tokenizers.
 """
@@ -21,7 +21,7 @@ log = get_logger("sagellm.engine")
 
 
 class KindViews(Mapping[str, EngineKindView]):
-    """All kinds of engines, for the checks. Looking up a kind imports its module."""
+    """A view of each engine kind, by name, for the checks. A lookup imports the kind's module."""
 
     def __getitem__(self, name: str) -> EngineKindView:
         kind = KINDS[name]
@@ -38,9 +38,9 @@ class KindViews(Mapping[str, EngineKindView]):
 
 
 async def open_engines(graph: Graph, progress: Progress = silent) -> dict[str, tuple[Engine, ...]]:
-    """Open every replica of every engine in this process. Raises ModelError, EngineOptionError.
+    """Open every replica of every engine in this process, one after another.
 
-    The replicas load one after another.
+    Raises ModelError, EngineOptionError.
     """
     engines: dict[str, tuple[Engine, ...]] = {}
     for name in graph.engines:
@@ -61,7 +61,7 @@ def kind_of(graph: Graph, name: str) -> EngineKind:
 
 
 def engine_options(graph: Graph, name: str) -> Any:
-    """The options of an engine, as the type that its kind declares.
+    """The options of an engine, as an instance of the dataclass that its kind declares.
 
     Raises EngineOptionError, OptionError.
     """
@@ -70,11 +70,12 @@ def engine_options(graph: Graph, name: str) -> Any:
 
 def num_replicas(graph: Graph, name: str) -> int:
     """The number of replicas of an engine."""
+    # A registered kind may have no option `replicas`.
     return int(getattr(engine_options(graph, name), "replicas", 1))
 
 
 def describe_engine(graph: Graph, name: str) -> EngineDescription:
-    """The facts of an engine that are known before it opens.
+    """The facts of an engine that are known before the engine opens. Reads no weights.
 
     Raises EngineOptionError, OptionError, ModelError, UnsupportedModel.
     """

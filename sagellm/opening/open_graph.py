@@ -1,4 +1,4 @@
-"""Opens a graph: checks it, loads its engines, builds its operators, runs its executor."""
+"""Opens a graph as a session: checks it, loads engines, builds operators, runs the executor."""
 
 import importlib
 import math
@@ -34,12 +34,12 @@ from sagellm.runtime.resolver import Resolver
 from sagellm.session import RequestFailed, Session
 from sagellm.session.models import Models
 
-_SERVING = "sagellm.http_server"  # imported on demand: only serving needs the packages for HTTP
+_SERVING = "sagellm.http_server"  # imported on demand: only `serve` needs the HTTP packages
 HOW_TO_OPEN = (
     "`async with graph.open() as session` under trio or asyncio, "
     "`with graph.open() as session` elsewhere"
 )
-# Importing the supervisor takes a tenth of a second, which graphs without workers need not spend.
+# Imported on demand: importing the supervisor takes 0.1 s, and most graphs have no workers.
 _WORKERS = "sagellm.opening.worker_processes"
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ class GraphOpening:
 @misused(__await__=f"a graph is not awaited: {HOW_TO_OPEN}")
 @unopened(HOW_TO_OPEN)
 class OpenGraph:
-    """A graph about to be opened: `async with` under trio or asyncio, `with` in a plain thread.
+    """A context that opens a graph: `async with` under trio or asyncio, `with` in a plain thread.
 
-    Leaving the block cancels running requests, frees every block and stops every engine. Entering
-    raises GraphError before any model is loaded, ModelError for a model that fails to load, and
-    UsageError if the graph is open already or `with` would block an event loop.
+    Entering returns the session. It raises GraphError before any model is loaded, ModelError for a
+    model that fails to load, and UsageError if the graph is open already or if `with` would block
+    an event loop. Leaving cancels running requests, frees every block and stops every engine.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class OpenGraph:
         return self._recipe.model
 
     def with_overrides(self, more: Mapping[str, Any]) -> "OpenGraph":
-        """A copy with further options set, not opened yet."""
+        """A copy of this graph, not open, with further options set."""
         recipe = self._recipe
         other = copy(self)
-        other._left()
+        other._left()  # the copy must not close a session of this graph
         other._recipe = replace(recipe, overrides={**recipe.overrides, **more})
         return other
 
@@ -116,16 +116,17 @@ class OpenGraph:
         await importlib.import_module(_SERVING).serve_async(self, **options)
 
     def launch_by(self, launch: "LaunchProcesses") -> None:
-        """Start worker processes, if the graph has any, with this function."""
+        """Set the function that makes the launcher of worker processes."""
         self._recipe = replace(self._recipe, launch=launch)
 
     def record_to(self, decisions: DecisionFile) -> None:
-        """Write the graph's decisions to a file: see `docs/operations.md`."""
+        """Write a decision log of the graph to a file: see `docs/operations.md`."""
         self._recipe = replace(self._recipe, decisions=decisions)
 
     def report_to(self, progress: Progress) -> None:
-        """Report the progress of loading: calls `progress` from any thread; see
-        `backends/interface.py`.
+        """Report the progress of loading to `progress`, which any thread may call.
+
+        The events are those of `backends/interface.py`.
         """
         self._recipe = replace(self._recipe, progress=progress)
 
@@ -158,7 +159,7 @@ class OpenGraph:
             bridge.close_blocking()
 
     def _left(self) -> tuple[AbstractAsyncContextManager[Session] | None, Bridge | None]:
-        """Reset to the state before entering; returns the session's context or the bridge to close.
+        """Reset to the state before entering. Returns the context or the bridge, for closing.
 
         The graph may then be entered again, also under another event loop.
         """
@@ -168,7 +169,10 @@ class OpenGraph:
 
     @contextmanager
     def _entering(self) -> Iterator[None]:
-        """Mark the graph as open. Raises UsageError if it is open; a failure resets the mark."""
+        """Mark the graph as open; an error in the block resets the mark.
+
+        Raises UsageError if the graph is open already.
+        """
         if self._is_entered:
             raise UsageError("this graph is open already; graph.open() again opens a second one")
         self._is_entered = True
@@ -181,12 +185,12 @@ class OpenGraph:
 
 @asynccontextmanager
 async def open_session(recipe: GraphOpening) -> AsyncIterator[Session]:
-    """Open a session; the graph runs in its own nursery until the block ends."""
+    """Open a session. The graph runs in a nursery of its own until the block ends."""
     found = checked_graph(
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )
     links = processes_options(found.graph)
-    # Workers over tcp may run on other machines: each sizes its pools by its own memory.
+    # A worker over tcp may run on another machine: it sizes its pools by that machine's memory.
     graph = found.graph if links is not None and links.address != IPC else found.sized
     models = load_models(graph)
     log_warnings(models.warnings)
@@ -216,15 +220,15 @@ async def _running_session(
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(models, make)
         session.supervisor = supervisor
-        await nursery.start(session.executor.run)  # returns when requests may enter
-        if supervisor is not None:
+        await nursery.start(session.executor.run)  # returns when the executor accepts requests
+        if supervisor is not None:  # it started before the executor, which needs its engines
             supervisor.watch(session.executor)
         try:
             yield session
         finally:
             with trio.CancelScope(shield=True):  # lasts one engine step at most
                 await session.close()
-            nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()  # ends the tasks that run until cancelled
 
 
 async def _engines(
@@ -233,7 +237,7 @@ async def _engines(
     nursery: trio.Nursery,
     recipe: GraphOpening,
 ) -> "tuple[Mapping[str, tuple[Engine, ...]], Supervisor | None]":
-    """The engines and their supervisor: None for engines in this process."""
+    """Open the engines, and return them with their supervisor (None without worker processes)."""
     if processes is None:
         return await open_engines(graph, recipe.progress), None
     start_workers = importlib.import_module(_WORKERS).start_workers
@@ -245,9 +249,10 @@ async def _engines(
 
 @asynccontextmanager
 async def _first_error() -> AsyncIterator[None]:
-    """Raise an error of the caller's block or of an engine without the nursery's exception group.
+    """Replace the nursery's exception group by the one error in it.
 
-    An engine's error often makes the caller's request fail too; then the engine's error is raised.
+    An engine's error makes the caller's requests fail, too: a RequestFailed beside another error is
+    left out. Several other errors stay a group.
     """
     try:
         yield

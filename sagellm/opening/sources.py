@@ -1,7 +1,7 @@
-"""Finds the file of a graph by its name, and sets options of the graph from outside.
+"""Finds the file of a graph by its name, and overrides options of the graph.
 
-- A shipped name (`pd`) means the shipped graph, whatever the current folder holds.
-- Any other name is a path, and means exactly that file.
+- A shipped name (`pd`) means the shipped graph, even if the current folder has a file `pd`.
+- Any other name is the path of a file.
 - `graphs/pd.yaml`, the path of a shipped graph in the repository, means the shipped graph if there
   is no folder `graphs`: examples work from a clone and from an installed package.
 """
@@ -41,12 +41,12 @@ def shipped_file(name: str) -> Path:
 
 
 def is_shipped_name(name: object) -> bool:
-    """Whether a shipped graph has that name or alias."""
+    """Whether `name` is the name or the alias of a shipped graph."""
     return name in ALIASES or name in shipped_names()
 
 
 def graph_file(name: str | Path) -> Path:
-    """The file that a name means, which need not exist. A `Path` is always a path."""
+    """The file that a name means; the file need not exist. A `Path` never means a shipped name."""
     if isinstance(name, str) and is_shipped_name(name):
         return shipped_file(name)
     path, in_repository = Path(name), _IN_REPOSITORY.fullmatch(str(name))
@@ -56,16 +56,20 @@ def graph_file(name: str | Path) -> Path:
 
 
 def shadowed_by(name: str, folder: Path) -> str | None:
-    """What in `folder` has the name of a shipped graph, as it can be written: `./pd.yaml`."""
+    """The path (`./pd.yaml`) of a file in `folder` that the shipped graph `name` hides, if any.
+
+    The user can write this path to mean the file.
+    """
     if not is_shipped_name(name):
         return None
     found = _first(folder, (f"{name}{suffix}" for suffix in (*SUFFIXES, "")))
+    # In the folder of the shipped graphs, the file found is the shipped graph itself.
     is_shipped = found is not None and (folder / found).samefile(shipped_file(name))
     return None if is_shipped else found
 
 
 def suggest_graph(name: str) -> str:
-    """What to write instead of a graph that is not there."""
+    """The hint for the name of a graph that does not exist."""
     close = nearest(Path(name).stem, (*shipped_names(), *ALIASES))
     return (
         f"did you mean {close}?"
@@ -82,13 +86,13 @@ def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = Non
     """The graph with options replaced, such as `{"split.min_uncached_tokens": 8}`.
 
     A target is `NAME.option`. NAME is looked up among operators, then engines, then models.
-    `NAME.option.key` sets one key of an operator's option that is a mapping. `model` replaces the
-    model of every engine. Raises GraphError for an unknown NAME; the check of the graph reports
-    unknown options later.
+    `NAME.option.key` sets one key if the operator's option is a mapping. `model` replaces the model
+    of every engine. Raises GraphError for an unknown NAME. Unknown options are accepted here: the
+    check of the graph reports them.
     """
     for target, value in overrides.items():
         graph = _set(graph, target, value)
-    if model is not None and len(served_models(graph)) > 1:  # one model would answer for all
+    if model is not None and len(served_models(graph)) > 1:  # all names would get the same model
         flag, hint = f"--model {model}", "write --set ENGINE.model=..."
         message = "the graph serves several models, and this would make one of them"
         raise GraphError((Diagnostic("bad-override", (flag,), message, hint),))
@@ -123,13 +127,13 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
 def _with_option(node: Node, option: str, value: Any) -> Node:
     whole, dot, key = option.partition(".")
     before = node.attrs.get(whole, FrozenMap())
-    if not dot or not isinstance(before, FrozenMap):
+    if not dot or not isinstance(before, FrozenMap):  # the check reports a key of no mapping
         return node.with_attrs(**{option: value})
     return node.with_attrs(**{whole: FrozenMap({**before, key: freeze(value)})})
 
 
 def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
-    """Set an option of the executor. A new kind drops the options of the kind in the file."""
+    """The graph with an option of the executor set. A new kind drops the old kind's options."""
     before = graph.attrs.get("executor")
     known = dict(before) if isinstance(before, FrozenMap) and option != "kind" else {}
     changed = FrozenMap({**known, option: freeze(value)})
@@ -137,10 +141,10 @@ def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
 
 
 def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
-    """Set the kind of an engine. Options of the file that the new kind lacks are dropped."""
+    """The graph with engine `name` prepared for `kind`: options that `kind` lacks are dropped."""
     before = graph.engines[name]
     if kind not in KINDS or not isinstance(before, FrozenMap):
-        return graph
+        return graph  # the check reports both
     options = KINDS[kind].options
     known = {option.name for option in fields(options)} | set(old_names(options))
     kept = FrozenMap({option: value for option, value in before.items() if option in known})
@@ -182,7 +186,7 @@ def _with_model(graph: Graph, model: str) -> Graph:
 
 
 def assignment(target: str, value: Any) -> str:
-    """An override in the form of the command line, for error messages."""
+    """An override as the user writes it on the command line, for error messages."""
     return f"--set {target}={value}"
 
 
@@ -191,9 +195,9 @@ def _mistake(target: str, value: Any, message: str, hint: str | None = None) -> 
 
 
 def with_outlet_names(graph: Graph, vocabulary: Vocabulary) -> Graph:
-    """Replace the aliases of outlets (`joint` of `pd_split`) by the outlets' names.
+    """The graph with outlet aliases (`joint` of `pd_split`) replaced by the current names.
 
-    Nothing later knows of aliases. Each alias is logged.
+    Later code sees no aliases. Logs a warning for each alias.
     """
     ops, edges = {node.name: node.op for node in graph.nodes}, []
     for edge in graph.edges:

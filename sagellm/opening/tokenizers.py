@@ -1,4 +1,4 @@
-"""Loads the models of a checked graph for sessions and gateways: tokenizers, names, scopes."""
+"""Loads the tokenizer, the names and the cache scope of each model of a checked graph."""
 
 from hashlib import blake2b
 
@@ -16,17 +16,18 @@ def load_models(graph: Graph) -> Models:
 
 
 def _loaded(graph: Graph, served: ServedModel) -> Model:
-    """One model, described by its first engine: the checks refuse engines of other tokenizers."""
+    """Load one model from its first engine. The checks ensure that all have one tokenizer."""
     engine = describe_engine(graph, served.engines[0])
-    if engine.folder is None:
+    if engine.folder is None:  # an engine that takes text, such as a remote one
         return Model(served, RemoteTokenizer(), engine.model, _digest(engine.model))
     return Model(served, load_tokenizer(engine.folder), engine.model, _scope(engine.folder))
 
 
 def _scope(folder: ModelFolder) -> str:
-    """An id of a model folder. The path is part of it: equal configs may have different weights."""
+    """The id of a model folder, from hash and path: equal configs may have different weights."""
     return _digest(f"{folder.hash} {folder.path}")
 
 
 def _digest(named: str) -> str:
+    # Paths that are not UTF-8 contain surrogates.
     return blake2b(named.encode(errors="surrogateescape"), digest_size=8).hexdigest()

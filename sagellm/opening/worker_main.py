@@ -1,6 +1,6 @@
 """The main module of a worker process, which serves one replica of one engine over a channel.
 
-Workers start often, so this module imports neither sessions nor the supervisor.
+Workers must start fast, so this module imports neither sessions nor the supervisor.
 """
 
 from sagellm.backends.interface import Progress
@@ -22,14 +22,14 @@ from sagellm.runtime.registry import BrokenEntryPoint
 async def open_engine(
     graph: Graph, name: str, replica: int, num_blocks: int | None, progress: Progress
 ) -> Engine:
-    """Open the replica. `num_blocks` is the pool size of an earlier life of the worker, if any."""
+    """Open one replica. `num_blocks`: its pool size before a restart, None for the first start."""
     links = processes_options(graph)
     sharing = Sharing(links.kv, links.host) if links is not None else Sharing()
     return await open_replica(graph, ReplicaPlace(name, replica, sharing, num_blocks, progress))
 
 
 def main() -> None:
-    with child_logs():
+    with child_logs():  # the level and format of the process that started this worker
         unfit = (ModelError, EngineOptionError, UnsupportedModel, BrokenEntryPoint)
         serve(open_engine, unfit, prepare)
 

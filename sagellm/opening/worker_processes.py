@@ -29,10 +29,10 @@ async def start_workers(
     launch: Callable[[ProcessesOptions], ProcessLauncher] | None = None,
     progress: Progress = silent,
 ) -> Supervisor:
-    """Start a supervisor and its workers in `nursery`; returns when every worker is ready.
+    """Start a supervisor and its workers in `nursery`; return when every worker is ready.
 
-    Cancelling the nursery ends the workers. `launch` replaces the way that processes are started.
-    Raises WorkerUnfit, BadKeys.
+    Cancelling the nursery ends the workers. `launch` makes the process launcher, in place of the
+    default one. Raises WorkerUnfit, BadKeys.
     """
     cores = len(os.sched_getaffinity(0))
     computing = tuple(name for name in graph.engines if _computes(graph, name))
@@ -57,6 +57,7 @@ def _computes(graph: Graph, name: str) -> bool:
 
 
 def _launcher(options: ProcessesOptions, devices: tuple[str, ...]) -> ProcessLauncher:
+    # A spare has imported the modules of the devices, which is the slow part of a start.
     num_spares = options.num_spares if devices else 0
     return ProcessLauncher(
         WORKER_MODULE,

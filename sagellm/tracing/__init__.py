@@ -1,7 +1,7 @@
-"""Tracing: selects the requests that become traces, and sends the traces over OTLP.
+"""Tracing: selects requests, makes a trace of each when it ends, and sends the traces over OTLP.
 
 While a request runs, only the time of its first token is recorded. Spans contain counts and
-parameters, never content of users. Only sending needs the OpenTelemetry SDK.
+parameters, never users' content. Only sending needs the OpenTelemetry SDK.
 """
 
 import importlib
@@ -19,23 +19,23 @@ from sagellm.runtime.messages import Answer, Forked, Item, Request, TokenEvent
 from sagellm.session import Session
 from sagellm.tracing.spans import ERRORS, ChoiceTimes, OpenRequest, Trace, read_parent, trace_of
 
-# Traces of errors and slow requests: under overload every request may be one.
+# Limit for traces of faulty requests outside the sample: under overload, all may be faulty.
 _FORCED_PER_S = 10.0
 _CLOSE_S = 5.0
 
 
 class TracingError(RuntimeError):
-    """Traces cannot be sent with these options; the message says what to change."""
+    """The error for wrong options of tracing. The message has the fix."""
 
 
 class Tracer:
-    """An observer of a session that traces a sample of the requests, and every faulty one.
+    """A session observer that traces a sample of the requests, and all faulty requests.
 
-    `sample` is the share of requests to trace; if the caller sends a traceparent, its flag decides
-    instead. A request is faulty if it ended in an error, took longer than `slow_s`, or missed its
-    objective for the first token. `model` is the model name in spans; `names` has the names by
-    `Request.model` for a graph of several models. `send` is called in the session's loop and must
-    not block.
+    `sample`: the share of requests to trace; for a request with a traceparent, the sampled flag of
+    the traceparent decides instead. A request is faulty if it ended in an error, took longer than
+    `slow_s`, or missed its TTFT objective; at most _FORCED_PER_S faulty requests a second are
+    traced. `model`: the model name in spans; `names`: in a graph of several models, `Request.model`
+    -> name in spans. `send` is called in the session's loop, and must not block.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Tracer:
     def _note(self, opened: OpenRequest, item: TokenEvent | Answer) -> None:
         choice = opened.choices[item.choice]
         choice.num_tokens += item.num_tokens
-        if choice.first is None and item.num_tokens:  # later tokens cost no clock
+        if choice.first is None and item.num_tokens:  # later tokens need no reading of the clock
             choice.first, choice.first_s = item, self._now()
         if item.finish_reason is not None and choice.last is None:
             choice.last = item
@@ -105,7 +105,7 @@ class Tracer:
         return is_late or now - arrived_s > self._slow_s
 
     def _may_force(self, now: float) -> bool:
-        # A token bucket that holds the traces of one second.
+        # A token bucket with the capacity of one second.
         passed_s, self._allowed_s = now - self._allowed_s, now
         self._allowance = min(self._allowance + passed_s * _FORCED_PER_S, _FORCED_PER_S)
         if self._allowance < 1.0:
@@ -122,12 +122,12 @@ def _fork(opened: OpenRequest, forked: Forked) -> None:
 
 
 class Exporter(Protocol):
-    """Queues traces and sends them from another thread; drops traces when its queue is full."""
+    """Queues traces, and sends them from another thread. Drops traces while the queue is full."""
 
     def send(self, trace: Trace) -> None: ...
 
     def close(self) -> None:
-        """Send the queued traces. Blocks for some seconds at most."""
+        """Send the queued traces. Blocks the thread for some seconds at most."""
 
 
 @asynccontextmanager
@@ -139,10 +139,10 @@ async def open_tracing(
     names: Mapping[str, str] = MappingProxyType({}),
     sample: float = 0.01,
 ) -> AsyncIterator[None]:
-    """Trace the session's requests to an OTLP/HTTP collector during the block.
+    """Send traces of the session's requests to an OTLP/HTTP collector during the block.
 
-    Leaving the block sends queued traces for some seconds, even when cancelled. Raises TracingError
-    if the extra `otel` is not installed, or for an invalid endpoint or sample.
+    Leaving the block waits some seconds for queued traces to be sent, even if cancelled. Raises
+    TracingError if the extra `otel` is not installed, and for an invalid endpoint or sample.
     """
     exporter = open_exporter(endpoint, sample)
     now = session.executor.now
@@ -153,19 +153,20 @@ async def open_tracing(
     finally:
         session.observers.remove(tracer)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _CLOSE_S):
+            # The deadline abandons a thread that waits for a collector which does not answer.
             await trio.to_thread.run_sync(exporter.close, abandon_on_cancel=True)
 
 
 def open_exporter(endpoint: str, sample: float = 0.01) -> Exporter:
-    """The exporter for a collector; it sends nothing yet. Raises TracingError."""
+    """Create the exporter for a collector. Sends nothing yet. Raises TracingError."""
     exporter: Exporter = check_tracing(endpoint, sample).open_exporter(endpoint)
     return exporter
 
 
 def check_tracing(endpoint: str, sample: float) -> Any:
-    """Check the options, and load the module that sends traces. Raises TracingError.
+    """Check the options, and return the module that sends traces. Raises TracingError.
 
-    A command calls this before it reads weights, so that a wrong option fails at once.
+    Commands call this before they read weights, so that a wrong option is reported at once.
     """
     if not 0.0 <= sample <= 1.0:
         raise TracingError(f"--trace-sample: {sample} is no share; give 0 to 1")

@@ -28,14 +28,14 @@ _SEND_S = 5  # timeout of one batch
 
 
 class OtelExporter:
-    """Converts traces to spans. `processor` queues and sends the spans."""
+    """Converts traces to OpenTelemetry spans, which `processor` queues and sends."""
 
     def __init__(self, processor: SpanProcessor) -> None:
         resource = Resource.create(
             {"service.name": "sagellm", "service.version": version("sagellm")}
         )
         self._provider = TracerProvider(
-            # The tracer has sampled already; `close` shuts the provider down.
+            # `Tracer` has selected the requests already; `close` shuts the provider down.
             sampler=ALWAYS_ON,
             resource=resource,
             shutdown_on_exit=False,
@@ -44,7 +44,7 @@ class OtelExporter:
         self._tracer = self._provider.get_tracer("sagellm")
 
     def send(self, trace: Trace) -> None:
-        """Queue the spans of a trace. Stamps are monotonic: here they become wall clock times."""
+        """Queue the spans of a trace. Converts its monotonic times to wall clock times."""
         offset_ns = time.time_ns() - round(trace.now_s * 1e9)
         above = _context(trace.parent) if trace.parent else Context()
         here = self._start(trace.root, above, SpanKind.SERVER, offset_ns)
@@ -86,7 +86,7 @@ def _context(parent: Parent) -> Context:
 
 
 def open_exporter(endpoint: str) -> OtelExporter:
-    """The exporter for a collector's URL, with or without the path `/v1/traces`."""
+    """Create the exporter for a collector's URL; the path `/v1/traces` may be left out."""
     bare = urlsplit(endpoint).path in ("", "/")
     url = endpoint.rstrip("/") + _TRACES_PATH if bare else endpoint
     return OtelExporter(BatchSpanProcessor(OTLPSpanExporter(url, timeout=_SEND_S)))

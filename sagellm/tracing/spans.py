@@ -1,6 +1,6 @@
-"""The spans of one request, made from its time stamps after it has ended.
+"""Makes the spans of a request from its time stamps, after the request has ended.
 
-Spans contain counts and parameters, never content of users.
+Spans contain counts and parameters, never users' content.
 """
 
 import re
@@ -11,14 +11,14 @@ from sagellm.runtime.messages import Answer, Request, Stamps, TokenEvent
 
 Attributes: TypeAlias = dict[str, str | int | float | bool | tuple[str, ...]]
 
-ERRORS = frozenset({"failed", "expired", "refused"})  # finish reasons
+ERRORS = frozenset({"failed", "expired", "refused"})  # finish reasons that mark a span as an error
 _OPERATIONS = frozenset({"chat", "text_completion"})
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _PHASES = ("policy", "route", "prefill", "kv_transfer", "decode")
 
 
 class Parent(NamedTuple):
-    """The caller's span, from a W3C traceparent."""
+    """The span of the client, read from a W3C traceparent."""
 
     trace_id: int
     span_id: int
@@ -38,7 +38,7 @@ def read_parent(traceparent: str) -> Parent | None:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span. Times are on the executor's clock."""
+    """One span. Times are seconds on the executor's clock."""
 
     name: str
     begun_s: float
@@ -50,7 +50,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A root span of kind SERVER, and its children. `now_s` is the time of its making."""
+    """A root span of kind SERVER, and its child spans. `now_s`: when the trace was made."""
 
     root: Span
     children: tuple[Span, ...]
@@ -60,7 +60,10 @@ class Trace:
 
 @dataclass(slots=True)
 class ChoiceTimes:
-    """The first event of a choice with tokens, its delivery time, and the last event."""
+    """The events of a choice that spans are made from.
+
+    `first`: the first event with tokens; `first_s`: its delivery time; `last`: the last event.
+    """
 
     first: TokenEvent | Answer | None = None
     first_s: float = 0.0
@@ -70,7 +73,7 @@ class ChoiceTimes:
 
 @dataclass(slots=True)
 class OpenRequest:
-    """One running request. `num_open` choices have not ended."""
+    """A running request. `num_open`: the number of its choices that have not ended."""
 
     request: Request
     choices: dict[int, ChoiceTimes]
@@ -78,7 +81,7 @@ class OpenRequest:
 
 
 def trace_of(opened: OpenRequest, model: str, parent: Parent | None, now: float) -> Trace:
-    """The spans of a request that has ended."""
+    """Make the trace of a request that has ended at `now`."""
     request = opened.request
     operation = request.tags.get("operation", "")
     operation = operation if operation in _OPERATIONS else "text_completion"
@@ -133,7 +136,7 @@ def _used(opened: OpenRequest) -> Attributes:
     return {
         "gen_ai.usage.input_tokens": num_prompt,
         "gen_ai.usage.output_tokens": num_output,
-        "gen_ai.usage.prompt_tokens": num_prompt,  # this name and the next are vLLM's
+        "gen_ai.usage.prompt_tokens": num_prompt,  # this name and the next one are from vLLM
         "gen_ai.usage.completion_tokens": num_output,
         "gen_ai.usage.cache_read.input_tokens": max(
             (event.num_cached_tokens for event in (*firsts, *lasts)), default=0
@@ -142,9 +145,9 @@ def _used(opened: OpenRequest) -> Attributes:
 
 
 def _latencies(opened: OpenRequest, now: float) -> Attributes:
-    """vLLM's latency attributes, for the choice whose first token came first.
+    """The latency attributes of vLLM, for the choice with the earliest first token.
 
-    A phase that the choice did not reach has no attribute.
+    A phase that this choice did not reach has no attribute.
     """
     arrived_s = opened.request.stamps.arrived_s
     known: Attributes = {"gen_ai.latency.e2e": now - arrived_s}
@@ -168,8 +171,9 @@ def _latencies(opened: OpenRequest, now: float) -> Attributes:
 
 
 def _stamps(choice: ChoiceTimes) -> Stamps:
-    """The stamps of the first and the last event together: either may come from outside the
-    engine, and then lacks the engine's stamps.
+    """The stamps of a choice, combined from its last and its first event.
+
+    Either event may come from outside the engine, and then lacks the engine's stamps.
     """
     last = choice.last.stamps if choice.last else Stamps()
     first = choice.first.stamps if choice.first else Stamps()
@@ -187,7 +191,7 @@ def _first(*times: float | None) -> float | None:
 
 
 def _children(request: Request, number: int, choice: ChoiceTimes, now: float) -> list[Span]:
-    """One span for each operator that the stamps show.
+    """The child spans of a choice: one for each phase that its stamps show.
 
     `route` is the time between leaving the queue of `policy_sort` and the first engine step.
     """
@@ -209,11 +213,11 @@ def _children(request: Request, number: int, choice: ChoiceTimes, now: float) ->
 
 
 def _after(phase: str) -> str:
-    """The phase that follows `phase`: the request ended during it."""
+    """The phase after `phase`, the last completed phase; the request ended in it."""
     return {"": "policy", "policy": "route", "route": "prefill"}.get(phase, "decode")
 
 
 def _child(name: str, number: int, begun_s: float, ended_s: float) -> Span:
     events = (("first_token", begun_s),) if name == "decode" else ()
-    # Stamps of two processes may be out of order by the error of their clocks.
+    # Stamps of two processes may be out of order, because their clocks differ slightly.
     return Span(name, begun_s, max(begun_s, ended_s), {"sagellm.choice": number}, events)
