@@ -39,7 +39,7 @@ REPEATED_FILES = {
     "worker_main.py": "how any worker process begins; what that of an engine runs",
 }
 MOST_FILES = 300  # with more than the docstring of a folder
-MOST_LINES = 340
+MOST_LINES = 360
 TORCHLESS = ("graphs", "operators")
 MAY_IMPORT_LATE = ("backends",)  # kernels of a device are imported where it is there
 
@@ -156,4 +156,4 @@ def test_functions_are_short() -> None:
 
 
 def test_reasons_stand_in_comments() -> None:
-    assert comment_share() >= 2.8
+    assert comment_share() >= 3
