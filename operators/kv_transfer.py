@@ -76,7 +76,7 @@ class KVTransferService:
         """Do nothing: the executor cancels the task of the transfer."""
 
     def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
-        """None: the operator has no engine of its own."""
+        """Return None: the operator has no engine of its own."""
         return None
 
     def discard(self, ctx: Context, item: Item) -> None:
