@@ -9,7 +9,7 @@ from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
 
 USUAL_SPEED = 1000.0  # prompt tokens a second, assumed until prefills have been measured
-GRACE = 0.5  # a request that missed its objective keeps its rank for this share of it longer
+GRACE = 0.5  # extra time for a request that missed its objective, as a share of the objective
 STRETCH = 10.0  # a request waits for shorter requests for this multiple of its own prefill time
 
 
