@@ -52,7 +52,7 @@ class MemoryLimit:
     """
 
     def __init__(self) -> None:
-        self._level = _taken_bytes()
+        self._baseline_bytes = _taken_bytes()
         self._num_bytes = 0
         if not _IS_LINUX:
             threading.Thread(target=self.watch, name="memory", daemon=True).start()
@@ -64,18 +64,18 @@ class MemoryLimit:
         self._num_bytes = num_bytes
         if _IS_LINUX:
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            most = self._level + num_bytes
+            most = self._baseline_bytes + num_bytes
             soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
-    def rise(self) -> None:
-        """Make the memory that is taken now the baseline, and forget the limit."""
-        self._level = _taken_bytes()
+    def reset_baseline(self) -> None:
+        """Make the memory that is taken now the baseline. Call `allow` next, to set a limit."""
+        self._baseline_bytes = _taken_bytes()
         self._num_bytes = 0
 
     def watch(self) -> None:
         """End this process when it exceeds the limit. Runs in a thread, for ever."""
-        while not self._num_bytes or _taken_bytes() < self._level + self._num_bytes:
+        while not self._num_bytes or _taken_bytes() < self._baseline_bytes + self._num_bytes:
             time.sleep(_MEMORY_CHECK_S)
         os._exit(OUT_OF_MEMORY)
 
@@ -121,7 +121,7 @@ def serve(open_worker: Callable[[HelperJob], JobWorker]) -> None:
     _silence()
     with limit_cpu(setup.cpu_s):
         worker, ready = _set_up(open_worker, setup.job)
-    memory.rise()
+    memory.reset_baseline()
     link.write(encode_frame(ready))
     asks = FrameDecoder[WorkRequest](WorkRequest)
     while True:
