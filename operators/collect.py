@@ -82,7 +82,7 @@ class Collect:
         chain = EventChain(event, choices.pop(event.choice, None))
         if not event.is_last:
             return Step(state.set(event.request_id, {**choices, event.choice: chain}))
-        answer = answer_of(tuple(chain)[::-1])
+        answer = answer_of(tuple(chain)[::-1])  # the chain iterates from the latest event
         return Step(_with_choices(state, event.request_id, choices), (Emit(answer),))
 
 

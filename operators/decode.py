@@ -55,7 +55,7 @@ class DecodeService:
     from the transferred blocks.
     """
 
-    concurrency = 1
+    concurrency = 1  # requests reach the engine in the order in which they arrive
     holds = True
 
     def __init__(self, options: DecodeOptions) -> None:
@@ -86,6 +86,7 @@ class DecodeService:
         request = msgspec.structs.replace(request, emitted_token_ids=emitted)
         self._held.add(request)
         try:
+            # Without a transfer, prefill ran in this same engine, and its own lease continues.
             await ctx.engine.submit(
                 request.sequence(ctx.name, lease=item.reservation or item.lease)
             )

@@ -72,6 +72,7 @@ class Filter:
             return (Emit(item),)
         if not isinstance(item, TokenEvent):
             return (Terminate(end_event(item, "filtered", now=now)),)
+        # Without a last event the answer would never end.
         return (Emit(_emptied(item)),) if item.is_last else ()
 
     def _passes(self, item: Item) -> bool:

@@ -81,7 +81,7 @@ class FlatMap:
 
     def _parts(self, item: Item, now: float) -> tuple[OperatorOutput, ...]:
         results = self._listed(item)
-        if isinstance(item, Answer):
+        if isinstance(item, Answer):  # an answer has ended: it cannot become several choices
             return (Emit(msgspec.structs.replace(item, value=results)),)
         if not isinstance(item, Request):
             raise TypeError(f"flat_map takes requests and answers, not {type(item).__name__}")

@@ -50,7 +50,7 @@ class GenerateService:
     core recalls requests of an engine that was lost.
     """
 
-    concurrency = 1
+    concurrency = 1  # requests reach the engine in the order in which they arrive
     holds = True
 
     def __init__(self, options: GenerateOptions) -> None:
@@ -67,7 +67,7 @@ class GenerateService:
 
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Request)
-        self._held.add(item)
+        self._held.add(item)  # before `submit`: events may come while it waits
         try:
             check_needs(item, ctx.engine.facts)
             await ctx.engine.submit(item.sequence(ctx.name))

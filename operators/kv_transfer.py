@@ -104,7 +104,7 @@ class KVTransferService:
                 raise
             log.warning("kv_transfer_failed", request_id=item.request_id, why=str(error) or "slow")
             return _without_blocks(ctx, item, has_failed=True)
-        except BaseException:
+        except BaseException:  # such as a cancel, which tells nothing about the link
             self._links.left(link)
             raise
         self._links.passed(link)

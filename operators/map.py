@@ -48,7 +48,7 @@ SPEC = OpSpec(
     (Port("in", "request|event|answer"),),
     (Port("out", "same"),),
     options=MapOptions,
-    signals=frozenset(),
+    signals=frozenset(),  # the operator has no state of a request that a signal could end
     drops_tokens=True,
 )
 

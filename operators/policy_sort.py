@@ -196,7 +196,7 @@ class PolicySort:
     ) -> Step[RequestQueue]:
         """Offer the first `window` requests of the queue, without those in `declined`."""
         head = queue.entries.head(self.options.window)
-        if head == declined:
+        if head == declined:  # the common case: the change was behind the window
             fresh: tuple[Request, ...] = ()
         elif declined:
             known = {entry[2] for entry in declined}

@@ -120,6 +120,7 @@ class PrefillService:
         if self._decode is None:
             return
         replica = request.placement.get(self._decode.node, 0)
+        # The prefill of a resumed request includes the tokens that it has emitted already.
         offer = LeaseOffer(
             request_id=request.request_id,
             choice=request.choice,

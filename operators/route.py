@@ -175,8 +175,8 @@ class Router:
         return order, view
 
     def _place_elsewhere(self, view: RouterView, request: Request) -> Step[RouterView]:
-        """Place a request that failed on some replicas on the least loaded other replica, whatever
-        the strategy.
+        """Place a request that has failed on some replicas. The least loaded other replica gets the
+        request, whatever the strategy.
 
         If no other replica has room, the request waits. If no other replica is up, the request goes
         back to a replica that failed.

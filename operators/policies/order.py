@@ -210,6 +210,7 @@ def cost_optimized(options: PolicySortOptions) -> Policy:
 
 def _tokens_per_value(request: Request) -> float:
     """The inverse of weight / T_prefill, with T_prefill in tokens."""
+    # At least one token, so that the weight also orders prompts that are wholly cached.
     weight = 1.0 if request.cost_budget is None else request.cost_budget
     return max(request.num_uncached_tokens, 1) / weight if weight > 0 else math.inf
 

@@ -60,13 +60,14 @@ def choose_bounded(key: str, candidates: Candidates, load_factor: float | None) 
     numbers = candidates.numbers
     if load_factor is None:
         return choose_by_key(key, numbers)
-    num_requests = sum(map(candidates.num_requests, numbers)) + 1
+    num_requests = sum(map(candidates.num_requests, numbers)) + 1  # the request included
     most = math.ceil(load_factor * num_requests / len(numbers))
     room = [number for number in numbers if candidates.num_requests(number) < most]
     return choose_by_key(key, room or numbers)
 
 
 def _weight(key: str, replica: int) -> bytes:
+    """The hash of a key and a replica. `hash` of Python would differ between processes."""
     salt = replica.to_bytes(8, "little")
     return hashlib.blake2b(key.encode(), digest_size=8, salt=salt).digest()
 

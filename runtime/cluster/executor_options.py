@@ -13,7 +13,7 @@ from sagellm.runtime.registry import BrokenEntryPoint, read_options
 
 IPC = "ipc"  # the address that means a socket file, which only this user can access
 _TCP = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[^:/\[\]*]+):(\d{1,5})")
-_EVERYWHERE = ("0.0.0.0", "[::]")
+_EVERYWHERE = ("0.0.0.0", "[::]")  # workers cannot connect to such an address
 
 
 class OptionConflict(NamedTuple):

@@ -160,7 +160,7 @@ class TaskLife:
 
     def kill(self) -> None:
         if not self._ended.is_set():
-            self._code = -9
+            self._code = -9  # the code of a process that SIGKILL ended
             self._scope.cancel()
 
     def close(self) -> None:

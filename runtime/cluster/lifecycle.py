@@ -77,7 +77,7 @@ class WorkerLifecycle:
         if worker.is_leaving:
             worker.is_leaving = False
             return
-        if not worker.was_ready:
+        if not worker.was_ready:  # a graph that cannot start must fail, and not restart for ever
             raise WorkerUnfit(f"engine {worker}: {worker.why}")
         delay_s = self._delay(worker, ready_s)
         _log_death(worker, delay_s)

@@ -184,7 +184,7 @@ class Done(_Message, frozen=True, kw_only=True, tag="done"):
 
 
 class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
-    """The call raised EngineRefusal, StaleLease or DamagedBlocks; `kind` is which."""
+    """The call raised an error: EngineRefusal, StaleLease or DamagedBlocks, as `kind` tells."""
 
     call: int
     kind: Literal["refusal", "stale", "damaged"]

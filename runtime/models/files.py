@@ -80,7 +80,7 @@ def refuse_foreign(name: str, path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     for begins, described in _FOREIGN.items():
-        if head.lstrip().startswith(begins):
+        if head.lstrip().startswith(begins):  # a web page may begin with blank lines
             what, fix = described(head, path)
             raise ModelError(f"model {name}: {path.name} is {what}", fix)
 

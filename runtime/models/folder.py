@@ -33,7 +33,7 @@ __all__ = ["SHARD_INDEX", "ModelError", "ModelFolder", "open_folder", "resolve_m
 
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
-_NEVER_DOWNLOADED = ["*.py", "*.bin", "*.pt", "*.pth", "*/*"]
+_NEVER_DOWNLOADED = ["*.py", "*.bin", "*.pt", "*.pth", "*/*"]  # code, pickles and subfolders
 
 
 class HubError(OSError):

@@ -150,7 +150,7 @@ OUT_OF_MEMORY = 77  # exit code
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 _MAIN = "sagellm.runtime.models.helper_main"
 _CHUNK_BYTES = 1 << 16
-_SEND_S = 60.0
+_SEND_S = 60.0  # a helper that does not read a frame within this time counts as stuck
 _ENV = {  # one thread and one heap: the memory limit then counts what the work takes
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
