@@ -1,45 +1,46 @@
-"""admission: accepts a request while it can be served in time, and refuses it otherwise.
+"""admission: accepts a request if it can be served in time, and refuses it otherwise.
 
-A request with several choices is judged once, at the first choice, and counts with all of them.
-Where nothing waits and an engine has room, every request is accepted: a refusal would gain nothing,
-and served requests keep the measurements fresh. Otherwise a request is refused at once, with the
-time after which to try again, for one of two reasons:
+A request with several choices is judged once, when its first choice arrives; the verdict counts all
+of its choices. If no request waits and an engine has room, every request is accepted: a refusal
+would gain nothing, and served requests keep the measurements fresh. Otherwise a request may be
+refused at once, with the time after which to try again, for one of two reasons:
 
-    queue_full        others wait, and with the request more than `max_queued` requests, or
-                      `max_queued_tokens`, would wait
-    slo_unreachable   the first token would come later than the objective allows:
-                      waited + wait + first token, where wait is the longer of
-                      (prompt tokens that wait / tokens served a second) * margin
-                      and the rest of the current gap, the time until the next request leaves
+    queue_full        others wait, and with the request more than `max_queued` requests, or more
+                      than `max_queued_tokens` tokens, would wait
+    slo_unreachable   the objective is shorter than the predicted time to first token:
+                      time waited so far + wait + first token. `wait` is the longer of
+                      (waiting prompt tokens / tokens served per second) * margin
+                      and the predicted time until the next request leaves the queue
 
-The prediction counts all waiting requests as served before the new one; where `policy_sort` serves
-by objective (slo_aware), it does not count those without an objective. The rate is that of requests
-that left the queue while something waited or engines were full, over the last two such seconds, or
-the last eight requests where those took longer. Several queues count as one queue of their mean
-rate. The margin is three standard deviations of such a wait, 1 + 3 / sqrt(requests that wait). A
-gap is predicted to end as the latest 32 gaps did: answers of equal length that began together end
-together, and the next one ends a whole answer later.
+The prediction assumes that all waiting requests are served before the new request. If `policy_sort`
+serves by objective (slo_aware), waiting requests without an objective are not counted. The service
+rate is that of the requests that left the queue while requests waited or engines were full, over
+the last two seconds of such time, or over the last eight requests if those took longer. Several
+queues count as one queue with their mean rate. The margin is three standard deviations of such a
+wait: 1 + 3 / sqrt(waiting requests). The time until the next departure is predicted from the latest
+32 gaps between departures: answers of equal length that began together end together, so the next
+request may leave only a whole answer later.
 
-The first token takes the mean time since a request left the queue, corrected by the difference of
-the request's prefill from the mean prefill, once eight prefills have shown how long those take.
-Where first tokens still come later than `slo_ttft_s`, waits are multiplied by a correction from 1
-to 4: a quarter more after each late first token, half a hundredth less after each one in time.
-Requests with an objective of their own do not change the correction. Nothing is predicted before
-eight requests have waited and been served. The prediction is `Forecast` of `runtime/forecast.py`,
-which other operators may use, too.
+The first token takes the mean measured time from the queue to the first token. After eight measured
+prefills this time is corrected by the difference between the request's predicted prefill and the
+mean prefill. If first tokens still come later than `slo_ttft_s`, waits are multiplied by a
+correction from 1 to 4, which grows by 25 % after each late first token and falls by 0.5 % after
+each first token in time. Requests with an objective of their own do not change the correction.
+Nothing is predicted before eight requests have waited and been served. The prediction is `Forecast`
+of `runtime/forecast.py`, which other operators may use, too.
 
-Tokens of a prompt are the tokens to compute. Where engines report their prefix blocks, the longest
-cached prefix of any replica does not count, and the request carries it to later operators
-(`num_cached_tokens`). Engines report if this operator has a bound in tokens or an objective, or if
-`pd_split` or a strategy of `route` asks for it.
+A prompt counts with the tokens that must be computed. If engines report their prefix blocks, the
+longest prefix that any replica has cached is subtracted, and the request carries its length to
+later operators (`num_cached_tokens`). Engines report if this operator has a bound in tokens or an
+objective, or if `pd_split` or a strategy of `route` asks for it.
 
-Under load the less urgent requests are refused first. Of each bound (requests, tokens, objective) a
-priority may use
+Under load, less urgent requests are refused first. Of each bound (requests, tokens, objective) a
+request may use a share that depends on its priority:
 
     critical 100 %   high 90 %   normal 80 %   low 60 %   background 40 %
 
-so that the rest of the queue is kept for the more urgent. A critical request is refused only where
-the queue is full, long after all others are refused.
+The rest of each bound is kept for more urgent requests. A critical request is refused only at the
+full bound, after all other priorities are refused.
 """
 
 import math
@@ -67,16 +68,17 @@ from sagellm.runtime.operator import (
 from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
 
 SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
-_RETRY_S = 1.0  # told to clients before the queue's rate is known
+_RETRY_S = 1.0  # the `retry_after_s` of refusals before the queue's rate is known
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionOptions:
-    """`max_queued`: requests that may wait in `policy_sort` before new ones are refused.
+    """`max_queued`: the number of requests that may wait in `policy_sort`; further requests are
+    refused.
 
-    `max_queued_tokens`: the same bound in tokens: the uncached prompt and `max_tokens` of each
-    choice; None: no bound. `slo_ttft_s`: the objective of requests without one, for this operator
-    and later ones; None: only requests with an objective of their own are refused for it.
+    `max_queued_tokens`: the same bound in tokens, counting the uncached prompt and `max_tokens` of
+    each choice; None: no bound. `slo_ttft_s`: the TTFT objective of requests that have none, for
+    this operator and later operators; None: such requests have no objective.
     """
 
     max_queued: int = field(default=4096, metadata={"min": 1})
@@ -95,7 +97,9 @@ SPEC = OpSpec(
 
 
 class AdmissionVerdict(msgspec.Struct, frozen=True):
-    """Why a request is refused; without a `code` it is accepted. `num_left`: choices to come."""
+    """The decision on a request. An empty `code` means accepted; otherwise `code` and `error` are
+    the reason of the refusal. `num_left`: choices of the request that have not arrived yet.
+    """
 
     code: str = ""
     error: str = ""
@@ -104,8 +108,8 @@ class AdmissionVerdict(msgspec.Struct, frozen=True):
 
 
 class AdmissionState(msgspec.Struct, frozen=True):
-    """The state: the forecast of waits, verdicts on requests with choices to come, and the prefix
-    blocks of engines.
+    """The state of the operator. `verdicts`: by request id, while choices of the request are still
+    to arrive. `indexes`: the prefix blocks of each engine.
     """
 
     forecast: Forecast = Forecast()
@@ -115,13 +119,13 @@ class AdmissionState(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Decides on each arriving request by the reported backlog and its forecast.
+    """Accepts or refuses each arriving request by the reported backlog and its forecast.
 
-    In one region the backlog is exact at every arrival, because all effects of an input, feedback
-    included, are over before the executor takes the next input. Requests in an operator between
-    admission and the queue that can wait (a map with an async function) are not counted yet; the
-    credit of that operator bounds their number. Where no operator downstream reports "queue", every
-    request passes: nothing queues without bound, because credit holds back the source.
+    In one region the backlog is exact at every arrival: the executor takes the next input only
+    after all effects of the previous input, feedback included. Requests that wait between admission
+    and the queue (in a map with an async function) are not counted yet; the credit of that map
+    bounds their number. If no operator downstream reports "queue", every request is accepted: the
+    source is then held back by credit, so that no queue grows without bound.
     """
 
     name: str
@@ -134,7 +138,9 @@ class Admission:
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """Subscribe to prefix blocks only where every request's tokens are counted or predicted."""
+        """The feedback to subscribe to: prefix blocks ("cache") only if an option needs the number
+        of uncached tokens of every request.
+        """
         counts = self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None
         return SPEC.subscribes if counts else SPEC.subscribes - {"cache"}
 
@@ -191,9 +197,10 @@ class Admission:
         return AdmissionVerdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
 
     def _refusal(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
-        """Code and reason of a refusal; two empty texts where the request is accepted."""
+        """The code and the reason of a refusal; two empty texts if the request is accepted."""
         backlog = forecast.pace.backlog
-        # A request alone may exceed the bound in tokens: it would never fit otherwise.
+        # If nothing waits, a request may exceed the bound in tokens: a long prompt could otherwise
+        # never be served.
         full = self._overflow(backlog, request) if backlog.num_requests else ""
         if full:
             return "queue_full", full
@@ -228,7 +235,9 @@ class Admission:
 
 
 def _share(request: Request) -> float:
-    """The share of each bound that the request may use; unknown priorities count as the nearest."""
+    """The share of each bound that the request may use. A priority outside 0 to 4 counts as the
+    nearest one.
+    """
     return SHARES[min(max(request.priority, 0), len(SHARES) - 1)]
 
 
@@ -240,7 +249,9 @@ def _says_share(request: Request) -> str:
 def _counted_down(
     verdicts: Map[str, AdmissionVerdict], request_id: str, verdict: AdmissionVerdict
 ) -> Map[str, AdmissionVerdict]:
-    """The verdicts after one more choice of the request: dropped after the last choice."""
+    """The verdicts after one more choice of the request has arrived. After its last choice the
+    request's verdict is removed.
+    """
     if verdict.num_left <= 1:
         return _without(verdicts, request_id)
     rest = msgspec.structs.replace(verdict, num_left=verdict.num_left - 1)

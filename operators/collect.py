@@ -1,4 +1,4 @@
-"""collect: gathers the token events of a choice, and emits one whole answer at the last event."""
+"""collect: joins the token events of a choice, and emits one whole answer at the last event."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ SPEC = OpSpec("collect", (Port("in", EVENT),), (Port("out", ANSWER),), options=N
 
 @dataclass(frozen=True, slots=True)
 class EventChain:
-    """The latest event of a choice and the chain of earlier ones. Adding an event copies none."""
+    """A linked list of the events of a choice, latest first. Adding an event copies no other
+    event.
+    """
 
     event: TokenEvent
     before: "EventChain | None" = None
@@ -32,7 +34,9 @@ ChainsByChoice: TypeAlias = Map[str, Mapping[int, EventChain]]  # request -> cho
 
 
 def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
-    """The answer of one choice from its events, in order; the last event says how it ended."""
+    """The answer of one choice, from all its events in order. Finish reason and error are those of
+    the last event.
+    """
     last = events[-1]
     return Answer(
         request_id=last.request_id,
@@ -55,7 +59,9 @@ def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
 
 
 class Collect:
-    """Emits an answer for each last event, also for a cancelled choice: with the tokens so far."""
+    """Emits one answer for each choice, at its last event. The answer of a cancelled choice has the
+    tokens so far.
+    """
 
     @property
     def initial(self) -> ChainsByChoice:
@@ -76,7 +82,7 @@ class Collect:
         chain = EventChain(event, choices.pop(event.choice, None))
         if not event.is_last:
             return Step(state.set(event.request_id, {**choices, event.choice: chain}))
-        answer = answer_of(tuple(chain)[::-1])
+        answer = answer_of(tuple(chain)[::-1])  # the chain iterates from the latest event
         return Step(_with_choices(state, event.request_id, choices), (Emit(answer),))
 
 

@@ -1,4 +1,4 @@
-"""decode: continuous batching of sequences whose prompts were computed by another engine."""
+"""decode: decodes sequences whose prompts another engine has computed, in continuous batches."""
 
 from dataclasses import dataclass, field
 
@@ -28,9 +28,11 @@ from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """`max_inflight`: requests for one replica at a time, counted from when they enter prefill to
-    their end; None: as many as the engine runs, and an eighth more, whose prompts are computed and
-    transferred meanwhile.
+    """`max_inflight`: the most requests of one replica at a time, each counted from its entry into
+    prefill until its end.
+
+    None: 9/8 of the engine's `max_num_seqs`. The extra eighth is in prefill or transfer while the
+    other requests decode.
     """
 
     engine: str
@@ -49,9 +51,11 @@ SPEC = OpSpec(
 
 
 class DecodeService:
-    """Emits the first token, then has its engine decode from the transferred blocks."""
+    """Emits the first token, and then submits the sequence to the decode engine, which continues
+    from the transferred blocks.
+    """
 
-    concurrency = 1
+    concurrency = 1  # requests reach the engine in the order in which they arrive
     holds = True
 
     def __init__(self, options: DecodeOptions) -> None:
@@ -59,10 +63,8 @@ class DecodeService:
         self._held = HeldRequests()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
-        """The credit of one replica.
-
-        The core spends it when a request enters prefill, so that requests without a place here wait
-        in `policy_sort`.
+        """The credit of one replica. The core spends this credit when a request enters prefill, so
+        that requests that the decode replica has no room for wait in `policy_sort`.
         """
         if facts is None:
             return Credit()
@@ -77,13 +79,14 @@ class DecodeService:
         request, first = item.request, item.first
         await ctx.emit(msgspec.structs.replace(first, stamps=_stamps(item)))
         report_first_token(ctx, request, first)
-        if first.is_last:  # there is nothing left to decode
+        if first.is_last:  # nothing is left to decode, and no lease is held
             ctx.release(request.key)
             return
         emitted = (*request.emitted_token_ids, *first.token_ids)
         request = msgspec.structs.replace(request, emitted_token_ids=emitted)
         self._held.add(request)
         try:
+            # Without a transfer, prefill ran in this same engine, and its own lease continues.
             await ctx.engine.submit(
                 request.sequence(ctx.name, lease=item.reservation or item.lease)
             )
@@ -119,7 +122,10 @@ class DecodeService:
 
 
 def _stamps(item: Prefilled) -> object:
-    """The stamps of the first token. If it is the last token too, its own say when it finished."""
+    """The stamps of the first token's event. If this token is also the last, they are the event's
+    own stamps, which include the time of the end; otherwise the request's, with the time of the
+    transfer.
+    """
     return item.first.stamps if item.first.is_last else item.request.stamps
 
 

@@ -1,4 +1,4 @@
-"""filter: passes on the items for which a user's function returns true."""
+"""filter: emits the items for which a user's function returns true."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from sagellm.runtime.user_function import (
 
 @dataclass(frozen=True, slots=True)
 class FilterOptions:
-    """`function`: item -> whether to pass it on."""
+    """`function`: item -> whether to emit the item."""
 
     function: str
 
@@ -42,11 +42,12 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Ends requests and answers that do not pass as `filtered`.
+    """Ends a request or an answer as `filtered` if the function returns false.
 
-    Token events that do not pass are dropped, and their sequence goes on. The last event always
-    passes, because it ends the answer; without text and tokens if the function returns false. If
-    the function raises, the request fails, and the executor stops its sequence.
+    A token event is dropped instead, and its sequence goes on. The last event of a sequence is
+    always emitted, because it ends the answer; if the function returns false for it, the event
+    loses its text and tokens. If the function raises, the request fails, and the executor stops its
+    sequence.
     """
 
     function: UserFunction
@@ -71,11 +72,12 @@ class Filter:
             return (Emit(item),)
         if not isinstance(item, TokenEvent):
             return (Terminate(end_event(item, "filtered", now=now)),)
+        # Without a last event the answer would never end.
         return (Emit(_emptied(item)),) if item.is_last else ()
 
     def _passes(self, item: Item) -> bool:
-        """Whether the function returns a true value. Raises WrongResult for None, which as a rule
-        means that a `return` is missing.
+        """Whether the function returns a true value. Raises WrongResult for None, because None
+        usually means that the function lacks a `return`.
         """
         result = self.function(item)
         if result is None:
@@ -84,7 +86,7 @@ class Filter:
 
 
 def _emptied(event: TokenEvent) -> TokenEvent:
-    """The event without tokens: only its end is left."""
+    """The event without text and tokens; its finish reason stays."""
     return msgspec.structs.replace(
         event, text="", token_ids=(), num_tokens_without_ids=0, logprobs=()
     )

@@ -1,4 +1,4 @@
-"""flat_map: turns one item into as many as a user's function returns."""
+"""flat_map: calls a user's function on each item, and emits a request for each returned prompt."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from sagellm.runtime.user_function import (
 
 @dataclass(frozen=True, slots=True)
 class FlatMapOptions:
-    """`function`: request -> prompts or requests; answer -> values."""
+    """`function`: request -> list of prompts or requests; answer -> list of values."""
 
     function: str
 
@@ -46,12 +46,13 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class FlatMap:
-    """Turns a request into the choices 0 ... k - 1 of the same id, each with `sampling.n` = k.
+    """Turns a request into k requests, where k is the number of results: the choices 0 ... k - 1 of
+    the same request id, each with `sampling.n` = k. With k = 0 the request ends as filtered.
 
-    With k = 0 the request ends as filtered. A request that is one of several choices already (n >
-    1, perhaps by an earlier flat_map) is refused. All k leave at once: flat_map must come before
-    `policy_sort`, because an engine with credit for fewer than k would block forever. An answer
-    keeps its identity; its `value` becomes the tuple of the function's results.
+    A request that already is one of several choices (n > 1, perhaps by an earlier flat_map) is
+    refused. All k requests are emitted at once, so flat_map must come before `policy_sort`: without
+    a queue, an engine with credit for fewer than k requests would block the graph forever. An
+    answer stays one answer, whose `value` becomes the tuple of the results.
     """
 
     name: str
@@ -80,7 +81,7 @@ class FlatMap:
 
     def _parts(self, item: Item, now: float) -> tuple[OperatorOutput, ...]:
         results = self._listed(item)
-        if isinstance(item, Answer):
+        if isinstance(item, Answer):  # an answer has ended: it cannot become several choices
             return (Emit(msgspec.structs.replace(item, value=results)),)
         if not isinstance(item, Request):
             raise TypeError(f"flat_map takes requests and answers, not {type(item).__name__}")
@@ -95,8 +96,10 @@ class FlatMap:
         return (Announce(Forked(request_id=item.request_id, num_choices=len(emits))), *emits)
 
     def _listed(self, item: Item) -> tuple[object, ...]:
-        """The results of the function. Raises WrongResult for a value that is not iterable, and for
-        a text, which would be taken apart into letters.
+        """Call the function, and return its results.
+
+        Raises WrongResult for a result that is not iterable, and for a text, which would be split
+        into letters.
         """
         results = self.function(item)
         if isinstance(results, str | bytes) or not isinstance(results, Iterable):

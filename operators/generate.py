@@ -1,4 +1,4 @@
-"""generate: prefill and decode in one replica, with chunked prefill mixed into decode batches."""
+"""generate: runs prefill and decode in one engine, with chunked prefill in its decode batches."""
 
 from dataclasses import dataclass, field
 
@@ -26,7 +26,9 @@ from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """`max_inflight`: requests that one replica has at a time; None: as many as its engine runs."""
+    """`max_inflight`: the most requests of one replica at a time; None: the engine's
+    `max_num_seqs`.
+    """
 
     engine: str
     max_inflight: int | None = field(default=None, metadata={"min": 1})
@@ -44,9 +46,11 @@ SPEC = OpSpec(
 
 
 class GenerateService:
-    """Submits requests to its engine and emits the tokens. Holds each request until it ends."""
+    """Submits requests to the engine and emits their tokens. Keeps each request until it ends: the
+    core recalls requests of an engine that was lost.
+    """
 
-    concurrency = 1
+    concurrency = 1  # requests reach the engine in the order in which they arrive
     holds = True
 
     def __init__(self, options: GenerateOptions) -> None:
@@ -63,7 +67,7 @@ class GenerateService:
 
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Request)
-        self._held.add(item)
+        self._held.add(item)  # before `submit`: events may come while it waits
         try:
             check_needs(item, ctx.engine.facts)
             await ctx.engine.submit(item.sequence(ctx.name))
@@ -92,7 +96,7 @@ class GenerateService:
             ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
-        """The event, with the stamps of its request if it is the first or the last one."""
+        """The event; the first and the last event of a sequence get the stamps of the request."""
         assert isinstance(event, TokenEvent)
         if event.finish_reason is None and event.position:
             return event

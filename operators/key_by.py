@@ -1,7 +1,7 @@
-"""key_by: gives each request a key by a user's function. The strategy `affinity` of `route` sends
-requests of one key to one replica.
+"""key_by: calls a user's function to give each request a key. The strategy `affinity` of `route`
+sends requests with the same key to the same replica.
 
-The key is the text `tags["key"]`; the user_id does not change.
+The key is stored as text in `tags["key"]`; the user_id does not change.
 """
 
 from dataclasses import dataclass

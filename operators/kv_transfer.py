@@ -22,16 +22,17 @@ from sagellm.runtime.port import (
 
 log = get_logger("sagellm.kv")
 
-# A stale lease may mean that a worker died: the request then goes back to the queue, in a new
-# epoch. From this epoch on it is decoded without the transfer instead.
+# A stale lease may mean that a worker died: the request then goes back to the queue in its next
+# epoch, where a transfer may succeed. From this epoch on, the decode engine computes the prompt
+# itself: a request must not be queued again and again.
 _PATIENT_EPOCHS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class KVTransferOptions:
-    """`max_inflight`: concurrent transfers. `max_transfer_s`: the timeout of one transfer.
+    """`max_inflight`: the most concurrent transfers. `max_transfer_s`: the timeout of a transfer.
 
-    If a transfer fails, the decode engine computes the prompt itself.
+    If a transfer fails or times out, the decode engine computes the prompt itself.
     """
 
     max_inflight: int = field(default=4, metadata={"min": 1})
@@ -48,8 +49,8 @@ SPEC = OpSpec(
 
 
 class KVTransferService:
-    """Moves the blocks of leases: the source goes from sending to released, the destination from
-    receiving to filled.
+    """Copies the blocks of a prefilled request from its lease to its reservation. The source lease
+    ends as released, the destination lease as filled.
     """
 
     holds = False
@@ -75,7 +76,7 @@ class KVTransferService:
         """Do nothing: the executor cancels the task of the transfer."""
 
     def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
-        """None: the operator has no engine of its own."""
+        """Return None: the operator has no engine of its own."""
         return None
 
     def discard(self, ctx: Context, item: Item) -> None:
@@ -84,10 +85,11 @@ class KVTransferService:
     async def _moved(
         self, ctx: Context, item: Prefilled, lease: LeaseRef, reservation: LeaseRef
     ) -> Prefilled:
-        """The item with its blocks in the decode pool; without blocks if the transfer failed, or if
-        the link has failed too often to be tried.
+        """Transfer the item's blocks, and return the item with blocks in the decode pool. The item
+        has no blocks if the transfer failed, or if the circuit breaker of the link is open.
 
-        Raises EngineLost; and StaleLease in the first epochs, so that the request is queued again.
+        Raises EngineLost. Raises StaleLease before epoch `_PATIENT_EPOCHS`; the request is then
+        queued again.
         """
         link = (lease.engine, lease.replica), (reservation.engine, reservation.replica)
         begun_s = ctx.now()
@@ -102,7 +104,7 @@ class KVTransferService:
                 raise
             log.warning("kv_transfer_failed", request_id=item.request_id, why=str(error) or "slow")
             return _without_blocks(ctx, item, has_failed=True)
-        except BaseException:
+        except BaseException:  # such as a cancel, which tells nothing about the link
             self._links.left(link)
             raise
         self._links.passed(link)
@@ -111,7 +113,9 @@ class KVTransferService:
         return msgspec.structs.replace(item, request=request, lease=None, reservation=received)
 
     async def _transfer(self, ctx: Context, lease: LeaseRef, reservation: LeaseRef) -> LeaseRef:
-        """Copy the blocks, then release the source: only after the destination has all of them."""
+        """Copy the blocks, and return the destination lease. Release the source lease at the end,
+        also after a failure.
+        """
         sender = kv_engine(ctx.engine_named(lease.engine, lease.replica))
         receiver = kv_engine(ctx.engine_named(reservation.engine, reservation.replica))
         offer = LeaseOffer(
@@ -121,7 +125,7 @@ class KVTransferService:
             num_tokens=lease.num_tokens,
             layout_hash=sender.facts.layout_hash,
         )
-        target = await receiver.import_(offer)  # the reservation that prefill made
+        target = await receiver.import_(offer)  # finds the reservation that `prefill` made
         source = sender.export(lease)
         try:
             await target.receive(source)
@@ -131,7 +135,9 @@ class KVTransferService:
 
 
 def _without_blocks(ctx: Context, item: Prefilled, *, has_failed: bool) -> Prefilled:
-    """The item without leases, which are freed: the decode engine computes the prompt."""
+    """Free the leases of an item, and return the item without them. The decode engine then computes
+    the prompt itself. `has_failed`: a transfer was tried.
+    """
     ctx.not_transferred(item, has_failed=has_failed)
     release_leases(ctx, item)
     return msgspec.structs.replace(item, lease=None, reservation=None)

@@ -1,4 +1,4 @@
-"""map: calls a user's function, plain or async, on each item, and passes on the result."""
+"""map: calls a user's function, plain or async, on each item, and emits the result."""
 
 from dataclasses import dataclass, field
 
@@ -27,14 +27,16 @@ from sagellm.runtime.user_function import (
     find_function,
 )
 
-DEFAULT_CONCURRENCY = 16  # async functions mostly wait, for services that take several calls
+DEFAULT_CONCURRENCY = 16  # an async function mostly waits for a service, which serves several calls
 
 
 @dataclass(frozen=True, slots=True)
 class MapOptions:
     """`function`: request -> prompt or request; token event -> text or token event; answer -> any
-    value (a text replaces the answer's text too). `concurrency`: concurrent calls of an async
-    function; None: 16. A plain function takes none.
+    value (a text also replaces the answer's text).
+
+    `concurrency`: the most concurrent calls of an async function; None: 16. The option is refused
+    for a plain function.
     """
 
     function: str
@@ -46,17 +48,17 @@ SPEC = OpSpec(
     (Port("in", "request|event|answer"),),
     (Port("out", "same"),),
     options=MapOptions,
-    signals=frozenset(),
+    signals=frozenset(),  # the operator has no state of a request that a signal could end
     drops_tokens=True,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """The operator with a plain function, which must not block: the graph would block with it.
+    """Calls a plain function on each item. The function must not block: it would block the graph.
 
-    If the function raises, or returns a value of a wrong type, that request fails and no other. The
-    executor then stops its sequence and drops tokens of it that are still in the graph.
+    If the function raises, or returns a value of a wrong type, only that request fails. The
+    executor then stops the request's sequence, and drops its tokens that are still in the graph.
     """
 
     function: UserFunction
@@ -81,10 +83,11 @@ class Map:
 
 
 class AsyncMap:
-    """The operator with an async function. Items overtake an item whose call takes longer.
+    """Calls an async function on each item, with up to `concurrency` calls at a time. An item may
+    overtake another item whose call takes longer.
 
-    Token events must keep their order, so they need `concurrency: 1`, or a `collect` before this
-    operator; else their request fails. Cancelling a request cancels its call.
+    Token events must keep their order: they need `concurrency: 1`, or a `collect` before this
+    operator, or else their request fails. Cancelling a request cancels its call.
     """
 
     holds = False
@@ -95,7 +98,9 @@ class AsyncMap:
         self._encode = encode
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
-        """Credit for `concurrency` items: others wait upstream, where their order can change."""
+        """Credit for `concurrency` items. Further items wait upstream, where their order can still
+        change.
+        """
         return Credit(requests=self.concurrency)
 
     async def on_item(self, ctx: Context, item: Item) -> None:
@@ -118,7 +123,7 @@ class AsyncMap:
         """Do nothing: the executor cancels the call."""
 
     def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
-        """None: the operator has no engine of its own."""
+        """Return None: the operator has no engine."""
         return None
 
     def discard(self, ctx: Context, item: Item) -> None:
@@ -133,9 +138,9 @@ def _unordered(ctx: Context) -> str:
 
 
 def build(options: MapOptions, setup: Setup) -> Map | AsyncMap:
-    """The operator for the function: its kind depends on whether the function is async.
+    """Make an AsyncMap for an async function, and a Map for a plain function.
 
-    Raises ValueError for an unknown function, and for a `concurrency` without effect.
+    Raises ValueError for an unknown function, and if `concurrency` is given for a plain function.
     """
     function = find_function(setup, options.function)
     if function.is_async:

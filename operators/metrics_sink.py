@@ -1,4 +1,4 @@
-"""metrics_sink: passes everything on, and counts and times it."""
+"""metrics_sink: emits token events and answers unchanged, and measures tokens, TTFT and ITL."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SPEC = OpSpec(
 
 
 class TokenTimes(NamedTuple):
-    """When tokens of one choice passed for the first time, and for the last time so far."""
+    """When the first and the latest tokens of one choice arrived here, in seconds."""
 
     first_s: float
     last_s: float
@@ -33,11 +33,12 @@ class TokenTimes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SinkStatistics:
-    """Statistics of all items so far. Quantiles are right within 1 %; None: nothing was measured.
+    """Statistics of all items so far. Quantiles have an error of at most 1 %; None: no samples.
 
-    TTFT: from the request's arrival to its first token here. ITL: between two times that tokens of
-    one choice came; tokens that come together (of one engine step) count as one. `phases`: means
-    over the requests that ended here. `elapsed_s`: from the first arrival to the last event.
+    TTFT: from the request's arrival in the graph to its first token here. ITL: the time between two
+    successive arrivals of tokens of one choice; the tokens of one engine step arrive together, and
+    count as one. `phases`: means over the requests that ended here. `elapsed_s`: from the first
+    arrival to the last event.
     """
 
     num_requests: int
@@ -61,7 +62,7 @@ UnderWay: TypeAlias = Map[str, Mapping[int, TokenTimes]]
 
 
 class SinkState(msgspec.Struct, frozen=True):
-    """The state: sums, histograms, and the token times of choices that have not ended."""
+    """The state of the operator: sums, histograms, and the token times of running choices."""
 
     ended: Mapping[str, int] = field(default_factory=dict)
     num_prompt_tokens: int = 0
@@ -75,6 +76,7 @@ class SinkState(msgspec.Struct, frozen=True):
 
     def with_events(self, events: Sequence[TokenEvent], now: float) -> "SinkState":
         """The state after the events of one engine step."""
+        # One mutation for all events of a step costs less than a new map for each event.
         under_way = self.under_way.mutate()
         gaps: list[float] = []
         ended: list[tuple[TokenEvent, TokenTimes | None]] = []
@@ -105,7 +107,7 @@ class SinkState(msgspec.Struct, frozen=True):
         return after
 
     def with_answer(self, answer: Answer, now: float) -> "SinkState":
-        """The state after a whole answer, which has the time of its first token and no ITL."""
+        """The state after a whole answer: with a TTFT sample by its stamps, and no ITL sample."""
         sampled_s = answer.stamps.prefilled_s
         times = None if sampled_s is None else TokenTimes(sampled_s, now)
         num_tokens = self.num_tokens + answer.num_tokens
@@ -134,8 +136,8 @@ class SinkState(msgspec.Struct, frozen=True):
 def statistics(state: SinkState) -> SinkStatistics:
     """The statistics of a state.
 
-    Requests that end before an engine (refused, expired in the queue) are not counted: they go to
-    the sink by the `terminal` outlet, not through this operator.
+    Requests that ended before they reached an engine (refused, expired in the queue) are not
+    counted: their events take the `terminal` outlet, and do not pass through this operator.
     """
     num_requests = sum(state.ended.values())
     return SinkStatistics(
@@ -153,7 +155,7 @@ def statistics(state: SinkState) -> SinkStatistics:
 
 
 class MetricsSink:
-    """Emits every item unchanged."""
+    """Counts and times every item, and emits it unchanged."""
 
     @property
     def initial(self) -> SinkState:

@@ -1,9 +1,9 @@
-"""pd_split: sends long prompts to a prefill engine, short ones to an aggregated engine.
+"""pd_split: sends long prompts to a prefill engine, and short prompts to an aggregated engine.
 
-The length of a prompt is the number of tokens that the aggregated engine would have to compute:
-what one of its replicas has in its prefix cache does not count. While no replica of the prefill
-engine is up, long prompts go to the aggregated engine, too. A request that leaves says in
-`num_cached_tokens` what the engine that it goes to has of its prompt.
+The length of a prompt is the number of tokens that the aggregated engine would have to compute: a
+prefix that one of its replicas has cached does not count. While the prefill engine has no replica
+up, long prompts go to the aggregated engine, too. `num_cached_tokens` of an emitted request is the
+number of its prompt tokens that the chosen engine has cached.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,13 @@ from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
 
 @dataclass(frozen=True, slots=True)
 class PDSplitOptions:
-    """When prefill and decode run on different engines.
+    """The thresholds of a request that is disaggregated: prefill and decode run on different
+    engines.
 
-    `min_uncached_tokens`: the fewest prompt tokens to compute; 0: every request is split.
-    `min_prompt_ratio`: if given, also the fewest prompt tokens for each token of `max_tokens`
-    (names of the published API: prefilling_threshold_input_tokens, prefilling_threshold_ratio).
+    `min_uncached_tokens`: the request has at least this number of uncached prompt tokens; 0: every
+    request is disaggregated. `min_prompt_ratio`: the request has in addition at least this number
+    of prompt tokens per token of `max_tokens`; None: no such condition. The published API names
+    them prefilling_threshold_input_tokens and prefilling_threshold_ratio.
     """
 
     min_uncached_tokens: int = field(default=32, metadata={"min": 0})
@@ -43,7 +45,10 @@ SPEC = OpSpec(
 
 
 def is_disaggregated(request: Request, options: PDSplitOptions) -> bool:
-    """llm-d's decider (disaggregate iff input - hit tokens >= threshold), and the ratio option."""
+    """Whether a request meets both thresholds.
+
+    Source: llm-d's decider (disaggregate iff input - hit tokens >= threshold), plus the ratio.
+    """
     if request.num_uncached_tokens < options.min_uncached_tokens:
         return False
     ratio = options.min_prompt_ratio
@@ -52,10 +57,11 @@ def is_disaggregated(request: Request, options: PDSplitOptions) -> bool:
 
 
 class PDSplitState(msgspec.Struct, frozen=True):
-    """The state: (node, replica) of prefill engines that are down, and each engine's replicas.
+    """The state of the operator. `down`: prefill replicas that are down, as (operator, replica).
+    `num_replicas`: by engine.
 
-    `is_prefill_down`: some prefill operator has no replica up. `indexes`: the prefix blocks of
-    engines.
+    `is_prefill_down`: a prefill operator has no replica up. `indexes`: the prefix blocks of each
+    engine.
     """
 
     down: frozenset[tuple[str, int]] = frozenset()
@@ -66,8 +72,11 @@ class PDSplitState(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class PDSplit:
-    """`prefill_targets`: the operators of engines that only the outlet `disaggregated` leads to.
-    `lookups`: by outlet, what the engines that requests enter there have cached.
+    """Emits each request at the outlet `disaggregated` or `aggregated`.
+
+    `prefill_targets`: the operators whose engines only the outlet `disaggregated` leads to.
+    `lookups`: by outlet, finds the prompt tokens that the first engines after the outlet have
+    cached.
     """
 
     options: PDSplitOptions
@@ -76,7 +85,9 @@ class PDSplit:
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """Feedback on prefix blocks is needed only where they can change a decision."""
+        """The feedback to subscribe to: prefix blocks ("cache") only if they can change a
+        decision.
+        """
         lookup = self.lookups.get(AGGREGATED)
         is_needed = self.options.min_uncached_tokens > 0 and lookup is not None and lookup.engines
         return SPEC.subscribes if is_needed else SPEC.subscribes - {"cache"}
@@ -111,7 +122,7 @@ class PDSplit:
         return Emit(self._looked_up(DISAGGREGATED, state, request), DISAGGREGATED)
 
     def _looked_up(self, outlet: str, state: PDSplitState, request: Request) -> Request:
-        """The request with the number of its tokens cached in the engines after that outlet."""
+        """The request with `num_cached_tokens` of the engines after `outlet`."""
         lookup = self.lookups.get(outlet)
         if not state.indexes or lookup is None:
             return request
@@ -131,7 +142,7 @@ class PDSplit:
 
 def build(options: PDSplitOptions, setup: Setup) -> PDSplit:
     only = frozenset({DISAGGREGATED})
-    # An engine that the other outlet leads to as well (decode's) is lost for both ways alike.
+    # If an engine that both outlets lead to (decode's) is down, neither outlet is better.
     shared = {target.engine for target in setup.targets if target.outlets != only}
     prefill_targets = tuple(
         target for target in setup.targets if target.outlets == only and target.engine not in shared

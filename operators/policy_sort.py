@@ -1,4 +1,4 @@
-"""policy_sort: the queue of requests. Sends them on in the order of a policy, as credit allows."""
+"""policy_sort: queues requests, and emits them in the order of a policy as credit allows."""
 
 import math
 from collections.abc import Callable
@@ -59,14 +59,14 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class PolicySort:
-    """Offers requests downstream, and keeps those that are not taken until there is credit.
+    """Offers the first requests of the queue downstream, and keeps them until one is taken.
 
-    The answer `OfferTaken` to an offer comes before any other input. An offer without an answer was
-    declined; its requests are offered again after another one was taken or credit was returned. The
-    backlog is reported upstream whenever it changes.
+    If an offered request is taken, `OfferTaken` arrives before any other input; otherwise the offer
+    was declined. Declined requests are offered again after another request was taken, or after
+    credit was returned. The backlog is reported upstream whenever it changes.
 
-    `ranking`: a policy with a state; `policy` is then not used. An arriving request is looked up in
-    the prefix blocks of engines, if those report them.
+    `ranking`: a policy with a state, which then replaces `policy`. `lookup`: finds the tokens of an
+    arriving request that engines have cached, if engines report their prefix blocks.
     """
 
     name: str
@@ -83,8 +83,8 @@ class PolicySort:
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """Feedback that must be sent. Prefix blocks ("cache") are used only where another operator
-        makes engines report them.
+        """The feedback that this operator needs. Prefix blocks ("cache") are also used, but only if
+        another operator subscribes to them.
         """
         foresees = any(order.foreseen is not None for order in self.policy.orders)
         wanted = SPEC.subscribes - {"cache"}
@@ -124,7 +124,7 @@ class PolicySort:
         try:
             after = self._ranked(state, request, now)
         except Exception as error:
-            if self.function is None:  # not the user's function: the executor names the operator
+            if self.function is None:  # no user's function: the executor reports the operator
                 raise
             why = self.function.explain(error)
             end = Terminate(failure_event(request, why, now=now), error)
@@ -132,7 +132,7 @@ class PolicySort:
         return self._settle(state, after, now)
 
     def _ranked(self, queue: RequestQueue, request: Request, now: float) -> RequestQueue:
-        """The queue with a new request at its rank. Raises what a user's rank function raises."""
+        """The queue with a new request at its rank. Raises any error of a user's rank function."""
         context = queue.context
         if self.ranking is None:
             return queue.with_request(request, context.orders[queue.level], now)
@@ -143,14 +143,16 @@ class PolicySort:
         )
 
     def _taken(self, queue: RequestQueue, request: Request, now: float) -> RequestQueue:
-        """The queue after a request was sent, with the new state of a policy that has `taken`."""
+        """The queue after a request was sent. If the policy has a method `taken`, the queue gets
+        the policy's new state.
+        """
         taken = getattr(self.ranking, "taken", None)
         if taken is None:
             return queue
         return queue.with_context(state=taken(queue.context.state, request, now))
 
     def _orders(self, forecast: Forecast) -> tuple[QueueOrder, ...]:
-        """The orders of the policy, with ranks that use predicted prefill times."""
+        """The orders of the policy, with prefill times as the forecast predicts them."""
 
         def prefill_s(request: Request) -> float:
             predicted_s = forecast.prefill_s(request.num_uncached_tokens)
@@ -167,8 +169,8 @@ class PolicySort:
         outputs: tuple[OperatorOutput, ...] = (),
         anew: bool = False,
     ) -> Step[RequestQueue]:
-        """Do what every change of the queue needs: end expired requests, change the order with the
-        load, report the backlog, and offer requests. `anew`: offer declined requests again.
+        """Finish a change of the queue: end expired requests, change the order with the load,
+        report the backlog, and offer requests. `anew`: offer declined requests again.
         """
         wake_at = after.wake_at
         if wake_at is not None and wake_at <= now:  # first, so that no expired request is offered
@@ -192,9 +194,9 @@ class PolicySort:
         outputs: tuple[OperatorOutput, ...],
         wake_at: float | None,
     ) -> Step[RequestQueue]:
-        """Offer the requests at the head of the queue that were not declined."""
+        """Offer the first `window` requests of the queue, without those in `declined`."""
         head = queue.entries.head(self.options.window)
-        if head == declined:
+        if head == declined:  # the common case: the change was behind the window
             fresh: tuple[Request, ...] = ()
         elif declined:
             known = {entry[2] for entry in declined}
@@ -216,7 +218,9 @@ def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tu
 
 
 def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
-    """The operator. Raises ValueError for contradicting options, GraphError for a policy's own."""
+    """Make the operator. Raises ValueError for contradicting options, and GraphError for wrong
+    `policy_options`.
+    """
     if (options.policy == "own") != (options.function is not None):
         raise ValueError(
             f"{setup.name}: policy: own and function belong together: give both, or neither"
@@ -235,7 +239,7 @@ def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
 
 
 def _own_rank(function: UserFunction, request: Request) -> float:
-    """The rank by a user's function. Raises WrongResult for a result that is not a number."""
+    """The rank that a user's function returns. Raises WrongResult if it is not a number."""
     rank = function(request)
     try:
         number = float(rank)

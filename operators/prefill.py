@@ -1,4 +1,6 @@
-"""prefill: computes a prompt's KV blocks and first token, once the decode pool has room for it."""
+"""prefill: computes the KV blocks and the first token of a prompt, after blocks have been reserved
+in the decode pool.
+"""
 
 from dataclasses import dataclass, field
 
@@ -35,10 +37,11 @@ from sagellm.runtime.port import (
 
 @dataclass(frozen=True, slots=True)
 class PrefillOptions:
-    """`max_inflight`: requests that one replica has at a time.
+    """`max_inflight`: the most requests of one replica at a time.
 
-    Few, so that the others wait in policy_sort, where their order can still change; more than one,
-    so that the engine has the next prompt when it finishes one.
+    A small number keeps other requests in `policy_sort`, where their order can still change. More
+    than one request lets the engine start the next prompt as soon as it finishes the previous
+    prompt.
     """
 
     engine: str
@@ -57,14 +60,14 @@ SPEC = OpSpec(
 
 
 class PrefillService:
-    """Reserves blocks in the decode pool, then has its engine compute the prompt and hold its
-    blocks.
+    """Reserves blocks in the decode pool, and then submits the prompt to the prefill engine. That
+    engine keeps the computed blocks for the transfer.
     """
 
     holds = True
 
     def __init__(self, options: PrefillOptions, setup: Setup) -> None:
-        self.concurrency = options.max_inflight  # each request may wait for a reservation
+        self.concurrency = options.max_inflight  # all requests may wait for a reservation at once
         self._options = options
         self._decode = _decode_target(options, setup)
         self._held = HeldRequests()
@@ -109,14 +112,15 @@ class PrefillService:
         release_leases(ctx, item)
 
     async def _reserve(self, ctx: Context, request: Request) -> None:
-        """Reserve the request's blocks in the decode pool, waiting until there are enough.
+        """Reserve the request's blocks in the decode pool; wait until enough blocks are free.
 
-        Before the prompt is computed, so that computed blocks never wait for a full decode pool.
-        Raises EngineRefusal.
+        The reservation comes before the computation, so that computed blocks never wait for a full
+        decode pool. Raises EngineRefusal.
         """
         if self._decode is None:
             return
         replica = request.placement.get(self._decode.node, 0)
+        # The prefill of a resumed request includes the tokens that it has emitted already.
         offer = LeaseOffer(
             request_id=request.request_id,
             choice=request.choice,
@@ -128,7 +132,7 @@ class PrefillService:
         self._reservations[request.key] = await engine.import_(offer)
 
     async def _pass_on(self, ctx: Context, done: PrefillDone) -> None:
-        """Emit a prefilled request with its leases, and free its place here."""
+        """Emit the prefilled request with its leases, and release its prefill credit."""
         request = self._held.get(done.first.key)
         assert request is not None
         self._held.drop(request.key)
@@ -147,7 +151,9 @@ class PrefillService:
         ctx.release(request.key)
 
     async def _end(self, ctx: Context, event: TokenEvent) -> None:
-        """End a request whose sequence was cancelled or failed before its first token."""
+        """End a request whose sequence was cancelled or failed before its first token; free its
+        reservation.
+        """
         request = self._held.get(event.key)
         assert request is not None
         self.discard(ctx, request)
@@ -156,7 +162,7 @@ class PrefillService:
 
 
 def _decode_target(options: PrefillOptions, setup: Setup) -> Target | None:
-    """The operator that decodes; None if it shares this engine, and so its blocks."""
+    """The decode operator. None if it uses the same engine: no blocks need to be transferred."""
     target = next(iter(setup.targets), None)
     return None if target is None or target.engine == options.engine else target
 

@@ -1,11 +1,11 @@
-"""route: chooses a replica for every engine operator downstream, such as a (prefill, decode) pair.
+"""route: chooses a replica of every engine downstream, such as a (prefill, decode) pair.
 
-The strategy orders the replicas that are up and have room; the first with credit for the request
-takes it. While a replica has credit no request waits, unless the strategy holds the request back
-for another replica, for a limited time.
+The strategy orders the replicas that are up and have room; the first replica with credit takes the
+request. While a replica has credit no request waits, unless the strategy holds the request back for
+another replica, for a limited time.
 
-A request that leaves carries in `num_cached_tokens` how much of its prompt the chosen replica has
-cached, if engines report that: they do if the strategy, or an earlier operator, asks for it.
+`num_cached_tokens` of an emitted request is the number of its prompt tokens that the chosen replica
+has cached. Engines report this only if the strategy, or an earlier operator, subscribes to "cache".
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,13 +47,13 @@ from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.prefixes import Hasher
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
-_Placing: TypeAlias = tuple[ReplicaPool, Candidates, int]  # a pool, and the chosen replica
+_Placing: TypeAlias = tuple[ReplicaPool, Candidates, int]  # the number of the chosen replica
 
 
 @dataclass(frozen=True, slots=True)
 class RouteOptions:
-    """How to choose a replica. `strategy`: a name of the table in `sagellm.operators.routing`, or a
-    registered one; `strategy_options`: the options of a strategy that is a class.
+    """`strategy`: a name in the table of `sagellm.operators.routing`, or of a registered strategy.
+    `strategy_options`: the options of a strategy that is a class.
     """
 
     strategy: str = field(default="load_balanced", metadata={"names": "strategies"})
@@ -72,20 +72,20 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """Chooses replicas for the whole path of a request at once, because the blocks of decode are
+    """Chooses the replicas of all engines on a request's path at once, because decode blocks are
     reserved before prefill starts.
 
-    Operators that share an engine get the same replica of it. An engine that is not replicated has
-    replica 0.
+    Operators that share an engine get the same replica number. An engine that is not replicated has
+    only replica 0.
     """
 
     pools: tuple[ReplicaPool, ...]
     strategy: StrategyFunction | Strategy
     hasher: Hasher
-    entry: ReplicaPool | None = None  # the pool that requests enter next, if there is only one
+    entry: ReplicaPool | None = None  # the pool that requests enter next; None: there are several
     by_node: Mapping[str, ReplicaPool] = field(default_factory=dict)
     facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by pool
-    foresees: bool = False  # whether the strategy subscribes to forecasts
+    foresees: bool = False  # the strategy subscribes to "first_token", so a forecast is kept
 
     @property
     def initial(self) -> RouterView:
@@ -99,7 +99,7 @@ class Router:
     def on(self, state: RouterView, happened: Input, now: float, draw: Draw) -> Step[RouterView]:
         match happened:
             case Arrival(item=Request() as request):
-                # Without room in the only pool that it can enter, no strategy could place it.
+                # If the only pool that the request can enter has no room, no strategy is asked.
                 if self.entry is not None and not state.pools[self.entry.name].free:
                     return Step(state, (Wait(self.entry.entries[0]),))
                 if request.avoid:  # replicas that failed with the request before
@@ -129,7 +129,9 @@ class Router:
         return request_id in state.placed
 
     def _placements(self, view: RouterView, request: Request, now: float, draw: Draw) -> EmitFirst:
-        """The request with replicas to try, best first, each with the view after it."""
+        """Ask the strategy, and return the placements to try, best first. A placement is the
+        request with its replicas, and the view after the request is sent there.
+        """
         best: list[_Placing] = []
         others: list[Iterator[int]] = []
         hold_s = 0.0
@@ -157,7 +159,9 @@ class Router:
     def _ask(
         self, view: RouterView, pool: ReplicaPool, candidates: Candidates, now: float, draw: Draw
     ) -> tuple[Any, RouterView]:
-        """The strategy's order, not yet checked, and the view with the strategy's new state."""
+        """Call the strategy. Returns its order, which is not checked yet, and the view with the
+        strategy's new state.
+        """
         strategy: Any = self.strategy
         if not hasattr(strategy, "order"):
             return strategy(candidates, now, draw), view
@@ -171,10 +175,11 @@ class Router:
         return order, view
 
     def _place_elsewhere(self, view: RouterView, request: Request) -> Step[RouterView]:
-        """Place a request that engines failed on: on another replica, by load, for any strategy.
+        """Place a request that has failed on some replicas. The least loaded other replica gets the
+        request, whatever the strategy.
 
-        The request waits for another replica that has room. It returns to the replica that failed
-        only where no other is up.
+        If no other replica has room, the request waits. If no other replica is up, the request goes
+        back to a replica that failed.
         """
         chosen: list[_Placing] = []
         for pool in self.pools:
@@ -190,8 +195,8 @@ class Router:
     def _order(
         self, pool: ReplicaPool, candidates: Candidates, returned: Any
     ) -> Iterator[int | Hold]:
-        """The replicas that the strategy returned, one or several; then the other candidates by
-        load. Only the first may be a Hold. Raises WrongResult.
+        """The replicas that the strategy returned, one or several, and then the other candidates by
+        load. Only the first item may be a Hold. Raises WrongResult for a wrong replica.
         """
         is_order = isinstance(returned, Iterable) and not isinstance(returned, str)
         tried = 0
@@ -215,7 +220,7 @@ class Router:
             raise self._wrong(f"{said}; one of candidates.numbers")
 
     def _checked(self, hold: Hold) -> Hold:
-        """The hold. Raises WrongResult where its limit is not a finite time."""
+        """Return the hold. Raises WrongResult if its limit is negative or not finite."""
         if not 0 <= hold.limit_s < float("inf"):
             raise self._wrong(f"a Hold of {hold.limit_s} seconds; a limit of some seconds")
         return hold
@@ -227,14 +232,14 @@ class Router:
 
 
 def _foreseen(view: RouterView, happened: FirstToken | LoadReported, now: float) -> RouterView:
-    """The view with its forecast after that feedback."""
+    """The view with its forecast updated by feedback."""
     return msgspec.structs.replace(view, forecast=view.forecast.after(happened, now))
 
 
 def _with_feedback(
     view: RouterView, pool: ReplicaPool, happened: CreditChanged | LoadReported | HealthChanged
 ) -> RouterView:
-    """The view after feedback on a replica of a pool."""
+    """The view after feedback on one replica of `pool`."""
     replica: Replica = pool.name, happened.replica
     match happened:
         case CreditChanged(request_id=request_id, num_left=num_left):
@@ -249,7 +254,9 @@ def _with_feedback(
 def _placings(
     view: RouterView, request: Request, best: list[_Placing], others: list[Iterator[int]]
 ) -> Iterator[tuple[Request, RouterView]]:
-    """The request at the best replicas; then at each other replica of the pools that it enters."""
+    """The request placed at the best replicas, and then at each other replica of the pools that it
+    enters next, with the best replicas of all other pools.
+    """
     yield _placed(view, request, best)
     for place, ((pool, candidates, _), order) in enumerate(zip(best, others, strict=True)):
         for number in order if pool.entries else ():
@@ -260,7 +267,7 @@ def _placings(
 def _placed(
     view: RouterView, request: Request, chosen: list[_Placing]
 ) -> tuple[Request, RouterView]:
-    """The request with its replica for each operator, and the view that counts it there."""
+    """The request with a replica for each operator, and the view that counts the request there."""
     placement, where, num_cached = {**request.placement}, [], request.num_cached_tokens
     for pool, candidates, number in chosen:
         where.append((pool.name, number))
@@ -273,7 +280,7 @@ def _placed(
 
 
 def pools_of(targets: tuple[Target, ...]) -> tuple[ReplicaPool, ...]:
-    """The targets by engine. A target without an engine is a pool of its own."""
+    """One pool for each engine of the targets. A target without an engine is a pool of its own."""
     named: dict[str, list[Target]] = {}
     for target in targets:
         named.setdefault(target.engine or target.node, []).append(target)
@@ -289,7 +296,9 @@ def pools_of(targets: tuple[Target, ...]) -> tuple[ReplicaPool, ...]:
 
 
 def build(options: RouteOptions, setup: Setup) -> Router:
-    """The operator. Raises ValueError for an unknown strategy, GraphError for its options."""
+    """Make the operator. Raises ValueError for an unknown strategy, and GraphError for wrong
+    `strategy_options`.
+    """
     pools = pools_of(setup.targets)
     entries = [pool for pool in pools if pool.entries]
     entry = entries[0] if len(entries) == 1 else None

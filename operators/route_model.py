@@ -9,8 +9,8 @@ from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Te
 
 @dataclass(frozen=True, slots=True)
 class RouteModelOptions:
-    """`models`: keys of the table of models, each an outlet; a request without a model takes the
-    first one.
+    """`models`: names in the graph's table of models; each is an outlet. A request without a model
+    goes to the first outlet.
     """
 
     models: tuple[str, ...]
@@ -28,10 +28,10 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class RouteModel:
-    """Refuses a request for a model that is not listed.
+    """Emits each request at the outlet of its model, and refuses a request for any other model.
 
-    The session accepts only models of the graph, but a function before this operator may change the
-    request's model.
+    The session already refuses models that are not in the graph, but a user's function before this
+    operator may change the model of a request.
     """
 
     models: tuple[str, ...]

@@ -1,7 +1,8 @@
-"""The policies of `policy_sort`, by name, in one table.
+"""The table of the policies of `policy_sort`, by name.
 
-A new policy that ships is a function in `order.py` and an entry in the table below. Users register
-theirs (`sagellm.register_policy`), or a package offers them as entry points `sagellm.policies`.
+To ship a policy, add a function to `order.py`, and an entry to the table below. Users register
+their own policies with `sagellm.register_policy`; packages offer policies as entry points
+`sagellm.policies`.
 """
 
 from collections.abc import Callable, Iterable
@@ -51,8 +52,9 @@ class RegisteredPolicy:
 
 
 def check_policy(name: str, policy: Any, uses: Iterable[str] = ()) -> RegisteredPolicy:
-    """The entry of a user's policy. Raises TypeError for what is no policy, and ValueError for a
-    used option that `policy_sort` does not have.
+    """Make the table's entry of a user's policy; `uses`: the options of `policy_sort` that it uses.
+
+    Raises TypeError if `policy` is not a policy, and ValueError if `policy_sort` lacks an option.
     """
     if isinstance(policy, type):
         check_user_class(f"policy {name!r}", policy, ("initial", "rank"))
@@ -65,7 +67,9 @@ def check_policy(name: str, policy: Any, uses: Iterable[str] = ()) -> Registered
 
 
 def _read_entry_point(name: str, found: Any) -> RegisteredPolicy:
-    """An entry point is a policy, or a module with `policy` and perhaps `USES`."""
+    """Make the table's entry of an entry point: a policy, or a module with `policy` and perhaps
+    `USES`.
+    """
     return check_policy(name, getattr(found, "policy", found), getattr(found, "USES", ()))
 
 
@@ -83,13 +87,13 @@ POLICIES: Registry[RegisteredPolicy] = Registry(
     },
     _read_entry_point,
 )
-OWN = "own"  # the order of `function`; a policy too, but made by `policy_sort` itself
+OWN = "own"  # ranks by the option `function`; not in the table, as `policy_sort` makes it itself
 
 
 def find_policy(name: str, options: PolicySortOptions, path: Path = ()) -> Policy | RankingPolicy:
-    """The policy of that name; `path`: of `policy_sort` in the graph.
+    """Make the policy `name`. `path`: the place of `policy_sort` in the graph, for messages.
 
-    Raises ValueError for an unknown name, and for an option that the policy does not use;
+    Raises ValueError for an unknown name, and for an option that the policy does not use. Raises
     GraphError for wrong `policy_options`.
     """
     registered = POLICIES.find(name)
@@ -105,7 +109,7 @@ def find_policy(name: str, options: PolicySortOptions, path: Path = ()) -> Polic
 
 
 def refuse_unused(name: str, uses: frozenset[str], options: PolicySortOptions) -> None:
-    """Raise ValueError where a graph sets an option that only other policies use."""
+    """Raise ValueError if `options` changes an option that only policies other than `name` use."""
     for option in fields(PolicySortOptions):
         users = [other for other, each in POLICIES.at_hand.items() if option.name in each.uses]
         is_changed = option.default is not MISSING and (

@@ -1,4 +1,4 @@
-"""What a policy is: one or more orders over waiting requests; and the policies that ship."""
+"""The contract of a policy, which orders waiting requests, and the policies that ship."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,25 +9,25 @@ from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
 
 USUAL_SPEED = 1000.0  # prompt tokens a second, assumed until prefills have been measured
-GRACE = 0.5  # of its objective: how much later a request that missed it may still start
-STRETCH = 10.0  # own prefill times that a request waits for shorter ones
+GRACE = 0.5  # extra time for a request that missed its objective, as a share of the objective
+STRETCH = 10.0  # a request waits for shorter requests for this multiple of its own prefill time
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySortOptions:
-    """The options of `policy_sort`: which order, and how far past its head to look.
+    """`policy`: a name in the table of `sagellm.operators.policies`, or of a registered policy. The
+    policy `own` orders requests by `function`: request -> rank, lowest first, called at arrival.
 
-    `policy`: a name of the table in `sagellm.operators.policies`, or a registered one; `own` is the
-    order of `function`: request -> rank, lowest first, fixed while the request waits. `window`:
-    candidates offered, so that a head without credit (its engine is full) does not hold up later
-    requests that could run elsewhere.
+    `window`: the number of requests at the head of the queue that are offered downstream. If the
+    engine of the first request is full, a later request may go to another engine.
 
     `policy_options`: the options of a policy that is a class.
 
-    The others serve the policies whose docstrings name them. `aging_s`: seconds of waiting that
-    outweigh one level of priority. `prefill_tokens_per_s`: how fast one engine computes prompts;
-    None: as first tokens show, and USUAL_SPEED before any came. `busy_queued`,
-    `overloaded_queued`: waiting requests from which on the system counts as busy or overloaded.
+    All other options belong to the policies whose docstrings name them. `aging_s`: a wait of this
+    time, in seconds, outweighs one level of priority. `prefill_tokens_per_s`: the speed at which
+    one engine computes prompts; None: it is measured from first tokens, and is USUAL_SPEED until
+    enough of them came. `busy_queued`, `overloaded_queued`: the numbers of waiting requests at
+    which the system counts as busy and as overloaded.
     """
 
     policy: str = field(default="fifo", metadata={"names": "policies"})
@@ -46,15 +46,14 @@ class PolicySortOptions:
 
 @dataclass(frozen=True, slots=True)
 class QueueOrder:
-    """An order over waiting requests: the lowest rank goes first, equal ranks go by arrival.
+    """An order of waiting requests: the lowest rank goes first, and equal ranks go by arrival.
 
-    The rank of a request must not change while the request waits, so that the queue is sorted once,
-    by insertion. A rank that depends on time is expressed by `grace_s`: the rank is then a clock
-    time. When that time has passed, the rank becomes `rank + grace_s`; when that has passed too,
-    the rank becomes infinite.
+    `rank(request)` must not change while the request waits, because the queue is sorted by
+    insertion only. If `grace_s` is given, a rank is a time on the clock: after this time the rank
+    becomes `rank + grace_s`, and after the later time it becomes infinite.
 
-    `foreseen`: the rank of a request whose prefill takes so many seconds. It replaces `rank` once
-    prefill times can be predicted.
+    `foreseen(request, prefill_s)`: the rank of a request whose prefill takes `prefill_s` seconds.
+    It replaces `rank` as soon as prefill times can be predicted.
     """
 
     rank: Callable[[Request], float]
@@ -63,35 +62,37 @@ class QueueOrder:
 
     @property
     def lapses(self) -> bool:
-        """Whether ranks are clock times that may pass."""
+        """Whether ranks are times on the clock, after which they change."""
         return self.grace_s is not None
 
     def foreseeing(self, prefill_s: Callable[[Request], float]) -> "QueueOrder":
-        """The same order with ranks that use the prediction `prefill_s`."""
+        """The order with `foreseen` as its rank, if it has one, with prefill times by
+        `prefill_s(request)`.
+        """
         foreseen = self.foreseen
         if foreseen is None:
             return self
         return replace(self, rank=lambda request: foreseen(request, prefill_s(request)))
 
     def later_rank(self, request: Request, now: float) -> float:
-        """The rank of a request whose first rank has passed."""
+        """The rank of a request at time `now`, after its first rank has passed."""
         later_s = self.rank(request) + (self.grace_s(request) if self.grace_s is not None else 0.0)
         return later_s if later_s >= now else math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One order a level of load; `orders[level]` holds.
+    """One order for each level of load: the queue uses `orders[level]`.
 
     The level rises to i + 1 when `rising[i]` requests wait, and falls back to i when fewer than
-    half of `rising[i]` wait. The gap (hysteresis) keeps a constant load from switching orders.
+    half of `rising[i]` wait. This hysteresis prevents a constant load from switching orders.
     """
 
     orders: tuple[QueueOrder, ...]
     rising: tuple[int, ...] = ()
 
     def level(self, current: int, num_waiting: int) -> int:
-        """The level after `current` with so many waiting requests."""
+        """The level that follows `current` while `num_waiting` requests wait."""
         while current < len(self.rising) and num_waiting >= self.rising[current]:
             current += 1
         while current > 0 and 2 * num_waiting < self.rising[current - 1]:
@@ -100,29 +101,29 @@ class Policy:
 
 
 class RankingPolicy(Protocol):
-    """A policy with options, or with a state of its own: a frozen dataclass, whose fields are the
-    options that `policy_options` of `policy_sort` gives. The lowest rank goes first.
+    """A policy with options or a state: a frozen dataclass. Its fields are the options that
+    `policy_options` of `policy_sort` sets. The request with the lowest rank goes first.
 
-    A policy that also has `taken(state, request, now) -> state` is told of each request that left
-    the queue.
+    If the policy has a method `taken(state, request, now) -> state`, the method is called for each
+    request that was sent downstream, and its result becomes the next state.
     """
 
     @property
     def initial(self) -> Any:
-        """The first state, a value."""
+        """The initial state, an immutable value."""
 
     def rank(
         self, state: Any, request: Request, now: float, forecast: Forecast
     ) -> tuple[float, Any]:
-        """The rank of a request as it arrives, and the next state.
+        """The rank of an arriving request, and the next state.
 
-        The request keeps the rank while it waits. Called once a request, so that the cost does not
-        grow with the length of the queue.
+        The method is called once for a request, and the request keeps its rank while it waits: the
+        cost does not grow with the length of the queue.
         """
 
 
 def fifo(options: PolicySortOptions) -> Policy:
-    """First come, first served, by arrival in the graph (not by arrival in the queue).
+    """First come, first served, by the time of arrival in the graph (not in the queue).
 
     Source: FCFS of queueing theory; the default of vLLM's scheduler (`--scheduling-policy fcfs`).
     """
@@ -134,12 +135,12 @@ def _arrival_s(request: Request) -> float:
 
 
 def priority(options: PolicySortOptions) -> Policy:
-    """The more urgent level first (0 critical ... 4 background), then arrival; with aging.
+    """By priority (0 critical ... 4 background), then by arrival, with aging.
 
-    rank = arrival + priority * aging_s: a request gains one level on newcomers in every `aging_s`
-    seconds that it waits. No request starves: a background request lets pass only those critical
-    requests that arrive within 4 * aging_s after it. Between requests that arrive within `aging_s`
-    of each other, priority alone decides; with aging_s = 0 the order is fifo.
+    rank = arrival + priority * aging_s: with every `aging_s` seconds of waiting, a request gains
+    one level over new requests. No request starves: a background request is overtaken only by
+    critical requests that arrive within 4 * aging_s after it. Between requests that arrive within
+    `aging_s` of each other, priority alone decides. With aging_s = 0 the order is fifo.
 
     Source: the same linear form as Dynamo's router queue (key = priority_jump - arrival); aging as
     in Silberschatz, Operating System Concepts, chapter on CPU scheduling.
@@ -152,19 +153,19 @@ def priority(options: PolicySortOptions) -> Policy:
 
 
 def slo_aware(options: PolicySortOptions) -> Policy:
-    """Least slack first.
+    """By slack, the least first.
 
-    deadline = arrival + slo_ttft_s, or else expires_s, or else the far future;
-    slack = deadline - now - T_prefill, where T_prefill is the time that the prefill of the uncached
-    tokens takes: as the latest first tokens show, or tokens / `prefill_tokens_per_s` where the
-    graph gives that option.
+    deadline = arrival + slo_ttft_s, or else expires_s, or else infinity;
+    slack = deadline - now - T_prefill, where T_prefill is the prefill time of the uncached tokens:
+    predicted from the latest first tokens, or tokens / `prefill_tokens_per_s` if the graph sets
+    this option.
 
-    The smallest slack that is not negative goes first. A request with negative slack misses its
-    objective anyway, and gives way to those that can still meet theirs: its objective counts as 1.5
-    times as long, so that under steady load a request that is late by a little is not late by much.
-    Once that time has passed too, the request is served like one without an objective: after all
-    that have one. Ties are served in order of arrival. `now` is the same for all, so the order is
-    that of the latest start, deadline - T_prefill.
+    The request with the smallest slack that is not negative goes first. A request with negative
+    slack misses its objective anyway, and lets requests pass that can still meet theirs: its
+    objective then counts as 1.5 times as long, so that under steady load a slightly late request
+    does not become very late. After the longer objective has passed, too, the request goes after
+    all requests with an objective. Requests with equal slack go by arrival. `now` is the same for
+    all requests, so the order is that of the latest start: deadline - T_prefill.
 
     Source: least-laxity-first (Mok 1983) with demotion of late jobs.
     """
@@ -193,13 +194,13 @@ def _grace_s(request: Request) -> float:
 
 
 def cost_optimized(options: PolicySortOptions) -> Policy:
-    """Most value for each second of prefill first.
+    """By value per second of prefill, the most first.
 
-    WSPT, weighted shortest processing time: descending weight / T_prefill, where the weight is the
-    request's `cost_budget` (1 if it has none, at least 0) and T_prefill is proportional to its
-    uncached tokens. Smith's rule: on one machine this order minimises the weighted sum of
-    completion times. Requests with a budget of 0 go last. A long prompt with a small budget may
-    wait as long as better ones keep coming; `expires_s` bounds that wait.
+    WSPT, weighted shortest processing time: descending weight / T_prefill. The weight is the
+    request's `cost_budget` (1 if it has none, at least 0); T_prefill is proportional to its
+    uncached tokens. On one machine this order minimises the weighted sum of completion times
+    (Smith's rule). Requests with a budget of 0 go last. A long prompt with a small budget may wait
+    for as long as requests with more value arrive; `expires_s` bounds this wait.
 
     Source: W. E. Smith, Various optimizers for single-stage production, 1956; Dynamo's `wspt`
     queue.
@@ -208,25 +209,26 @@ def cost_optimized(options: PolicySortOptions) -> Policy:
 
 
 def _tokens_per_value(request: Request) -> float:
-    """The inverse of weight / T_prefill, up to the constant speed of prefill."""
+    """The inverse of weight / T_prefill, with T_prefill in tokens."""
+    # At least one token, so that the weight also orders prompts that are wholly cached.
     weight = 1.0 if request.cost_budget is None else request.cost_budget
     return max(request.num_uncached_tokens, 1) / weight if weight > 0 else math.inf
 
 
 def adaptive(options: PolicySortOptions) -> Policy:
-    """fifo while calm, slo_aware while busy, shortest first while overloaded.
+    """fifo while calm, slo_aware while busy, shortest prefill first while overloaded.
 
-    The load is the number of waiting requests w, and the level has hysteresis:
+    The level depends on the number w of waiting requests, with hysteresis:
 
-        calm        fifo: with few waiting, order changes little, and arrival is the fairest
+        calm        fifo: if few requests wait, order matters little, and arrival is the fairest
         busy        slo_aware, from w >= busy_queued until 2 w < busy_queued
         overloaded  shortest prefill first, from w >= overloaded_queued until
-                    2 w < overloaded_queued: most objectives are lost by now, and this order serves
-                    most requests in a time
+                    2 w < overloaded_queued: most objectives are lost at this level, and this order
+                    serves the most requests per second
 
-    Shortest first is aged: rank = arrival + 10 * T_prefill, so that a request lets pass only
-    shorter ones that arrive within ten times its own prefill time. The same inputs give the same
-    decisions. Raises ValueError where `busy_queued` is not below `overloaded_queued`.
+    Shortest first is aged: rank = arrival + 10 * T_prefill, so a request is overtaken only by
+    shorter requests that arrive within ten times its own prefill time. The same inputs give the
+    same decisions. Raises ValueError if `busy_queued` is not below `overloaded_queued`.
 
     Source: the published scheduler's "adaptive" names the idea only; the orders are SPT (Smith
     1956, aged), fifo and slo_aware.

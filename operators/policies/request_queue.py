@@ -1,4 +1,4 @@
-"""The queue of `policy_sort`: requests in the order of a policy, as a value."""
+"""The queue of `policy_sort`: requests in the order of a policy, as an immutable value."""
 
 import math
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.prefixes import PrefixIndex
 
-# rank, arrival, number: the number is unique, so two requests are never compared.
+# Rank, arrival, number, request. The number is unique, so a sort never compares two requests.
 QueueEntry: TypeAlias = tuple[float, float, int, Request]
-_Expiry: TypeAlias = tuple[float, int, QueueEntry]
+_Expiry: TypeAlias = tuple[float, int, QueueEntry]  # `expires_s`, number, entry
 EntriesByRequest: TypeAlias = Map[str, tuple[QueueEntry, ...]]
 
 
 class RankContext(msgspec.Struct, frozen=True):
-    """Values that ranks depend on, besides requests and time.
+    """The values that ranks depend on, in addition to the request and the time.
 
-    `orders`: of the policy, with the current predictions of prefill times. `state`: of a policy
-    that has one. `indexes`: the prefix blocks of engines.
+    `orders`: the policy's orders, with predicted prefill times. `state`: the state of a
+    RankingPolicy. `indexes`: the prefix blocks of each engine.
     """
 
     orders: tuple[QueueOrder, ...]
@@ -36,10 +36,11 @@ class RankContext(msgspec.Struct, frozen=True):
 
 
 class RequestQueue(msgspec.Struct, frozen=True):
-    """The waiting requests. An update takes microseconds, independent of their number.
+    """The waiting requests. An update takes microseconds, however many requests wait.
 
-    `entries` ascend by rank, arrival and number; `expiries` by time. `choices`: the entries of each
-    request. `declined`: candidates that found no credit since credit last changed.
+    `entries` ascend by rank, arrival and number; `expiries` ascend by time. `choices`: the entries
+    by request id. `declined`: the entries that were offered downstream and not taken, since credit
+    last changed. `level`: the policy's level of load.
     """
 
     entries: SortedChunks[QueueEntry] = SortedChunks()
@@ -48,11 +49,11 @@ class RequestQueue(msgspec.Struct, frozen=True):
     declined: tuple[QueueEntry, ...] = ()
     level: int = 0
     num_arrived: int = 0
-    backlog: Backlog = Backlog()  # of the entries
-    waiting_since_s: float = 0.0  # since when the queue has not been empty
-    counted_until_s: float = 0.0  # the time up to which `backlog.busy_s` is counted
+    backlog: Backlog = Backlog()  # sums over the entries, and over the requests served so far
+    waiting_since_s: float = 0.0  # when the queue last became non-empty
+    counted_until_s: float = 0.0  # `backlog.busy_s` includes the time up to here
     num_sent: int = 0
-    num_sent_tokens: int = 0  # of prompts
+    num_sent_tokens: int = 0  # uncached prompt tokens of the requests sent
     context: RankContext = RankContext(())
 
     @property
@@ -61,19 +62,19 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return None if first is None else first[0]
 
     def with_context(self, **changes: Any) -> "RequestQueue":
-        """The queue with these fields of its context changed."""
+        """The queue with the fields `changes` of its context replaced."""
         return replace(self, context=replace(self.context, **changes))
 
     def busy_s(self, now: float) -> float:
-        """For how long, until now, requests have waited here or engines were full."""
+        """The total time, until `now`, during which requests waited here or engines were full."""
         backlog = self.backlog
         if now <= self.counted_until_s or backlog.is_open:
             return backlog.busy_s
         return backlog.busy_s + now - self.counted_until_s
 
     def with_request(self, request: Request, order: QueueOrder, now: float) -> "RequestQueue":
-        """The queue with one more request. Raises ValueError for a rank of NaN, and what the rank
-        function raises.
+        """The queue with one more request. Raises ValueError for a rank of NaN, and any error of
+        the rank function.
         """
         rank = float(order.rank(request))
         if math.isnan(rank):
@@ -100,19 +101,20 @@ class RequestQueue(msgspec.Struct, frozen=True):
         )
 
     def without_taken(self, taken: Request, now: float) -> "RequestQueue":
-        """The queue without a request that was sent. No candidate counts as declined any more."""
+        """The queue after a request was sent downstream. No entry counts as declined any more."""
         entry, *others = self.choices[taken.request_id]
         if others:
             entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
-        # A request that passes through an empty queue shows nothing of the rate of service.
+        # A request that passes an empty queue does not count as served: it was not held up, so it
+        # tells nothing about the rate of service.
         waited = max(self.counted_until_s, now) > self.waiting_since_s
         return self._without(entry, now, (), was_sent=True, was_served=waited)
 
     def with_room(self, now: float, *, has_room: bool) -> "RequestQueue":
-        """The queue after engines downstream got room for a request, or have none any more."""
+        """The queue after engines downstream became full (`has_room` False) or got room again."""
         backlog = replace(self.backlog, busy_s=self.busy_s(now), num_full=not has_room)
-        # Room came back while nothing waited here: an engine finished a request, which counts as
-        # served, of the mean size of those sent.
+        # If room came back while nothing waited here, an engine finished a request. The operator
+        # does not know which one, so a request of the mean size counts as served.
         if has_room and not len(self.entries) and self.num_sent:
             backlog = replace(
                 backlog,
@@ -124,12 +126,12 @@ class RequestQueue(msgspec.Struct, frozen=True):
     def without_signalled(
         self, signal: Signal, now: float
     ) -> tuple["RequestQueue", tuple[Request, ...]]:
-        """The queue without the requests that a signal ends; and those requests."""
+        """The queue without the requests that a signal ends, and the removed requests."""
         entries = self.choices.get(signal.request_id, ())
         return self._without_all([one for one in entries if signal.concerns(one[3].key)], now)
 
     def without_expired(self, now: float) -> tuple["RequestQueue", tuple[Request, ...]]:
-        """The queue without the requests that have expired; and those requests."""
+        """The queue without the requests that have expired, and the removed requests."""
         expired: list[QueueEntry] = []
         for expires_s, _, entry in self.expiries:
             if expires_s > now:
@@ -138,22 +140,22 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return self._without_all(expired, now)
 
     def at_level(self, level: int, order: QueueOrder) -> "RequestQueue":
-        """The queue in the order of another level."""
+        """The queue sorted by `order`, the order of another level of load."""
         queue = self
         for entry in self.entries:
             queue = queue._moved(entry, float(order.rank(entry[3])))
         return replace(queue, level=level, declined=())
 
     def reported(self, order: QueueOrder) -> Backlog:
-        """The backlog to report upstream. Under an order without objectives no request is patient:
-        those without an objective do not let others pass.
+        """The backlog to report upstream. A patient request has no objective, and lets requests
+        with an objective pass. Under an order that ignores objectives no request is patient.
         """
         if order.lapses:
             return self.backlog
         return replace(self.backlog, num_patient=0, num_patient_tokens=0)
 
     def lapsed(self, order: QueueOrder, now: float) -> "RequestQueue":
-        """The queue with requests whose rank has passed at their later ranks."""
+        """The queue after each request whose rank has passed moved to its later rank."""
         if order.grace_s is None:
             return self
         queue = self
@@ -162,7 +164,7 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return queue
 
     def _moved(self, entry: QueueEntry, rank: float) -> "RequestQueue":
-        """The queue with one entry at another rank."""
+        """The queue after an entry moved to another rank."""
         moved = (rank, *entry[1:])
         request = entry[3]
         expiries = self.expiries
@@ -238,7 +240,7 @@ def _counted(
     *,
     was_served: bool = False,
 ) -> Backlog:
-    """The backlog with one request more (`sign` 1) or fewer (-1)."""
+    """The backlog after a request was added (`sign` 1) or removed (-1)."""
     is_patient = request.slo_ttft_s is None
     return Backlog(
         backlog.num_requests + sign,
@@ -263,5 +265,5 @@ def backlogs_differ(one: Backlog, other: Backlog) -> bool:
 
 
 def _is_same(held: Request, taken: Request) -> bool:
-    """Whether both are the same choice of a request, in the same epoch."""
+    """Whether both are the same choice of the same request, in the same epoch."""
     return held is taken or (held.key == taken.key and held.epoch == taken.epoch)

@@ -1,8 +1,8 @@
-"""The strategies of `route`, by name, in one table.
+"""The table of the strategies of `route`, by name.
 
-A new strategy that ships is a function or a class in `strategies.py` and an entry in the table
-below. Users register theirs (`sagellm.register_strategy`), or a package offers them as entry points
-`sagellm.strategies`.
+To ship a strategy, add a function or a class to `strategies.py`, and an entry to the table below.
+Users register their own strategies with `sagellm.register_strategy`; packages offer strategies as
+entry points `sagellm.strategies`.
 """
 
 from sagellm.operators.routing.strategies import (
@@ -50,5 +50,5 @@ STRATEGIES: Registry[RegisteredStrategy] = Registry(
 
 
 def find_strategy(name: str) -> RegisteredStrategy:
-    """The strategy of that name. Raises ValueError for an unknown name."""
+    """The strategy `name`. Raises ValueError for an unknown name."""
     return STRATEGIES.find(name)

@@ -1,4 +1,4 @@
-"""The strategies that ship. `STRATEGIES` of `sagellm.operators.routing` names them."""
+"""The shipped strategies of `route`. Their table is `STRATEGIES` of `sagellm.operators.routing`."""
 
 import hashlib
 import math
@@ -10,71 +10,75 @@ from sagellm.operators.routing.strategy import Candidates, Hold, Order
 from sagellm.operators.routing.view import bits, nth_bit
 from sagellm.runtime.operator import Draw
 
-_MOST_COMPARED = 16  # warm replicas that one decision of PrefixAware looks at
+_MOST_COMPARED = 16  # the most replicas with a cached prefix that PrefixAware compares at a time
 
 
 def load_balanced(candidates: Candidates, now: float, draw: Draw) -> int:
-    """The replica with the least outstanding tokens; ties go round.
+    """The replica with the fewest outstanding tokens; equal replicas take turns.
 
-    Outstanding: uncached prompt tokens and max_tokens of the requests that this router placed there
-    and that have not ended, and as much as the current request for each request that the engine
-    reports beyond these (see `ReplicaView.load`). Source: least outstanding tokens, with the local
-    increments over a reported snapshot and the rotating tie-break of vLLM's data-parallel load
-    balancer.
+    Outstanding tokens of a replica: the uncached prompt tokens and max_tokens of all requests that
+    this router placed there and that have not ended. If the engine reports further requests, each
+    of them counts as many tokens as the current request (see `ReplicaView.load`).
+
+    Source: least outstanding tokens. vLLM's data-parallel load balancer also adds local increments
+    to a reported snapshot, and rotates between equal replicas.
     """
     return candidates.least_loaded()
 
 
 def round_robin(candidates: Candidates, now: float, draw: Draw) -> int:
-    """One replica after the other, whatever their load."""
+    """One replica after the other, regardless of their load."""
     turn = candidates.turn % candidates.pool.size
     later = candidates.mask >> turn << turn
     return next(bits(later or candidates.mask))
 
 
 def random(candidates: Candidates, now: float, draw: Draw) -> int:
-    """Each replica with equal probability, from the graph's seed."""
+    """A random replica; all are equally likely. The random numbers come from the graph's seed."""
     return nth_bit(candidates.mask, draw.below(candidates.mask.bit_count()))
 
 
 def choose_by_key(key: str, replicas: Sequence[int]) -> int:
-    """The replica whose hash with the key is highest, the same in every process.
+    """The replica with the highest hash of key and replica number, the same in every process.
 
-    A new replica takes 1 / (n + 1) of the keys and moves no other key; a lost replica moves only
-    its own keys. Source: rendezvous hashing, Thaler and Ravishankar, Using name-based mappings to
-    increase hit rates, 1998.
+    A new replica takes 1 / (n + 1) of the keys; all other keys keep their replica. If a replica is
+    lost, only its own keys move.
+
+    Source: rendezvous hashing, Thaler and Ravishankar, Using name-based mappings to increase hit
+    rates, 1998.
     """
     return max(replicas, key=lambda replica: _weight(key, replica))
 
 
 def choose_bounded(key: str, candidates: Candidates, load_factor: float | None) -> int:
-    """The first replica, in the order of hashes with the key, that would not exceed `load_factor`
-    times the mean number of requests; the first of all where `load_factor` is None.
+    """The replica with the highest hash among the replicas that, with this request, would have at
+    most `load_factor` times the mean number of requests. None: the number is not bounded.
 
     Source: Mirrokni, Thorup and Zadimoghaddam, Consistent hashing with bounded loads, 2018; here
-    over rendezvous hashing.
+    with rendezvous hashing.
     """
     numbers = candidates.numbers
     if load_factor is None:
         return choose_by_key(key, numbers)
-    num_requests = sum(map(candidates.num_requests, numbers)) + 1
+    num_requests = sum(map(candidates.num_requests, numbers)) + 1  # the request included
     most = math.ceil(load_factor * num_requests / len(numbers))
     room = [number for number in numbers if candidates.num_requests(number) < most]
     return choose_by_key(key, room or numbers)
 
 
 def _weight(key: str, replica: int) -> bytes:
+    """The hash of a key and a replica. `hash` of Python would differ between processes."""
     salt = replica.to_bytes(8, "little")
     return hashlib.blake2b(key.encode(), digest_size=8, salt=salt).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Affinity:
-    """All requests of one key on one replica, so that they find their prefix there.
+    """Sends all requests with the same key to the same replica, which has their prefix cached.
 
-    The key is the tag that `key_by` set, or else the user_id; a request with neither goes to the
-    least loaded replica. `load_factor`: a replica with so many times the mean number of requests
-    takes no more, and the next replica in the order of the key's hashes does; None: no bound.
+    The key is the tag that `key_by` set, or else the user_id. A request with neither goes to the
+    least loaded replica. `load_factor`: a replica takes at most `load_factor` times the mean number
+    of requests; further requests go to the replica with the next highest hash. None: no bound.
     """
 
     load_factor: float | None = field(default=None, metadata={"min": 1.0})
@@ -95,10 +99,10 @@ class Affinity:
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """All requests of one model and user on one replica (a hash of `model:user`).
+    """Sends all requests of the same model and user to the same replica (a hash of `model:user`).
 
-    A request that names neither goes to the least loaded replica; by hash all of those would meet
-    in one place. `load_factor`: as of Affinity.
+    A request without model and user goes to the least loaded replica; by hash, all such requests
+    would go to one replica. `load_factor`: see `Affinity`.
     """
 
     load_factor: float | None = field(default=None, metadata={"min": 1.0})
@@ -119,26 +123,28 @@ class Locality:
 
 @dataclass(frozen=True, slots=True)
 class PrefixAware:
-    """The replica that has the least to compute once it has the request.
+    """Sends a request to the replica with the least work left, counting the request's own.
 
         cost = outstanding tokens of the replica, as `load_balanced` counts them, * load_weight
              + uncached tokens of the request
 
-    The least cost goes first; ties go round. A cached prefix attracts requests until its replica is
-    ahead of another by as many tokens as the prefix saves. Then the other replica computes the
-    prefix and has it too, so that no replica becomes a hot spot. With nothing cached the order is
-    that of `load_balanced`.
+    The replica with the lowest cost goes first; equal replicas take turns. A cached prefix attracts
+    requests until its replica has more outstanding tokens than another replica by the number of
+    tokens that the prefix saves. Then the other replica computes and caches the prefix, too, so
+    that no replica becomes a hot spot. If nothing is cached, the order is that of `load_balanced`.
 
-    A decision compares the least loaded replica and the 16 replicas that have the most of the
-    prompt; among equals that is another 16 each time. So its cost does not grow with the number of
-    replicas: some 20 us beside those of a lookup (see `runtime/prefixes.py`).
+    A decision compares the least loaded replica and the 16 replicas with the longest cached prefix;
+    if more than 16 are equal, each decision compares another 16. The cost of a decision therefore
+    does not grow with the number of replicas: it is some 20 us plus a lookup (see
+    `runtime/prefixes.py`).
 
-    `load_weight`: cached tokens that one outstanding token outweighs; 0 looks at caches alone.
-    `max_hold_s`: how long a request waits for a replica without room whose cache has `min_saved` of
-    the prompt more than the best replica with room, but no longer than that one would take to
-    compute the difference, once that can be predicted; 0: it never waits.
+    `load_weight`: the weight of an outstanding token relative to an uncached token; 0: only caches
+    count. `max_hold_s`: the longest time that a request waits for a busy replica; 0: no wait. A
+    request waits only if the busy replica has cached more of the prompt than the best replica with
+    room, by at least the share `min_saved` of the prompt. The wait is also no longer than the
+    predicted time to compute the difference, if there is a prediction.
 
-    Source: Dynamo's KV router (prefill that is left after overlap, plus active load; the least).
+    Source: Dynamo's KV router (the least of uncached prefill plus active load).
     """
 
     load_weight: float = field(default=1.0, metadata={"min": 0.0})
@@ -169,7 +175,7 @@ class PrefixAware:
         return num_uncached + self.load_weight * candidates.load(number)
 
     def _hold(self, candidates: Candidates, best: int) -> Hold | None:
-        """A hold for the replica without room that has most of the prompt, if it saves enough."""
+        """A hold for the busy replica with the longest cached prefix; None: it saves too little."""
         warmest = next(_warm(candidates, candidates.busy), None)
         if warmest is None:
             return None
@@ -183,8 +189,8 @@ class PrefixAware:
 
 
 def _warm(candidates: Candidates, among: int) -> Iterator[int]:
-    """At most _MOST_COMPARED replicas of the mask `among` with a cached part of the prompt, those
-    with the longest part first.
+    """The replicas of the mask `among` with a cached prefix of the prompt, longest prefix first; at
+    most _MOST_COMPARED.
     """
     start = candidates.turn % candidates.pool.size
     masks = (mask & among for _, mask in candidates.cached.levels)
@@ -193,7 +199,7 @@ def _warm(candidates: Candidates, among: int) -> Iterator[int]:
 
 
 def _turned(mask: int, start: int) -> Iterator[int]:
-    """The numbers of the set bits from `start` on, and then those before `start`."""
+    """The numbers of the set bits, ascending from `start`, and then those below `start`."""
     later = mask >> start << start
     yield from bits(later)
     yield from bits(mask & ~later)

@@ -1,4 +1,4 @@
-"""What a strategy is, and what it sees of the replicas that a request may go to."""
+"""The contract of a strategy, and `Candidates`: the replicas as a strategy sees them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ NOTHING_KNOWN = Forecast()
 class Candidates:
     """The replicas of one pool that a strategy orders for one request.
 
-    Candidates are the replicas that are up and have room; if there are none, those that are up; if
-    none is up, all. In the last two cases the request waits.
+    Candidates are the replicas that are up and have room. If no replica has room, all replicas that
+    are up are candidates; if no replica is up, all replicas. In both cases the request waits.
 
-    `turn` rises by one with each routed request. `facts` are those of the engine (`block_size`,
-    `num_blocks`, `max_num_seqs`, `max_model_len` ...), None if unknown. `forecast` has predictions
-    if the strategy subscribes to "first_token".
+    `turn` rises by one with each routed request. `facts` are the engine's (`block_size`,
+    `num_blocks`, `max_num_seqs`, `max_model_len` ...); None: unknown. `forecast` has predictions if
+    the strategy subscribes to "first_token".
     """
 
     __slots__ = ("_cached", "_hasher", "facts", "forecast", "pool", "request", "turn")
@@ -69,9 +69,9 @@ class Candidates:
 
     @property
     def cached(self) -> Cached:
-        """How many tokens of the request are cached on which replicas, candidates or not.
+        """The number of tokens of the request that each replica has cached, for all replicas.
 
-        Looked up on first use, because a strategy may not need it.
+        The lookup happens on first use, because a strategy may not need the result.
         """
         if self._cached is None:
             index, hasher, self._cached = self.pool.index, self._hasher, NOTHING_CACHED
@@ -80,37 +80,40 @@ class Candidates:
         return self._cached
 
     def num_cached_tokens(self, number: int) -> int:
-        """Tokens of the request that a replica has in its prefix cache, as engines report.
-
-        0 if the strategy does not subscribe to "cache".
+        """The number of the request's tokens in a replica's prefix cache, as engines report it; 0
+        if the strategy does not subscribe to "cache".
         """
         return self.cached.num_tokens(number)
 
     def num_uncached_tokens(self, number: int) -> int:
-        """Tokens of the request that a replica would have to compute."""
+        """The number of the request's tokens that a replica would have to compute."""
         known = len(self.request.prompt_token_ids) + len(self.request.emitted_token_ids)
         return known - self.num_cached_tokens(number)
 
     def num_pending_tokens(self, number: int) -> int:
-        """Prompt tokens that a replica has to compute before those of a new request: by its last
-        report, and of requests sent there since.
+        """The number of prompt tokens that a replica computes before a new request: those of its
+        last report, and those of requests sent there since.
         """
         return self.pool.replicas[number].num_pending
 
     def prefill_s(self, number: int) -> float | None:
-        """Predicted seconds until a replica has computed its pending prompts and this one; None
-        before there is evidence.
+        """The predicted time, in seconds, until a replica has computed its pending prompts and the
+        prompt of this request; None: too few measurements.
         """
         num_tokens = self.num_pending_tokens(number) + self.num_uncached_tokens(number)
         return self.forecast.prefill_s(num_tokens)
 
     @property
     def step_s(self) -> float | None:
-        """Predicted seconds of an engine step, and so of each further token; None: unknown."""
+        """The predicted time of an engine step, and so of each decoded token, in seconds; None: too
+        few measurements.
+        """
         return self.forecast.step_s
 
     def num_requests(self, number: int) -> int:
-        """The number of requests that a replica has."""
+        """The number of requests at a replica, as this router counts them or as the engine reports
+        them; the larger of both.
+        """
         known = self.pool.replicas[number]
         return max(known.num_held, known.num_reported)
 
@@ -119,24 +122,28 @@ class Candidates:
         return self.pool.replicas[number].num_left
 
     def load(self, number: int) -> float:
-        """The outstanding tokens of a replica."""
+        """The number of outstanding tokens of a replica; see `load_balanced`."""
         return self.pool.replicas[number].load(tokens_of(self.request))
 
     def least_loaded(self) -> int:
-        """The candidate of least load. Ties go round, so that an idle pool fills evenly."""
+        """The least loaded candidate. Equal candidates take turns, so that an idle pool fills
+        evenly.
+        """
         start = self.turn % self.pool.size
         found = self.pool.loads.argmin(start)
         return found if found is not None else min(self.numbers, key=self._waiting_rank(start))
 
     def by_load(self) -> Iterator[int]:
-        """The candidates, least loaded first. The first comes without sorting the others."""
+        """The candidates, least loaded first. The others are sorted only if the caller asks for a
+        second one.
+        """
         first = self.least_loaded()
         yield first
         rank = self._waiting_rank(self.turn % self.pool.size)
         yield from sorted((number for number in self.numbers if number != first), key=rank)
 
     def rest(self, tried: int) -> Iterator[int]:
-        """The candidates outside of the mask `tried`, least loaded first."""
+        """The candidates that are not in the mask `tried`, least loaded first."""
         if tried != self.mask:
             yield from (number for number in self.by_load() if not tried >> number & 1)
 
@@ -147,46 +154,47 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """The first of an order: a replica that the request waits for although others have room.
+    """The first item of an order: a busy replica that the request waits for, although other
+    replicas have room.
 
-    The request waits at most `limit_s`, counted from when it was first held back; then the next
-    replicas of the order are tried.
+    The wait ends `limit_s` after the request was first held back. Then the next replicas of the
+    order are tried.
     """
 
     replica: int
     limit_s: float
 
 
-# Feedback that every router gets, and feedback that a strategy may subscribe to in addition.
+# Every router subscribes to the first set; a strategy may subscribe to the second in addition.
 ROUTER_FEEDBACK = frozenset({"credit", "load", "health", "topology"})
 STRATEGY_FEEDBACK = frozenset({"cache", "first_token"})
 
-# Numbers of replicas, best first, or one number.
+# The numbers of replicas, best first, or a single number.
 Order: TypeAlias = int | Hold | Iterable[int | Hold]
-# From the candidates, the time in seconds and a random source to an order.
+# Takes the candidates, the time in seconds and a random source; returns an order.
 StrategyFunction: TypeAlias = Callable[[Candidates, float, Draw], Order]
 
 
 class Strategy(Protocol):
-    """A strategy with options, or with a state of its own: a frozen dataclass, whose fields are the
-    options that `strategy_options` of `route` gives.
+    """A strategy with options or a state: a frozen dataclass. Its fields are the options that
+    `strategy_options` of `route` sets.
 
-    Its attribute `subscribes`, if it has one, names the feedback that it needs: "cache" for
+    An optional attribute `subscribes` names the feedback that the strategy needs: "cache" for
     `candidates.num_cached_tokens`, "first_token" for `prefill_s`, `step_s` and `forecast`. Feedback
     that no operator subscribes to is not sent.
     """
 
     @property
     def initial(self) -> Any:
-        """The first state, a value. Each pool of replicas has a state of its own."""
+        """The initial state, an immutable value. Each pool of replicas has its own state."""
 
     def order(
         self, state: Any, candidates: Candidates, now: float, draw: Draw
     ) -> tuple[Order, Any]:
         """The order for one request, and the next state.
 
-        The request is sent to the first replica with credit, and the next state holds. If none has
-        credit, the state does not change, and the request is ordered again later.
+        The request is sent to the first replica with credit, and the next state replaces `state`.
+        If no replica has credit, the next state is discarded, and `order` is called again later.
         """
 
 
@@ -194,7 +202,7 @@ RegisteredStrategy: TypeAlias = StrategyFunction | type[Strategy]
 
 
 def check_strategy(name: str, value: Any) -> Any:
-    """The strategy itself. Raises TypeError for a value that is none."""
+    """Return `value` if it is a strategy. Raises TypeError otherwise."""
     if not isinstance(value, type):
         return check_callable(name, value, takes=("candidates", "now", "draw"))
     return check_user_class(f"strategy {name!r}", value, ("initial", "order"))
@@ -203,7 +211,9 @@ def check_strategy(name: str, value: Any) -> Any:
 def make_strategy(
     found: RegisteredStrategy, name: str, given: Mapping[str, Any], path: Path
 ) -> StrategyFunction | Strategy:
-    """A strategy with its options, which are at `path` of the graph. Raises GraphError."""
+    """Make a strategy with its options. Raises GraphError for wrong options; the error names
+    `path`, the options' place in the graph.
+    """
     if isinstance(found, type):
         return check_and_read_options(found, given, path)
     refuse_options(f"strategy `{name}`", given, path)
@@ -211,9 +221,9 @@ def make_strategy(
 
 
 def wanted_feedback(strategy: StrategyFunction | Strategy, name: str, node: str) -> frozenset[str]:
-    """The kinds of feedback that a strategy subscribes to.
+    """The kinds of feedback that a strategy subscribes to. `node`: the operator, for messages.
 
-    Raises ValueError for an unknown kind; the message begins with `node`, the operator's name.
+    Raises ValueError for an unknown kind.
     """
     wanted = frozenset(getattr(strategy, "subscribes", ()))
     known = sorted(ROUTER_FEEDBACK | STRATEGY_FEEDBACK)

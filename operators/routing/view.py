@@ -1,4 +1,4 @@
-"""The state of a router: what it knows of the replicas that it chooses from, as values."""
+"""The state of a router: the replicas that it chooses from, as immutable values."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,36 +15,38 @@ from sagellm.runtime.messages import Request
 from sagellm.runtime.port import EngineLoad
 from sagellm.runtime.prefixes import PrefixIndex
 
-Replica = tuple[str, int]  # a pool (an engine, or a node without one) and a number in it
+Replica = tuple[str, int]  # the name of a pool, and the number of a replica in it
 
 _SMOOTHING = 1 / 16  # weight of the latest request in the mean size of requests
-_DRIFT = 1.25  # factor by which that mean may move before all loads are computed anew
+_DRIFT = 1.25  # the mean may change by this factor before all loads are computed again
 
 
 def tokens_of(request: Request) -> int:
-    """The most tokens that a request may cost a replica: its uncached prompt, and `max_tokens`."""
+    """The most tokens that a replica may have to compute for a request."""
     return request.num_uncached_tokens + request.sampling.max_tokens
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
-    """What a router knows of one replica.
+    """The state of one replica, as the router knows it.
 
-    `num_held`, `num_tokens`: number and tokens of the requests that this router sent there, until
-    their credit is returned or they end on the way. `num_left`: requests that its credit still has
-    room for.
+    `num_held`, `num_tokens`: the requests that this router sent to the replica and their tokens,
+    until their credit is returned or they end on the way. `num_left`: the number of further
+    requests that the replica has credit for.
     """
 
     num_held: int = 0
     num_tokens: int = 0
     num_left: float = math.inf
-    num_pending: int = 0  # prompt tokens to compute: of the last report, and of requests sent since
-    num_reported: int = 0  # requests running and waiting in its engine
+    num_pending: int = 0  # prompt tokens to compute: as last reported, and of requests sent since
+    num_reported: int = 0  # requests that its engine reports as running or waiting
     reporter: tuple[str, int] = ("", 0)  # the node of the last report, and the report's number
     is_up: bool = True
     is_removed: bool = False
 
     def load(self, request_tokens: float) -> float:
-        """Outstanding tokens. Each request that others sent counts `request_tokens`."""
+        """The outstanding tokens. Each reported request that this router did not send counts
+        `request_tokens` tokens.
+        """
         num_foreign = self.num_reported - self.num_held
         return (
             self.num_tokens + num_foreign * request_tokens if num_foreign > 0 else self.num_tokens
@@ -53,10 +55,10 @@ class ReplicaView(msgspec.Struct, frozen=True):
     def holding(
         self, number: int, num_tokens: int, num_left: float, num_uncached: int = 0
     ) -> "ReplicaView":
-        """The view with `number` requests more (or fewer, if negative), of so many tokens.
+        """The view after `number` requests with `num_tokens` tokens were added (negative: removed).
 
-        `num_left`: its credit afterwards. Requests that leave were in the last report, so they are
-        subtracted from its count.
+        `num_left`: the credit afterwards. `num_uncached`: the added prompt tokens to compute. A
+        removed request was counted in the last report, so `num_reported` falls, too.
         """
         num_reported = self.num_reported + number if number < 0 else self.num_reported
         return ReplicaView(
@@ -76,10 +78,10 @@ NEW = ReplicaView()
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPool:
-    """The replicas of one engine, for all operators (`nodes`) that use the engine.
+    """The replicas of one engine, and the operators `nodes` that use the engine.
 
-    `num_replicas`: at the start; a Topology may add some. `entries`: the operators among `nodes`
-    that requests enter next, so that their credit decides.
+    `num_replicas`: the number at the start; a Topology may add replicas. `entries`: the operators
+    among `nodes` that requests enter directly after the router; only their credit matters to it.
     """
 
     name: str
@@ -89,28 +91,28 @@ class ReplicaPool:
 
 
 class PoolView(msgspec.Struct, frozen=True):
-    """What a router knows of the replicas of one pool.
+    """The state of all replicas of one pool, as the router knows it.
 
-    Masks have a bit for each replica, so that an update, and finding the least loaded replica, take
-    microseconds for any number of replicas.
+    `free`, `up` and `known` are masks with a bit for each replica. With masks, an update and the
+    search for the least loaded replica take microseconds for any number of replicas.
     """
 
-    size: int  # replicas so far, removed ones included
+    size: int  # the number of replicas, removed replicas included
     replicas: Map[int, ReplicaView] = Map()
-    free: int = 0  # up, and with room
+    free: int = 0  # up, and with room for a request
     up: int = 0
     known: int = 0  # not removed
-    loads: MinTree = MinTree()  # of the free replicas; infinity for the others
-    request_tokens: float = 1.0  # tokens that each request of others counts
-    mean_tokens: float = 0.0  # of the requests placed so far
-    index: PrefixIndex | None = None  # of their prefix blocks, if engines report them
+    loads: MinTree = MinTree()  # the outstanding tokens of free replicas; infinity for all others
+    request_tokens: float = 1.0  # the assumed tokens of a request that another router sent
+    mean_tokens: float = 0.0  # the mean over the requests placed by this router
+    index: PrefixIndex | None = None  # the cached prefix blocks; None: engines do not report them
 
     @classmethod
     def opened(cls, size: int) -> "PoolView":
         return cls(0).grown(size)
 
     def grown(self, size: int) -> "PoolView":
-        """The view with new replicas up to number `size` - 1."""
+        """The view with new replicas added, up to `size` replicas."""
         pool = self
         for number in range(self.size, size):
             pool = replace(pool, size=number + 1).with_replica(number, NEW)
@@ -137,7 +139,9 @@ class PoolView(msgspec.Struct, frozen=True):
         )
 
     def placed(self, number: int, num_tokens: int, num_uncached: int) -> "PoolView":
-        """The view with one more request at a replica, of so many tokens and uncached tokens."""
+        """The view after a request with `num_tokens` tokens, `num_uncached` of them uncached prompt
+        tokens, was sent to replica `number`.
+        """
         mean = self.mean_tokens
         mean = mean + (num_tokens - mean) * _SMOOTHING if mean else float(num_tokens)
         view = self.replicas[number]
@@ -148,7 +152,7 @@ class PoolView(msgspec.Struct, frozen=True):
         return pool
 
     def with_request_tokens(self, request_tokens: float) -> "PoolView":
-        """The view with all loads computed anew for requests of another size."""
+        """The view with all loads computed again for another mean size of requests."""
         pool = replace(self, request_tokens=request_tokens)
         for number, view in self.replicas.items():
             pool = pool.with_replica(number, view)
@@ -156,14 +160,14 @@ class PoolView(msgspec.Struct, frozen=True):
 
     @property
     def candidates(self) -> int:
-        """The mask of replicas to choose from: the free ones. If there are none, those that are up,
-        else those not removed: there the request waits.
+        """The mask of replicas to choose from: the free replicas, else the replicas that are up,
+        else all that are not removed. In the last two cases the request waits.
         """
         return self.free or self.up or self.known
 
 
 def nth_bit(mask: int, index: int) -> int:
-    """The number of the set bit that has `index` set bits below it."""
+    """The number of the set bit with exactly `index` set bits below it."""
     low, high = 0, mask.bit_length()
     while high - low > 1:
         middle = (low + high) // 2
@@ -180,12 +184,13 @@ def bits(mask: int) -> Iterator[int]:
         mask ^= low
 
 
+# By request id: the replicas of all choices of the request, each with the tokens counted there.
 Placed: TypeAlias = Map[str, tuple[tuple[Replica, int], ...]]
 
 
 class RouterView(msgspec.Struct, frozen=True):
-    """The state of a router. `placed`: request id -> the replicas of its choices, and their tokens.
-    `states`: of the strategy, by pool. `forecast`: kept if the strategy subscribes to it.
+    """The state of a router. `placed`: the requests that have not ended. `states`: the strategy's
+    states, by pool. `forecast`: updated only if the strategy subscribes to "first_token".
     """
 
     pools: Mapping[str, PoolView]
@@ -202,6 +207,7 @@ class RouterView(msgspec.Struct, frozen=True):
         return self.pools[replica[0]].replicas.get(replica[1], NEW)
 
     def place(self, request: Request, replicas: tuple[Replica, ...]) -> "RouterView":
+        """The view after one choice of a request was sent to `replicas`, one in each pool."""
         num_uncached = request.num_uncached_tokens
         num_tokens = num_uncached + request.sampling.max_tokens
         pools = dict(self.pools)
@@ -215,9 +221,9 @@ class RouterView(msgspec.Struct, frozen=True):
     def take_back(
         self, replica: Replica, request_id: str, num_left: float | None = None
     ) -> "RouterView":
-        """The view after a replica's credit of one choice was returned.
+        """The view after a replica returned the credit of one choice of a request.
 
-        `num_left`: the replica's credit, if requests enter it next; None: unchanged.
+        `num_left`: the replica's credit afterwards; None: unchanged.
         """
         known, placed = self.replica(replica), self.placed
         left = known.num_left if num_left is None else num_left
@@ -228,15 +234,15 @@ class RouterView(msgspec.Struct, frozen=True):
         return self._with(replica, known.holding(0, 0, left), placed)
 
     def forget(self, request_id: str) -> "RouterView":
-        """The view without a request that has ended: nothing of it counts any more."""
+        """The view without a request that has ended: its choices count at no replica any more."""
         view = self
         while where := view.placed.get(request_id):
             view = view.take_back(where[0][0], request_id)
         return view
 
     def report(self, replica: Replica, node: str, sequence: int, load: EngineLoad) -> "RouterView":
-        """The view with a replica's reported load. A report older than the last one of its node is
-        ignored.
+        """The view with a replica's reported load. A report that is older than the last report of
+        the same node is ignored.
         """
         known = self.replica(replica)
         if known.reporter[0] == node and sequence <= known.reporter[1]:
@@ -251,7 +257,9 @@ class RouterView(msgspec.Struct, frozen=True):
         return self._with(replica, reported)
 
     def mark(self, replica: Replica, *, is_up: bool) -> "RouterView":
-        """The view after an engine replica was lost or came back; it has no requests either way."""
+        """The view after an engine replica was lost or came back. In both cases the engine holds no
+        requests, so the reported load becomes zero.
+        """
         known = replace(
             self.replica(replica), is_up=is_up, num_pending=0, num_reported=0, reporter=("", 0)
         )
@@ -262,7 +270,7 @@ class RouterView(msgspec.Struct, frozen=True):
         return replace(self, pools={**self.pools, pool: replace(self.pools[pool], index=index)})
 
     def resize(self, pool: str, size: int, removed: frozenset[Replica]) -> "RouterView":
-        """The view after a Topology: `size` replicas so far, of which some are removed."""
+        """The view after a Topology: the pool has `size` replicas, including those in `removed`."""
         grown = self.pools[pool].grown(size)
         for number, known in grown.replicas.items():
             is_removed = (pool, number) in removed
@@ -283,7 +291,7 @@ class RouterView(msgspec.Struct, frozen=True):
 
 
 def _without(placed: Placed, request_id: str, place: int) -> Placed:
-    """`placed` without one of the choices of a request."""
+    """`placed` without the entry number `place` of a request."""
     where = placed[request_id]
     if len(where) == 1:
         return placed.delete(request_id)

@@ -2,12 +2,14 @@
 
 
 class WorkerUnfit(RuntimeError):
-    """A worker that cannot open its engine, or dies before that; the message says why."""
+    """A worker could not open its engine, or died before its engine was open. The message is the
+    reason.
+    """
 
 
 class NoResources(WorkerUnfit):
-    """A worker that could not be started: no memory, no file descriptor, or too many processes."""
+    """A worker could not be started: no memory, no file descriptor, or too many processes."""
 
 
 class CannotScale(ValueError):
-    """An engine that cannot have so many replicas; the message says why."""
+    """An engine cannot have the requested number of replicas; the message is the reason."""

@@ -1,4 +1,4 @@
-"""A child process: how it starts, ends with its parent, and when it is started again."""
+"""Child processes: their start, their end together with the parent, and pauses before restarts."""
 
 import contextlib
 import ctypes
@@ -18,11 +18,11 @@ import trio
 
 
 class ChildProcess:
-    """A Python process that runs `module`, with a pipe as its standard input.
+    """Runs `module` in a Python process, with a pipe as its standard input.
 
-    The pipe closes when this process ends, in any way, and the child ends with it: the child calls
-    `end_with_parent`. The end of the child makes a descriptor readable (pidfd), so that it is
-    noticed within milliseconds. The child inherits the descriptors `files` under their numbers.
+    When this process ends, for any reason, the pipe closes, and the child ends, too: the child must
+    call `end_with_parent`. The end of the child makes its pidfd readable, so the end is noticed
+    within milliseconds. The child inherits the descriptors `files` under the same numbers.
     """
 
     def __init__(self, module: str, env: Mapping[str, str], files: Sequence[int] = ()) -> None:
@@ -62,7 +62,9 @@ class ChildProcess:
         return self._popen.poll() is not None
 
     def tell(self, line: bytes) -> None:
-        """Write a line to its standard input, such as the start of a spare. Raises OSError."""
+        """Write a line to the child's standard input, such as the start of a spare. Raises
+        OSError.
+        """
         assert self._popen.stdin is not None
         self._popen.stdin.write(line)
         self._popen.stdin.flush()
@@ -92,12 +94,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(folder: Path | None = None) -> None:
-    """End this process when its parent ends, even by a kill. Call this in the child.
+    """End this process as soon as its parent ends, even if the parent is killed. Call this in the
+    child.
 
-    The parent keeps standard input open; a thread waits for its end. A thread does so because an
-    event loop may be busy, or stuck. `folder`: sockets that are removed then, as the parent cannot.
-    Without a folder the kernel kills this process, too (PR_SET_PDEATHSIG): that works even if the
-    process is stopped.
+    The parent holds the other end of standard input. A thread waits until it closes, because an
+    event loop may be busy or stuck. `folder`: a folder of sockets, which the thread then removes in
+    place of the killed parent. Without a folder the kernel kills this process as well
+    (PR_SET_PDEATHSIG), even if this process is stopped.
     """
     if folder is None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -113,23 +116,24 @@ def end_with_parent(folder: Path | None = None) -> None:
     threading.Thread(target=watch, args=(descriptor,), name="lifeline", daemon=True).start()
 
 
-# The cause of a death, as far as can be known: a request that was in two workers when they died,
-# the link to the process, or anything else.
+# The cause of a death, as far as is known. "request": a request that was in two workers when they
+# died. "link": the link to the process failed. "machine": anything else.
 Blame: TypeAlias = Literal["machine", "request", "link"]
 BLAMES: tuple[Blame, ...] = get_args(Blame)
 
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When a process that died is started again: for ever, after pauses that grow up to a limit.
+    """The pauses before a dead process is restarted. There is no limit to the number of restarts.
 
-    The first restart comes after `first_s`, each next restart after twice the pause, `longest_s` at
+    The first pause is `first_s`; each further pause is twice the previous pause, `longest_s` at
     most. `jitter`: the share by which pauses vary at random. After more than `most` deaths within
     `within_s` the process counts as failing; it is still restarted.
 
-    A process whose link fails `most_cuts` times in a row is ejected for `ejected_s`, if others can
-    do its work. The next ejection lasts twice as long, then three times, `longest_ejected_s` at
-    most. A life of `healthy_s` resets all of this.
+    If its link fails `most_cuts` times in a row, and other processes can do its work, the process
+    is ejected: the pause is then `ejected_s`. The next ejection lasts twice as long, the one after
+    it three times as long, and so on, `longest_ejected_s` at most. After a life of `healthy_s` all
+    counts start over.
     """
 
     first_s: float = 0.5
@@ -145,25 +149,27 @@ class RestartPolicy:
 
 @dataclass(slots=True)
 class Restarts:
-    """The deaths of one process, and its next pause. Times are of one clock, in seconds."""
+    """Counts the deaths of one process, and computes the pause before its next start. All times are
+    on one clock, in seconds.
+    """
 
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     count: int = 0  # restarts since the graph was opened
-    is_ejected: bool = False  # since its link failed last
-    is_failing: bool = False  # it died more than `most` times within `within_s`
-    deaths: Counter[Blame] = field(default_factory=Counter)  # by blame
-    _num_in_row: int = 0
-    _num_cuts: int = 0  # in a row
-    _num_ejections: int = 0  # in a row
+    is_ejected: bool = False  # the current pause is an ejection
+    is_failing: bool = False  # the process died more than `most` times within `within_s`
+    deaths: Counter[Blame] = field(default_factory=Counter)  # by cause
+    _num_in_row: int = 0  # deaths without a healthy life in between, except those by requests
+    _num_cuts: int = 0  # failures of the link in a row
+    _num_ejections: int = 0  # ejections without a healthy life in between
     _recent_s: deque[float] = field(default_factory=deque)
 
     def died(
         self, now: float, *, ready_s: float | None, draw: float, blame: Blame = "machine"
     ) -> float:
-        """Record a death. Returns the pause before the next start.
+        """Record a death. Returns the pause before the next start, in seconds.
 
-        A death that a request caused makes no pause longer. `ready_s`: when this life became ready,
-        if it did. `draw`: uniform in [0, 1).
+        A death that a request caused does not lengthen the pauses. `ready_s`: when this life became
+        ready; None: it never was. `draw`: a random number, uniform in [0, 1).
         """
         self._end_life(now, ready_s)
         self._num_cuts = 0
@@ -174,12 +180,15 @@ class Restarts:
         self._recent_s.append(now)
         while self._recent_s[0] < now - self.policy.within_s:
             self._recent_s.popleft()
-        # A failing process dies less often, as its pauses are long: only a healthy life resets it.
+        # A failing process has long pauses, and so fewer deaths within `within_s`. It must still
+        # count as failing until a healthy life resets it.
         self.is_failing = self.is_failing or len(self._recent_s) > self.policy.most
         return self._next_delay_s(draw)
 
     def cut(self, now: float, *, ready_s: float | None, draw: float, may_eject: bool) -> float:
-        """Record that the link failed. Returns the pause before the next start; see `died`."""
+        """Record that the link to the process failed. Returns the pause before the next start, in
+        seconds. `may_eject`: other processes can do the work. See `died`.
+        """
         self._end_life(now, ready_s)
         self.deaths["link"] += 1
         self._num_cuts += 1
@@ -191,13 +200,15 @@ class Restarts:
         return min(self.policy.ejected_s * self._num_ejections, self.policy.longest_ejected_s)
 
     def reset_backoff(self) -> None:
-        """Forget earlier deaths: they make no pause longer."""
+        """Forget earlier deaths, so that the next pause is the shortest."""
         self.is_failing = False
         self._num_in_row = self._num_cuts = self._num_ejections = 0
         self._recent_s.clear()
 
     def note_uptime(self, seconds: float) -> None:
-        """Record how long the current life has been ready."""
+        """Record that the current life has been ready for `seconds`; after `healthy_s` of them,
+        forget earlier deaths.
+        """
         if seconds >= self.policy.healthy_s:
             self.reset_backoff()
 

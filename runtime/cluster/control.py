@@ -1,7 +1,8 @@
-"""The control socket of a running graph, and the folder of its sockets.
+"""The control socket of a running graph, and the folder that holds its sockets.
 
-The socket serves `sagellm ps`, `restart`, `drain` and `scale`: a request and a reply are one line
-of JSON each. A process that can connect may send any request; only the user can access the folder.
+The socket serves `sagellm ps`, `restart`, `drain` and `scale`. A request and a reply are one line
+of JSON each. Any process that can connect may send any request, so only this user can access the
+folder.
 """
 
 import fcntl
@@ -25,15 +26,17 @@ _LOCK = "graph.lock"
 
 
 class SocketFolder:
-    """A new temporary folder of this user, until `remove` or the end of this process.
+    """Creates a temporary folder that only this user can access; `remove` removes it.
 
-    If all processes of a graph are killed at once, the next graph removes the folder: this process
-    holds a lock in it, which the kernel releases at its end. Raises OSError.
+    If all processes of a graph are killed at once, the next graph of this user removes the folder:
+    the graph's process locks a file in the folder, and the kernel releases the lock when the
+    process ends. Raises OSError.
     """
 
     def __init__(self) -> None:
         remove_abandoned()
-        fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))  # hidden until locked
+        # Hidden until locked, so that no other graph takes the folder for an abandoned one.
+        fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
         self._lock = os.open(fresh / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = fresh.rename(fresh.with_name(fresh.name.removeprefix(".")))
@@ -52,7 +55,9 @@ def remove_abandoned() -> None:
 
 @contextmanager
 def _held(lock: Path) -> Iterator[None]:
-    """Hold the lock of a folder. Raises OSError if its graph lives, or is another user's."""
+    """Hold the lock of a folder. Raises OSError if a running graph holds it, or if the folder is
+    another user's.
+    """
     descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if os.fstat(descriptor).st_uid != os.getuid():
@@ -71,19 +76,21 @@ _REQUEST_TIMEOUT_S = 10.0  # until a request must have arrived, or a reply must 
 
 
 class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One request. `operator`: a name of the graph; None: all operators. `replica` likewise."""
+    """One request. `operator`: the name of an operator; None: all operators. `replica`: a number;
+    None: all replicas.
+    """
 
     command: Literal["ps", "drain", "restart", "scale"]
     operator: str | None = None
     replica: int | None = None
-    count: int | None = None  # of replicas, for `scale`
+    count: int | None = None  # the wanted number of replicas, for `scale`
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One replica of an operator. Operators that share an engine share its worker and pid."""
 
     graph: str
-    graph_pid: int  # of the process that opened it
+    graph_pid: int  # of the process that opened the graph
     operator: str
     replica: int
     engine: str
@@ -92,8 +99,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     num_running: int
     num_waiting: int
-    kv_ratio: float  # the share of its blocks that is leased
-    why: str = ""  # the last life of its worker ended
+    kv_ratio: float  # the share of the engine's KV blocks that are leased
+    why: str = ""  # why the previous life of its worker ended; "" while the worker serves
     executor: str = "processes"
 
 
@@ -105,14 +112,14 @@ class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControlCommands(Protocol):
-    """The commands on one graph that runs."""
+    """Executes the commands of the control socket on one running graph."""
 
     async def execute(self, asked: ControlRequest) -> ControlReply:
-        """Execute a request. Returns when it is done, which a restart may take long for."""
+        """Execute a request, and return when it is done. A restart may take minutes."""
 
 
 class ControlSocket:
-    """Serves the commands on one graph at a socket in `folder`."""
+    """Serves the commands on one graph, at a socket in `folder`."""
 
     def __init__(self, members: ControlCommands, folder: Path) -> None:
         self._members = members
@@ -131,7 +138,8 @@ class ControlSocket:
             fresh = self._folder / f"{_NAME}.new"
             await bound.bind(str(fresh))
             bound.listen(8)
-            fresh.rename(self._folder / _NAME)  # a client that finds the socket can connect
+            # Renamed after `listen`: any client that finds the socket can connect to it.
+            fresh.rename(self._folder / _NAME)
             stack.pop_all()
         return trio.SocketListener(bound)
 
@@ -147,12 +155,14 @@ class ControlSocket:
                     await stream.send_all(msgspec.json.encode(answer) + b"\n")
 
     async def _answer(self, stream: trio.SocketStream, asking: trio.CancelScope) -> ControlReply:
-        """The reply to one request. No request, and no error of a command, ends the graph."""
+        """Receive and execute one request. Any error becomes an error reply, because a failed
+        command must not end the graph.
+        """
         try:
             asked = msgspec.json.decode(await _line(stream), type=ControlRequest)
         except (ValueError, trio.BrokenResourceError) as error:
             return ControlReply(error=f"not understood: {error}")
-        asking.deadline = math.inf  # a restart takes its time
+        asking.deadline = math.inf  # a command has no timeout: a restart may take minutes
         try:
             return await self._members.execute(asked)
         except Exception as error:
@@ -165,7 +175,7 @@ async def serve_control(
 ) -> None:
     """Serve a control socket in a new folder, for a graph without workers.
 
-    If no folder or socket can be made, the graph runs without one, and the log says so.
+    If no folder or socket can be made, a warning is logged, and the graph runs without one.
     """
     try:
         folder = SocketFolder()
@@ -198,9 +208,10 @@ def running() -> tuple[Path, ...]:
 
 
 async def ask(path: Path, asked: ControlRequest) -> ControlReply:
-    """Send a request to a control socket. Raises OSError if no process listens.
+    """Send a request to a control socket, and return the reply.
 
-    Removes the folder of a graph that was killed.
+    Raises OSError if no process listens at the socket. If the graph was killed, its folder is
+    removed.
     """
     try:
         connected = await trio.open_unix_socket(str(path))
@@ -214,14 +225,16 @@ async def ask(path: Path, asked: ControlRequest) -> ControlReply:
 
 
 def _forget(path: Path) -> None:
-    """Remove the folder of a graph without workers; folders of other graphs are not empty."""
+    """Remove the socket of a killed graph, and its folder if nothing else is in it."""
     with suppress(OSError):
         path.unlink()
         path.parent.rmdir()
 
 
 async def _line(stream: trio.SocketStream, most_bytes: int = _MAX_REQUEST_BYTES) -> bytes:
-    """Receive one line. Raises BrokenResourceError if none comes, or if it is too long."""
+    """Receive one line. Raises BrokenResourceError if the stream ends first, or if the line is too
+    long.
+    """
     line = bytearray()
     async for part in stream:
         line += part

@@ -1,4 +1,4 @@
-"""The commands of the control socket (ps, drain, restart, scale), on workers or on one process."""
+"""The commands of the control socket (ps, drain, restart, scale), for both executors."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +66,7 @@ class WorkerCommands:
 
 @dataclass(frozen=True, slots=True)
 class OneProcessCommands:
-    """Commands on a graph that runs in this process: its engines can only be listed.
+    """Commands on a graph that runs in this process, without workers: only `ps` is possible.
 
     Implements ControlCommands.
     """
@@ -101,7 +101,7 @@ class OneProcessCommands:
 
 
 def _operators(graph: Graph) -> dict[str, str]:
-    """The operators that have an engine, with its name."""
+    """The name of each operator that has an engine, mapped to the engine's name."""
     named = {node.name: node.attrs.get("engine") for node in graph.nodes}
     return {name: engine for name, engine in named.items() if isinstance(engine, str)}
 

@@ -11,9 +11,9 @@ from sagellm.runtime.kv.transports import TRANSPORTS
 from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS
 from sagellm.runtime.registry import BrokenEntryPoint, read_options
 
-IPC = "ipc"  # as an address: a socket file that only this user reaches
+IPC = "ipc"  # the address that means a socket file, which only this user can access
 _TCP = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[^:/\[\]*]+):(\d{1,5})")
-_EVERYWHERE = ("0.0.0.0", "[::]")
+_EVERYWHERE = ("0.0.0.0", "[::]")  # workers cannot connect to such an address
 
 
 class OptionConflict(NamedTuple):
@@ -26,7 +26,7 @@ class OptionConflict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TasksOptions:
-    """`max_prefix_blocks`: the most prefix blocks of engines that routers keep track of."""
+    """`max_prefix_blocks`: the most cached prefix blocks that routers keep track of."""
 
     max_prefix_blocks: int = field(default=MAX_PREFIX_BLOCKS, metadata={"min": 0})
 
@@ -35,16 +35,17 @@ class TasksOptions:
 class ProcessesOptions:
     """How the workers of executor `processes` are linked and watched. Times are in seconds.
 
-    The supervisor asks each worker every `ping_s` for a sign of life. A worker counts as dead
-    `silent_s` after its last sign, which is at least twice `ping_s`, or after its engine has hung
-    for `hang_s`. `max_hold_s`: how long a request waits for an engine without a replica.
+    The supervisor pings each worker every `ping_s`. A worker counts as dead after `silent_s`
+    without a sign of life, or after its engine has hung for `hang_s`; `silent_s` must be at least
+    twice `ping_s`. `max_hold_s`: the longest time that a request waits while no replica of its
+    engine is up.
 
-    `num_spares`: processes that have imported a worker's modules, and replace a worker that dies;
-    there are none if no engine computes.
+    `num_spares`: the number of spare processes, which have imported a worker's modules and replace
+    workers that die. There are no spares if no engine of the graph computes.
 
-    `address`: where the graph listens: `ipc`, or `tcp://HOST:PORT` (port 0: any free port), which
-    needs `keys`, a folder. `kv`: the transport of KV blocks between workers, by its name.
-    `max_prefix_blocks`: the most prefix blocks of engines that routers keep track of.
+    `address`: where the graph listens: `ipc`, or `tcp://HOST:PORT` (port 0: any free port). A tcp
+    address needs `keys`, a folder of keys. `kv`: the name of the transport of KV blocks between
+    workers. `max_prefix_blocks`: the most cached prefix blocks that routers keep track of.
     """
 
     ping_s: float = field(default=0.25, metadata={"min": 1e-3})
@@ -59,13 +60,13 @@ class ProcessesOptions:
 
     @property
     def host(self) -> str:
-        """The host of `address`, on which transports listen, too."""
+        """The host of `address`. Transports of KV blocks listen on this host, too."""
         found = _TCP.fullmatch(self.address)
         return found[1].strip("[]") if found else "127.0.0.1"
 
     def mistakes(self) -> Iterator[OptionConflict]:
-        """Options that are wrong together, or on this machine; one option's type is checked
-        before.
+        """The conflicts between options, or between an option and this machine. The type and the
+        range of each option have been checked before.
         """
         if not hasattr(os, "pidfd_open"):
             yield OptionConflict(
@@ -97,7 +98,7 @@ class ProcessesOptions:
             )
 
     def _transport_conflicts(self) -> Iterator[OptionConflict]:
-        """Whether worker processes can open the transport."""
+        """The reasons why worker processes cannot open the transport `kv`."""
         if TRANSPORTS.is_registered_here(self.kv):
             yield OptionConflict(
                 "kv",
@@ -122,7 +123,9 @@ EXECUTORS: dict[str, type] = {"tasks": TasksOptions, "processes": ProcessesOptio
 
 
 def processes_options(graph: Graph) -> ProcessesOptions | None:
-    """The options of executor `processes`; None: the graph has another one. Raises OptionError."""
+    """The options of executor `processes`; None: the graph has another executor. Raises
+    OptionError.
+    """
     executor = graph.attrs.get("executor")
     options = dict(executor) if isinstance(executor, FrozenMap) else {}
     if options.pop("kind", "tasks") == "tasks":

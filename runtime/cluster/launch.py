@@ -1,4 +1,4 @@
-"""Launchers of workers: as processes of this machine, with spares, or as tasks of this loop."""
+"""Launchers of workers: as processes on this machine, with spares, or as tasks in this loop."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from sagellm.runtime.comm.zeromq import Hub
 
 
 class Life(Protocol):
-    """One life of a worker: it runs, and `channel` is the link to it."""
+    """One run of a worker, from its start to its end. `channel` is the link to the worker."""
 
     @property
     def pid(self) -> int: ...
@@ -36,20 +36,20 @@ class Life(Protocol):
         """End the life at once. Safe to call after its end."""
 
     def close(self) -> None:
-        """Release a life that has ended. Its messages are dropped from now on."""
+        """Free the resources of a life that has ended. Messages that are left are dropped."""
 
 
 class Launcher(Protocol):
-    """Starts the lives of workers, while `run` runs."""
+    """Starts lives of workers. `launch` may be called only while `run` runs."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
     def launch(self, epoch: int) -> Life:
-        """Begin a life; `epoch` is its number. Raises OSError."""
+        """Start life number `epoch` of a worker. Raises OSError."""
 
 
 class ProcessLife:
-    """A life in a process of this machine. Implements Life."""
+    """A life in a process on this machine. Implements Life."""
 
     def __init__(self, process: ChildProcess, channel: Channel) -> None:
         self._process = process
@@ -71,13 +71,15 @@ class ProcessLife:
 
 
 class ProcessLauncher:
-    """Workers as processes that run `module`, which calls `worker_main.serve`. Implements Launcher.
+    """Starts workers as processes. Each runs `module`, which calls `worker_main.serve`. Implements
+    Launcher.
 
-    Workers connect to `address`: a tcp address, which needs the `keys` of a folder, or a socket in
-    `folder`, which is accessible to this user alone. `env` is added to their environment. Raises
-    BadKeys.
+    `address`: where workers connect to. It is a tcp address, for which `keys` names a folder of
+    keys, or `ipc`: a socket in a folder that only this user can access. `env` is added to the
+    environment of workers. Raises BadKeys.
 
-    `num_spares` processes are kept ready for engines on `devices`. They replace workers that die.
+    `num_spares` spare processes are kept ready for engines on `devices`; they replace workers that
+    die.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class ProcessLauncher:
 
     def launch(self, epoch: int) -> ProcessLife:
         name = secrets.token_bytes(16)
-        # By how much trio's clock is ahead of the clock that all processes of this machine share.
+        # trio's clock minus `perf_counter`, a clock that all processes of this machine share.
         offset_s = trio.current_time() - perf_counter()
         start = WorkerStart(
             self._next_endpoint(),
@@ -123,18 +125,18 @@ class ProcessLauncher:
             keys=self._keys,
         )
         self._spares.postpone()
-        # Spares are kept for replacements: the first life of a worker takes none.
+        # Spares are kept for replacements: the first life of a worker uses a new process.
         process = self._spares.take(start.line) if epoch > 1 else None
         process = process or ChildProcess(self._module, {**self._env, **start.env})
         return ProcessLife(process, self._hub.link(name, epoch))
 
     def _next_endpoint(self) -> str:
-        """The endpoint that the next worker connects to; chaos relays override it."""
+        """The endpoint that the next worker connects to. Tests with a relay override this."""
         return self._endpoint
 
 
 class TaskLife:
-    """A life in a task of this loop. Implements Life."""
+    """A life in a task of this event loop. Implements Life."""
 
     def __init__(self, pid: int, channel: MemoryChannel) -> None:
         self.pid = pid
@@ -144,7 +146,7 @@ class TaskLife:
         self._code = 0
 
     async def live(self, channel: MemoryChannel, open_engine: OpenEngine) -> None:
-        """Be the worker, until a stop or a kill."""
+        """Run the worker until a stop message or a kill."""
         try:
             with self._scope, suppress(ChannelClosed):
                 await work(channel, open_engine, ())
@@ -158,7 +160,7 @@ class TaskLife:
 
     def kill(self) -> None:
         if not self._ended.is_set():
-            self._code = -9
+            self._code = -9  # the code of a process that SIGKILL ended
             self._scope.cancel()
 
     def close(self) -> None:
@@ -166,7 +168,9 @@ class TaskLife:
 
 
 class TaskLauncher:
-    """Workers as tasks, linked by memory: for tests in virtual time. Implements Launcher."""
+    """Starts workers as tasks, linked by memory channels, for tests in virtual time. Implements
+    Launcher.
+    """
 
     def __init__(self, open_engine: OpenEngine) -> None:
         self._open_engine = open_engine
@@ -189,15 +193,18 @@ class TaskLauncher:
 
 log = get_logger("sagellm.cluster")
 
-QUIET_S = 5.0  # after the last start of a worker, with which a spare must not compete for the CPU
+# The time from the last start of a worker to the start of a spare, which must not compete with the
+# worker for the CPU.
+QUIET_S = 5.0
 _LOOK_S = 60.0  # between two checks for dead spares
 
 
 class Spares:
-    """Spare worker processes: they have imported a worker's modules, and wait for a start.
+    """Keeps `count` spare worker processes while `run` runs. `start` creates a spare.
 
-    A spare replaces a dead worker a second or two earlier, and takes no CPU time for imports while
-    other workers make up for the loss. Keeps `count` spares while `run` runs; `start` begins one.
+    A spare has imported a worker's modules, and waits for its start. It replaces a dead worker a
+    second or two earlier than a new process. It also takes no CPU time for imports while other
+    workers serve the requests of the dead worker.
     """
 
     def __init__(self, start: Callable[[], ChildProcess], count: int) -> None:
@@ -207,11 +214,13 @@ class Spares:
         self._changed = trio.Event()
 
     def postpone(self) -> None:
-        """Put off the next spare: a worker starts now."""
+        """Delay the next spare, because a worker starts now."""
         self._changed.set()
 
     def take(self, part: bytes) -> ChildProcess | None:
-        """Give a waiting spare its start line, `part`. None: no spare waits."""
+        """Send a waiting spare its start line `part`, and return its process. None: no spare
+        waits.
+        """
         while self._waiting:
             process = self._waiting.pop()
             try:
@@ -224,7 +233,7 @@ class Spares:
         return None
 
     async def run(self) -> None:
-        """Keep spares until cancelled; then no spare process is left."""
+        """Keep spares until cancelled, and then end all of them."""
         try:
             while self._count:
                 await self._quiet()

@@ -1,4 +1,4 @@
-"""The lifecycle of a worker: it is started, watched, ended, and started again."""
+"""The lifecycle of a worker: the worker is started, watched, ended, and restarted."""
 
 import signal
 from collections.abc import Callable, Sequence
@@ -24,10 +24,11 @@ log = get_logger("sagellm.cluster")
 
 
 class WorkerLifecycle:
-    """Runs the workers of one graph, each in a task of its own.
+    """Runs the workers of one graph, each in its own task.
 
     `siblings(engine)` returns all workers of an engine. `set_state` sets a worker's state.
-    `on_ready` gets the facts of a worker that became ready, and must set its engine.
+    `on_ready` is called with a worker that became ready and the facts of its engine; it must set
+    `worker.engine`.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class WorkerLifecycle:
     async def run(
         self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Run a worker life after life, as long as it is wanted. Started when it is ready.
+        """Run one life of a worker after another, until the worker is removed.
 
-        Raises WorkerUnfit if its first life does not become ready.
+        Reports `started` when the first life is ready. Raises WorkerUnfit if the first life does
+        not become ready.
         """
         try:
             while worker.is_wanted:
@@ -67,7 +69,7 @@ class WorkerLifecycle:
             worker.gone.set()
 
     async def _run_one_life(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
-        """Run one life, and wait for the next."""
+        """Run one life of a worker, and then wait for the pause before its next life."""
         ready_s = await self._run_life(worker, task_status)
         worker.ended = worker.why
         if not worker.is_wanted:
@@ -75,7 +77,7 @@ class WorkerLifecycle:
         if worker.is_leaving:
             worker.is_leaving = False
             return
-        if not worker.was_ready:
+        if not worker.was_ready:  # a graph that cannot start must fail, and not restart for ever
             raise WorkerUnfit(f"engine {worker}: {worker.why}")
         delay_s = self._delay(worker, ready_s)
         _log_death(worker, delay_s)
@@ -83,8 +85,8 @@ class WorkerLifecycle:
             await worker.wake_up.wait()
 
     def _delay(self, worker: Worker, ready_s: float | None) -> float:
-        """Record the death, and return the pause. A worker whose link fails repeatedly is
-        ejected.
+        """Record a death, and return the pause before the next life, in seconds. A worker whose
+        link has failed repeatedly is ejected.
         """
         now, draw = trio.current_time(), self._draw()
         if not worker.is_cut:
@@ -93,6 +95,7 @@ class WorkerLifecycle:
             self._set_state(worker, "failing" if worker.restarts.is_failing else "dead")
             return delay_s
         num_ready, ejected = self._count(worker.engine_name)
+        # No more workers are ejected than serve: a network fault must not eject all of them.
         may_eject = len(ejected) + 1 <= num_ready
         delay_s = worker.restarts.cut(now, ready_s=ready_s, draw=draw, may_eject=may_eject)
         worker.ejected_s = now
@@ -100,10 +103,11 @@ class WorkerLifecycle:
         return delay_s
 
     def _blame(self, worker: Worker, *, was_ready: bool) -> Blame:
-        """The cause of a death: a request that was in two deaths, or the machine.
+        """The cause of a death: "request" if one of the worker's requests was in an earlier death,
+        too, and otherwise "machine".
 
-        A worker that has emitted no token since a request was last to blame has another fault: then
-        the machine is to blame, and the pauses grow.
+        If the worker has emitted no token since a request was last blamed, the worker itself has a
+        fault: the cause is then "machine", so that the pauses grow.
         """
         if not was_ready or worker.engine is None:
             return "machine"
@@ -114,10 +118,10 @@ class WorkerLifecycle:
         return "request"
 
     def limit_ejections(self, engine_name: str) -> None:
-        """Bring back ejected workers, the first ejected first, until no more are ejected than
-        serve.
+        """Restart ejected workers of an engine, longest ejected first, until no more workers are
+        ejected than serve.
 
-        Called when a state has changed.
+        Called after each change of a worker's state.
         """
         num_ready, ejected = self._count(engine_name)
         ejected.sort(key=lambda one: one.ejected_s)
@@ -125,13 +129,16 @@ class WorkerLifecycle:
             one.wake_up.set()
 
     def _count(self, engine_name: str) -> tuple[int, list[Worker]]:
-        """How many workers of an engine serve, and which of them are ejected."""
+        """The number of serving workers of an engine, and its ejected workers."""
         siblings = self._siblings(engine_name)
         ejected = [one for one in siblings if one.state == "ejected"]
         return sum(one.is_serving for one in siblings), ejected
 
     async def _run_life(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
-        """Run one life. Returns when it became ready; None: it did not."""
+        """Run one life to its end. Returns the time at which it became ready; None: it never was.
+
+        Raises NoResources if the first life cannot be started.
+        """
         worker.epoch += 1
         began_s = trio.current_time()
         worker.why, worker.is_cut = "it ended", False
@@ -167,7 +174,9 @@ class WorkerLifecycle:
         return ready_s
 
     async def _open(self, worker: Worker, channel: Channel) -> bool:
-        """Open the worker's engine; whether it became ready."""
+        """Open the worker's engine. Returns whether the engine became ready; if not, `worker.why`
+        is the reason.
+        """
         opening = Open(
             graph=to_msgpack(self._graph),
             engine=worker.engine_name,
@@ -193,13 +202,14 @@ class WorkerLifecycle:
         return False
 
     def _report_start(self, worker: Worker, event: ProgressEvent) -> None:
+        # All replicas load the same model: the worker's name tells their progress apart.
         if isinstance(event, Loading):
             event = replace(event, model=f"{event.model} ({worker})")
         self._progress(event)
 
     def _num_blocks(self, worker: Worker) -> int | None:
-        """The size of the worker's pool, as in an earlier life or as its siblings have; None: not
-        known yet.
+        """The number of KV blocks for the worker's engine: that of its earlier lives and of its
+        siblings. None: no engine has been opened yet.
         """
         engines = [one.engine for one in self._siblings(worker.engine_name)]
         return next((engine.facts.num_blocks for engine in engines if engine is not None), None)
@@ -207,7 +217,7 @@ class WorkerLifecycle:
     async def _wait_for_end(self, worker: Worker, life: Life, scope: trio.CancelScope) -> None:
         code = await life.wait()
         worker.why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        worker.is_cut = code == 0  # the worker left by itself, as its link had ended
+        worker.is_cut = code == 0  # without a stop message: the worker's link had ended
         if worker.is_cut:
             life.channel.close(worker.why)
         scope.cancel()
@@ -223,7 +233,7 @@ class WorkerLifecycle:
             await trio.sleep(self._watch.ping_s)
             now = trio.current_time()
             if now - asked_s > self._watch.ping_s + self._watch.silent_s / 2:
-                since_s = now  # this process did not run in time, and may have missed a sign
+                since_s = now  # this process was late itself, and may have missed a sign of life
             silent_s = now - max(channel.last_received_s, since_s)
             if silent_s > self._watch.silent_s:
                 worker.why, worker.is_cut = f"no sign of life for {silent_s:.1f} s", True
@@ -236,7 +246,9 @@ class WorkerLifecycle:
                 scope.cancel()
 
     async def _end_life(self, worker: Worker, life: Life) -> None:
-        """End a life: with a stop message if it is healthy, else by a kill. Its link is closed."""
+        """End a life: with a stop message if the worker is healthy, and then by a kill. Close its
+        link.
+        """
         if worker.why == "it ended":
             with suppress(ChannelClosed):
                 life.channel.put(Stop())
@@ -244,14 +256,15 @@ class WorkerLifecycle:
                 await life.wait()
         life.kill()
         code = await life.wait()
-        if code < 0 and code != -signal.SIGKILL:  # it was dying already: a core dump takes a while
+        # The worker crashed before the kill: its link broke first, as a core dump takes a while.
+        if code < 0 and code != -signal.SIGKILL:
             worker.why, worker.is_cut = f"signal {-code}", False
         life.close()
         worker.pid = None
 
 
 def _log_death(worker: Worker, restart_in_s: float) -> None:
-    """Log one line for each life that failed, as an error if the worker is failing."""
+    """Log the death of a worker: as an error if the worker is failing, else as a warning."""
     restarts = worker.restarts
     (log.error if restarts.is_failing else log.warning)(
         "worker_died",
@@ -264,7 +277,9 @@ def _log_death(worker: Worker, restart_in_s: float) -> None:
 
 
 def _log_up(worker: Worker, seconds: float) -> None:
-    """Log how long the start took. A life after the first replaces a dead worker."""
+    """Log that a worker is ready, and how long its start took. The first life is logged as
+    `worker_up`, and each later life as `worker_replaced`.
+    """
     event = "worker_replaced" if worker.was_ready else "worker_up"
     log.info(
         event, worker=str(worker), pid=worker.pid, life=worker.epoch, seconds=round(seconds, 3)

@@ -1,4 +1,4 @@
-"""The supervisor: one worker for each replica of every engine, started, watched and restarted."""
+"""The supervisor: runs, watches and restarts one worker for each replica of every engine."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -22,24 +22,26 @@ log = get_logger("sagellm.cluster")
 
 
 class Dispatcher(Protocol):
-    """Sends requests to engines; the supervisor says which replicas are there."""
+    """Sends requests to engines. The supervisor reports to it which replicas exist, and which of
+    them serve.
+    """
 
     def is_routed(self, engine: str) -> bool:
-        """Whether an operator chooses among several replicas of the engine."""
+        """Whether a `route` operator chooses among the replicas of the engine."""
 
     def add(self, name: str, engine: RemoteEngine) -> None:
-        """Add a replica, which is marked up later."""
+        """Add a new replica. It gets no request until it is marked as serving."""
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """Mark a replica as serving, or as lost."""
 
     def remove(self, engine: str, replica: int) -> None:
-        """Remove a replica that was marked lost. It may be marked up again later."""
+        """Remove a replica that was marked as lost. It may be marked as serving again later."""
 
 
 class Supervisor:
-    """Runs the workers of one graph. `on_change` is called with a worker whose state has
-    changed.
+    """Runs the workers of one graph. `on_change` is called after each change of a worker's state,
+    with the worker.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Supervisor:
 
     @property
     def workers(self) -> tuple[Worker, ...]:
-        """The workers that are wanted, engine by engine."""
+        """The workers that are not removed, engine by engine."""
         return tuple(worker for worker in self._all if worker.is_wanted)
 
     @property
@@ -93,9 +95,9 @@ class Supervisor:
 
     @property
     def missing(self) -> dict[str, str]:
-        """The engines without a serving worker, each with a sentence about the outlook.
+        """The engines without a serving worker, each with a sentence on the state of its workers.
 
-        The sentence is public: it holds no path, and no text of an engine.
+        Clients see the sentence, so it holds no path and no text of an engine.
         """
         by_engine: dict[str, list[Worker]] = {}
         for worker in self.workers:
@@ -107,7 +109,7 @@ class Supervisor:
         }
 
     def watch(self, dispatcher: Dispatcher) -> None:
-        """Report every engine that is lost, back or new to `dispatcher`."""
+        """Report each replica that is added, is lost, or serves again to `dispatcher`."""
         self._dispatcher = dispatcher
         self.on_change = lambda worker: dispatcher.mark(
             worker.engine_name, worker.replica, is_up=worker.is_serving
@@ -117,9 +119,10 @@ class Supervisor:
                 self.on_change(worker)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run all workers until cancelled; then no process is left. Started when all are ready.
+        """Run all workers until cancelled, and then end their processes.
 
-        Raises WorkerUnfit if a worker does not become ready.
+        Reports `started` when all workers are ready. Raises WorkerUnfit if one does not become
+        ready.
         """
         async with trio.open_nursery() as launching:
             links = trio.CancelScope(shield=True)  # stop messages need the links after a cancel
@@ -137,9 +140,10 @@ class Supervisor:
     # ---- commands --------------------------------------------------------------------------
 
     def drain(self, worker: Worker) -> None:
-        """Send the worker no new requests; a worker that is starting is drained when it is ready.
+        """Drain a worker: it gets no new requests. A starting worker is drained when it is ready.
 
-        Running requests continue at a sibling, or run to their end here if there is none.
+        Running requests continue at a serving sibling. If there is none, they run to their end in
+        this worker.
         """
         worker.is_to_drain = not worker.is_serving
         if worker.is_serving:
@@ -150,9 +154,10 @@ class Supervisor:
                 worker.engine.evict()
 
     async def restart(self, workers: Sequence[Worker]) -> None:
-        """Restart workers one by one, each after the one before is ready. Siblings take over.
+        """Restart workers one at a time: each restart begins after the previous worker is ready.
 
-        Continues if a new life fails, or if a worker is drained or removed meanwhile.
+        Siblings take over the running requests. The next restart begins also if a worker does not
+        become ready, because it failed or was drained or removed meanwhile.
         """
         for worker in workers:
             epoch = worker.epoch
@@ -170,10 +175,11 @@ class Supervisor:
                 await trio.sleep(self._ping_s)
 
     async def scale(self, engine: str, count: int) -> None:
-        """Change the number of replicas of an engine. Returns when they are ready, or gone.
+        """Change the number of replicas of an engine to `count`. Returns when new replicas are
+        ready, and removed replicas have ended.
 
         Other replicas take over the requests of a removed replica. Raises CannotScale, WorkerUnfit;
-        then the number is as before.
+        the number of replicas is then unchanged.
         """
         async with self._scaling:
             wanted = [worker for worker in self.workers if worker.engine_name == engine]
@@ -197,7 +203,9 @@ class Supervisor:
         return Worker(engine, replica, Restarts(self._policy))
 
     async def _add(self, engine: str, count: int) -> None:
-        """Add workers one by one: first workers that were removed before, then new ones."""
+        """Add `count` workers one at a time: first workers that were removed earlier, and then new
+        workers. If one fails, remove those that were added.
+        """
         assert self._nursery is not None
         added: list[Worker] = []
         try:
@@ -216,8 +224,8 @@ class Supervisor:
             raise
 
     async def _remove(self, workers: Sequence[Worker]) -> None:
-        """Remove workers; others take over their requests. Returns when their processes are
-        gone.
+        """Remove workers; other workers take over their requests. Returns when the processes of the
+        removed workers have ended.
         """
         for worker in workers:
             self._set_state(worker, "removed")
@@ -239,7 +247,9 @@ class Supervisor:
             await self._launcher.run(task_status)
 
     def _on_ready(self, worker: Worker, facts: EngineFacts) -> None:
-        """Give a worker that became ready its engine, if it has none from an earlier life."""
+        """Make the engine of a worker that became ready for the first time, and add the engine to
+        the dispatcher. Later lives use the same engine.
+        """
         if worker.engine is not None:
             return
         worker.engine = remote_engine(
@@ -265,7 +275,9 @@ class Supervisor:
 
 
 def _outlook(worker: Worker) -> str:
-    """What happens to a worker that does not serve. The text is the same for all its restarts."""
+    """A text on what happens to a worker that does not serve. It does not change with the number of
+    restarts.
+    """
     if worker.state == "drained":
         return f"{worker} is drained"
     if worker.state == "ejected":

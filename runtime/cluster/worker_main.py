@@ -24,21 +24,23 @@ from sagellm.runtime.engine.engine_server import EngineServer
 from sagellm.runtime.port import Engine
 from sagellm.runtime.prefixes import set_hash_secret
 
-_VARIABLE = "SAGELLM_WORKER"  # only its user can read an environment; every user can read arguments
-_SPARE = "spare:"  # in place of a start, which comes later as a line of standard input
+# The environment carries the start, because every user can read the arguments of a process.
+_VARIABLE = "SAGELLM_WORKER"
+_SPARE = "spare:"  # begins the variable of a spare, whose start comes later on standard input
 
-# Takes a graph, the name of an engine, a replica, the size of its pool in an earlier life, and a
-# function that gets events of the start.
+# Takes a graph, the name of an engine, a replica, its number of KV blocks in an earlier life (None:
+# choose it), and a function for progress events.
 OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[Engine]]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStart:
-    """What a worker is told: the endpoint to connect to, its name there, and its life (`epoch`).
+    """The data that a worker starts with: the endpoint to connect to, the worker's name there, and
+    the number of its life (`epoch`).
 
-    `clock_offset_s`: by how much the graph's clock is ahead of `perf_counter`. `folder`: the
+    `clock_offset_s`: the graph's clock minus `perf_counter`, in seconds. `folder`: the folder of
     sockets, which the worker removes if the graph's process is killed. `keys`: the folder of CURVE
-    keys.
+    keys; None: the link is not encrypted.
     """
 
     endpoint: str
@@ -58,14 +60,14 @@ class WorkerStart:
 
 
 def spare_env(devices: Iterable[str]) -> Mapping[str, str]:
-    """The environment of a spare, which prepares for engines on `devices` and waits for its
-    start.
+    """The environment of a spare process, which prepares for engines on `devices` and then waits
+    for its start.
     """
     return {_VARIABLE: _SPARE + ",".join(devices)}
 
 
 class SharedClock(trio.abc.Clock):
-    """The clock of the parent process: deadlines mean the same in both."""
+    """Shows the time of the graph's process, so that deadlines are valid in both processes."""
 
     def __init__(self, offset_s: float) -> None:
         self._offset_s = offset_s
@@ -85,16 +87,16 @@ def serve(
     unfit: tuple[type[Exception], ...],
     prepare: Callable[[Sequence[str]], None] = lambda devices: None,
 ) -> None:
-    """Be a worker until a stop message, or until the parent process is gone.
+    """Run a worker until a stop message, or until the parent process ends.
 
-    `open_engine` loads one replica. Its errors of the types `unfit` are sent to the graph, as they
-    are safe to show; any other error ends the process with a traceback. A spare calls `prepare`
-    with the devices before it waits for its start.
+    `open_engine` loads one replica. Its errors of the types `unfit` are safe to show, and are sent
+    to the graph; any other error ends the process with a traceback. A spare process calls `prepare`
+    with its devices before it waits for its start.
     """
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(
             number, signal.SIG_IGN
-        )  # a signal to all processes is for the graph's process
+        )  # a signal that is sent to all processes is meant for the graph's process alone
     given = os.environ.pop(_VARIABLE)
     if given.startswith(_SPARE):
         prepare([device for device in given.removeprefix(_SPARE).split(",") if device])
@@ -107,7 +109,10 @@ def serve(
 
 
 def _line_of_input() -> str:
-    """Read a line byte by byte: `end_with_parent` watches the same input later. "": the end."""
+    """Read a line of standard input; "" if the input ends.
+
+    Bytes are read one by one: a buffer could take bytes that `end_with_parent` must see later.
+    """
     line = bytearray()
     while (byte := os.read(0, 1)) not in (b"", b"\n"):
         line += byte
@@ -129,7 +134,10 @@ async def _serve(
 async def work(
     channel: Channel, open_engine: OpenEngine, unfit: tuple[type[Exception], ...]
 ) -> None:
-    """Open the engine of the first message, and serve it. Runs in a process or in a task."""
+    """Receive an `Open` message, open its engine, and serve the engine until a stop message.
+
+    Worker processes and worker tasks both run this function.
+    """
     message = await channel.receive()
     if not isinstance(message, Open):
         return
@@ -146,7 +154,7 @@ async def work(
 
 
 def _progress_over(channel: Channel) -> Progress:
-    """A progress function that sends events to the graph; callable from any thread."""
+    """A function that sends progress events to the graph, and may be called from any thread."""
     token = trio.lowlevel.current_trio_token()
 
     def put(event: ProgressEvent) -> None:

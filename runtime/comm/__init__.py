@@ -2,4 +2,6 @@
 
 
 class BadKeys(ValueError):
-    """Keys that are missing, or not to be trusted; the message names them, and how to fix it."""
+    """A key file is missing, broken, or readable by other users. The message names the file, and
+    the fix.
+    """

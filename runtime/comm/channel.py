@@ -1,4 +1,4 @@
-"""The contract of a link between two processes, its frames, and the link inside one process."""
+"""The contract of a channel between two processes, its frames, and a channel inside one process."""
 
 import math
 import struct
@@ -15,32 +15,39 @@ MAX_PENDING = 64 * SOCKET_CAPACITY  # messages that a channel holds for a slow p
 
 
 class ChannelClosed(ConnectionError):
-    """The link has ended; the message says why: its peer is gone, or broke the protocol."""
+    """The channel has ended. The message is the reason: its peer ended, or broke the protocol."""
 
 
 class Channel(Protocol):
-    """Delivers messages in order, each exactly once, or ends: a channel never loses one silently.
+    """Delivers messages in order, each exactly once. If it cannot, the channel ends: it never loses
+    a message silently.
 
-    The protocol bounds what is under way: calls are answered, and events wait for credit.
-    `MAX_PENDING` is the last resort against a peer that does not read.
+    The protocol bounds the number of pending messages: calls are answered, and events wait for
+    grants. `MAX_PENDING` is the last resort against a peer that does not read.
     """
 
     def put(self, message: Message) -> None:
-        """Send without waiting. Raises ChannelClosed, also if the peer has stopped reading."""
+        """Send a message without waiting. Raises ChannelClosed, also if the peer does not read."""
 
     async def receive(self) -> Message:
-        """Wait for the next message. Raises ChannelClosed after the last message before the end."""
+        """Wait for the next message. Raises ChannelClosed if the channel has ended and all received
+        messages have been taken.
+        """
 
     @property
     def last_received_s(self) -> float:
-        """When the last message arrived, on trio's clock; any message is a sign of life."""
+        """The time at which the last message arrived, on trio's clock, in seconds. Any message is a
+        sign of life.
+        """
 
     def close(self, why: str = "it was closed") -> None:
-        """End this side; safe to call again. The peer is not told: it sees silence."""
+        """End this side. Safe to call again. The peer is not notified: it only gets no more
+        messages.
+        """
 
 
 class MemoryChannel:
-    """One side of a link inside a process. Implements Channel."""
+    """One side of a channel inside one process. Implements Channel."""
 
     def __init__(self) -> None:
         self._peer: MemoryChannel = self
@@ -55,7 +62,7 @@ class MemoryChannel:
         if len(self._peer._inbox) >= MAX_PENDING:
             self.close("its peer takes no messages")
             raise ChannelClosed("its peer takes no messages")
-        if self._peer._ended is None:  # else the message is lost, as on a socket
+        if self._peer._ended is None:  # a message to a closed side is lost, as on a socket
             self._peer._take(message)
 
     async def receive(self) -> Message:
@@ -82,7 +89,7 @@ class MemoryChannel:
 
 
 def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
-    """Both sides of a link."""
+    """Make both sides of a channel."""
     one, other = MemoryChannel(), MemoryChannel()
     one._peer, other._peer = other, one
     return one, other
@@ -97,7 +104,7 @@ _OVERHEAD = _HEADER.size + _CHECKSUM.size
 
 
 class FrameError(ValueError):
-    """Bytes that are no frame; the message says what is wrong, and shows none of the bytes."""
+    """Bytes that are no frame. The message is the reason, and contains none of the bytes."""
 
 
 class Frame(NamedTuple):
@@ -105,9 +112,9 @@ class Frame(NamedTuple):
 
         magic 2 | version 1 | reserved 1 | epoch 4 | number 8 | checksum 4 | body
 
-    All numbers are big-endian. The checksum is CRC-32 of all other bytes. `epoch` is the life of
-    the worker that the link leads to: frames of an earlier life are dropped. `number` rises by one
-    a frame, so that a lost or repeated frame is noticed.
+    The sizes are in bytes. All numbers are big-endian. The checksum is the CRC-32 of all other
+    bytes. `epoch` is the number of the worker's life: frames of an earlier life are dropped.
+    `number` rises by one with each frame, so that a lost or repeated frame is noticed.
     """
 
     epoch: int

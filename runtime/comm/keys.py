@@ -1,7 +1,8 @@
-"""CURVE keys: who may link to a graph over a network. They are made once, and kept in a folder.
+"""CURVE keys, which decide who may link to a graph over a network. They are created once, and kept
+in a folder.
 
-Both sides have a pair. The graph's end proves its identity, and accepts any holder of the worker's
-pair.
+The graph has a key pair, and all workers share another pair. A worker connects only to the owner of
+the graph's pair, and the graph accepts any owner of the workers' pair.
 """
 
 from dataclasses import dataclass
@@ -26,17 +27,21 @@ class CurveKeys:
     peer: bytes
 
     def secure_server(self, socket: "zmq.Socket[bytes]") -> None:
-        """Admit only a holder of the peer's pair; needs a `CurveAuthenticator`."""
+        """Make `socket` admit only the owner of the peer's pair. The socket's context must have a
+        `CurveAuthenticator`.
+        """
         socket.curve_server = True
         self._show(socket)
 
     def secure_client(self, socket: "zmq.Socket[bytes]") -> None:
-        """Connect only to the peer."""
+        """Make `socket` connect only to the owner of the peer's pair."""
         socket.curve_serverkey = self.peer
         self._show(socket)
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether that public key may connect. Called by the authenticator's thread."""
+        """Whether the owner of the public key `key` may connect. Called in the authenticator's
+        thread.
+        """
         return key == self.peer
 
     def _show(self, socket: "zmq.Socket[bytes]") -> None:
@@ -44,10 +49,11 @@ class CurveKeys:
 
 
 class CurveAuthenticator:
-    """A context whose servers admit only the peer of `keys`.
+    """A ZeroMQ context whose server sockets admit only the peer of `keys`.
 
-    The authenticator must be running before a socket of the context is bound: without one, libzmq
-    admits every key. Each context has its own, so that graphs of one process can use other keys.
+    The authenticator must run before a socket of the context is bound: without an authenticator,
+    libzmq admits every key. Each graph has a context and an authenticator of its own, so that the
+    graphs of one process can use different keys.
     """
 
     def __init__(self, keys: CurveKeys) -> None:
@@ -57,13 +63,13 @@ class CurveAuthenticator:
         self._authenticator.configure_curve_callback(credentials_provider=keys)
 
     def close(self) -> None:
-        """End the context. Close its sockets before."""
+        """End the context. All of its sockets must be closed before."""
         self._authenticator.stop()
         self.context.term()
 
 
 def create_keys(folder: Path) -> None:
-    """Make the pairs of both sides in a new folder. Raises FileExistsError, OSError."""
+    """Create the pairs of both sides in a new folder. Raises FileExistsError, OSError."""
     folder.mkdir(mode=0o700, parents=True)
     for side in SIDES:
         _, secret = zmq.auth.create_certificates(folder, side)

@@ -1,7 +1,8 @@
 """The messages between a graph and the worker of one engine replica.
 
-The graph sends calls, whose `call` number the answer repeats, and notices. The worker sends
-answers, events and its own state. Both read one clock: a worker gets its offset when it starts.
+The graph sends calls and notices. Each call has a number `call`, which its answer repeats. The
+worker sends answers, events and its own state. All times are on the graph's clock: a worker gets
+the offset of this clock when it starts.
 """
 
 from typing import Literal, TypeAlias
@@ -21,7 +22,7 @@ from sagellm.runtime.port import (
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One message."""
+    """The base of all messages. A message with an unknown field is not decoded."""
 
 
 # ---- sent by the graph ---------------------------------------------------------------------
@@ -30,8 +31,8 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Open(_Message, frozen=True, kw_only=True, tag="open"):
     """Load one replica of an engine of `graph` (MessagePack). Answered by `Ready` or `Unfit`.
 
-    `num_blocks`: the size of its pool in an earlier life, if there was one. `block_key`: the key
-    with which all engines of the graph hash prefix blocks.
+    `num_blocks`: the number of KV blocks that the engine must have, as in an earlier life; None:
+    the worker chooses. `block_key`: the key with which all engines of the graph hash prefix blocks.
     """
 
     graph: bytes
@@ -49,7 +50,7 @@ class Submit(_Message, frozen=True, kw_only=True, tag="submit"):
 
 
 class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
-    """Cancel a sequence, as the engine port says. Not answered."""
+    """Cancel a sequence; see `Engine` in `runtime/port.py`. Not answered."""
 
     request_id: str
     choice: int
@@ -57,9 +58,8 @@ class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Import(_Message, frozen=True, kw_only=True, tag="import"):
-    """Reserve blocks for a transfer.
-
-    The answers come in order of arrival: `BlocksReserved` or `Refused`.
+    """Reserve blocks for a transfer. Answered by `BlocksReserved` or `Refused`, in the order in
+    which these calls arrived.
     """
 
     call: int
@@ -67,8 +67,8 @@ class Import(_Message, frozen=True, kw_only=True, tag="import"):
 
 
 class Export(_Message, frozen=True, kw_only=True, tag="export"):
-    """Begin to send a held lease, without the first blocks that the receiver has already. Answered
-    by `Exported` or `Refused`.
+    """Offer the blocks of a held lease to a receiver, without the first `num_received` blocks: the
+    receiver has them already. Answered by `Exported` or `Refused`.
     """
 
     call: int
@@ -77,8 +77,8 @@ class Export(_Message, frozen=True, kw_only=True, tag="export"):
 
 
 class ExportChunk(_Message, frozen=True, kw_only=True, tag="export_chunk"):
-    """Offer computed blocks of a prompt that is still being computed. Answered by `Exported` or
-    `Refused`.
+    """Offer the blocks `chunk`, which are computed, of a prompt that is still being computed.
+    Answered by `Exported` or `Refused`.
     """
 
     call: int
@@ -87,8 +87,8 @@ class ExportChunk(_Message, frozen=True, kw_only=True, tag="export_chunk"):
 
 
 class Receive(_Message, frozen=True, kw_only=True, tag="receive"):
-    """Copy `source` into a reserved lease, after the first blocks that are there already. The lease
-    is filled then. Answered by `Done` or `Refused`.
+    """Copy the blocks at `source` into a reserved lease, after its first `num_received` blocks,
+    which have arrived already. The lease is then filled. Answered by `Done` or `Refused`.
     """
 
     call: int
@@ -98,8 +98,8 @@ class Receive(_Message, frozen=True, kw_only=True, tag="receive"):
 
 
 class ReceiveChunk(_Message, frozen=True, kw_only=True, tag="receive_chunk"):
-    """Copy `source` into a reserved lease while the prompt is still being computed; more blocks
-    follow. Answered by `Done` or `Refused`.
+    """Copy the blocks at `source` into a reserved lease while the prompt is still being computed.
+    More blocks follow. Answered by `Done` or `Refused`.
     """
 
     call: int
@@ -109,35 +109,35 @@ class ReceiveChunk(_Message, frozen=True, kw_only=True, tag="receive_chunk"):
 
 
 class Release(_Message, frozen=True, kw_only=True, tag="release"):
-    """Free the blocks of an exported lease: the receiver has acknowledged them, or given up."""
+    """Free the blocks of an exported lease: the receiver has all of them, or has given up."""
 
     lease: LeaseRef
 
 
 class RenewLease(_Message, frozen=True, kw_only=True, tag="renew_lease"):
-    """Keep the blocks of an exported lease: the receiver still copies them."""
+    """Keep the blocks of an exported lease for longer: the receiver is still copying them."""
 
     lease: LeaseRef
 
 
 class Drop(_Message, frozen=True, kw_only=True, tag="drop"):
-    """No caller waits for that call any more. The worker still answers the call."""
+    """No caller waits for the call `call` any more. The worker still answers the call."""
 
     call: int
 
 
 class Grant(_Message, frozen=True, kw_only=True, tag="grant"):
-    """Allow one more batch of events: the reader of `owner` took one."""
+    """Allow one more `Events` message for the operator `owner`, which has read one."""
 
     owner: str
 
 
 class SyncCache(_Message, frozen=True, kw_only=True, tag="sync_cache"):
-    """Report all cached prefix blocks, and then their changes, by `CacheUpdate`."""
+    """Report all cached prefix blocks, and from then on all changes, by `CacheUpdate`."""
 
 
 class GrantCacheUpdate(_Message, frozen=True, kw_only=True, tag="grant_cache_update"):
-    """Allow one more `CacheUpdate`: one was read."""
+    """Allow one more `CacheUpdate`, because the graph has read one."""
 
 
 class Idle(_Message, frozen=True, kw_only=True, tag="idle"):
@@ -151,14 +151,14 @@ class Ping(_Message, frozen=True, kw_only=True, tag="ping"):
 
 
 class Stop(_Message, frozen=True, kw_only=True, tag="stop"):
-    """End the engine, and the process."""
+    """End the engine and the worker process."""
 
 
 # ---- sent by the worker --------------------------------------------------------------------
 
 
 class Ready(_Message, frozen=True, kw_only=True, tag="ready"):
-    """The engine is open."""
+    """The answer to `Open`: the engine is open."""
 
     facts: EngineFacts
 
@@ -170,7 +170,9 @@ class Starting(_Message, frozen=True, kw_only=True, tag="starting"):
 
 
 class Unfit(_Message, frozen=True, kw_only=True, tag="unfit"):
-    """The engine cannot be opened. `error`: a fault of options, model or memory, safe to show."""
+    """The answer to `Open`: the engine cannot be opened. `error`: the cause, in options, model or
+    memory; it is safe to show.
+    """
 
     error: str
 
@@ -182,7 +184,7 @@ class Done(_Message, frozen=True, kw_only=True, tag="done"):
 
 
 class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
-    """The call raised EngineRefusal, StaleLease or DamagedBlocks, by `kind`."""
+    """The call raised an error: EngineRefusal, StaleLease or DamagedBlocks, as `kind` tells."""
 
     call: int
     kind: Literal["refusal", "stale", "damaged"]
@@ -191,28 +193,30 @@ class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
 
 
 class BlocksReserved(_Message, frozen=True, kw_only=True, tag="blocks_reserved"):
-    """Blocks are reserved under `lease`."""
+    """The answer to `Import`: blocks are reserved under `lease`."""
 
     call: int
     lease: LeaseRef
 
 
 class Exported(_Message, frozen=True, kw_only=True, tag="exported"):
-    """The location of exported blocks."""
+    """The answer to `Export` and `ExportChunk`: the location of the blocks."""
 
     call: int
     source: BlockLocation
 
 
 class KVProgress(_Message, frozen=True, kw_only=True, tag="kv_progress"):
-    """`num_blocks` of a prompt that is to be exported are computed, and will not change."""
+    """The first `num_blocks` blocks of a prompt that is to be exported are computed, and will not
+    change.
+    """
 
     lease: LeaseRef
     num_blocks: int
 
 
 class Events(_Message, frozen=True, kw_only=True, tag="events"):
-    """The events of one step, of the sequences of `owner`. Uses up one grant."""
+    """The events of one step, for the sequences of operator `owner`. Uses up one `Grant`."""
 
     owner: str
     events: tuple[TokenEvent | PrefillDone, ...]
@@ -220,7 +224,9 @@ class Events(_Message, frozen=True, kw_only=True, tag="events"):
 
 
 class CacheUpdate(_Message, frozen=True, kw_only=True, tag="cache_update"):
-    """Stored and dropped prefix blocks, with the fields of `CacheChanged`. Uses up one grant."""
+    """Stored and dropped prefix blocks, with the fields of `CacheChanged`. Uses up one
+    `GrantCacheUpdate`.
+    """
 
     sequence: int
     is_first: bool
@@ -231,8 +237,8 @@ class CacheUpdate(_Message, frozen=True, kw_only=True, tag="cache_update"):
 class Pong(_Message, frozen=True, kw_only=True, tag="pong"):
     """A sign of life, with the state of the engine.
 
-    `step_tokens`: a histogram of steps by their number of tokens. `num_step_tokens`: the tokens of
-    all steps.
+    `step_tokens`: a histogram of engine steps by number of tokens. `num_step_tokens`: the number of
+    tokens of all steps.
     """
 
     load: EngineLoad

@@ -1,9 +1,10 @@
 """Channels over ZeroMQ: a hub in the graph's process, a dealer in each worker, over ipc or tcp.
 
-The hub is a ROUTER. It knows each peer by a random name, which only that peer was told; frames of
-other peers are dropped and counted. Over tcp all bytes are encrypted, and a peer without the key is
-not admitted (CURVE, see `keys`). Sockets are bounded (`SOCKET_CAPACITY`, `MAX_FRAME_BYTES`) and do
-not linger. A link whose peer is full, silent or garbled closes: it does not wait without bound.
+The hub is a ROUTER socket. It identifies each peer by a random name, which only this peer received;
+frames of other peers are dropped and counted. Over tcp all bytes are encrypted, and a peer without
+the key is not admitted (CURVE, see `keys`). Sockets are bounded (`SOCKET_CAPACITY`,
+`MAX_FRAME_BYTES`) and do not linger. A link whose peer takes no messages, or breaks the protocol,
+is closed: messages never wait without bound.
 """
 
 import math
@@ -31,8 +32,8 @@ from sagellm.runtime.comm.protocol import GraphMessage, Message, WorkerMessage
 
 log = get_logger("sagellm.comm")
 
-_BUNDLE = 256  # frames taken at a time; other tasks run between two bundles
-_RETRY_S = 0.005  # until a frame that found no peer, or no room, is tried again
+_BUNDLE = 256  # frames received at a time; other tasks run between two bundles
+_RETRY_S = 0.005  # before a frame that found no peer, or no room, is sent again
 _OPTIONS = {
     zmq.LINGER: 0,  # unsent frames must not delay the end of the process
     zmq.SNDHWM: SOCKET_CAPACITY,
@@ -46,9 +47,9 @@ _WORKER_DECODER = msgspec.msgpack.Decoder(WorkerMessage)
 
 
 class Link:
-    """One end of a channel over a socket that links may share. Implements Channel.
+    """One end of a channel over a socket, which several links may share. Implements Channel.
 
-    `post` hands a frame to the socket; it returns whether there was room.
+    `post` passes a frame to the socket, and returns whether the socket had room for it.
     """
 
     def __init__(
@@ -102,16 +103,18 @@ class Link:
         self._changed.unpark_all()
 
     def flush(self) -> None:
-        """Post waiting frames, as long as there is room."""
+        """Send waiting frames while the socket has room."""
         while self._outbox:
             frame = self._outbox.popleft()
             if not self._post(frame):
-                if self._ended is None:  # a frame that `post` received may have ended the link
+                if self._ended is None:  # `post` also receives frames, which may end the link
                     self._outbox.appendleft(frame)
                 return
 
     def take(self, data: bytes) -> bool:
-        """Take a frame from the peer. False: it was dropped, as it is broken or of another life."""
+        """Process a frame from the peer. Returns False if the frame was dropped, because it is
+        broken or comes from another life of the worker.
+        """
         try:
             frame = decode(data)
         except FrameError as error:
@@ -129,7 +132,7 @@ class Link:
         except (msgspec.DecodeError, ValueError) as error:
             self.close(f"its peer said what nobody understands: {type(error).__name__}")
             return False
-        if len(self._inbox) >= MAX_PENDING:  # the protocol's grants bound what is under way
+        if len(self._inbox) >= MAX_PENDING:  # grants bound the messages, so the peer is at fault
             self.close("its peer says more than was asked for")
             return False
         self._inbox.append(message)
@@ -141,8 +144,8 @@ class Link:
 class _TrioSocket:
     """A ZeroMQ socket under trio. A send succeeds at once, or not at all.
 
-    Hazard: the descriptor becomes readable only for changes after the last use of the socket, of
-    any kind. A call that sends must therefore receive what has arrived meanwhile, too.
+    Hazard: the descriptor becomes readable only for changes after the last call on the socket, and
+    a send is such a call. Each send must therefore also receive the frames that have arrived.
     """
 
     def __init__(
@@ -158,32 +161,35 @@ class _TrioSocket:
         self._wait = trio.CancelScope()  # the wait of `pump`
 
     def allow(self, endpoint: str) -> None:
-        """Prepare the socket for an endpoint; call this before it is bound or connected."""
+        """Allow IPv6 if the endpoint needs it. Call this before the socket binds or connects."""
         if "[" in endpoint:  # an IPv6 address
             self.socket.setsockopt(zmq.IPV6, 1)
 
     def send(self, parts: list[bytes]) -> bool:
-        """Send if there is a peer with room; whether it was sent. If not, `pump` retries soon."""
+        """Send a message if the peer has room. Returns whether it was sent; if not, `pump` wakes
+        soon, so that the caller can try again.
+        """
         try:
             self.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            # The change that shows room may be drained below, and then never wakes `pump`.
+            # `_drain` below may consume the change that shows room, which then never wakes `pump`.
             self._wake_at(trio.current_time() + _RETRY_S)
             return False
         finally:
-            if not self._drain():  # more frames are there, and the descriptor will not show them
+            if not self._drain():  # more frames have arrived, and the descriptor does not show it
                 self._wake_at(trio.current_time())
         return True
 
     def _wake_at(self, time_s: float) -> None:
-        """Wake `pump` at that time at the latest."""
+        """Wake `pump` at `time_s` at the latest."""
         self._wait.deadline = min(self._wait.deadline, time_s)
 
     async def pump(self, flush: Callable[[], bool]) -> None:
-        """Receive frames until cancelled. `flush` sends waiting frames; it returns whether all were
-        sent. If not, `pump` retries at intervals: the descriptor may not show that there is room.
+        """Receive frames until cancelled. `flush` sends waiting frames, and returns whether all
+        were sent. If not, `flush` is called again at intervals, because the descriptor may not show
+        that the peer has room.
         """
         descriptor = self.socket.fileno()
         while True:
@@ -199,7 +205,7 @@ class _TrioSocket:
         self.socket.close(linger=0)
 
     def _drain(self) -> bool:
-        """Receive what is there, up to a bundle; whether that was all."""
+        """Receive the frames that have arrived, at most `_BUNDLE`. Returns whether none is left."""
         for _ in range(_BUNDLE):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -210,7 +216,7 @@ class _TrioSocket:
 
 
 class Hub:
-    """The graph's end of the links to all its workers: one bound socket, with `keys` over tcp.
+    """The graph's end of the links to its workers, on one bound socket. `keys`: needed over tcp.
 
     `num_rejected` counts frames of unknown peers, broken frames, and frames of another life.
     """
@@ -226,7 +232,9 @@ class Hub:
             keys.secure_server(self._port.socket)
 
     def bind(self, endpoint: str) -> str:
-        """Bind, and return the endpoint to connect to. Raises OSError; then the hub is closed."""
+        """Bind the socket, and return the endpoint to connect to. Raises OSError; the hub is then
+        closed.
+        """
         self._port.allow(endpoint)
         try:
             self._port.socket.bind(endpoint)
@@ -236,14 +244,14 @@ class Hub:
         return self._port.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def link(self, name: bytes, epoch: int) -> Link:
-        """A link to the peer that will connect under `name`. Messages wait until it connects."""
+        """Make a link to the peer that will connect under `name`. Messages wait until then."""
         link = Link(lambda data: self._port.send([name, data]), _WORKER_DECODER, epoch)
         link.on_close = lambda: self._forget(name)
         self._links[name] = link
         return link
 
     async def run(self) -> None:
-        """Move frames until cancelled; then every link has ended, and the socket is closed."""
+        """Send and receive frames until cancelled, and then close all links and the socket."""
         try:
             await self._port.pump(self._flush)
         finally:
@@ -286,7 +294,7 @@ class Dealer:
         self._port.socket.connect(endpoint)
 
     async def run(self) -> None:
-        """Move frames until cancelled; then the link has ended, and the socket is closed."""
+        """Send and receive frames until cancelled, and then close the link and the socket."""
         try:
             await self._port.pump(self._flush)
         finally:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 
 class ModelError(ValueError):
-    """A model that cannot be found or loaded. `cause` names the file or tensor; `fix` says what to
-    do, and may be empty.
+    """A model cannot be found or loaded. `cause` names the file or tensor. `fix` is an instruction
+    for the user, and may be empty.
     """
 
     def __init__(self, cause: str, fix: str = "") -> None:
@@ -16,7 +16,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FolderWarning:
-    """A surprise in a model folder that is served all the same: log event, model, cause and fix."""
+    """A warning about a model folder that is served nevertheless. `event`: the log event's name."""
 
     event: str
     model: str
@@ -25,13 +25,13 @@ class FolderWarning:
 
 
 class TextError(ValueError):
-    """A text that the model's own template or tokenizer refuses."""
+    """The model's own template or tokenizer refused a text."""
 
 
 class LimitExceeded(TextError):
-    """A template or tokenizer that exceeded a limit.
+    """A template or tokenizer exceeded a limit.
 
-    `cause` names the limit, and is safe to show: it holds nothing of the model or the text.
+    `cause` names the limit. It is safe to show to clients: it has nothing of the model or the text.
     """
 
     def __init__(self, what: str, limit: str) -> None:

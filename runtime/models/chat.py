@@ -29,24 +29,24 @@ MAX_TEMPLATE_BYTES = 128 << 10  # five times the longest template of published m
 
 Scalar: TypeAlias = bool | int | float | str
 
-# Variables that every template is given. No caller may set them.
+# Variables that every template receives. No caller may set them.
 RESERVED_VARIABLES = frozenset(
     {
         *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
         *("tokenize", "chat_template", "bos_token", "eos_token", "unk_token", "pad_token"),
     }
 )
-_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of the final message, as in transformers
 _ASKS_FOR_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none\b")
 
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """How messages become a prompt.
+    """The options with which messages are rendered to a prompt.
 
-    `continue_final_message`: the prompt ends inside the last message, whose content is text;
-    `add_generation_prompt` is False then. `tools`: the template shows them to the model.
-    `variables`: further names that the template may read; none is in RESERVED_VARIABLES.
+    `continue_final_message`: the prompt ends inside the last message, whose content must be text;
+    `add_generation_prompt` must then be False. `tools`: passed to the template. `variables`:
+    further names that the template may read; none of them is in RESERVED_VARIABLES.
     """
 
     add_generation_prompt: bool = True
@@ -55,11 +55,11 @@ class Rendering:
     variables: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-DEFAULT_RENDERING = Rendering()  # the prompt of the next message
+DEFAULT_RENDERING = Rendering()  # the prompt ends where the model's next message begins
 
 
 class ChatTemplateError(TextError):
-    """A conversation that the model's template refuses, or a template that is broken."""
+    """The model's template refused a conversation, or is broken."""
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -86,8 +86,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One template. It is compiled when first rendered: plain prompts work with a broken
-    template.
+    """One template. It is compiled at the first use, so that plain prompts work even if the
+    template is broken.
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
@@ -136,8 +136,8 @@ class ChatTemplate:
         return _up_to_final(text, messages[-1]["content"]) if how.continue_final_message else text
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message for the template. A message of tool calls may have no content; many templates
-        expect a text there, so it becomes "", unless the template tests for none.
+        """A message for the template. A message with tool calls may have the content None. Many
+        templates expect a text, so None becomes "", unless the template itself tests for none.
         """
         given = dict(message)
         if given.get("content", "") is None and not _ASKS_FOR_NONE.search(self._text):
@@ -159,8 +159,8 @@ def _check_unicode(text: str) -> None:
 
 
 def _up_to_final(text: str, final: str) -> str:
-    """Cut `text` at the end of its final message. Spaces that the template stripped stay
-    stripped.
+    """Cut `text` at the end of its final message. If the template strips messages, the message
+    stays stripped at its end.
     """
     if final.strip() not in text or _CONTINUED.strip() not in text:
         raise ChatTemplateError("the chat template does not show the end of the final message")
@@ -203,8 +203,9 @@ def _read_text(file: Path) -> str:
 
 
 def pack_conversation(messages: Sequence[Mapping[str, Any]], how: Rendering) -> bytes:
-    """Encode a conversation for a helper process, as JSON: it keeps the order of fields, large
-    integers and surrogates. Raises ChatTemplateError.
+    """Encode a conversation for a helper process. Raises ChatTemplateError.
+
+    The format is JSON, because it keeps the order of fields, large integers and lone surrogates.
     """
     options = {
         "add_generation_prompt": how.add_generation_prompt,
@@ -219,6 +220,7 @@ def pack_conversation(messages: Sequence[Mapping[str, Any]], how: Rendering) -> 
 
 
 def unpack_conversation(given: bytes) -> tuple[list[dict[str, Any]], Rendering]:
+    """The messages and options of a packed conversation."""
     messages, options = json.loads(given)
     return messages, Rendering(**{**options, "tools": tuple(options["tools"])})
 
@@ -230,7 +232,9 @@ def _as_dict(value: object) -> object:
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by role ("bos_token"), given as text or as {"content": text}."""
+    """The special tokens by role ("bos_token"). The configuration has each as a text, or as
+    {"content": text}.
+    """
     found = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name)
@@ -241,7 +245,7 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _RenderWorker:
-    """Renders one template in a helper process; implements JobWorker."""
+    """Renders one template, in a helper process. Implements JobWorker."""
 
     def __init__(self, job: TemplateJob) -> None:
         self._template = ChatTemplate(job.text, job.special_tokens)

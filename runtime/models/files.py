@@ -1,4 +1,6 @@
-"""The files of a model folder: recognised by name and first bytes, and read without torch."""
+"""The files of a model folder, which are recognised by name and first bytes, and read without
+torch.
+"""
 
 import json
 import re
@@ -25,7 +27,7 @@ GGUF_FIX = (
 class StoredTensor:
     """One tensor of a safetensors file.
 
-    `dtype`: as the format spells it (BF16). `begin`, `num_bytes`: the position in `file`.
+    `dtype`: as the format spells it (BF16). `begin`: the offset in `file`, in bytes.
     """
 
     dtype: str
@@ -61,7 +63,7 @@ def _pickle(head: bytes, path: Path) -> tuple[str, str]:
     return "a pickled PyTorch file, which can run any code when read", conversion_fix(path.parent)
 
 
-# Files of another format under a right name: first bytes -> (what the file is, the fix).
+# Formats that a file with a right name may have instead: first bytes -> (its format, the fix).
 _FOREIGN: dict[bytes, Callable[[bytes, Path], tuple[str, str]]] = {
     b"version https://git-lfs": _lfs_pointer,
     b"GGUF": _gguf,
@@ -74,11 +76,11 @@ _FOREIGN: dict[bytes, Callable[[bytes, Path], tuple[str, str]]] = {
 
 
 def refuse_foreign(name: str, path: Path) -> None:
-    """Raise ModelError for a file of another format under a right name."""
+    """Raise ModelError if the file has another format than its name promises. `name`: the model."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     for begins, described in _FOREIGN.items():
-        if head.lstrip().startswith(begins):
+        if head.lstrip().startswith(begins):  # a web page may begin with blank lines
             what, fix = described(head, path)
             raise ModelError(f"model {name}: {path.name} is {what}", fix)
 
@@ -105,7 +107,7 @@ def _unreadable(name: str, path: Path, error: OSError) -> ModelError:
 
 
 def read_header(name: str, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by its header; no tensor is read.
+    """Read the header of a safetensors file: its tensors by name. No tensor is read.
 
     Raises ModelError if the file is of another format, damaged, or cut off.
     """
@@ -141,15 +143,17 @@ def _entries(name: str, path: Path) -> tuple[int, dict[str, _Entry]]:
 
 
 def _no_header(name: str, path: Path) -> ModelError:
-    """The error of a file without a safetensors header. Raises it if the format is known."""
+    """The error for a file without a safetensors header. Raises a more precise error if the file
+    has another known format.
+    """
     refuse_foreign(name, path)
     cause = f"model {name}: {path.name} cannot be read: it has no safetensors header"
     return ModelError(cause, "download it again")
 
 
 def _check_length(name: str, path: Path, data: int, entries: dict[str, _Entry]) -> None:
-    """Raise ModelError unless the file is as long as its header says. `data`: where tensors
-    begin.
+    """Raise ModelError unless the file is as long as its header says. `data`: the offset of the
+    first tensor, in bytes.
     """
     promised = data + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     found = path.stat().st_size
@@ -202,7 +206,7 @@ def is_model_file(path: Path) -> bool:
 
 
 def refuse_file(name: str, path: Path) -> ModelError:
-    """The error of a file that is given in place of a folder."""
+    """The error for a file that is given as a model."""
     if path.suffix.lower() == ".gguf":
         return ModelError(f"model {name}: it is a GGUF file", GGUF_FIX)
     fix = f"give the folder that it is in: {path.parent}"
@@ -210,7 +214,9 @@ def refuse_file(name: str, path: Path) -> ModelError:
 
 
 def check_config(name: str, path: Path) -> None:
-    """Raise ModelError for a folder without config.json; the message says what it seems to be."""
+    """Raise ModelError if a folder has no config.json. The message names what the folder seems to
+    be.
+    """
     if (path / CONFIG).is_file():
         return
     if not any(path.iterdir()):
@@ -229,7 +235,9 @@ def check_config(name: str, path: Path) -> None:
 
 
 def check_weights(name: str, path: Path, shards: tuple[str, ...]) -> None:
-    """Raise ModelError if weights are pickled, missing, or named outside the folder."""
+    """Raise ModelError if weights are pickled or missing, or if the index names a file outside the
+    folder.
+    """
     for file in shards:
         if Path(file).name != file:
             raise ModelError(f"model {name}: {SHARD_INDEX} names {file!r}, outside its folder")
@@ -254,7 +262,9 @@ def check_weights(name: str, path: Path, shards: tuple[str, ...]) -> None:
 
 
 def check_tokenizer(name: str, path: Path) -> None:
-    """Raise ModelError if tokenizer.json is missing or of another format; it is not parsed."""
+    """Raise ModelError if tokenizer.json is missing or has another format. The file is not
+    parsed.
+    """
     if (path / TOKENIZER).is_file():
         refuse_foreign(name, path / TOKENIZER)
         return
@@ -273,7 +283,9 @@ def check_tokenizer(name: str, path: Path) -> None:
 
 
 def _first_match(path: Path, patterns: tuple[str, ...]) -> str | None:
-    """The first file that a pattern matches, by name. For patterns with a folder, the folder."""
+    """The first path, in alphabetical order, that a pattern matches; if it is inside a folder, the
+    name of the folder.
+    """
     for pattern in patterns:
         for found in sorted(path.glob(pattern)):
             return found.relative_to(path).parts[0]

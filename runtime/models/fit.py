@@ -1,4 +1,4 @@
-"""Whether stored tensors fit config.json, found by their headers before a weight is read."""
+"""Checks that the stored tensors fit config.json, by file headers, before any weight is read."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from sagellm.runtime.models import ModelError
 from sagellm.runtime.models.files import StoredTensor
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_NUM_SHOWN = 4
+_NUM_SHOWN = 4  # mistakes in a message
 _WORD_BITS = 32
 _QUANTISED = ".qweight"
 _PARTS = (_QUANTISED, ".qzeros", ".scales")
@@ -48,10 +48,11 @@ class StoredModel:
 
 
 def check_fit(stored: StoredModel) -> tuple[str, ...]:
-    """The tensors that the model's graph does not read, and that are not known to be harmless.
+    """Check the stored tensors. Returns the names of tensors that the model's graph does not read
+    and that are not known to be harmless.
 
-    Raises ModelError with the tensors that are missing, misshapen, or not read though the answers
-    depend on them.
+    Raises ModelError if tensors are missing or have a wrong shape, or if answers depend on tensors
+    that are not read.
     """
     quantisation = stored_quantisation(stored.config)
     _check_quantisation(stored, quantisation)
@@ -71,9 +72,9 @@ def check_fit(stored: StoredModel) -> tuple[str, ...]:
 
 
 def _check_layers(stored: StoredModel) -> None:
-    """Raise ModelError if config.json has more layers than there are tensors.
+    """Raise ModelError if config.json has more layers than the folder has tensors.
 
-    A graph of a hostile number of layers must not be built.
+    A hostile number of layers must be refused before a graph with these layers is built.
     """
     layers, tensors = num_layers(stored.config), len(stored.tensors)
     if layers > tensors:
@@ -109,8 +110,8 @@ def _as_stored(
     tensors: Mapping[str, StoredTensor],
     declared: StoredQuantisation | None,
 ) -> dict[str, Shape | None]:
-    """The wanted tensors by the names under which they are stored. Shape None: the code that
-    unpacks the tensor checks its shape.
+    """The tensors that the folder must store: their stored names and shapes. Shape None: the shape
+    is checked later, when the tensor is unpacked.
     """
     wanted: dict[str, Shape | None] = {}
     for name, shape in shapes.items():
@@ -169,7 +170,9 @@ def _unread(wanted: Mapping[str, Shape | None], stored: StoredModel) -> Iterator
 def _needed(
     unread: Iterable[str], wanted: Mapping[str, Shape | None], stored: StoredModel
 ) -> Iterator[str]:
-    """Unread tensors of the decoder, and unread layers: answers would be wrong without them."""
+    """A mistake for each unread tensor of the decoder, and one for unread layers: without these
+    tensors, answers would be wrong.
+    """
     modules = {name.rpartition(".")[0] for name in (*wanted, HEAD)}
     num_layers = len({found[0] for name in wanted if (found := _LAYER.match(name))})
     further: dict[int, str] = {}
@@ -190,7 +193,7 @@ def _is_inside(name: str, modules: Collection[str]) -> bool:
 
 
 def _belongs_to_packed(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether a tensor accompanies a quantised weight: `g_idx`, or a bias of zeros as GPTQ has."""
+    """Whether a tensor belongs to a quantised weight, such as `g_idx` or the zero bias of GPTQ."""
     return f"{name.rpartition('.')[0]}{_QUANTISED}" in tensors
 
 
@@ -213,8 +216,8 @@ def untie_if_different(
 ) -> Mapping[str, object]:
     """The configuration, with the head untied if the stored head differs from the embeddings.
 
-    transformers ties them only if the file holds one of them, or both alike
-    (`PreTrainedModel.tie_weights`): a fine-tune may have changed one, and kept the setting.
+    transformers ties the two only if the file holds one of them, or both with equal values
+    (`PreTrainedModel.tie_weights`). A fine-tune may have changed one of them and kept the setting.
     """
     head, embeddings = tensors.get(HEAD), tensors.get(EMBEDDINGS)
     if not config.get(TIE) or head is None or embeddings is None:

@@ -1,4 +1,4 @@
-"""A model's folder: found by name or on the Hub, and checked before a weight is read.
+"""Finds a model's folder by name or on the Hub, and checks it before any weight is read.
 
 Only the needed files of a Hub model are downloaded, and never code.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import huggingface_hub  # which imports its HTTP client, and its errors, when it is asked for a file
+import huggingface_hub  # cheap: it imports its HTTP client and its errors at the first download
 
 from sagellm.graphs.models import ModelFacts, UnsupportedModel, check, facts
 from sagellm.graphs.vocabulary import nearest
@@ -33,11 +33,13 @@ __all__ = ["SHARD_INDEX", "ModelError", "ModelFolder", "open_folder", "resolve_m
 
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
-_NEVER_DOWNLOADED = ["*.py", "*.bin", "*.pt", "*.pth", "*/*"]
+_NEVER_DOWNLOADED = ["*.py", "*.bin", "*.pt", "*.pth", "*/*"]  # code, pickles and subfolders
 
 
 class HubError(OSError):
-    """The Hub did not give the model: `cause` says why, `fix` what to do."""
+    """The Hub did not provide the model. `cause` is the reason, `fix` an instruction for the
+    user.
+    """
 
     def __init__(self, cause: str, fix: str) -> None:
         self.cause = cause
@@ -57,7 +59,7 @@ def download(name: str) -> Path:
 
 
 def _explained(error: OSError | ValueError) -> HubError:
-    """The error with a cause and a fix. The Hub answers alike for private and missing models."""
+    """The error with a cause and a fix. The Hub has one answer for private and missing models."""
     errors = huggingface_hub.errors
     if isinstance(error, errors.GatedRepoError):
         return HubError(
@@ -85,7 +87,7 @@ def _explained(error: OSError | ValueError) -> HubError:
 _SHIPPED = Path(__file__).parent
 BUILT_IN: dict[str, Path] = {"sage-tiny": _SHIPPED / "sage_tiny"}
 _NUM_SHOWN = 3  # tensors in a warning
-_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # hashed of each file: milliseconds for any size
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # samples of each hashed file: milliseconds for any size
 
 NULL_FACTS = ModelFacts(
     family="null",
@@ -108,9 +110,9 @@ NULL_FACTS = ModelFacts(
 class ModelFolder:
     """A checked folder. `path` is None for the null model, which has no files.
 
-    `eos_token_ids`: the tokens that end an answer, of config.json and generation_config.json.
+    `eos_token_ids`: the tokens that end an answer, from config.json and generation_config.json.
     `hash`: 16 hex digits; models with different hashes cannot continue each other's answers.
-    `warnings`: surprises in a folder that is served all the same.
+    `warnings`: about the folder, which is served nevertheless.
     """
 
     name: str
@@ -123,13 +125,13 @@ class ModelFolder:
 
     @property
     def tokenizer_hash(self) -> str:
-        """The hash of tokenizer.json: models with equal hashes read token ids alike."""
+        """The hash of tokenizer.json. Token ids mean the same to models with equal hashes."""
         file = self.path / "tokenizer.json" if self.path else None
         content = file.read_bytes() if file and file.is_file() else b""
         return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def file(self, name: str) -> Path:
-        """The path of a file that must be there. Raises ModelError."""
+        """The path of a file in the folder. Raises ModelError if the file is missing."""
         if self.path is None or not (self.path / name).is_file():
             raise ModelError(f"model {self.name}: {name} is missing in {self.path}")
         return self.path / name
@@ -190,9 +192,8 @@ def _warnings(name: str, unread: tuple[str, ...], *, is_untied: bool) -> Iterato
 
 
 def shard_files(name: str, path: Path) -> dict[str, tuple[str, ...]]:
-    """Safetensors file -> the tensors that the index promises in it; (): there is no index.
-
-    Raises ModelError.
+    """The safetensors files of a folder, each with the tensors that the index promises in it.
+    Without an index: one file, with no promised tensors. Raises ModelError.
     """
     if not (path / SHARD_INDEX).is_file():
         return {WEIGHTS: ()}
@@ -259,7 +260,7 @@ def _refuse_remote_code(name: str, config: Mapping[str, object]) -> None:
 
 
 def _hash(name: str, path: Path, config: Mapping[str, object]) -> str:
-    """The hash of the config and of samples of every weight file: fine-tunes of a model differ."""
+    """The hash of the config and of samples of all weight files. Fine-tunes of a model differ."""
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
     for file in sorted(shard_files(name, path)):
         num_bytes = (path / file).stat().st_size

@@ -1,7 +1,7 @@
-"""Which templates and tokenizers cannot multiply a text, and may therefore run in this process.
+"""Decides which templates and tokenizers may run in this process, as they cannot multiply a text.
 
-All others run in a helper process. Decoders are an exception: they run token by token in the
-engine, so that a folder is refused if its decoder could multiply texts.
+All others run in a helper process. Decoders are an exception: they run in the engine for each
+token, so a folder is refused if its decoder could multiply texts.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from sagellm.runtime.models.pipelines import SPLITS
 Component: TypeAlias = Mapping[str, Any]  # as tokenizer.json has it: "type", and options
 
 MAX_TOKEN_CHARS = 4096  # published vocabularies have runs of some hundred spaces
-_MAX_GROWTH = 64  # characters that a normalizer may make of one
+_MAX_GROWTH = 64  # characters that a normalizer may make of one character
 _MAX_PARTS = 16  # components of a sequence
 _MAX_ADDED = 64  # special tokens around a text
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _MAX_AFFIX_CHARS = 16  # each character of a text is looked up with its affixes
-_MAX_WORD_CHARS = 200  # WordPiece is quadratic in it; 100 is usual
+_MAX_WORD_CHARS = 200  # WordPiece takes time quadratic in the length of a word; 100 is usual
 
-# Known templates, which write each message once: blake2b-128 of their text.
+# blake2b-128 of the text of known templates, which write each message once.
 TEMPLATES = frozenset(
     {
         "c0c1fb03bc538b10300f108801259486",  # sage-tiny
@@ -41,7 +41,7 @@ def is_known_template(text: str) -> bool:
 
 
 def encodes_harmlessly(tokenizer: Tokenizer) -> bool:
-    """Whether time and tokens are in proportion to the length of a text."""
+    """Whether the tokenizer's time and tokens are proportional to the length of a text."""
     return (
         _growth(_state(tokenizer.normalizer)) <= _MAX_GROWTH
         and all(_cuts_plainly(part) for part in _components(_state(tokenizer.pre_tokenizer)))
@@ -51,7 +51,7 @@ def encodes_harmlessly(tokenizer: Tokenizer) -> bool:
 
 
 def check_decoder(name: str, tokenizer: Tokenizer) -> None:
-    """Raise ModelError if a few tokens could decode to a text without bound."""
+    """Raise ModelError if a few tokens could decode to a text of unbounded length."""
     growth = 1.0
     for part in _components(_state(tokenizer.decoder)):
         growth *= _DECODERS.get(part["type"], _unbounded)(part)
@@ -80,7 +80,7 @@ class TokenizerParts(msgspec.Struct):
     @property
     def loads_harmlessly(self) -> bool:
         """Whether this process may load the file. Loading normalizes added tokens, and compiles
-        regular expressions, of which a short one may take gigabytes.
+        regular expressions; even a short regular expression may take gigabytes.
         """
         if not SPLITS.issuperset(_regexes([self.normalizer, self.pre_tokenizer, self.decoder])):
             return False
@@ -103,8 +103,8 @@ def _regexes(part: object) -> Iterator[str]:
 
 
 def read_parts(name: str, path: Path) -> TokenizerParts:
-    """Read the parts of a tokenizer.json. Raises ModelError for another file, and for a token so
-    long that a few of them would exhaust memory.
+    """Read the parts of a tokenizer.json. Raises ModelError if the file cannot be read, or if a
+    token is longer than `MAX_TOKEN_CHARS`: a few long tokens could exhaust memory.
     """
     try:
         parts = msgspec.json.decode(path.read_bytes(), type=TokenizerParts)
@@ -131,7 +131,7 @@ def _state(component: Any) -> Component | None:
 
 
 def _components(part: Component | None) -> Iterator[Component]:
-    """The components of a sequence, nested ones too, or the component itself."""
+    """The components of a sequence, also of nested sequences; otherwise the component itself."""
     if part is None:
         return
     inner = next((part[key] for key in _INNER if isinstance(part.get(key), list)), None)
@@ -146,6 +146,7 @@ _INNER = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 def _growth(normalizer: Component | None) -> float:
+    """The most characters that a normalizer may make of one character."""
     growth = 1.0
     for part in _components(normalizer):
         growth *= _NORMALIZERS.get(part["type"], _unbounded)(part)
@@ -161,7 +162,9 @@ def _same(part: Component) -> float:
 
 
 def _replaced(part: Component) -> float:
-    """The growth of a replacement of texts. A regular expression may match nothing everywhere."""
+    """The growth of a replacement. It is unbounded for a regular expression, which may match the
+    empty text everywhere.
+    """
     pattern = part.get("pattern", {}).get("String")
     return max(1.0, len(part["content"]) / len(pattern)) if pattern else float("inf")
 
@@ -171,11 +174,13 @@ def _prepended(part: Component) -> float:
 
 
 def _stripped(part: Component) -> float:
-    """The growth of a strip. The library panics if it is to strip more than there is."""
+    """The growth of a strip: unbounded, and so refused, if it strips the end. The library panics if
+    the text is shorter than the strip.
+    """
     return 1.0 if part["stop"] == 0 else float("inf")
 
 
-# The characters that a normalizer may make of one, in the worst case of Unicode.
+# The characters that a normalizer may make of one character, in the worst case of Unicode.
 _NORMALIZERS: dict[str, Callable[[Component], float]] = {
     **dict.fromkeys(("NFC", "NFD", "Lowercase", "BertNormalizer"), lambda part: 4.0),
     **dict.fromkeys(("NFKC", "NFKD"), lambda part: 18.0),
@@ -217,7 +222,9 @@ def _adds_little(part: Component) -> bool:
 
 
 def _is_plain_model(model: Any) -> bool:
-    """Whether the model is linear in the text. Unigram also depends on the length of its tokens."""
+    """Whether the model takes time linear in the text. Unigram does not: its time also grows with
+    the length of its tokens.
+    """
     affixes = [getattr(model, name, None) or "" for name in _AFFIXES]
     if isinstance(model, WordPiece) and model.max_input_chars_per_word > _MAX_WORD_CHARS:
         return False

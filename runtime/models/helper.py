@@ -1,5 +1,5 @@
-"""A helper process: its messages (frames of MessagePack on a socket), and its handle in the
-parent.
+"""Helper processes: their messages (frames of MessagePack on a socket), and `Helper`, the parent's
+handle of one.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 import msgspec
 
 T = TypeVar("T")
-_LENGTH_BYTES = 4  # before each frame, little-endian
+_LENGTH_BYTES = 4  # each frame begins with its length, little-endian
 
 
 class TemplateJob(msgspec.Struct, frozen=True, tag=True):
@@ -38,7 +38,9 @@ HelperJob: TypeAlias = TemplateJob | TokenizerJob
 
 
 class HelperSetup(msgspec.Struct, frozen=True):
-    """The first frame. The job's setup may take `memory_bytes` beyond the bare interpreter."""
+    """The first frame. The setup of the job may take `memory_bytes` more than the bare interpreter,
+    and `cpu_s` seconds of CPU time.
+    """
 
     job: HelperJob
     memory_bytes: int
@@ -52,13 +54,15 @@ class RenderWork(msgspec.Struct, frozen=True, tag=True):
 
 
 class EncodeWork(msgspec.Struct, frozen=True, tag=True):
+    """Texts to encode."""
+
     texts: tuple[str, ...]
     add_special_tokens: bool = True
 
 
 class WorkRequest(msgspec.Struct, frozen=True):
-    """One piece of work, with its limits. The work may take `memory_bytes` beyond the job's setup.
-    An answer of more than `max_answer_bytes` is refused.
+    """One piece of work, with its limits. The work may take `memory_bytes` more than the process
+    has after the setup of the job. An answer of more than `max_answer_bytes` is not sent.
     """
 
     work: RenderWork | EncodeWork
@@ -68,8 +72,8 @@ class WorkRequest(msgspec.Struct, frozen=True):
 
 
 class HelperReady(msgspec.Struct, frozen=True, tag=True):
-    """The job is set up, or `fault` says why it cannot be. `variables`: the names that a template
-    reads.
+    """The setup of the job has ended. If it failed, `fault` is the reason. `variables`: the names
+    that a template reads.
     """
 
     variables: tuple[str, ...] = ()
@@ -77,6 +81,8 @@ class HelperReady(msgspec.Struct, frozen=True, tag=True):
 
 
 class RenderedText(msgspec.Struct, frozen=True, tag=True):
+    """The prompt of a conversation."""
+
     text: str
 
 
@@ -93,15 +99,15 @@ class WorkRefused(msgspec.Struct, frozen=True, tag=True):
 
 
 class AnswerTooLong(msgspec.Struct, frozen=True, tag=True):
-    """The answer has more than `max_answer_bytes`."""
+    """The answer had more than `max_answer_bytes`, and is not sent."""
 
 
 HelperReply: TypeAlias = HelperReady | RenderedText | EncodedTokens | WorkRefused | AnswerTooLong
 
 
 class JobWorker(Protocol):
-    """Does the work of one job in a helper process. A module that can be run there has a function
-    `open_job`, which makes a JobWorker of a HelperJob.
+    """Does the work of one job in a helper process. A module for helper processes has a function
+    `open_job`, which makes a JobWorker for a HelperJob.
     """
 
     @property
@@ -110,7 +116,7 @@ class JobWorker(Protocol):
         ...
 
     def answer(self, work: RenderWork | EncodeWork) -> HelperReply:
-        """Any exception becomes a WorkRefused."""
+        """Do one piece of work. The parent gets any exception as a WorkRefused."""
         ...
 
 
@@ -121,14 +127,16 @@ def encode_frame(message: msgspec.Struct) -> bytes:
 
 
 class FrameDecoder(Generic[T]):
-    """Assembles received bytes. There is one message at a time, since each is answered."""
+    """Assembles messages from received bytes. At most one message is pending, because each message
+    is answered before the next.
+    """
 
     def __init__(self, kind: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self._received = bytearray()
 
     def feed(self, data: bytes) -> T | None:
-        """Add bytes. Returns the message that they complete; None: more bytes are needed."""
+        """Add bytes. Returns the message if it is complete; None: more bytes are needed."""
         self._received += data
         length = int.from_bytes(self._received[:_LENGTH_BYTES], "little")
         if len(self._received) < _LENGTH_BYTES + length or len(self._received) < _LENGTH_BYTES:
@@ -142,7 +150,7 @@ OUT_OF_MEMORY = 77  # exit code
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 _MAIN = "sagellm.runtime.models.helper_main"
 _CHUNK_BYTES = 1 << 16
-_SEND_S = 60.0
+_SEND_S = 60.0  # a helper that does not read a frame within this time counts as stuck
 _ENV = {  # one thread and one heap: the memory limit then counts what the work takes
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
@@ -152,7 +160,7 @@ _ENV = {  # one thread and one heap: the memory limit then counts what the work 
 
 
 class HelperDied(Exception):
-    """The process ended with this exit code, negative for a signal."""
+    """The helper process has ended. `code`: its exit code, negative for a signal."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -169,10 +177,10 @@ class HelperDied(Exception):
 
 
 class Helper:
-    """A Python process that does the work of `module`, at the other end of a socket.
+    """A Python process that does the work of `module` for this process, over a socket.
 
-    The process ends when the socket is closed, hence with this process, however that ends: an idle
-    helper at once, a working helper within its limit of CPU time.
+    The helper process ends when the socket is closed, and so also when this process ends or is
+    killed. An idle helper ends at once, a working helper within its limit of CPU time.
     """
 
     def __init__(self, module: str, setup: HelperSetup) -> None:
@@ -200,7 +208,9 @@ class Helper:
         return self._socket.fileno()
 
     def is_readable(self, timeout_s: float) -> bool:
-        """Wait for bytes or the end. Blocks; the time-out has whole milliseconds."""
+        """Wait until bytes have arrived or the helper process has ended; False: a timeout. The call
+        blocks the thread. The timeout has a resolution of 1 ms.
+        """
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
@@ -214,7 +224,7 @@ class Helper:
         return self._process.poll() is None
 
     def become_ready(self) -> Generator["Helper", None, HelperReady]:
-        """Wait for the job's setup. A generator; see `exchange`."""
+        """Wait until the setup of the job is over. A generator; see `exchange`."""
         if self.ready is None:
             reply = yield from self._reply()
             assert isinstance(reply, HelperReady)
@@ -231,13 +241,15 @@ class Helper:
         return (yield from self._reply())
 
     def end(self) -> int:
-        """Kill the process and reap it. Returns its exit code, its own if it had ended before."""
+        """Kill and reap the process. Returns its exit code; if the process ended before the kill,
+        the code of that end.
+        """
         self._socket.close()
         self._process.kill()
         return self._process.wait()
 
     def _send(self, data: bytes) -> None:
-        """Send all bytes. If the process is gone, the missing answer shows it."""
+        """Send all bytes. If the process has ended, no error is raised here: `_reply` raises it."""
         self._socket.settimeout(_SEND_S)
         with suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(data)
@@ -256,7 +268,7 @@ class Helper:
                 return reply
 
     def _received(self) -> bytes | None:
-        """Received bytes; None: nothing is there yet; empty: the process has ended."""
+        """The received bytes. None: none have arrived yet; empty: the process has ended."""
         try:
             return self._socket.recv(_CHUNK_BYTES)
         except BlockingIOError:
@@ -266,6 +278,8 @@ class Helper:
 
 
 def _python_path() -> str:
-    """The import path of a helper, with the root of this package, which may not be installed."""
+    """The PYTHONPATH of a helper process. It includes the root of this package, because the package
+    may not be installed.
+    """
     given = os.environ.get("PYTHONPATH")
     return os.pathsep.join([given, _PACKAGE_ROOT] if given else [_PACKAGE_ROOT])

@@ -1,6 +1,6 @@
 """The main module of a helper process: `python -m sagellm.runtime.models.helper_main MODULE`.
 
-A helper limits itself, sets up one job, and answers one piece of work after the other.
+A helper process sets its own limits, sets up one job, and then answers one request after another.
 """
 
 import importlib
@@ -37,48 +37,51 @@ from sagellm.runtime.models.helper import (
 
 _IS_LINUX = sys.platform == "linux"
 _MEMORY_CHECK_S = 0.01
-_PARENT_CHECK_S = 5  # between two checks of an idle helper whether its parent lives
+_PARENT_CHECK_S = 5  # an idle helper checks at this interval whether its parent is alive
 _CHUNK_BYTES = 1 << 16
 _CAUSE_CHARS = 500
 T = TypeVar("T")
 
 
 class MemoryLimit:
-    """Bounds the memory that this process takes beyond a level, at first the present one.
+    """Bounds the memory that this process takes in addition to a baseline, which at first is the
+    memory at the start.
 
     Linux refuses allocations beyond the limit (RLIMIT_AS). macOS has no such limit: there a thread
-    ends the process when the process takes too much, as soon as the interpreter runs the thread.
+    checks the memory, and ends the process. The thread runs only when other code releases the GIL.
     """
 
     def __init__(self) -> None:
-        self._level = _taken_bytes()
+        self._baseline_bytes = _taken_bytes()
         self._num_bytes = 0
         if not _IS_LINUX:
             threading.Thread(target=self.watch, name="memory", daemon=True).start()
 
     def allow(self, num_bytes: int) -> None:
+        """Set the limit to `num_bytes` above the baseline."""
         if num_bytes == self._num_bytes:
             return
         self._num_bytes = num_bytes
         if _IS_LINUX:
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            most = self._level + num_bytes
+            most = self._baseline_bytes + num_bytes
             soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
-    def rise(self) -> None:
-        """Make the present memory the level."""
-        self._level = _taken_bytes()
+    def reset_baseline(self) -> None:
+        """Make the memory that is taken now the baseline. Call `allow` next, to set a limit."""
+        self._baseline_bytes = _taken_bytes()
         self._num_bytes = 0
 
     def watch(self) -> None:
-        while not self._num_bytes or _taken_bytes() < self._level + self._num_bytes:
+        """End this process when it exceeds the limit. Runs in a thread, for ever."""
+        while not self._num_bytes or _taken_bytes() < self._baseline_bytes + self._num_bytes:
             time.sleep(_MEMORY_CHECK_S)
         os._exit(OUT_OF_MEMORY)
 
 
 def _taken_bytes() -> int:
-    """The address space; on systems that do not tell it, the peak of resident memory."""
+    """The size of the address space, in bytes; on macOS, the peak of resident memory."""
     if _IS_LINUX:
         num_pages = int(Path("/proc/self/statm").read_text().split()[0])
         return num_pages * resource.getpagesize()
@@ -86,17 +89,17 @@ def _taken_bytes() -> int:
 
 
 def limit_files() -> None:
-    """Forbid this process to write files, and to dump core."""
+    """Forbid this process to write files and core dumps."""
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(limit, (0, 0))
 
 
 @contextmanager
 def limit_cpu(seconds: float) -> Iterator[None]:
-    """Let the system kill this process by SIGPROF after so much CPU time within the block.
+    """Kill this process with SIGPROF if the `with` block takes more than `seconds` of CPU time.
 
-    The signal works inside any call into C, and without a parent that watches. Waiting for a core
-    does not count.
+    The signal also ends a call into C, and it needs no parent that watches. Time spent waiting for
+    a core does not count.
     """
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})  # a parent may have blocked it
@@ -108,17 +111,17 @@ def limit_cpu(seconds: float) -> Iterator[None]:
 
 
 def serve(open_worker: Callable[[HelperJob], JobWorker]) -> None:
-    """Do one job for the process at the other end of standard input, until that end is closed."""
+    """Run one job for the parent, over the socket at standard input, until the parent closes it."""
     link = _ParentSocket(socket.socket(fileno=os.dup(0)))
     setup = link.read(FrameDecoder[HelperSetup](HelperSetup))
-    # Limits come before the job: its setup already runs what the model's files define.
+    # Limits come first, because setting up the job already runs code that the model's files define.
     limit_files()
     memory = MemoryLimit()
     memory.allow(setup.memory_bytes)
     _silence()
     with limit_cpu(setup.cpu_s):
         worker, ready = _set_up(open_worker, setup.job)
-    memory.rise()
+    memory.reset_baseline()
     link.write(encode_frame(ready))
     asks = FrameDecoder[WorkRequest](WorkRequest)
     while True:
@@ -128,7 +131,7 @@ def serve(open_worker: Callable[[HelperJob], JobWorker]) -> None:
 
 
 class _ParentSocket:
-    """The socket to the parent. The process ends when it closes."""
+    """The socket to the parent. This process ends when the parent closes the socket or ends."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
@@ -144,7 +147,7 @@ class _ParentSocket:
             except BlockingIOError:
                 if os.getppid() == self._parent:
                     continue
-                data = b""  # a forked child of the dead parent may hold the other end open
+                data = b""  # the parent died, but its forked child may hold the other end open
             except OSError:
                 data = b""
             if not data:
@@ -161,7 +164,7 @@ class _ParentSocket:
 
 
 class _BrokenJob:
-    """A job that could not be set up: it refuses all work with the same cause."""
+    """A job whose setup failed. It refuses all work with the same cause."""
 
     variables = ()
 
@@ -185,7 +188,9 @@ def _set_up(
 
 
 def _answered(worker: JobWorker, ask: WorkRequest) -> bytes:
-    """The frame of the answer. Its encoding is part of the limited work."""
+    """Do one piece of work, and return the frame of the answer. Encoding the frame counts towards
+    the limits of the work.
+    """
     with limit_cpu(ask.cpu_s):
         try:
             answer = encode_frame(worker.answer(ask.work))
@@ -196,13 +201,17 @@ def _answered(worker: JobWorker, ask: WorkRequest) -> bytes:
 
 
 def _end_without_memory(error: BaseException) -> None:
-    """End this process if memory ran out: later work would lack the memory that is still held."""
+    """End this process if `error` means that memory ran out: the process may still hold the memory,
+    which later work would lack.
+    """
     if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
         os._exit(OUT_OF_MEMORY)
 
 
 def _cause(error: BaseException) -> str:
-    """The text of an error, shortened. An error about a lone surrogate must not repeat it."""
+    """The text of an error, shortened. An error about a lone surrogate gets a text of ours, because
+    its own text may contain the surrogate.
+    """
     if isinstance(error, msgspec.MsgspecError | UnicodeEncodeError):
         return "the result is not Unicode text"
     text = str(error)[:_CAUSE_CHARS] or type(error).__name__
@@ -210,7 +219,9 @@ def _cause(error: BaseException) -> str:
 
 
 def _silence() -> None:
-    """Discard standard error from now on: libraries write there, and the parent logs the cause."""
+    """Discard standard error from now on. Libraries write to it, and the parent logs the cause of a
+    failure anyway.
+    """
     sys.stderr.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

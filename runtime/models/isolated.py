@@ -1,4 +1,4 @@
-"""Chat templates and tokenizers that run in helper processes: their limits and their calls."""
+"""Chat templates and tokenizers that run in helper processes, within limits."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,18 +28,19 @@ from sagellm.runtime.models.sandbox import Sandbox
 RENDERER, ENCODER = (f"sagellm.runtime.models.{name}" for name in ("chat", "pipelines"))
 
 RENDER_CPU_S, COMPILE_CPU_S = 0.25, 2.0
-RENDER_BYTES = 256 << 20  # of memory, to compile and to render
-_TEXT_BYTES, _TEXT_GROWTH = 4 << 20, 8  # of a rendered text: bytes, plus bytes a byte of messages
+RENDER_BYTES = 256 << 20  # memory to compile, and to render
+# The most bytes of a rendered text: the first, plus the second for each byte of messages.
+_TEXT_BYTES, _TEXT_GROWTH = 4 << 20, 8
 
 ENCODE_CPU_S, ENCODE_BYTES = 0.25, 256 << 20
 _CPU_S_A_CHAR, _BYTES_A_CHAR = 5e-6, 256  # several times the cost of published tokenizers
-_IDS_BYTES, _IDS_BYTES_A_CHAR = 1 << 20, 24  # a token takes 5; a character may be several tokens
+_IDS_BYTES, _IDS_BYTES_A_CHAR = 1 << 20, 24  # a token takes 5, a character may be several tokens
 _LOAD_CPU_S, _LOAD_CPU_S_A_BYTE = 2.0, 1e-6  # to read a tokenizer.json
-_LOAD_BYTES_A_BYTE = 40
+_LOAD_BYTES_A_BYTE = 40  # memory for each byte of a tokenizer.json
 
 
 class IsolatedTemplate:
-    """A chat template that is rendered in a helper process."""
+    """Renders a chat template in a helper process."""
 
     def __init__(self, model: str, text: str, special_tokens: Mapping[str, str]) -> None:
         setup = HelperSetup(TemplateJob(text, dict(special_tokens)), RENDER_BYTES, COMPILE_CPU_S)
@@ -47,8 +48,8 @@ class IsolatedTemplate:
 
     @property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads. Blocks until a helper has compiled it; empty if it
-        cannot be compiled within limits.
+        """The names that the template reads; empty if it cannot be compiled within limits. The call
+        blocks the thread until a helper process has compiled the template.
         """
         try:
             return frozenset(self.sandbox.ready().variables)
@@ -65,7 +66,7 @@ class IsolatedTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> str:
-        """Render the prompt of a conversation. Blocks.
+        """Render the prompt of a conversation. The call blocks the thread.
 
         Raises ChatTemplateError, LimitExceeded, HelperUnavailable.
         """
@@ -74,14 +75,18 @@ class IsolatedTemplate:
     async def render_async(
         self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> str:
-        """The same as `render`, on trio or asyncio, for short messages."""
+        """The same as `render`, on trio or asyncio. Only for short messages, which are encoded on
+        the event loop.
+        """
         return _text(await self.sandbox.ask(self.ask(messages, how)))
 
     @staticmethod
     def ask(
         messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> WorkRequest:
-        """The request to a helper. Raises ChatTemplateError if messages are not JSON."""
+        """Make the request to render a conversation, with its limits. Raises ChatTemplateError if
+        the messages are not JSON.
+        """
         check_messages(messages)
         given = pack_conversation(messages, how)
         growth = _TEXT_GROWTH * len(given)
@@ -91,7 +96,7 @@ class IsolatedTemplate:
 
 
 class IsolatedEncoder:
-    """A tokenizer.json that encodes in a helper process."""
+    """Encodes texts by a tokenizer.json in a helper process."""
 
     def __init__(
         self, model: str, file: Path, model_config: Mapping[str, Any], config: Mapping[str, Any]
@@ -103,9 +108,10 @@ class IsolatedEncoder:
         self.sandbox = Sandbox(ENCODER, setup, what="tokenizer", model=model)
 
     def try_loading(self, model: str, file: Path) -> None:
-        """Load the file in a helper process, which then ends: not every process encodes texts.
+        """Load the file in a helper process. Raises ModelError if that fails, or exceeds limits.
 
-        Raises ModelError if the file cannot be loaded within limits.
+        The helper process then ends, because not every process that loads a tokenizer encodes
+        texts.
         """
         fix = "see that it is the one that the model was published with"
         try:
@@ -120,16 +126,19 @@ class IsolatedEncoder:
             raise ModelError(f"model {model}: {file} cannot be read: {fault}", fix) from None
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
-        """The tokens of each text. Blocks. Raises TextError, HelperUnavailable."""
+        """The token ids of each text. The call blocks the thread. Raises TextError,
+        HelperUnavailable.
+        """
         return _token_ids(self.sandbox.call(self.ask(texts, add_special_tokens=add_special_tokens)))
 
     async def encode_async(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """The tokens of a short text, on trio or asyncio. Raises as `encode`."""
+        """The token ids of a short text, on trio or asyncio. Raises the errors of `encode`."""
         reply = await self.sandbox.ask(self.ask((text,), add_special_tokens=add_special_tokens))
         return _token_ids(reply)[0]
 
     @staticmethod
     def ask(texts: Sequence[str], *, add_special_tokens: bool) -> WorkRequest:
+        """Make the request to encode texts. Its limits grow with the number of characters."""
         num_chars = sum(map(len, texts))
         return WorkRequest(
             EncodeWork(tuple(texts), add_special_tokens),

@@ -1,8 +1,8 @@
-"""Tokenizer pipelines by class, as transformers 5 sets them, even against tokenizer.json.
+"""The tokenizer pipelines that transformers 5 sets by class, even if tokenizer.json has others.
 
 `AutoTokenizer` of transformers chooses a class by `model_type` and `tokenizer_class`. Some classes
-replace the normalizer, the pre-tokenizer and the decoder of tokenizer.json. A model must get the
-same tokens here. Source: transformers 5.23, `Qwen2Tokenizer`, `LlamaTokenizer`.
+replace the normalizer, the pre-tokenizer and the decoder of tokenizer.json. sagellm does the same,
+so that a text has the same tokens. Source: transformers 5.23, `Qwen2Tokenizer`, `LlamaTokenizer`.
 """
 
 import re
@@ -27,21 +27,21 @@ AS_STORED, QWEN, LLAMA = "TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizer"
 MODEL_FIELDS = ("model_type", "tokenizer_class")
 FIELDS = ("tokenizer_class", "add_prefix_space", "legacy")
 _STORED_CLASSES = ("PreTrainedTokenizer", "PythonBackend", AS_STORED)
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells a space
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Regular expressions of published models that are linear in the text: Qwen2, and Llama 3 with up to
-# three digits a number.
+# Regular expressions of published models that take time linear in the text: that of Qwen2, and that
+# of Llama 3, which takes up to three digits at a time.
 SPLITS = frozenset({_QWEN_SPLIT, _QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")})
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-    """Read a tokenizer.json, without truncation and padding.
+    """Read a tokenizer.json, and switch off truncation and padding.
 
-    Raises ValueError, also for a panic of the library, which is not an Exception.
+    Raises ValueError, also if the library panics: its PanicException is not an Exception.
     """
     try:
         tokenizer = Tokenizer.from_file(path)
@@ -64,8 +64,8 @@ def set_pipeline(
 ) -> tuple[FolderWarning, ...]:
     """Give a tokenizer that was read from tokenizer.json the pipeline of its class.
 
-    `model`: its name in warnings. `model_config`: fields of config.json; `config`: fields of
-    tokenizer_config.json. Returns a warning if transformers may read text otherwise.
+    `model`: its name in warnings. `model_config`: fields of config.json. `config`: fields of
+    tokenizer_config.json. Returns a warning if transformers may encode texts to other tokens.
     """
     named = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     is_byte_level = any(
@@ -83,12 +83,14 @@ def set_pipeline(
     _PIPELINES[chosen](tokenizer, config)
     tokenizer.add_tokens(
         []
-    )  # else tokenizers 0.21 keeps added tokens as the old normalizer made them
+    )  # otherwise tokenizers 0.21 matches added tokens as the old normalizer wrote them
     return ()
 
 
 def class_name(model_type: object, named: object, is_byte_level: bool) -> str:
-    """The class that AutoTokenizer chooses; AS_STORED uses tokenizer.json unchanged."""
+    """The name of the class that AutoTokenizer chooses; AS_STORED: tokenizer.json is used
+    unchanged.
+    """
     given = named.removesuffix("Fast") if isinstance(named, str) else ""
     if model_type == "qwen2":
         return QWEN
@@ -149,7 +151,9 @@ _FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte
 
 
 def _byte_level() -> dict[str, int]:
-    """Byte-level BPE spells each byte as one printable character (GPT-2, `bytes_to_unicode`)."""
+    """Printable character -> the byte that it stands for in byte-level BPE (GPT-2,
+    `bytes_to_unicode`).
+    """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in plain)
     return {chr(byte): byte for byte in plain} | {
@@ -170,7 +174,7 @@ def spelled_bytes(token: str, *, is_byte_level: bool) -> bytes:
 
 
 class _EncodeWorker:
-    """Encodes with one tokenizer.json in a helper process; implements JobWorker."""
+    """Encodes texts by one tokenizer.json, in a helper process. Implements JobWorker."""
 
     variables = ()
 

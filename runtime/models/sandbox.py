@@ -1,6 +1,6 @@
 """Sandboxes: helper processes with limits, for work that a model's own files define.
 
-A chat template is a program, and a tokenizer.json may be one. Either can multiply a text
+A chat template is a program, and a tokenizer.json may act like one. Either can multiply a text
 until memory or time runs out. A thread cannot be stopped; a helper process can.
 """
 
@@ -29,22 +29,22 @@ from sagellm.runtime.models.helper import (
     encode_frame,
 )
 
-ANSWER_S = 60.0  # of wall time, waiting for a core included; beyond, the machine is overloaded
-_HOLD_S = 0.001  # for which a loop blocks: most answers come sooner
-MAX_SETUP_BYTES = 192 << 10  # a socket buffers so much before the helper begins to read
-MAX_IDLE = 2  # the calls that a gateway makes at once
+ANSWER_S = 60.0  # wall time, waiting for a core included: later, the machine is overloaded
+_HOLD_S = 0.001  # an event loop blocks for this time: most answers come sooner
+MAX_SETUP_BYTES = 192 << 10  # a socket buffers this much before the helper begins to read
+MAX_IDLE = 2  # a gateway makes at most this number of calls at a time
 _LOG_AGAIN_S = _RETRY_S = 60.0
 T = TypeVar("T")
 log = get_logger("sagellm.models")
 
 
 class Sandbox:
-    """Does one job of one model in helper processes, by the function `open_job` of `module`.
+    """Runs one job of one model in helper processes, with the function `open_job` of `module`.
 
     `what`: the job's name in messages ("chat template"). `model`: the folder's name in the log; "":
-    nothing is logged. Calls may come from any thread and any loop; each call has its own helper
-    while it lasts. Callers bound the number of calls at once. Raises ModelError for a setup that is
-    too long.
+    nothing is logged. Calls may come from any thread and any event loop. Each running call has a
+    helper process of its own, so callers must bound the number of concurrent calls. Raises
+    ModelError for a setup that is too long.
     """
 
     def __init__(self, module: str, setup: HelperSetup, *, what: str, model: str) -> None:
@@ -65,8 +65,8 @@ class Sandbox:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep a helper ready during the `with` block: the first call does not wait for its
-        start.
+        """Keep a helper ready during the `with` block, so that the first call does not wait for a
+        process to start.
         """
         with self._lock:
             self._num_users += 1
@@ -83,7 +83,8 @@ class Sandbox:
     def close(self) -> None:
         """End idle helpers. A later call starts a helper again."""
         with self._lock:
-            idle, self._idle[:] = tuple(self._idle), ()  # in place: the finalizer holds the list
+            # The list object must stay the same, because the finalizer holds it.
+            idle, self._idle[:] = tuple(self._idle), ()
         _end_all(list(idle))
 
     @property
@@ -92,23 +93,27 @@ class Sandbox:
         return tuple(helper.pid for helper in self._idle)
 
     def ready(self) -> HelperReady:
-        """The result of the job's setup; blocks until it is known. Raises as `call`."""
+        """The result of the job's setup. The call blocks the thread until the setup is over. Raises
+        the errors of `call`.
+        """
         return self._ready if self._ready is not None else _run_blocking(self._set_up())
 
     async def ready_async(self) -> HelperReady:
+        """The same as `ready`, on trio or asyncio."""
         return self._ready if self._ready is not None else await _run_async(self._set_up())
 
     def call(self, ask: WorkRequest) -> RenderedText | EncodedTokens | WorkRefused:
-        """Do one piece of work. Blocks. Raises LimitExceeded, HelperUnavailable, and TextError for
-        a text with a lone surrogate.
+        """Do one piece of work. The call blocks the thread. Raises LimitExceeded,
+        HelperUnavailable, and TextError for a text with a lone surrogate.
         """
         return self._checked(_run_blocking(self._answered(ask, _framed(ask))), ask)
 
     async def ask(self, ask: WorkRequest) -> RenderedText | EncodedTokens | WorkRefused:
-        """The same as `call`, on trio or asyncio. It blocks the loop only briefly if `ask` is
-        short.
+        """The same as `call`, on trio or asyncio. A short request blocks the event loop only
+        briefly.
 
-        A cancellation waits for the answer, which the limits bound: the helper stays usable.
+        A cancellation takes effect after the answer, so that the helper stays usable. The limits
+        bound the time until then.
         """
         return self._checked(await _run_async(self._answered(ask, _framed(ask))), ask)
 
@@ -136,7 +141,10 @@ class Sandbox:
     def _guarded(
         self, helper: Helper, steps: Generator[Helper, None, T], limits: HelperSetup | WorkRequest
     ) -> Generator[Helper, None, T]:
-        """Run `steps` on a helper. End the helper if the caller gives up; explain its death."""
+        """Run `steps` on a helper. End the helper if the caller does not wait for their end.
+
+        If the helper dies, raises LimitExceeded with the exceeded limit, or HelperUnavailable.
+        """
         is_setup = helper.ready is None
         try:
             found = yield from steps
@@ -155,7 +163,9 @@ class Sandbox:
         return found
 
     def _take(self) -> Helper:
-        """An idle helper that lives, or a new one. Raises LimitExceeded if the setup is broken."""
+        """Take an idle helper that is alive, or start a new one. Raises HelperUnavailable, and
+        LimitExceeded if the setup is broken.
+        """
         if self._is_broken:
             assert self._broken is not None
             raise LimitExceeded(self._what, self._broken.limit)
@@ -170,8 +180,8 @@ class Sandbox:
 
     @property
     def _is_broken(self) -> bool:
-        """Whether the setup exceeded its limits lately. It is tried again after a while, as the
-        whole machine may have been short of memory.
+        """Whether the setup exceeded its limits within the last `_RETRY_S`. After that time it is
+        tried again, because the whole machine may have been short of memory.
         """
         return time.monotonic() - self._broken_s < _RETRY_S
 
@@ -183,6 +193,7 @@ class Sandbox:
             raise HelperUnavailable("no helper process could be started") from error
 
     def _give(self, helper: Helper) -> None:
+        """Keep a helper for later calls, or end it if enough are idle."""
         with self._lock:
             if len(self._idle) < MAX_IDLE:
                 self._idle.append(helper)
@@ -190,7 +201,7 @@ class Sandbox:
         helper.end()
 
     def _replenish(self) -> None:
-        """Start a helper for the next call, if a `kept` block is open."""
+        """Start a helper for the next call if none is idle and a `kept` block is open."""
         if self._num_users and not self._idle and not self._is_broken:
             try:
                 self._give(self._start())
@@ -198,7 +209,9 @@ class Sandbox:
                 return  # the next call raises the error
 
     def _fault(self, died: HelperDied, limits: HelperSetup | WorkRequest) -> LimitExceeded:
-        """The limit that a dead helper exceeded. Raises HelperUnavailable if the helper failed."""
+        """The limit that a dead helper exceeded. Raises HelperUnavailable if the helper ended for
+        another reason.
+        """
         if died.is_out_of_time:
             limit = f"took more than {limits.cpu_s:.3g} s of CPU time"
         elif died.is_out_of_memory:
@@ -211,7 +224,7 @@ class Sandbox:
         return LimitExceeded(self._what, limit)
 
     def _report(self, fault: LimitExceeded) -> None:
-        """Log the fault, once a minute at most: such a model may be called often."""
+        """Log the fault, at most once a minute: a model with this fault may be called often."""
         now_s = time.monotonic()
         if self._model and now_s - self._logged_s >= _LOG_AGAIN_S:
             self._logged_s = now_s

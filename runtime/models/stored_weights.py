@@ -1,7 +1,7 @@
 """A model's weights in safetensors files, plain or quantised.
 
 Quantised formats: GPTQ (arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, AWQ
-(arXiv:2306.00978) as AutoAWQ writes it in the version GEMM. Codes never pass through floats.
+(arXiv:2306.00978) as AutoAWQ writes it in the version GEMM. Codes are never converted to floats.
 """
 
 import ctypes
@@ -24,9 +24,10 @@ _MAPS = Path("/proc/self/maps")
 
 
 def drop_pages(files: Iterable[Path]) -> None:
-    """Drop the resident pages of mapped files from this process. Does nothing unless on Linux.
+    """Drop the resident pages of mapped files from this process. Only Linux can do this; elsewhere
+    the function does nothing.
 
-    The memory stays valid: the system reads pages again when they are used. Writes to a private
+    The memory stays valid: the system reads the pages again when they are used. Writes to a private
     mapping are lost.
     """
     advise = ctypes.CDLL(None).madvise
@@ -46,7 +47,7 @@ def _mapped(names: set[str]) -> Iterator[tuple[int, int]]:
             yield int(low, 16), int(high, 16)
 
 
-_HELD_BYTES = 32 << 20  # of mapped pages that are resident at most, before they are dropped
+_HELD_BYTES = 32 << 20  # mapped pages are dropped each time this number of bytes has been read
 
 
 class _Shard(Protocol):
@@ -58,10 +59,10 @@ class _Shard(Protocol):
 
 
 class SafetensorsWeights(Mapping[str, torch.Tensor]):
-    """Maps names to tensors. A tensor is read from disk at each access; headers are read at once.
+    """Maps names to tensors. Headers are read at once; a tensor is read from disk at each access.
 
-    Pages that were read are dropped at intervals, so that a backend that copies weights does not
-    hold them twice. The tensors stay valid, but must not be written to.
+    Pages that were read are dropped at intervals, so that the memory does not hold the weights
+    twice while a backend copies them. The tensors stay valid, but must not be written to.
 
     `progress` is called with the number of bytes that have been read. Raises ModelError if a file
     is damaged, or lacks a tensor that the index promises.
@@ -103,17 +104,17 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
         return len(self._files)
 
     def give_back(self) -> None:
-        """Drop the pages of all tensors; pages that are read again come back."""
+        """Drop the resident pages of all tensors. A page that is used again is read again."""
         drop_pages(self._paths)
         self._unreturned_bytes = 0
 
     def loaded(self) -> None:
-        """Report full progress: the rest is not needed, or is read at later accesses."""
+        """Report full progress. Tensors that were not read are not needed, or are read later."""
         self._progress(Loading(self._folder, self._total_bytes, self._total_bytes))
 
     def _tell(self, num_bytes: int) -> None:
-        """Report progress at intervals. Tensors that are read twice never make it exceed
-        the total.
+        """Add to the progress, and report it at intervals. It stays below the total, even if
+        tensors are read twice.
         """
         self._read_bytes = min(self._read_bytes + num_bytes, self._total_bytes - 1)
         if self._read_bytes - self._told_bytes >= _HELD_BYTES:
@@ -142,15 +143,15 @@ def weight_names(graph: Graph) -> tuple[str, ...]:
 
 
 _WORD_BITS = 32
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word's column 0, 1, 2, ...
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in a word of columns 0, 1, 2, ...
 _BLOCK = 32
 
 
 class PackedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
-    """Maps names to weights, some of them quantised: `NAME.weight` is unpacked from NAME.qweight,
-    NAME.qzeros and NAME.scales if the folder stores these.
+    """Maps names to weights. If the folder stores `NAME.qweight`, `NAME.qzeros` and `NAME.scales`,
+    an access to `NAME.weight` unpacks a quantised weight from these three tensors.
 
-    Raises ModelError if they do not fit together.
+    The access raises ModelError if the tensors do not fit together.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class PackedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
         return len(self._weights)
 
     def give_back(self) -> None:
-        """Drop the pages of all tensors; pages that are read again come back."""
+        """Drop the resident pages of all tensors. A page that is used again is read again."""
         self._weights.give_back()
 
     def loaded(self) -> None:
@@ -212,10 +213,10 @@ def open_weights(
 
 
 def gptq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -> QuantisedWeight:
-    """Unpack GPTQ: qweight [K / codes a word, N], qzeros [G, N / codes a word], scales [G, N],
-    g_idx [K].
+    """Unpack a GPTQ weight: qweight [K / codes per word, N], qzeros [G, N / codes per word],
+    scales [G, N], g_idx [K].
 
-    A g_idx that is not sorted becomes the `order` of the weight. Raises ValueError.
+    If g_idx is not sorted, the columns are, and the weight gets their `order`. Raises ValueError.
     """
     codes = _spread(_whole(parts, "qweight").T, stored.bits)  # [N, K]
     zeros = _spread(_whole(parts, "qzeros"), stored.bits).T  # [N, G]
@@ -227,7 +228,9 @@ def gptq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -
 
 
 def awq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -> QuantisedWeight:
-    """Unpack AWQ: qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]. Raises ValueError."""
+    """Unpack an AWQ weight: qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]. Raises
+    ValueError.
+    """
     codes, zeros = (
         _in_order(_spread(_whole(parts, name), stored.bits)).T for name in ("qweight", "qzeros")
     )
@@ -241,7 +244,7 @@ def _weight(
     scales: torch.Tensor | None,
     order: torch.Tensor | None,
 ) -> QuantisedWeight:
-    """The weight of unsigned codes [N, K] and zeros [N, G]. Raises ValueError."""
+    """Make a weight of unsigned codes [N, K], zeros [N, G] and scales [G, N]. Raises ValueError."""
     num_rows, size = codes.shape
     group = stored.group_size or -(-size // _BLOCK) * _BLOCK
     wanted = [num_rows, -(-size // group)]
@@ -276,23 +279,24 @@ def _whole(parts: Mapping[str, torch.Tensor | None], name: str) -> torch.Tensor:
 
 
 def _spread(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """[R, W] int32 -> [R, W * codes a word] int16, a word's lowest bits first."""
+    """Unpack words: [R, W] int32 -> [R, W * codes per word] int16. A word's lowest bits come
+    first.
+    """
     shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
     codes: torch.Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.short().flatten(1)
 
 
 def _in_order(codes: torch.Tensor) -> torch.Tensor:
-    """Columns in order; AWQ interleaves them in each word."""
+    """The codes with their columns in order: AWQ interleaves eight columns in each word."""
     return codes.view(len(codes), -1, len(_AWQ_PLACES))[:, :, list(_AWQ_PLACES)].flatten(1)
 
 
 def _order(
     stored: StoredQuantisation, g_idx: torch.Tensor | None, size: int
 ) -> torch.Tensor | None:
-    """The k of each column of codes after columns are sorted by group; None: they are sorted.
-
-    Raises ValueError.
+    """The order that sorts the columns of codes by group: the input feature (k) of each column.
+    None: the columns are sorted already. Raises ValueError.
     """
     group = stored.group_size or size
     if g_idx is None:

@@ -42,11 +42,11 @@ _FILES = (_TOKENS, _CONFIG, TEMPLATE_FILE)
 
 
 class Tokenizer(Protocol):
-    """Renders, encodes and decodes text for one model. A graph has one tokenizer a model.
+    """Renders, encodes and decodes text for one model. A graph has one tokenizer for each model.
 
-    If `isolated_template` or `isolated_encoder` is set, helper processes do that work within
-    limits; the methods here block meanwhile, and may raise LimitExceeded. Decoding always runs in
-    this process: folders with an unbounded decoder are refused.
+    If `isolated_template` or `isolated_encoder` is set, helper processes render or encode within
+    limits; the methods here then block the thread, and may raise LimitExceeded. Decoding always
+    runs in this process: folders with an unbounded decoder are refused.
     """
 
     eos_token_ids: tuple[int, ...]
@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
         ...
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's spelling of a token; "": there is no such token."""
+        """The spelling of a token in the vocabulary; "": there is no such token."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -80,20 +80,22 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The tokens of a text. Raises TextError if the tokenizer refuses it, HelperUnavailable."""
+        """The token ids of a text. Raises TextError if the tokenizer refuses the text, and
+        HelperUnavailable.
+        """
         ...
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
     ) -> list[tuple[int, ...]]:
-        """The tokens of each text, within the limits of one call. Raises as `encode`."""
+        """The token ids of each text, within the limits of one call. Raises as `encode`."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
     @property
     def chat_variables(self) -> frozenset[str]:
-        """The names that the chat template reads, without those that every template is given."""
+        """The names that the chat template reads, without those that every template receives."""
         ...
 
     def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
@@ -101,13 +103,13 @@ class Tokenizer(Protocol):
         ...
 
     def encode_chat(self, messages: Messages) -> tuple[int, ...]:
-        """The tokens of a conversation's prompt; the template adds special tokens itself. Raises
+        """The token ids of a conversation's prompt; the template adds special tokens itself. Raises
         ChatTemplateError.
         """
         ...
 
 
-_LONG_CHARS = 4096  # beyond, `encode` would hold the GIL for milliseconds; a batch releases it
+_LONG_CHARS = 4096  # for longer texts `encode` holds the GIL for milliseconds; a batch releases it
 
 
 class FolderTokenizer:
@@ -191,7 +193,7 @@ class FolderTokenizer:
 
 
 class ByteTokenizer:
-    """One token for each UTF-8 byte: for the null model, whose tokens mean nothing."""
+    """The tokenizer of the null model, whose tokens mean nothing: one token for each UTF-8 byte."""
 
     eos_token_ids: tuple[int, ...] = ()
     warnings: tuple[FolderWarning, ...] = ()
@@ -232,7 +234,7 @@ class ByteTokenizer:
 
 
 class RemoteTokenizer(ByteTokenizer):
-    """The tokenizer of a model whose engine encodes prompts itself: a text has no tokens here, and
+    """The tokenizer of a model whose engine encodes prompts itself. Every text has zero tokens, and
     there is no chat template.
     """
 
@@ -257,8 +259,8 @@ class RemoteTokenizer(ByteTokenizer):
         )
 
 
-# Equal files share one tokenizer as long as a caller holds it: to read one takes tenths of a
-# second. Tokenizers never change, and a changed file is read again.
+# Callers share the tokenizer of a folder while one of them holds it, because reading a tokenizer
+# takes tenths of a second. A tokenizer never changes; if its files change, they are read again.
 _tokenizers: "WeakValueDictionary[tuple[object, ...], FolderTokenizer]" = WeakValueDictionary()
 
 
@@ -274,7 +276,7 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
 
 
 def _state(file: Path) -> tuple[object, ...]:
-    """A value that changes whenever the file does."""
+    """A value that changes whenever the file changes."""
     try:
         held = file.resolve().stat()
     except OSError:
@@ -316,8 +318,8 @@ def _read_config(folder: ModelFolder) -> dict[str, Any]:
 
 
 def bad_words_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-    """The token sequences to ban for `words`: of each word at the beginning of a text, and of the
-    word after a space if these are as many tokens with another first token.
+    """The token sequences to ban for `words`. Each word is encoded twice: alone, and after a space.
+    The second sequence is banned, too, if it is equally long and begins with another token.
 
     vLLM has the same rule, so that equal requests ban equal tokens.
     """
