@@ -17,10 +17,10 @@ class TokenGroup:
 
 @dataclass(frozen=True, slots=True)
 class LeaseShape:
-    """What a lease holds: block tables of token groups, and a snapshot of recurrent state.
+    """What a lease holds: block tables of token groups, and the blocks of recurrent state.
 
     `groups`: the group of full attention is first, if there is one. `num_state_blocks`: the blocks
-    of one snapshot. `max_ahead`: the most tokens of one sequence in the steps in progress.
+    of one recurrent state. `max_ahead`: the most tokens of one sequence in the steps in progress.
     """
 
     block_size: int
@@ -81,7 +81,7 @@ class LeaseShape:
     def num_needed(self, num_tokens: int) -> int:
         """The number of blocks with which a sequence of `num_tokens` can always be computed.
 
-        Recurrent state counts twice: a sequence may read one snapshot and write another.
+        Recurrent state counts twice: a sequence may read a snapshot and write other blocks.
         """
         return self.num_blocks(num_tokens) + self.num_state_blocks
 
