@@ -1,4 +1,4 @@
-"""Model families: a table by architecture, to which packages and programs add their own."""
+"""Model families by architecture: the shipped ones, and those of packages and programs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder, decoder_graph
 
-GROUP = "sagellm.model_families"  # of entry points: the name is the architecture
-_DEFAULT_WINDOW = 4096  # of transformers, for Mistral and Qwen
+GROUP = "sagellm.model_families"  # a group of entry points, each named by its architecture
+_DEFAULT_WINDOW = 4096  # tokens; the default of transformers for Mistral and Qwen
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
     """All models of one architecture.
 
-    `architecture` is the name in config.json. `shape` reads a config, and raises UnsupportedModel
-    for a field that would not be computed right. `graph` builds the kernel graph; a family with
-    other layers than `decoder_graph` has a builder of its own.
+    `architecture`: the name in config.json. `shape` reads a config, and raises UnsupportedModel for
+    a field that sagellm would compute wrongly. `graph` builds the kernel graph; a family whose
+    layers differ from those of `decoder_graph` has its own builder.
     """
 
     architecture: str
@@ -34,8 +34,8 @@ def read_decoder(
 ) -> Decoder:
     """Read the fields that all families share. Raises UnsupportedModel.
 
-    `windows`: the sliding window of each layer. `differs`: fields of Decoder in which the family
-    differs from the defaults.
+    `windows`: the sliding window of each layer; None: no window. `differs`: values for fields of
+    Decoder in which the family differs from their defaults.
     """
     read.refuse_unbuilt(config)
     heads = read.whole(config, "num_attention_heads")
@@ -74,7 +74,7 @@ def _llama(config: Config) -> Decoder:
 
 
 def _mistral(config: Config) -> Decoder:
-    """Mistral: one sliding window for all layers. null is no window; without the field, 4096."""
+    """Mistral: all layers have the window `sliding_window`; null: no window; absent: 4096."""
     is_sliding = config.get("sliding_window", _DEFAULT_WINDOW) is not None
     window = read.whole(config, "sliding_window", _DEFAULT_WINDOW) if is_sliding else None
     return read_decoder(config, "mistral", windows=read.same_windows(config, window))
@@ -104,7 +104,7 @@ def _qwen_windows(config: Config) -> tuple[int | None, ...]:
     return read.layer_windows(config, window)
 
 
-# By architecture. Families that a program registers, or a package offers, are added here.
+# By architecture. Families that a program registers or that a package offers are added at run time.
 FAMILIES: dict[str, ModelFamily] = {
     family.architecture: family
     for family in (
@@ -117,9 +117,9 @@ FAMILIES: dict[str, ModelFamily] = {
 
 
 def register_model_family(family: ModelFamily) -> None:
-    """Add a family to this process; a worker process knows shipped and installed families only.
+    """Add a family to this process. A worker process knows shipped and installed families only.
 
-    Raises TypeError for another type, ValueError where the architecture has a family already.
+    Raises TypeError for another type, and ValueError if the architecture already has a family.
     """
     if not isinstance(family, ModelFamily):
         raise TypeError(f"a model family must be a ModelFamily, not {type(family).__name__}")
@@ -128,9 +128,10 @@ def register_model_family(family: ModelFamily) -> None:
 
 
 def find_family(architecture: str) -> ModelFamily | None:
-    """The family in the table, else of an installed package, which is imported now.
+    """The family in the table, or else of an installed package, which is imported now; else None.
 
-    Raises UnsupportedModel for a package whose family cannot be loaded.
+    Raises UnsupportedModel if the package's family cannot be loaded, or if several packages offer
+    the architecture.
     """
     if architecture not in FAMILIES:
         offers = {entry.value: entry for entry in entry_points(group=GROUP, name=architecture)}

@@ -9,7 +9,7 @@ import msgspec
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import Edge, EdgeType, FrozenMap, Graph, Node, TensorType, freeze, plain
 
-MAX_DEPTH = 64  # of bodies and options: far above real graphs, far below Python's stack
+MAX_DEPTH = 64  # levels of bodies and options: far above real graphs, far below Python's stack
 
 
 class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,7 +42,7 @@ class _Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def to_json(graph: Graph) -> bytes:
-    """Encode as indented JSON. Raises GraphError for values that JSON cannot hold."""
+    """Encode a graph as indented JSON. Raises GraphError for values that JSON cannot hold."""
     return msgspec.json.format(msgspec.json.encode(_writable(graph)), indent=1)
 
 
@@ -52,7 +52,7 @@ def from_json(content: bytes) -> Graph:
 
 
 def to_msgpack(graph: Graph) -> bytes:
-    """Encode as MessagePack. Raises GraphError for values that MessagePack cannot hold."""
+    """Encode a graph as MessagePack. Raises GraphError for values that MessagePack cannot hold."""
     return msgspec.msgpack.encode(_writable(graph))
 
 
@@ -95,7 +95,7 @@ def _malformed(message: str) -> GraphError:
 
 
 def _odd_graph(graph: _Graph, depth: int) -> Iterator[str]:
-    """Values that the records accept and a graph cannot hold."""
+    """Describe the values that the records accept but a graph cannot hold."""
     yield from _odd_values(graph.attrs, depth)
     for node in graph.nodes:
         yield from _odd_values(node.attrs, depth + 1)
