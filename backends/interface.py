@@ -240,6 +240,7 @@ class LaunchError(RuntimeError):
 GROUP = "sagellm.backends"
 # Modules with a `BACKEND`. A module is imported when its backend is first asked for.
 SHIPPED: Mapping[str, str] = {"cpu": "sagellm.backends.cpu", "null": "sagellm.backends.null"}
+# A backend's members, all of which `register_backend` requires.
 _MEMBERS = ("name", "quantizations", "stages", "devices", "device")
 _registered: dict[str, Backend] = {}
 

@@ -23,7 +23,7 @@ from sagellm.graphs.ir import Graph, TensorType
 from sagellm.graphs.kernels import infer, logits_type
 
 _MEMORY_BYTES = 1 << 40  # pools store nothing, so that tests may make them as large as they like
-_MASK = (1 << 64) - 1
+_MASK = (1 << 64) - 1  # splitmix64 computes modulo 2**64
 
 
 def null_token(seed: int, choice: int, position: int, vocab_size: int) -> int:

@@ -91,7 +91,7 @@ def _sample_processed(
             _mask(logits[index], row)
             if float(logits[index].amax()) == _NEVER:
                 none_left.append(index)
-                logits[index] = 0.0
+                logits[index] = 0.0  # any token will do: the row is reported as exhausted
         _bias(logits[index], row.sampling)
         if _has_penalty(row.sampling):
             _penalise(logits[index], row)
@@ -146,6 +146,7 @@ def _penalise(logits: torch.Tensor, row: LogitsRow) -> None:
     seen = torch.tensor(sorted(set(row.tokens)))
     scores = logits[seen]
     factor = sampling.repetition_penalty
+    # A factor above 1 must make negative scores smaller too.
     logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
     counts = Counter(row.output)
     if counts:
@@ -164,6 +165,7 @@ def _sample_random(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Ten
     # In float64, rounding moves no boundary by more than the last bits of the logits do.
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
     numbers = [uniform(row.sampling.seed or 0, row.answer.choice, row.num_output) for row in rows]
+    # The last sum may differ from 1 in its last bits, so the number is scaled to it.
     aims = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
@@ -183,6 +185,7 @@ def _keep_top_k(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> No
         best = logits.topk(most, dim=-1).values
         last = [count - 1 if 0 < count <= most else 0 for count in counts]
         least = best.gather(1, torch.tensor(last).unsqueeze(1))
+        # Rows without a top-k keep every token.
         least[[index for index, count in enumerate(counts) if not 0 < count <= most]] = _NEVER
         logits.masked_fill_(logits < least, _NEVER)
 

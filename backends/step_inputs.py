@@ -61,7 +61,7 @@ def _blocks_at(
     return tables.reshape(-1, count, tables.shape[1])[:, owners, at]
 
 
-@cache
+@cache  # most models have no recurrent state, and a step needs this tensor each time
 def _no_states(count: int) -> torch.Tensor:
     return torch.empty((2, count, 0), dtype=torch.int32)
 

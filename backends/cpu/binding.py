@@ -121,7 +121,7 @@ def _spanning(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor over the memory of adjacent contiguous tensors, which it keeps alive."""
     num_bytes = sum(part.nbytes for part in parts)
     memory: Any = (ctypes.c_char * num_bytes).from_address(parts[0].data_ptr())
-    memory.kept = list(parts)
+    memory.kept = list(parts)  # the tensor below keeps `memory` alive
     whole = torch.frombuffer(memory, dtype=parts[0].dtype)
     return whole.view(-1, *parts[0].shape[1:])
 

@@ -31,6 +31,7 @@ class CpuBackend:
     @property
     def stages(self) -> Mapping[str, Stage]:
         fusions: dict[str, Stage] = {step.name: step.apply for step in self.passes}
+        # "infer" is last, so that it checks the graph that is bound.
         return {"activations_float32": activations_float32, **fusions, "infer": infer}
 
     def devices(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ def linear(
     """
     is_wide = weight.dtype == torch.float32
     is_rounded = not is_wide and not exact and not binding.deterministic
+    # oneDNN with AMX is faster than the C kernels, but rounds: only if the rows may be rounded.
     if binding.native and not (is_rounded and has_tiles()):
         return native(binding.native, weight, bias)
     if binding.deterministic:
@@ -61,7 +62,7 @@ def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
 def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
     """The product by oneDNN with a weight that oneDNN packed: three times faster for few rows."""
     dtype = weight.dtype
-    order = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    order = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # 8: the expected number of rows
     offset = None if bias is None else bias.to(dtype)
 
     def run(rows: torch.Tensor) -> torch.Tensor:

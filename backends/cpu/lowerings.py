@@ -81,6 +81,7 @@ def _linear(options: Linear, binding: Binding) -> BoundKernel:
     multiply = quantised_linear(binding, (options.weight,), sizes[:1], sizes[1], bias)
     if multiply is None:
         weight = binding.weight(options.weight, *sizes)
+        # Rounded logits could change which of them is the largest.
         multiply = linear(binding, weight, bias, exact=binding.makes_logits(options.weight))
     return _product(lambda step, rows: (multiply(rows),), multiply, sizes[:1])
 
@@ -202,6 +203,7 @@ def _row_by_row(binding: Binding, kernel: BoundKernel) -> BoundKernel:
 
     def run(step: ForwardContext, *inlets: torch.Tensor) -> Tensors:
         rows = zip(*(torch.split(inlet, 1) for inlet in inlets), strict=True)
+        # `clone` gives each row the same alignment, on which the choice of vector code depends.
         results = [kernel(step, *(part.clone() for part in row)) for row in rows]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 

@@ -105,6 +105,7 @@ class NativeProgram:
             num_instructions=len(translation.instructions),
             num_heads=len(self._heads),
         )
+        # A program has no `close`: engines share it, and the last one to drop it frees C's memory.
         weakref.finalize(self, kernels.close_step, self._step)
 
     def __str__(self) -> str:
@@ -256,7 +257,7 @@ class CpuQueue:
 
     def _work(self, threads: int | None) -> None:
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads)  # OpenMP keeps this number for the calling thread
         while (launch := self._launches.get()) is not None:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began

@@ -104,6 +104,7 @@ def _group(options: PagedAttention | LinearAttention) -> KVGroup:
 
 
 def _window_len(group: KVGroup) -> float:
+    # Full attention counts as the widest window: it needs all keys and values.
     return float("inf") if group.window is None else group.window
 
 
@@ -145,6 +146,7 @@ class KVBlocks:
         """
         counts = [len(group.layers) for group in self.groups]
         total = sum(counts)
+        # Wide blocks are better: a sequence needs fewer block tables.
         for width in range(min(counts), 1, -1):
             if sum(-(-count // width) * width for count in counts) <= total + total // _WASTE_SHARE:
                 return width

@@ -77,6 +77,7 @@ def _format(table: Mapping[Any, Any], method: str) -> str:
 
 def _bits(table: Mapping[Any, Any], method: str) -> int:
     bits = table.get("bits", table.get("w_bit"))
+    # `type`, because isinstance would accept true as the number 1.
     if type(bits) is not int or bits not in _BITS[method]:
         known = " and ".join(map(str, _BITS[method]))
         raise _unsupported(f"{method} of {bits!r} bits is not built", f"{known} bits are")
@@ -85,7 +86,7 @@ def _bits(table: Mapping[Any, Any], method: str) -> int:
 
 def _group_size(table: Mapping[Any, Any]) -> int | None:
     size = table.get("group_size", table.get("q_group_size"))
-    if size in (-1, None):
+    if size in (-1, None):  # -1 is the usual way to write one group per row
         return None
     if type(size) is not int or size <= 0 or size % _BLOCK:
         raise _unsupported(f"group_size {size!r} is not built", "give a multiple of 32, or -1")
@@ -223,6 +224,7 @@ def rope(config: Config) -> Rope:
     """
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     table = config.get(field) or {}
+    # A table of tables gives each type of layer a rope of its own.
     if not isinstance(table, Mapping) or any(isinstance(v, Mapping) for v in table.values()):
         raise UnsupportedModel(
             f"{table!r} is not one table", field=field, fix="give one rope for all layers"

@@ -89,7 +89,7 @@ def _qwen3(config: Config) -> Decoder:
     """Qwen3: queries and keys are normalised per head before the rotation."""
     bias = read.flag(config, "attention_bias")
     return read_decoder(
-        {"head_dim": 128, **config},
+        {"head_dim": 128, **config},  # the default of transformers for Qwen3
         "qwen3",
         windows=_qwen_windows(config),
         qkv_bias=bias,

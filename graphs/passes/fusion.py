@@ -153,6 +153,7 @@ def _merged_linears(
     )
     names = tuple(linear.name for linear in linears)
     users = {(name, "out"): outlet for name, outlet in zip(names, outlets, strict=True)}
+    # One edge brings the rows; those into the other linears are dropped.
     return Fusion(node, names, {(first.name, "in"): "in"}, users)
 
 

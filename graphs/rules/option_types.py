@@ -35,6 +35,7 @@ def accepts(hint: Any, value: Value) -> bool:
     if origin in (Union, UnionType):
         return any(accepts(part, value) for part in parts)
     if origin is Literal:
+        # Types are compared too, because True == 1 in Python.
         return any(value == part and type(value) is type(part) for part in parts)
     if origin is tuple:
         return isinstance(value, tuple) and _items_accept(parts, value)

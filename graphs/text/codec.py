@@ -113,8 +113,9 @@ def _odd_values(value: object, depth: int) -> Iterator[str]:
         yield from (odd for item in value for odd in _odd_values(item, depth + 1))
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{value} is no finite number"
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:  # too large for MessagePack
         yield f"{value} does not fit 64 bits"
+    # UTF-8 cannot encode half a surrogate pair, which a JSON escape can produce.
     elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         yield "half a surrogate pair is no text"
     elif not isinstance(value, bool | int | float | str | None):

@@ -105,6 +105,7 @@ def _kernels(folded: Folded) -> Drawing:
     Edges from `source` are left out: nearly every kernel has some, and they would hide other edges.
     """
     graph, nodes = folded.graph, {}
+    # In a frame of one layer, names need no layer: the title of the frame has it.
     alone = {
         name for repeat, names in folded.members.items() if repeat.period == 1 for name in names
     }

@@ -182,7 +182,7 @@ class SurfaceReader:
                 hint = f"add `sagellm: {VERSION}`" if key == "sagellm" else f"add `{key}:`"
                 self._report("missing-key", (), f"the key `{key}` is missing", hint)
         version = top.get("sagellm", VERSION)
-        if version is True or version != VERSION:
+        if version is True or version != VERSION:  # True == 1 in Python
             message = f"version {version} of the graph format is not known"
             self._report("bad-version", ("sagellm", VALUE), message, f"write `sagellm: {VERSION}`")
 

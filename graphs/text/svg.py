@@ -65,6 +65,7 @@ def text_width(text: str, size: float = FONT_SIZE) -> float:
 
 def _laid_out(shown: Drawing) -> Layout:
     sizes = {key: _size(node) for key, node in shown.nodes.items()}
+    # Titles of frames are boxes of the layout too; no operator's name contains \0.
     titles = [f"\0frame {number}" for number in range(len(shown.frames))]
     for title, frame in zip(titles, shown.frames, strict=True):
         sizes[title] = text_width(frame.title), _LINE_HEIGHT

@@ -118,7 +118,7 @@ def flow(value: Value) -> str:
 def scalar(value: bool | int | float | str | None) -> str:
     """A scalar in YAML 1.2. A text is quoted if YAML could read another value from it."""
     if not isinstance(value, str):
-        return json.dumps(value)
+        return json.dumps(value)  # YAML 1.2 reads JSON's numbers, true, false and null alike
     if _PLAIN.fullmatch(value) and plain_scalar(value) == value:
         return value
     quoted = json.dumps(value, ensure_ascii=False)
@@ -196,7 +196,7 @@ def _values(graph: Graph) -> Iterator[Diagnostic]:
     yield from _unwritable((), graph.attrs, 0)
     for node in graph.nodes:
         path: Path = ("operators", node.name)
-        yield from _unwritable(path, node.attrs, 2)
+        yield from _unwritable(path, node.attrs, 2)  # 2: below `operators` and the name
         if "op" in node.attrs:
             yield _refusal(path, "an option may not be called `op`", "rename it")
         function = node.attrs.get("function")
