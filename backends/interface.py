@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Compiling(msgspec.Struct, frozen=True, tag=True):
-    """The C kernels are being compiled: once for each CPU, compiler and version of the sources."""
+    """The C kernels are being compiled, once for each CPU, compiler and version of the sources."""
 
     compiler: str
     folder: str
@@ -133,7 +133,7 @@ class Program(Protocol):
     """A lowered kernel graph with its weights. It computes logits; the queue samples from them.
 
     `str()` shows the instructions. Several queues of one device may launch the same program.
-    Implementations must support weak references: engines with the same model share a program so.
+    Implementations must support weak references, by which engines of the same model share it.
     """
 
     def __str__(self) -> str: ...

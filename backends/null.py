@@ -1,5 +1,5 @@
-"""The null backend, for tests of everything above: it computes nothing, its pools have no memory,
-and its tokens depend on (seed, choice, position) alone.
+"""The null backend, which computes nothing: its pools have no memory, and its tokens depend on
+(seed, choice, position) alone.
 """
 
 from collections.abc import Mapping, Sequence

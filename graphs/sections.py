@@ -95,7 +95,7 @@ def _options(values: Value) -> FrozenMap:
 def served_models(graph: Graph) -> tuple[ServedModel, ...]:
     """The models of a graph: those of the table, then those of further outlets, each in order.
 
-    The first model is the default for requests that name none.
+    The first model is the default.
     """
     keys = tuple(dict.fromkeys((*graph.models, *model_outlets(graph))))
     if not keys:

@@ -118,7 +118,7 @@ class Binding:
 
 
 def _spanning(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor over the memory of adjacent contiguous tensors, which it keeps alive."""
+    """One tensor over the memory of adjacent contiguous tensors. The tensor keeps `parts` alive."""
     num_bytes = sum(part.nbytes for part in parts)
     memory: Any = (ctypes.c_char * num_bytes).from_address(parts[0].data_ptr())
     memory.kept = list(parts)  # the tensor below keeps `memory` alive

@@ -287,7 +287,10 @@ def _stored(scales: torch.Tensor) -> torch.Tensor:
 def _better(
     groups: torch.Tensor, scales: torch.Tensor, best: torch.Tensor, error: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each group the better of `scales` and `best`, whose error is `error`; and its error."""
+    """For each group, the one of `scales` and `best` with the smaller error, and that error.
+
+    `error`: the error of `best`.
+    """
     found = _error(groups, scales, bits)
     is_less = found < error
     return torch.where(is_less, scales, best), torch.where(is_less, found, error)

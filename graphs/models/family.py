@@ -61,7 +61,7 @@ def read_decoder(
 
 
 def _llama(config: Config) -> Decoder:
-    """Llama 2, 3 and 3.2 (rope type "llama3")."""
+    """Read a config of Llama 2, 3 or 3.2 (rope type "llama3")."""
     bias = read.flag(config, "attention_bias")
     return read_decoder(
         config,
@@ -74,19 +74,21 @@ def _llama(config: Config) -> Decoder:
 
 
 def _mistral(config: Config) -> Decoder:
-    """Mistral: all layers have the window `sliding_window`; null: no window; absent: 4096."""
+    """Read a Mistral config: all layers have the window `sliding_window`; null: no window; absent:
+    4096.
+    """
     is_sliding = config.get("sliding_window", _DEFAULT_WINDOW) is not None
     window = read.whole(config, "sliding_window", _DEFAULT_WINDOW) if is_sliding else None
     return read_decoder(config, "mistral", windows=read.same_windows(config, window))
 
 
 def _qwen2(config: Config) -> Decoder:
-    """Qwen2 and Qwen2.5: biases on queries, keys and values."""
+    """Read a config of Qwen2 or Qwen2.5, which have biases on queries, keys and values."""
     return read_decoder(config, "qwen2", windows=_qwen_windows(config), qkv_bias=True)
 
 
 def _qwen3(config: Config) -> Decoder:
-    """Qwen3: queries and keys are normalised per head before the rotation."""
+    """Read a Qwen3 config: queries and keys are normalised per head before the rotation."""
     bias = read.flag(config, "attention_bias")
     return read_decoder(
         {"head_dim": 128, **config},  # the default of transformers for Qwen3

@@ -183,7 +183,7 @@ def reachable(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def acyclic(context: CheckContext) -> Iterator[Diagnostic]:
-    """Report each forward edge that closes a cycle. Edges are found by a depth-first walk."""
+    """Report each forward edge that closes a cycle. A depth-first walk finds these edges."""
     finished: set[str] = set()
     for name in (SOURCE, *context.graph.names):
         if name not in finished:
