@@ -1,4 +1,4 @@
-"""A kernel graph as a flat list of instructions; registers are reused once their value is dead."""
+"""A kernel graph as a flat list of instructions, which reuse the registers of dead values."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ Wire = tuple[str, str]
 class Instruction:
     """Run `node` on the registers `inputs`, store the results in `outputs`, then free `dead`.
 
-    Inputs and outputs are in the order of the kernel's ports. The KV state has no output register:
-    kernels change the pool in place.
+    Inputs and outputs have the order of the kernel's inlets and outlets. The KV state has no output
+    register: kernels change the pool in place.
     """
 
     node: Node
@@ -31,7 +31,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class KernelPlan:
-    """The instructions of a step, and the registers of its inputs and its `logits`."""
+    """The instructions of a step, and the registers of the step's inputs and of the logits."""
 
     instructions: tuple[Instruction, ...]
     step_inputs: dict[str, int]
@@ -43,7 +43,7 @@ class KernelPlan:
 
 
 def plan_kernels(graph: Graph) -> KernelPlan:
-    """The instructions of a graph in topological order, in few registers.
+    """The instructions of a graph in topological order, with allocated registers.
 
     `graph` must obey the rules of the kernel dialect. Registers of step inputs are never freed.
     """
@@ -55,7 +55,7 @@ def plan_kernels(graph: Graph) -> KernelPlan:
 
 
 class _Registers:
-    """Register allocation: the register of each wire, while instructions are made in order."""
+    """Allocates the register of each wire while instructions are made in order."""
 
     def __init__(self, graph: Graph) -> None:
         self.step_inputs = {name: index for index, name in enumerate(STEP_INPUTS)}

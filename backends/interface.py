@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Compiling(msgspec.Struct, frozen=True, tag=True):
-    """The C kernels are being compiled: once for each CPU, compiler and version of the sources."""
+    """The C kernels are being compiled, once for each CPU, compiler and version of the sources."""
 
     compiler: str
     folder: str
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """Bytes of a model's weights that have been read; in the last event all of them."""
+    """`num_bytes` of a model's `total_bytes` of weights have been read; the last event has all."""
 
     model: str
     num_bytes: int
@@ -37,16 +37,16 @@ Progress: TypeAlias = Callable[[ProgressEvent], None]  # called from the thread 
 
 
 def silent(event: ProgressEvent) -> None:
-    """Ignore the event: the Progress of a caller that shows none."""
+    """Ignore the event: the default Progress."""
 
 
-Runs: TypeAlias = Sequence[slice]  # each a run of consecutive blocks of a pool
-RunPairs: TypeAlias = Sequence[tuple[slice, slice]]  # runs of the sender and of the receiver
+Runs: TypeAlias = Sequence[slice]  # each slice: consecutive block ids of a pool
+RunPairs: TypeAlias = Sequence[tuple[slice, slice]]  # (run in the source, run in the target)
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Memory that may be registered for remote reads. `kind`: the memory type in NIXL's words."""
+    """Memory that may be registered for remote reads. `kind`: NIXL's name of the memory type."""
 
     address: int
     num_bytes: int
@@ -55,22 +55,22 @@ class Region:
 
 
 class StagingBuffers(Protocol):
-    """Host buffers that blocks are received into; `views` are in the order of `KVStorage.read`."""
+    """Host buffers that receive blocks. `views` have the order of `KVStorage.read`."""
 
     @property
     def views(self) -> list[memoryview]: ...
 
     def commit(self) -> None:
-        """Copy the buffers into the pool. A no-op where the views are the pool's own memory."""
+        """Copy the buffers into the pool. Does nothing if the views are the pool's own memory."""
         ...
 
 
 class KVStorage(Protocol):
-    """The keys and values of one block pool. Code above the backends reaches their bytes only here.
+    """The keys and values of one block pool. Code above the backends reads their bytes only here.
 
     All calls come from one thread and return when they are done. The caller ensures that no running
     launch writes blocks that are read here, or reads blocks that are written here. Bytes in host
-    memory have one order: by layer, in a layer keys before values, in each of these run after run.
+    memory are ordered by layer, then keys before values, then by run.
     """
 
     @property
@@ -87,17 +87,17 @@ class KVStorage(Protocol):
         ...
 
     def receive(self, memory: memoryview, pairs: RunPairs, layers: range) -> int:
-        """Copy blocks from a pool of the same layout that lies in host `memory`; return the
+        """Copy blocks from host `memory` that holds a whole pool of the same layout. Returns the
         checksum (XXH3, 64 bits) of the copied bytes.
         """
         ...
 
     def read(self, runs: Runs, layers: range) -> list[memoryview]:
-        """The bytes of blocks, as views of the pool's memory or of a copy that they keep alive."""
+        """The bytes of blocks, as views of the pool's memory or of a copy that the views own."""
         ...
 
     def stage(self, runs: Runs, layers: range) -> StagingBuffers:
-        """Buffers to receive the bytes of blocks into; `commit` writes them to the pool."""
+        """Buffers for the incoming bytes of blocks; their `commit` writes the bytes to the pool."""
         ...
 
     def checksum(self, runs: Runs, layers: range) -> int:
@@ -105,7 +105,7 @@ class KVStorage(Protocol):
         ...
 
     def register(self) -> Region:
-        """The whole pool. The address stays the same as long as the storage lives."""
+        """The pool's memory region. Its address is constant while the storage lives."""
         ...
 
 
@@ -130,10 +130,10 @@ Weights: TypeAlias = Mapping[str, "torch.Tensor | QuantisedWeight"]
 
 
 class Program(Protocol):
-    """A lowered kernel graph with its weights; its last step is to sample.
+    """A lowered kernel graph with its weights. It computes logits; the queue samples from them.
 
     `str()` shows the instructions. Several queues of one device may launch the same program.
-    Engines with the same model share it by a weak reference, so an implementation allows those.
+    Implementations must support weak references, by which engines of the same model share it.
     """
 
     def __str__(self) -> str: ...
@@ -167,16 +167,16 @@ class Device(Protocol):
 
     @property
     def memory_bytes(self) -> int:
-        """Free memory that pools could take."""
+        """Free memory that is available to pools."""
         ...
 
     def allocate(
         self, layout: KVLayout, num_blocks: int, memory: "memoryview | None" = None
     ) -> KVStorage:
-        """A pool of zeros, its pages untouched where possible.
+        """Allocate a pool of zeros, without touching its pages if possible.
 
-        `memory`: the caller's, filled with zeros and perhaps read by other processes; None: the
-        device allocates.
+        `memory`: a zeroed buffer of the caller to use for the pool, which other processes may read;
+        None: the device allocates.
         """
         ...
 
@@ -191,17 +191,18 @@ class Device(Protocol):
         quantization: str | None = None,
         progress: Progress = silent,
     ) -> Program:
-        """A program that keeps weights and pool in `dtype`. Reads each weight once.
+        """Lower a graph to a program with weights and pool in `dtype`. Reads each weight once.
 
-        `quantization`: a mode of the backend, for the weights of linears; None: as stored.
-        `progress` is called with the slow parts of lowering. `deterministic`: one choice of kernel
-        for all batch sizes, so that a row's logits are the same bits alone, in a batch and in
-        chunks. Raises GraphError for an invalid graph, LoweringError for one that cannot run here.
+        `quantization`: one of `Backend.quantizations`, for the weights of linear layers; None: keep
+        them as stored. `deterministic`: use the same kernels for all batch sizes, so that a row's
+        logits have the same bits alone, in a batch and in any chunks of a prompt. `progress`
+        receives the events of slow parts. Raises GraphError for an invalid graph, and LoweringError
+        for a graph that cannot run on this device.
         """
         ...
 
     def open_queue(self, threads: int | None = None) -> Queue:
-        """A queue whose kernels use so many host threads; None: one a core."""
+        """Open a queue whose kernels use `threads` host threads; None: one thread per core."""
         ...
 
 
@@ -233,12 +234,13 @@ class LoweringError(ValueError):
 
 
 class LaunchError(RuntimeError):
-    """A launch was not computed, because the launch before it failed."""
+    """A launch was not computed, because the previous launch (`StepBatch.after`) failed."""
 
 
 GROUP = "sagellm.backends"
 # Modules with a `BACKEND`. A module is imported when its backend is first asked for.
 SHIPPED: Mapping[str, str] = {"cpu": "sagellm.backends.cpu", "null": "sagellm.backends.null"}
+# A backend's members, all of which `register_backend` requires.
 _MEMBERS = ("name", "quantizations", "stages", "devices", "device")
 _registered: dict[str, Backend] = {}
 
@@ -248,7 +250,7 @@ class UnknownBackend(ValueError):
 
 
 def register_backend(backend: Backend) -> None:
-    """Make `device: NAME` of an engine mean this backend, NAME being its `name`.
+    """Register a backend, so that engines can name it as their `device`.
 
     Raises TypeError for an object that lacks a member of Backend, and ValueError for a name that
     another backend has.
@@ -271,12 +273,12 @@ def _home(backend: Backend) -> tuple[str, str]:
 
 
 def is_registered_here(name: str) -> bool:
-    """Whether this process registered the backend: other processes do not have it."""
+    """Whether `register_backend` added the backend in this process; other processes lack it."""
     return name in _registered
 
 
 def list_available_backends() -> tuple[str, ...]:
-    """The names that `get_backend` knows, in order of the alphabet."""
+    """The names that `get_backend` knows, in alphabetical order."""
     return tuple(sorted({*SHIPPED, *_registered, *_installed()}))
 
 

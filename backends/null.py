@@ -1,4 +1,6 @@
-"""The null backend: it computes nothing, its pools have no memory, its tokens follow from keys."""
+"""The null backend, which computes nothing: its pools have no memory, and its tokens depend on
+(seed, choice, position) alone.
+"""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -20,8 +22,8 @@ from sagellm.backends.step import KVLayout, LogitsRow, Sampled, StepBatch, Ticke
 from sagellm.graphs.ir import Graph, TensorType
 from sagellm.graphs.kernels import infer, logits_type
 
-_MEMORY_BYTES = 1 << 40  # pools store nothing, so that tests may have them as large as they like
-_MASK = (1 << 64) - 1
+_MEMORY_BYTES = 1 << 40  # pools store nothing, so that tests may make them as large as they like
+_MASK = (1 << 64) - 1  # splitmix64 computes modulo 2**64
 
 
 def null_token(seed: int, choice: int, position: int, vocab_size: int) -> int:
@@ -42,7 +44,7 @@ def null_tokens(rows: Sequence[LogitsRow], vocab_size: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class NullProgram:
-    """A program that keeps nothing of its graph but the size of the vocabulary."""
+    """A program that keeps only the vocabulary size of its graph."""
 
     vocab_size: int
 
@@ -88,7 +90,7 @@ _NO_BUFFERS = _NoBuffers()
 
 
 class NullQueue:
-    """A queue whose launches are over when `launch` returns."""
+    """A queue whose launches have ended when `launch` returns."""
 
     def launch(self, program: Program, storage: KVStorage, batch: StepBatch) -> Ticket:
         if not isinstance(program, NullProgram):
@@ -103,7 +105,7 @@ class NullQueue:
 
 @dataclass(frozen=True, slots=True)
 class NullDevice:
-    """A device whose `lower` checks the graph and reads the size of its vocabulary."""
+    """A device whose `lower` checks the graph and reads its vocabulary size, but no weights."""
 
     name: str = "null"
 
@@ -138,7 +140,7 @@ class NullDevice:
 
 @dataclass(frozen=True, slots=True)
 class NullBackend:
-    """A backend that checks graphs as others do, but reads no weights and imports no torch."""
+    """A backend that checks graphs as others do. It reads no weights and imports no torch."""
 
     name: str = "null"
 

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # graphs are checked without loading torch
     import torch
 
-ZERO_CODE = {4: 8, 8: 0}  # by bits: the code of 0.0 in a weight without zeros of its own
+ZERO_CODE = {4: 8, 8: 0}  # by bits: the code of 0.0 in a weight without `zeros`
 GROUP_SIZE = 32  # codes along k that share a scale, in weights that are quantised on load
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisationMode:
-    """Bits of a weight, and of the activation rows that it is multiplied by.
+    """The bits of a weight, and of the activation rows that it is multiplied by.
 
-    Rows of 16 bits keep the precision of float32 sums; rows of 8 bits lose as much as an int8
-    weight does.
+    Rows of 16 bits keep the precision of float32 sums; rows of 8 bits lose as much precision as an
+    int8 weight does.
     """
 
     weight_bits: int
@@ -28,7 +28,7 @@ MODES: Mapping[str, QuantisationMode] = {
     "int4": QuantisationMode(4, 8),
     "w8a8": QuantisationMode(8, 8),
 }
-# The product that makes the logits uses this mode in every mode: no later layer evens out an error.
+# The layer that computes the logits always uses this mode: no later layer evens out its error.
 LOGITS_MODE = QuantisationMode(8, 16)
 
 
@@ -37,9 +37,9 @@ class QuantisedWeight:
     """weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g], where g is k // group.
 
     Shapes: `codes` [N, K] (8 bits: int8; 4 bits: uint8 of 0 to 15), `scales` [N, G] float16,
-    `zeros` [N, G] int16, or None where every zero is ZERO_CODE[bits]. `group`: codes along k that
-    share a scale, a multiple of 32; the last group may be shorter. `order` [K] int32: the k of each
-    column of codes; None: ascending.
+    `zeros` [N, G] int16, or None if every zero is ZERO_CODE[bits]. `group`: the number of codes
+    along k that share a scale, a multiple of 32; the last group may be shorter. `order` [K] int32:
+    the k of each column of codes; None: ascending.
     """
 
     bits: int

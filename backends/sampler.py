@@ -1,4 +1,4 @@
-"""Sampling tokens from logits: penalties, filters, and randomness that batching cannot change."""
+"""Samples tokens from logits: penalties, filters, and randomness that batching cannot change."""
 
 import hashlib
 from collections import Counter
@@ -10,11 +10,11 @@ from sagellm.backends.step import LogitsRow, Logprob, Sampled, SamplingParams, S
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
 _NEVER = float("-inf")
-_NUCLEUS = 256  # tokens looked at before a row is sorted whole
+_NUCLEUS = 256  # top-p first sorts this many of the most likely tokens; rarely it needs more
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1), a function of (seed, choice, position) alone: 53 bits of BLAKE2b."""
+    """A number in [0, 1) that depends on (seed, choice, position) alone: 53 bits of BLAKE2b."""
     key = f"{seed}/{choice}/{position}".encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
@@ -23,7 +23,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
 def sample(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> Sampled:
     """Sample one token for each row of `logits` [R, vocab] float32.
 
-    Every operation treats one row at a time or all rows alike, so that a row's token does not
+    Each operation treats one row at a time or all rows alike, so that a row's token does not
     depend on the other rows. Rows whose largest logit is not finite are `broken`; their token is
     sampled as if all logits were zero.
     """
@@ -49,14 +49,14 @@ def sample(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> Sampled:
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
-    """[R] the index of the largest logit of each row, or of the first NaN."""
+    """The index of the largest logit of each row, or of its first NaN: [R] int64."""
     if logits.device.type == "cpu":  # numpy's search is vectorised; torch's takes ten times as long
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
 
 def _is_plain(row: LogitsRow) -> bool:
-    """Whether the token is that of the largest logit."""
+    """Whether the row takes the largest logit: greedy, without mask, bias and penalty."""
     sampling = row.sampling
     return sampling.temperature < _GREEDY_BELOW and not (
         sampling.logit_bias or _is_masked(row) or _has_penalty(sampling)
@@ -80,17 +80,18 @@ def _has_penalty(sampling: SamplingParams) -> bool:
 def _sample_processed(
     logits: torch.Tensor, rows: Sequence[LogitsRow]
 ) -> tuple[torch.Tensor, list[int]]:
-    """A token for each row, and the rows of which masks forbid every token. Changes `logits`.
+    """Sample rows that are not plain. Returns a token for each row, and the indices of the rows
+    whose masks forbid every token. Changes `logits`.
 
-    The order of steps is vLLM's: masks, bias, penalties, temperature, min_p, top_k, top_p.
+    The steps have vLLM's order: masks, bias, penalties, temperature, min_p, top_k, top_p.
     """
     none_left = []
     for index, row in enumerate(rows):
-        if _is_masked(row):  # only a mask can forbid every token, and the search takes a while
+        if _is_masked(row):  # only a mask can forbid every token: other rows save the search
             _mask(logits[index], row)
             if float(logits[index].amax()) == _NEVER:
                 none_left.append(index)
-                logits[index] = 0.0
+                logits[index] = 0.0  # any token will do: the row is reported as exhausted
         _bias(logits[index], row.sampling)
         if _has_penalty(row.sampling):
             _penalise(logits[index], row)
@@ -103,7 +104,9 @@ def _sample_processed(
 
 
 def _mask(logits: torch.Tensor, row: LogitsRow) -> None:
-    """Forbid tokens that are not allowed, complete a bad word, or stop before `min_tokens`."""
+    """Set the logits of forbidden tokens to -inf. Forbidden are tokens that are not allowed, that
+    complete a bad word, or that end the output before `min_tokens`.
+    """
     sampling = row.sampling
     if sampling.allowed_token_ids:
         allowed = torch.frombuffer(row.answer.allowed_ids, dtype=torch.int64)
@@ -118,9 +121,9 @@ def _mask(logits: torch.Tensor, row: LogitsRow) -> None:
 
 
 def banned_tokens(sequences: Sequence[Sequence[int]], output: Sequence[int]) -> list[int]:
-    """The last token of each bad word whose other tokens are the end of the output.
+    """The last token of each bad word, if the output ends with the other tokens of the word.
 
-    As in vLLM the prompt does not count: a bad word that begins in the prompt bans nothing.
+    As in vLLM, the prompt does not count: a bad word that begins in the prompt bans nothing.
     """
     return [
         sequence[-1]
@@ -136,13 +139,14 @@ def _bias(logits: torch.Tensor, sampling: SamplingParams) -> None:
 
 
 def _penalise(logits: torch.Tensor, row: LogitsRow) -> None:
-    """Apply the penalties: repetition (CTRL, arXiv:1909.05858) counts prompt and output, presence
-    and frequency count the output.
+    """Apply the penalties. Repetition (CTRL, arXiv:1909.05858) counts prompt and output tokens;
+    presence and frequency count output tokens only.
     """
     sampling = row.sampling
     seen = torch.tensor(sorted(set(row.tokens)))
     scores = logits[seen]
     factor = sampling.repetition_penalty
+    # A factor above 1 must make negative scores smaller too.
     logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
     counts = Counter(row.output)
     if counts:
@@ -152,43 +156,46 @@ def _penalise(logits: torch.Tensor, row: LogitsRow) -> None:
 
 
 def _sample_random(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
-    """Sample a token for each row by inverting its distribution function at one uniform number."""
+    """Sample a token for each row: invert its cumulative distribution at one uniform number."""
     samplings = [row.sampling for row in rows]
     logits = logits / _column([sampling.temperature for sampling in samplings])
     _keep_min_p(logits, samplings)
     _keep_top_k(logits, samplings)
     _keep_top_p(logits, samplings)
-    # In float64 rounding moves no boundary by more than the last bits of the logits do.
+    # In float64, rounding moves no boundary by more than the last bits of the logits do.
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
     numbers = [uniform(row.sampling.seed or 0, row.answer.choice, row.num_output) for row in rows]
+    # The last sum may differ from 1 in its last bits, so the number is scaled to it.
     aims = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
 def _keep_min_p(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
-    """Drop tokens less likely than `min_p` times the most likely (arXiv:2407.01082)."""
+    """Drop tokens whose probability is below `min_p` times the largest one (arXiv:2407.01082)."""
     if any(sampling.min_p for sampling in samplings):
         floors = _column([sampling.min_p for sampling in samplings]).log()
         logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floors, _NEVER)
 
 
 def _keep_top_k(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
-    """Keep the k most likely tokens, and those as likely as the last of them."""
+    """Keep the k most likely tokens, and tokens as likely as the k-th. A k of 0 keeps all."""
     counts = [sampling.top_k for sampling in samplings]
     most = max((count for count in counts if count < logits.shape[1]), default=0)
     if most:
         best = logits.topk(most, dim=-1).values
         last = [count - 1 if 0 < count <= most else 0 for count in counts]
         least = best.gather(1, torch.tensor(last).unsqueeze(1))
+        # Rows without a top-k keep every token.
         least[[index for index, count in enumerate(counts) if not 0 < count <= most]] = _NEVER
         logits.masked_fill_(logits < least, _NEVER)
 
 
 def _keep_top_p(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
-    """Keep the smallest set of the most likely tokens with probability `top_p` (arXiv:1904.09751).
+    """Keep the fewest most likely tokens whose probabilities reach `top_p` (arXiv:1904.09751).
 
-    Most such sets are small, so only the _NUCLEUS most likely tokens are sorted, and a whole row
-    where those fall short. Shares are of the whole row's total, so both ways give the same set.
+    Few tokens reach `top_p` in most rows, so only the _NUCLEUS most likely ones are sorted. If they
+    do not reach it, the whole row is sorted. Probabilities are normalised over the whole row in
+    both cases, so that both keep the same tokens.
     """
     chosen = [index for index, sampling in enumerate(samplings) if sampling.top_p < 1]
     if not chosen:
@@ -207,8 +214,10 @@ def _keep_top_p(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> No
 def _least_kept(
     rows: torch.Tensor, totals: torch.Tensor, shares: torch.Tensor, num_best: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest logit [R, 1] to keep among the `num_best` largest of each row; and [R] whether
-    those reach the share.
+    """The top-p cut-off of each row: the smallest logit to keep [R, 1], and its validity [R].
+
+    Only the `num_best` largest logits of a row are searched. The cut-off is invalid if their
+    probabilities sum to less than the row's top-p (`shares` [R, 1]). `totals` [R, 1]: logsumexp.
     """
     best = rows.topk(num_best, dim=-1).values
     cumulated = (best - totals).exp().cumsum(dim=-1)
@@ -226,7 +235,7 @@ def _column(values: list[float]) -> torch.Tensor:
 def _logprobs(
     logits: torch.Tensor, rows: Sequence[LogitsRow], token_ids: list[int]
 ) -> list[Logprob | None]:
-    """Logprobs of the model's own distribution, before any processing, as vLLM's default."""
+    """Logprobs of the model's own distribution, before any processing, as vLLM does by default."""
     found: list[Logprob | None] = []
     for row, scores, token_id in zip(rows, logits, token_ids, strict=True):
         count = row.sampling.logprobs
@@ -241,7 +250,10 @@ def _logprobs(
 
 
 def score(logits: torch.Tensor, scored: Sequence[Scored]) -> list[list[Logprob]]:
-    """Logprobs of the prompt tokens in each of `scored`; `logits` [R, vocab] in the same order."""
+    """Logprobs of the prompt tokens of each entry of `scored`.
+
+    `logits` [R, vocab]: one row per prompt token, in the order of `scored`.
+    """
     found, start = [], 0
     for token_ids, num_top in scored:
         found.append(_scored(logits[start : start + len(token_ids)], token_ids, num_top))

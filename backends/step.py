@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loadi
 
 
 class Logprob(NamedTuple):
-    """The log probability of a token, and `top`: the most likely tokens, best first."""
+    """The logprob of a token. `top`: (id, logprob) of the most likely tokens, best first."""
 
     token_id: int
     logprob: float
@@ -23,11 +23,12 @@ class Logprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens of one launch, in the order of its rows; `logprobs` where a row asked for them.
+    """The sampled tokens of one launch, in the order of its rows.
 
-    `broken`: rows without a valid token. For the `exhausted` rows among them, the sampling options
-    forbid every token; for the others, the logits are not finite. `prompt_logprobs`: in the order
-    of `StepBatch.scored`.
+    `logprobs`: an entry for each row, None for a row that did not ask; None if no row asked.
+    `broken`: rows without a valid token. In `exhausted` rows, a subset of `broken`, the sampling
+    options forbid every token; in the other broken rows, the logits are not finite.
+    `prompt_logprobs`: a list for each entry of `StepBatch.scored`, in the same order.
     """
 
     token_ids: list[int]
@@ -37,16 +38,16 @@ class Sampled:
     prompt_logprobs: list[list[Logprob]] = field(default_factory=list)
 
     def logprobs_of(self, rows: range) -> list[Logprob]:
-        """The logprobs of some rows; rows that asked for none are left out."""
+        """The logprobs of `rows`, without the rows that did not ask for them."""
         found = [self.logprobs[row] for row in rows] if self.logprobs else []
         return [logprob for logprob in found if logprob is not None]
 
 
-NO_SOURCE = -1  # of a LogitsRow whose tokens are all known
+NO_SOURCE = -1  # the `source` of a LogitsRow whose tokens are all known
 
 
 class SamplingParams(Protocol):
-    """How the tokens of one answer are sampled; implemented by `Sampling` of the runtime."""
+    """The sampling options of one answer; the runtime's `Sampling` implements them."""
 
     @property
     def temperature(self) -> float: ...
@@ -79,8 +80,8 @@ class SamplingParams(Protocol):
 class SampledSequence(Protocol):
     """The sequence that a row belongs to.
 
-    `tokens` are those of prompt and output. Another thread may append to them during a launch;
-    entries never change.
+    `tokens`: the prompt and the output. Another thread may append tokens during a launch, but
+    existing entries never change.
     """
 
     @property
@@ -95,15 +96,16 @@ class SampledSequence(Protocol):
     def stop_ids(self) -> frozenset[int]: ...
     @property
     def allowed_ids(self) -> "array[int]":
-        """The `allowed_token_ids` of its sampling, as int64 that a tensor can share."""
+        """`sampling.allowed_token_ids` as int64, whose memory a tensor can share."""
         ...
 
 
 class LogitsRow(msgspec.Struct):
-    """A row of logits to sample from: the token after `num_known` tokens and the `added` ones.
+    """A row of logits to sample from. It predicts the token that follows `num_known` tokens of the
+    sequence and the tokens `added`.
 
-    `added` are drafts. Where a `source` is given, the added token is the one that row `source` of
-    the launch before samples; it is unknown until the device calls `feed`.
+    Without a `source`, `added` are draft tokens. With a `source`, `added` is the single token that
+    row `source` of the previous launch samples; it is empty until the device calls `feed`.
     """
 
     answer: SampledSequence
@@ -117,12 +119,14 @@ class LogitsRow(msgspec.Struct):
 
     @property
     def is_fed(self) -> bool:
-        """Whether the added token comes from the launch before."""
+        """Whether the added token comes from the previous launch."""
         return self.source != NO_SOURCE
 
     @property
     def num_output(self) -> int:
-        """The position of the token in the answer; with seed and choice the random number's key."""
+        """The index of the sampled token in the output. (seed, choice, index) determine the random
+        number.
+        """
         num_added = len(self.added) if self.source == NO_SOURCE else 1
         return self.num_known + num_added - self.answer.num_prompt
 
@@ -135,18 +139,18 @@ class LogitsRow(msgspec.Struct):
         return [*self.answer.tokens[self.answer.num_prompt : self.num_known], *self.added]
 
     def feed(self, token_ids: Sequence[int]) -> None:
-        """Set the added token. `token_ids`: of the rows of the launch before, in their order."""
+        """Set the added token. `token_ids`: the tokens of the previous launch, one per row."""
         if self.is_fed:
             self.added = (token_ids[self.source],)
 
 
 # A running launch. `result()` waits for the sampled tokens; `add_done_callback` does not wait, and
-# calls from a thread of the device; `cancel()` drops a launch that has not begun.
+# its callback runs on a thread of the device; `cancel()` drops a launch that has not begun.
 Ticket: TypeAlias = Future[Sampled]
 
 
 class Scored(NamedTuple):
-    """Prompt tokens to score: their logprobs, and at each position the `num_top` most likely."""
+    """Prompt tokens to score: each token's logprob, and the `num_top` most likely tokens there."""
 
     token_ids: list[int]
     num_top: int
@@ -157,18 +161,19 @@ class StepBatch:
     """The input of one launch: the new tokens of several sequences, as numbers in host memory.
 
     Sequence i has `query_lens[i]` new tokens, and `contexts[i]` tokens after the step, in the
-    blocks `block_tables[i]`. Lists are read before `launch` returns. A model whose layers use
-    several block tables has the first tables of all sequences, then the second tables, and so on.
-    Blocks that no kernel of a table reads any more are -1. `states`: for a model with recurrent
-    state, the blocks that each sequence reads its state from (none before its first token) and the
-    blocks that the step writes it to.
+    blocks `block_tables[i]`. Lists are read before `launch` returns. For a model whose layers use
+    several block tables, `block_tables` holds the first table of every sequence, then the second
+    table of every sequence, and so on. A block that no kernel reads any more is -1.
 
-    `logit_rows`: indices of the new tokens that need logits; first those of `rows`, which are
+    `states`: for each sequence of a model with recurrent state, the blocks to read the state from
+    (none before the first token) and the blocks to write the new state to.
+
+    `logit_rows`: indices of the new tokens that need logits: first those of `rows`, which are
     sampled, then those of `scored`.
 
-    `fed`: pairs (index of a new token, row of `after`) for tokens that the launch `after` samples.
-    The host may not know them yet; in `token_ids` they are 0. A launch fails if the launch `after`
-    failed.
+    `after`: the previous launch, if it samples some of the new tokens. `fed`: for each such token,
+    the pair (index into `token_ids`, row of `after`); `token_ids` holds 0 for it, because the host
+    may not know the token yet. A launch fails if the launch `after` failed.
     """
 
     token_ids: Sequence[int]
@@ -187,21 +192,21 @@ class StepBatch:
 class StepInputs:
     """The inputs that the kernel dialect declares (STEP_INPUTS) as tensors, without the KV pool.
 
-    A ragged batch: the new tokens of all sequences, one sequence after the other.
+    The batch is ragged: the new tokens of all sequences, one sequence after the other.
 
     Shapes: T new tokens in all, B sequences, M the largest number of blocks of one sequence, R rows
-    of logits, N blocks of a recurrent state, G block tables. All tensors are on the backend's
-    device; integers are int64, blocks int32.
+    of logits, N blocks of a recurrent state, G block tables per sequence. All tensors are on the
+    backend's device; block ids are int32, all other integers int64.
     """
 
     token_ids: "torch.Tensor"  # [T]
     positions: "torch.Tensor"  # [T] position of each token in its sequence
-    slots: "torch.Tensor"  # [G * T] where its key and value go: block * block_size + offset
+    slots: "torch.Tensor"  # [G * T] slot of each token's key and value: block * block_size + offset
     query_starts: "torch.Tensor"  # [B + 1] offsets into T
-    context_lens: "torch.Tensor"  # [B] tokens of the sequence after this step, new ones included
+    context_lens: "torch.Tensor"  # [B] tokens of the sequence, including the new ones
     block_tables: "torch.Tensor"  # [G * B, M] blocks in order; padded with 0
     logit_rows: "torch.Tensor"  # [R] indices into T of the rows that need logits
-    states: "torch.Tensor"  # [2, B, N] blocks that states are read from (-1: zeros), written to
+    states: "torch.Tensor"  # [2, B, N] blocks to read states from (-1: zeros), and to write them to
     query_lens: tuple[int, ...]  # as in StepBatch, for code on the host
     contexts: tuple[int, ...]
 
@@ -210,9 +215,10 @@ class StepInputs:
 class KVLayout:
     """The shape of the blocks of a model's KV cache.
 
-    `num_layers`: layers in one block; a model with several KV groups may have more layers. One
-    tensor holds a pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim] (2: keys,
-    values), so that the keys, or the values, of one block in one layer are contiguous.
+    `num_layers`: the layers that one block holds; fewer than the model's if it has several KV
+    groups. A pool has the shape [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim],
+    where 2 stands for keys and values. So the keys of one block in one layer are contiguous, and so
+    are its values.
     """
 
     num_layers: int
@@ -223,7 +229,7 @@ class KVLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over its layers."""
+        """Bytes of one block: keys and values of `num_layers` layers."""
         itemsize = 4 if self.dtype == "float32" else 2
         per_layer = 2 * self.num_kv_heads * self.block_size * self.head_dim
         return self.num_layers * per_layer * itemsize

@@ -1,4 +1,4 @@
-"""From a batch to the ragged tensors that a kernel graph reads."""
+"""Converts a batch to the ragged tensors that a kernel graph reads."""
 
 from functools import cache
 from typing import TypeAlias
@@ -13,13 +13,13 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 
 
 def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
-    """The inputs of a step as tensors in host memory. Tokens that are `fed` are 0 until `feed`."""
+    """The inputs of a step as tensors in host memory. Tokens of `batch.fed` are 0 until `feed`."""
     query_lens = np.array(batch.query_lens, dtype=np.int64)
     ends = np.array(batch.contexts, dtype=np.int64)
     query_starts = np.zeros(len(ends) + 1, dtype=np.int64)
     np.cumsum(query_lens, out=query_starts[1:])
     owners = np.repeat(np.arange(len(ends)), query_lens)  # the sequence of each new token
-    # The new tokens of a sequence are its last ones: each ends at its context length.
+    # The new tokens are the last tokens of their sequence: their positions end at its context.
     positions = np.arange(len(owners)) + (ends - query_starts[1:])[owners]
     tables = _block_tables(batch, block_size)
     slots = _blocks_at(tables, owners, positions // block_size, len(ends)).astype(np.int64)
@@ -39,7 +39,7 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
 
 
 def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
-    """[G * B, M] int32: M is the number of blocks of the longest context; padded with 0."""
+    """The block tables as [G * B, M] int32, padded with 0. M: blocks of the longest context."""
     counts = [-(-context // block_size) for context in batch.contexts]
     longest = max(counts)
     counts *= len(batch.block_tables) // len(counts)
@@ -52,19 +52,24 @@ def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
 def _blocks_at(
     tables: npt.NDArray[np.int32], owners: Integers, at: Integers, count: int
 ) -> npt.NDArray[np.int32]:
-    """[G, T], or [T] for a single table: the block of each new token."""
+    """The block of each new token in each table: [G, T], or [T] if there is a single table.
+
+    `owners`: the sequence of each token; `at`: its block's index in the table; `count`: B.
+    """
     if len(tables) == count:
         return tables[owners, at]
     return tables.reshape(-1, count, tables.shape[1])[:, owners, at]
 
 
-@cache
+@cache  # most models have no recurrent state, and a step needs this tensor each time
 def _no_states(count: int) -> torch.Tensor:
     return torch.empty((2, count, 0), dtype=torch.int32)
 
 
 def _states(batch: StepBatch) -> torch.Tensor:
-    """[2, B, N] int32; N is 0 for a model without recurrent state."""
+    """The blocks of recurrent states, [2, B, N] int32: the blocks to read (-1: the state is zeros),
+    then the blocks to write. N is 0 for a model without recurrent state.
+    """
     if not batch.states:
         return _no_states(len(batch.contexts))
     states = np.full((2, len(batch.contexts), len(batch.states[0][1])), -1, dtype=np.int32)
@@ -75,7 +80,9 @@ def _states(batch: StepBatch) -> torch.Tensor:
 
 
 def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:
-    """Fill in the tokens that the launch before sampled: in the inputs, and in the batch's rows."""
+    """Write the tokens of the previous launch (`token_ids`, one per row of that launch) to the
+    inputs and to the batch's rows that wait for them.
+    """
     if batch.fed:
         places, sources = zip(*batch.fed, strict=True)
         inputs.token_ids.numpy()[list(places)] = [token_ids[source] for source in sources]

@@ -1,1 +1,1 @@
-"""Floor 0: the IR, vocabulary, checks, passes, text forms and model builders of graphs."""
+"""Floor 0, graphs: their IR, vocabularies, checks, passes, text forms and model builders."""

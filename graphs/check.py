@@ -1,4 +1,4 @@
-"""Checks a stream graph before an engine loads; the table of all rules."""
+"""Checks a stream graph before any engine loads, with the table of all rules."""
 
 from sagellm.graphs.diagnostics import Diagnostic, locate
 from sagellm.graphs.ir import Graph
@@ -8,7 +8,7 @@ from sagellm.graphs.vocabulary import Vocabulary
 
 __all__ = ["EngineFactsView", "EngineKindView", "Facts", "check", "locate"]
 
-# The rules of each stage. `check` says which stage depends on which.
+# The rules by stage. `check` applies a stage only if the stages that it depends on found nothing.
 RULES: dict[str, tuple[Rule, ...]] = {
     "names": (
         structure.unique_nodes,
@@ -52,10 +52,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def check(graph: Graph, vocabulary: Vocabulary, facts: Facts) -> tuple[Diagnostic, ...]:
-    """Find every mistake in a stream graph. Pure; `locate` adds positions in a file.
+    """Find every mistake in a stream graph. `locate` adds the positions in a file.
 
-    One mistake gives one diagnostic. So wiring is checked only if all names are known, and its
-    meaning only if the wiring is complete. Raises ValueError for a kernel graph.
+    One mistake gives one diagnostic. Therefore wiring is checked only if all names are known, and
+    the meaning of edges only if the wiring is complete. Raises ValueError for a kernel graph.
     """
     if graph.dialect != "stream":
         raise ValueError(f"a stream graph is checked here, not a {graph.dialect} graph")

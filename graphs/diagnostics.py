@@ -1,10 +1,10 @@
-"""Errors of a graph, each with its place in a file, and the refusal of a model."""
+"""The mistakes of a graph, each with its position in a file, and the refusal of a model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 Path = tuple[str | int, ...]  # ("operators", "split", "min_uncached_tokens") or ("edges", 2)
-VALUE = "value"  # `path` is the place of a key, (*path, VALUE) the place of its value
+VALUE = "value"  # a path names a key; (*path, VALUE) names the key's value
 _MAX_CAUSE_CHARS = 500  # a cause may quote a value of config.json of any length
 
 
@@ -22,7 +22,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One mistake: its path in the graph, a message, a fix, and its position in a file."""
+    """One mistake: its path in the graph, a message, a `hint` how to fix it, and its position."""
 
     code: str  # kebab-case, stable: "unknown-op"
     path: Path
@@ -37,7 +37,7 @@ class Diagnostic:
 
 
 class GraphError(ValueError):
-    """A graph that cannot run. `diagnostics` has every mistake that was found."""
+    """A graph cannot run. `diagnostics`: every mistake that was found."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
         self.diagnostics = diagnostics
@@ -56,9 +56,9 @@ def locate(
 
 
 def position_of(path: Path, positions: Mapping[Path, Position]) -> Position | None:
-    """The position of `path`, else of the nearest path that encloses it.
+    """The position of `path`, or else of the nearest enclosing path that has one.
 
-    An option of the command line (`--option`) has no position.
+    Returns None for a path that begins with a command-line option (`--option`).
     """
     if path and str(path[0]).startswith("--"):
         return None
@@ -74,12 +74,12 @@ def _order(found: Diagnostic) -> tuple[int, int]:
 
 
 def truncated(text: str, longest: int = 44) -> str:
-    """Cut a text to at most `longest` characters."""
+    """`text`, cut to at most `longest` characters."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 class UnsupportedModel(ValueError):
-    """A model configuration that would not be computed right: cause, config field, and a fix."""
+    """A model configuration that sagellm would compute wrongly: cause, config field, and a fix."""
 
     def __init__(self, cause: str, *, field: str, fix: str, file: str = "config.json") -> None:
         is_long = len(cause) > _MAX_CAUSE_CHARS

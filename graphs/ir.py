@@ -18,7 +18,7 @@ class FrozenMap(Mapping[str, "Value"]):
 
     def __init__(self, items: "Mapping[str, Value] | Iterable[tuple[str, Value]]" = ()) -> None:
         self._items: dict[str, Value] = dict(items)
-        self._hash: int | None = None  # kept: computing it walks all values
+        self._hash: int | None = None  # kept, because computing it visits all values
 
     def __getitem__(self, key: str) -> "Value":
         return self._items[key]
@@ -42,7 +42,7 @@ Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | FrozenMap | N
 
 
 def freeze(value: object) -> Value:
-    """Make a JSON-like value immutable. Raises TypeError for any other value."""
+    """Convert a JSON-like value to an immutable one. Raises TypeError for any other value."""
     if value is None or isinstance(value, bool | int | float | str | FrozenMap):
         return value
     if isinstance(value, Mapping):
@@ -53,7 +53,7 @@ def freeze(value: object) -> Value:
 
 
 def thaw(value: Value) -> object:
-    """Turn a frozen value back into dicts and lists."""
+    """Convert a frozen value back to dicts and lists."""
     if isinstance(value, FrozenMap):
         return {key: thaw(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -72,12 +72,15 @@ class TensorType:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
-EdgeType: TypeAlias = TensorType | str  # a stream edge carries a named item type
+EdgeType: TypeAlias = TensorType | str  # str: the name of an item type, or "kv" for the KV state
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator or kernel. `name` is unique in the graph; `op` names a spec of the vocabulary."""
+    """An operator or a kernel. `name` is unique in the graph; `op` names a spec of the vocabulary.
+
+    `body`: the kernel graph that the operator's engine runs, if a pass attached it.
+    """
 
     name: str
     op: str
@@ -91,7 +94,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A connection from one node's outlet to another node's inlet."""
+    """A connection from one node's outlet to another node's inlet.
+
+    A `feedback` edge may lead backwards: it does not count in the order of nodes.
+    """
 
     source: str
     target: str
@@ -108,10 +114,10 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Nodes, edges and attributes. `source` and `sink` are reserved ports, not nodes.
+    """Nodes, edges and attributes. Edges may also join `source` and `sink`, which are not nodes.
 
-    `dialect` is "stream" (operators) or "kernel" (kernels). The `attrs` of a stream graph have the
-    entries `engines`, `models` and `executor`.
+    `dialect` is "stream" (the nodes are operators) or "kernel" (the nodes are kernels). The `attrs`
+    of a stream graph have the entries `engines`, `models` and `executor`.
     """
 
     name: str
@@ -138,7 +144,7 @@ class Graph:
 
     @property
     def models(self) -> FrozenMap:
-        """The table of models as written: key -> options. See `sections.py`."""
+        """The section `models` as written: key -> options. `sections.py` interprets it."""
         models = self.attrs.get("models", FrozenMap())
         return models if isinstance(models, FrozenMap) else FrozenMap()
 
@@ -151,12 +157,15 @@ class Graph:
         )
 
     def topological(self) -> tuple[Node, ...]:
-        """Order the nodes so that forward edges point right. Raises ValueError on a cycle."""
+        """The nodes in an order in which every forward edge leads to a later node.
+
+        Raises ValueError on a cycle.
+        """
         by_name = {node.name: node for node in self.nodes}
         successors: dict[str, list[str]] = {name: [] for name in by_name}
         num_unmet = dict.fromkeys(by_name, 0)
         for edge in self.edges:
-            # `source` and `sink` are no nodes, and the graph may be unchecked: skip unknown names.
+            # Skip `source` and `sink`, which are not nodes, and unknown names of unchecked graphs.
             if not edge.feedback and edge.source in by_name and edge.target in by_name:
                 successors[edge.source].append(edge.target)
                 num_unmet[edge.target] += 1
@@ -175,13 +184,13 @@ class Graph:
 
     @property
     def hash(self) -> str:
-        """16 hex digits, equal on all machines. The order of options does not change them."""
+        """A hash of 16 hex digits, equal on all machines, whatever the order of options."""
         encoded = msgspec.json.encode(plain(self), order="sorted")
         return hashlib.blake2b(encoded, digest_size=8).hexdigest()
 
 
 def plain(graph: Graph) -> dict[str, object]:
-    """Turn a graph into plain dicts and lists, the form of JSON and MessagePack."""
+    """Convert a graph to plain dicts and lists, the form that JSON and MessagePack hold."""
     return {
         "name": graph.name,
         "dialect": graph.dialect,
@@ -212,9 +221,9 @@ def _plain_edge(edge: Edge) -> dict[str, object]:
 
 
 def downstream(graph: Graph, start: str, avoiding: Iterable[str] = ()) -> set[str]:
-    """The names that forward edges reach from `start`, `start` included.
+    """The names that forward edges reach from `start`, including `start`.
 
-    The walk does not enter nodes of `avoiding`.
+    The walk does not enter the nodes `avoiding`.
     """
     successors: dict[str, list[str]] = {}
     for edge in graph.edges:

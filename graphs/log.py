@@ -1,4 +1,4 @@
-"""The log of every floor: events with fields, sent to the standard library's `logging`.
+"""The log that all of sagellm writes: events with fields, sent to the standard library's `logging`.
 
 A program sees nothing until it calls `sagellm.log("info")` or adds a handler.
 """
@@ -17,7 +17,7 @@ logging.getLogger(ROOT).addHandler(logging.NullHandler())  # else warnings would
 
 
 class LogEvent:
-    """The message of a log record: the name of an event, and its fields. `str` gives one line."""
+    """The message of a log record: an event's name and its fields. `str` gives one line."""
 
     __slots__ = ("fields", "name")
 
@@ -47,6 +47,6 @@ def get_logger(name: str) -> BoundLogger:
 
 
 def _hand_over(_: object, __: str, line: EventDict) -> tuple[tuple[LogEvent], dict[str, Any]]:
-    """A structlog processor: the arguments for a method of `logging.Logger`."""
+    """Convert an event to the arguments of a method of `logging.Logger`. A structlog processor."""
     error = line.pop("exc_info", None)
     return (LogEvent(line.pop("event"), line),), {"exc_info": error}

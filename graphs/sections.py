@@ -11,8 +11,8 @@ from typing import Literal
 
 from sagellm.graphs.ir import FrozenMap, Graph, Value, downstream
 
-LOCAL = "local"  # the default kind of an engine, which computes
-MODELLED = "modelled"  # the kind for the device "null" and for the model "null"
+LOCAL = "local"  # the default kind of engine, which computes a model
+MODELLED = "modelled"  # the kind of engine for the device "null" and for the model "null"
 KIND = "kind"
 ROUTE_MODEL = "route_model"
 MODELS_OPTION = "models"  # the option of `route_model` that lists its outlets
@@ -38,8 +38,9 @@ class ModelEntryOptions:
 class ServedModel:
     """One model of a graph that `check` has passed.
 
-    `key` and `names` are empty for the model of a graph without a table of models. `engines`: the
-    engines that compute for the model, in the order of the graph. `max_model_len`: from the table.
+    `key` and `names` are empty if the graph has neither a table of models nor a `route_model`.
+    `engines`: the engines that compute the model, in the order of the graph. `max_model_len`: the
+    option of the model's entry in the table.
     """
 
     key: str
@@ -61,8 +62,8 @@ def engine_kind(values: Value) -> str:
 
 
 def kind_options(values: Value) -> FrozenMap:
-    """The options for the engine's kind: without `kind`, and without a device "null" from which
-    the kind `modelled` followed.
+    """The options that belong to the engine's kind. The entry `kind` is left out, and so is a
+    device "null" that implied the kind `modelled`.
     """
     options = _options(values)
     dropped = {KIND} if KIND in options or not _is_null(options) else {_DEVICE}
@@ -70,13 +71,13 @@ def kind_options(values: Value) -> FrozenMap:
 
 
 def num_replicas(values: object) -> int:
-    """The number of replicas of an engine with the options `values`; 1 unless given."""
+    """The number of replicas of an engine with the options `values`; 1 by default."""
     count = values.get("replicas", 1) if isinstance(values, FrozenMap) else 1
     return count if isinstance(count, int) else 1
 
 
 def executor_kind(graph: Graph) -> str:
-    """The kind of the graph's executor; `tasks` unless given."""
+    """The kind of the graph's executor; `tasks` by default."""
     executor = graph.attrs.get("executor")
     kind = executor.get("kind", "tasks") if isinstance(executor, FrozenMap) else executor
     return kind if isinstance(kind, str) else "tasks"
@@ -92,7 +93,10 @@ def _options(values: Value) -> FrozenMap:
 
 
 def served_models(graph: Graph) -> tuple[ServedModel, ...]:
-    """The models in the order of the table, then of the outlets. The first is the default."""
+    """The models of a graph: those of the table, then those of further outlets, each in order.
+
+    The first model is the default.
+    """
     keys = tuple(dict.fromkeys((*graph.models, *model_outlets(graph))))
     if not keys:
         return (ServedModel("", (), tuple(graph.engines)),)
@@ -107,12 +111,12 @@ def _served_model(graph: Graph, key: str) -> ServedModel:
 
 
 def model_routers(graph: Graph) -> tuple[str, ...]:
-    """The operators `route_model` of a graph."""
+    """The names of the operators `route_model`."""
     return tuple(node.name for node in graph.nodes if node.op == ROUTE_MODEL)
 
 
 def model_outlets(graph: Graph) -> tuple[str, ...]:
-    """The outlets of all operators `route_model`, each once. An outlet is the key of a model."""
+    """The outlets of all operators `route_model`, each once. Their names are keys of models."""
     return tuple(
         dict.fromkeys(key for name in model_routers(graph) for key in router_outlets(graph, name))
     )
@@ -125,7 +129,7 @@ def router_outlets(graph: Graph, router: str) -> tuple[str, ...]:
 
 
 def model_engines(graph: Graph, key: str) -> tuple[str, ...]:
-    """The engines downstream of a model's outlets; all engines without a `route_model`."""
+    """The engines downstream of a model's outlets; all engines if there is no `route_model`."""
     if not model_routers(graph):
         return tuple(graph.engines)
     nodes = _model_nodes(graph, key) & set(graph.names)
@@ -136,7 +140,7 @@ def model_engines(graph: Graph, key: str) -> tuple[str, ...]:
 def model_operators(graph: Graph, key: str) -> tuple[str, ...]:
     """The operators that a request for the model may pass.
 
-    Operators upstream of every `route_model` belong to all models.
+    An operator that is downstream of no model's outlet belongs to all models.
     """
     routed = set[str]().union(*(_model_nodes(graph, name) for name in model_outlets(graph)))
     own = _model_nodes(graph, key)
@@ -144,7 +148,7 @@ def model_operators(graph: Graph, key: str) -> tuple[str, ...]:
 
 
 def model_names(key: str, values: Value) -> tuple[str, ...]:
-    """The names that clients may use for a model. Answers have the first of them."""
+    """The names that clients may use for a model. Answers name the model by the first one."""
     options = _options(values)
     name = options.get("name")
     return tuple(dict.fromkeys(_texts(key if name is None else name, options.get("aliases"))))
@@ -156,7 +160,7 @@ def _texts(name: Value, aliases: Value) -> Iterator[str]:
 
 
 def _model_nodes(graph: Graph, key: str) -> set[str]:
-    """The names that the outlets of a model reach."""
+    """The operators downstream of the outlets of a model, and `sink` if it is downstream."""
     first = (
         edge.target
         for name in model_routers(graph)

@@ -1,34 +1,35 @@
-"""The ops of a dialect, declared as data: a graph is checked without the code of its ops."""
+"""The ops of a dialect, declared as data: a graph can be checked without the code of its ops."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
-# Item types of stream edges. A port may name several with "|"; `any` accepts every type.
+# Item types of stream edges. An inlet or outlet may name several with "|"; "any" is every type.
 REQUEST = "request"  # a prompt and its sampling options
 PREFILLED = "prefilled"  # a request, its first token and the lease on its KV blocks
 EVENT = "event"  # tokens of an answer, or its end
 ANSWER = "answer"  # the whole answer to one request
 ANY = "any"
 
-SIGNALS = frozenset({"cancel", "expire", "forget"})  # they overtake items
+SIGNALS = frozenset({"cancel", "expire", "forget"})  # signals overtake items on an edge
 
-# Capabilities of engines: a kind of engine declares them, operators and requests need them.
+# Capabilities of engines: a kind of engine offers them; operators and requests need them.
 TOKENS_IN = "tokens_in"  # prompts are token ids of its model
 TEXT_IN = "text_in"  # prompts are text, or messages
 TOKENS_OUT = "tokens_out"  # events have token ids
 TEXT_OUT = "text_out"  # events have text
 KV_TRANSFER = "kv_transfer"  # exports and imports KV blocks
 RESUME = "resume"  # continues a sequence that another engine began
-LOGPROBS = "logprobs"  # of sampled tokens and of the tokens of a prompt
+LOGPROBS = "logprobs"  # gives logprobs of sampled tokens and of prompt tokens
 CAPABILITIES = (TOKENS_IN, TEXT_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS)
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An inlet or outlet. `carries` names item types joined by `|`; `same` = the first inlet's.
+    """An inlet or an outlet of an op.
 
+    `carries`: item types, joined by `|`. An outlet of `same` carries the types of the first inlet.
     `aliases`: further names that the edges of a graph may use for an outlet.
     """
 
@@ -39,13 +40,13 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class ListedPorts:
-    """Ports whose names an option of the op lists. All of them carry the same item types."""
+    """Outlets whose names the option `option` of the op lists. All carry the same item types."""
 
     option: str
     carries: str = ANY
 
     def ports(self, given: Mapping[str, object]) -> tuple[Port, ...]:
-        """The listed ports of an op with the options `given`, each name once."""
+        """The listed outlets of an op with the options `given`. Each name counts once."""
         names = given.get(self.option)
         listed = names if isinstance(names, tuple | list) else ()
         texts = dict.fromkeys(name for name in listed if isinstance(name, str))
@@ -59,16 +60,16 @@ class NoOptions:
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """One op: its ports, the frozen dataclass of its options, and its role.
+    """One op: its inlets and outlets, the frozen dataclass of its options, and its properties.
 
-    `role` is "logic" (pure), "service" (owns an engine, a socket, a file) or "kernel". `engine`:
-    the op names an engine by its option `engine`. `needs`: the capabilities that the engine must
-    have; "a|b" is met by either of two.
-    `subscribes`: the kinds of feedback, and "topology", that the operator receives. `signals`: the
-    kinds of signal that it receives; an operator without state of a request needs none. `queues`:
-    requests wait in the operator, and a request returns to it after its engine was lost.
+    `role`: "logic" (pure), "service" (owns an engine, a socket, a file) or "kernel". `engine`: the
+    op has an option `engine` that names an engine. `needs`: the capabilities that the engine must
+    have; either capability of "a|b" is enough.
+    `subscribes`: the kinds of feedback that the operator receives, and "topology". `signals`: the
+    kinds of signal that the operator receives; an operator without state per request needs none.
+    `queues`: requests wait in the operator, and a request returns to it if its engine is lost.
     `drops_tokens`: the operator may leave out tokens of an answer. `listed_outlets`: further
-    outlets, which an option names.
+    outlets, which an option lists.
     """
 
     name: str
@@ -85,7 +86,7 @@ class OpSpec:
     listed_outlets: ListedPorts | None = None
 
     def with_options(self, given: Mapping[str, object]) -> "OpSpec":
-        """The spec of one operator: `outlets` includes the outlets that its options list."""
+        """The spec of an operator with the options `given`: its `outlets` include listed ones."""
         if self.listed_outlets is None:
             return self
         listed = self.listed_outlets.ports(given)
@@ -95,12 +96,12 @@ class OpSpec:
         return next((port for port in self.inlets if port.name == name), None)
 
     def outlet(self, name: str) -> Port | None:
-        """The outlet of that name or alias."""
+        """The outlet whose name or alias is `name`."""
         return next((port for port in self.outlets if name in (port.name, *port.aliases)), None)
 
     @property
     def option_types(self) -> dict[str, Any]:
-        """Option name -> its type annotation."""
+        """The type annotation of each option, by name."""
         if not is_dataclass(self.options):
             raise TypeError(f"options of {self.name} must be a dataclass")
         hints = get_type_hints(self.options)
@@ -108,7 +109,7 @@ class OpSpec:
 
 
 def unmet_needs(needs: Iterable[str], offered: frozenset[str]) -> tuple[str, ...]:
-    """The needs that `offered` does not meet, sorted. Either capability of "a|b" meets the need."""
+    """The needs that `offered` does not meet, sorted. A need "a|b" is met by either capability."""
     return tuple(sorted(need for need in needs if not offered.intersection(need.split("|"))))
 
 
@@ -129,6 +130,6 @@ class Vocabulary(Mapping[str, OpSpec]):
 
 
 def nearest(name: str, known: "Mapping[str, object] | tuple[str, ...] | list[str]") -> str | None:
-    """The known name most like `name`; None where no name is close enough for a typing error."""
+    """The known name that is most similar to `name`; None if none is as close as a typing error."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return close[0] if close else None

@@ -1,4 +1,4 @@
-"""The CPU backend: every kernel in torch, as its definition, and most of them in C, for speed."""
+"""The CPU backend: torch code defines every kernel, and C code replaces most of them for speed."""
 
 from sagellm.backends.cpu.device import CpuBackend
 

@@ -12,10 +12,10 @@ from sagellm.backends.cpu.binding import Binding, ForwardContext
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
-_FEWEST = 256  # positions of the first table
+_FEWEST = 256  # positions of the smallest table
 _CHUNK = 64  # query rows at a time, so that their scores fit in the CPU's cache
 
-# From q [T, heads * head_dim] to the same shape, over the pool of the step.
+# Maps q [T, heads * head_dim] to the result, of the same shape, over the step's pool.
 Attention: TypeAlias = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
 
 
@@ -30,7 +30,7 @@ class RopeTables:
         self._tables = self._made(_FEWEST)
 
     def up_to(self, num_positions: int) -> torch.Tensor:
-        """Tables of at least so many positions."""
+        """The tables, grown to at least `num_positions` positions."""
         tables = self._tables  # read once: another engine's thread may set shorter ones meanwhile
         if num_positions > len(tables):
             tables = self._tables = self._made(1 << (num_positions - 1).bit_length())
@@ -44,12 +44,12 @@ class RopeTables:
 
 @cache
 def rope_tables(options: Rope) -> RopeTables:
-    """The tables that all layers and programs with these options share."""
+    """The tables for `options`, which all layers and programs share."""
     return RopeTables(options)
 
 
 def frequencies(options: Rope) -> torch.Tensor:
-    """The angles by which a position turns each pair: [head_dim / 2] radians, scaled."""
+    """The angle in radians by which one position turns each pair, scaled: [head_dim / 2]."""
     steps = torch.arange(0, options.head_dim, 2, dtype=torch.int64).float() / options.head_dim
     plain = 1.0 / options.theta**steps
     if options.scaling == "linear":
@@ -58,7 +58,7 @@ def frequencies(options: Rope) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, options: Rope) -> torch.Tensor:
-    """Scale low frequencies, keep high ones, and blend those between (Llama 3.1 release)."""
+    """Scale low frequencies, keep high ones, and interpolate between them (Llama 3.1 release)."""
     turns = options.original_max_len / (2 * math.pi / plain)  # full turns in the original context
     low, high = options.low_freq_factor, options.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -76,7 +76,7 @@ def rotated(rows: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor) -
 
 
 def attention(options: PagedAttention, binding: Binding) -> Attention:
-    """The attention of a program: by the C kernel where there is one, else by torch."""
+    """The attention of a program: the C kernel if there is one, else torch."""
     if binding.native:
         return partial(_native, options, binding.native)
     if binding.deterministic:
@@ -101,14 +101,16 @@ def _native(
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """`short`: rows of sequences with one new row; `long`: (sequence, its rows) of the others."""
+    """The rows of a batch. `short`: the rows of sequences with one new row; `long`: (sequence, its
+    rows) for every other sequence.
+    """
 
     short: torch.Tensor
     long: tuple[tuple[int, slice], ...]
 
 
 def _split(options: PagedAttention, step: ForwardContext, q: torch.Tensor) -> torch.Tensor:
-    """Attend to sequences with one new row all at once, and to the others one by one."""
+    """Attend with all sequences of one new row at once, and with the other sequences one by one."""
     split = step.once("split", lambda: _split_of(step))
     if not split.long:
         return decode(options, step, q, split.short)
@@ -136,7 +138,7 @@ def _split_of(step: ForwardContext) -> _Split:
 def attend_row_by_row(
     options: PagedAttention, step: ForwardContext, q: torch.Tensor
 ) -> torch.Tensor:
-    """Attend with one row at a time: shapes, and so bits, do not depend on the batch."""
+    """Attend with one row at a time: neither shapes nor bits depend on the batch."""
     sequences = step.row_sequences.tolist()
     contexts = (step.inputs.positions + 1).tolist()
     each = zip(torch.split(q, 1), sequences, contexts, strict=True)
@@ -159,8 +161,8 @@ def attend(
 def _chunk(
     options: PagedAttention, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
 ) -> torch.Tensor:
-    """Attend with rows at positions first, first + 1, ...; keys and values [kv_heads, context,
-    head_dim].
+    """Attend with the rows of q, whose positions begin at `first`. Keys and values: [kv_heads,
+    context, head_dim].
     """
     num_rows, kv_heads = len(q), options.num_kv_heads
     low = 0 if options.window is None else max(0, first - options.window + 1)
@@ -179,8 +181,8 @@ def _chunk(
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """Sequences with one row: their block `tables` [B, M], and the positions that are masked, as
-    `hidden` [B, 1, 1, M * block_size].
+    """Sequences with one new row: their block `tables` [B, M], and `hidden` [B, 1, 1, M *
+    block_size], which is true at masked positions.
     """
 
     tables: torch.Tensor
@@ -190,13 +192,13 @@ class DecodeBatch:
 def decode(
     options: PagedAttention, step: ForwardContext, q: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Attend with one row a sequence: the heads of a group are the rows of a batched product."""
+    """Attend with one row per sequence: the heads of a group are the rows of a batched product."""
     kind = options.window, options.table
     batch = step.once(("decode", kind), lambda: _decode_batch(step, rows, *kind))
     keys, values = (_dense(step.pool[options.layer, side], batch.tables) for side in (0, 1))
     grouped = q.view(len(q), options.num_kv_heads, -1, options.head_dim) * options.scale
     scores = (grouped @ keys.transpose(2, 3)).masked_fill_(batch.hidden, -torch.inf)
-    # A weight of 0 times a NaN that the block's last user left there would be NaN.
+    # Masked values have a weight of 0, but 0 times a NaN of the block's previous user is NaN.
     values.masked_fill_(batch.hidden.transpose(2, 3), 0)
     return (scores.softmax(-1) @ values).view(len(q), -1)
 
@@ -213,7 +215,7 @@ def _decode_batch(
 
 
 def _hidden(places: torch.Tensor, at: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which of the positions `places` a row at position `at` may not attend to."""
+    """Whether a row at position `at` must not attend to each of the positions `places`."""
     later = places > at
     return later if window is None else later | (places <= at - window)
 

@@ -1,5 +1,5 @@
-"""Binding of CPU kernels: the weights and options at lowering, the context of a step, and kernels
-that have a native form.
+"""Binding of CPU kernels: the weights and options that they are bound to, the context that they
+get in each step, and kernels that have a native form.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ _STORED = (torch.float32, torch.bfloat16, torch.float16)  # float8 and integers 
 class Binding:
     """The weights and options that kernels are bound to when a program is made.
 
-    Weights are converted to the program's dtype and read once each. A weight that several nodes
-    name is shared. `native` is None without a C compiler.
+    Each weight is read once and converted to the program's dtype. Nodes that name the same weight
+    share it. `native`: the C kernels; None if there is no C compiler or they must not be used.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class Binding:
         self._heads = {node.attrs.get("weight") for node in heads}
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
-        """A weight of that shape, contiguous, in the program's dtype.
+        """The weight `name`, contiguous, in the program's dtype.
 
-        Raises LoweringError if the weight is absent, has another shape, or is stored quantised.
+        Raises LoweringError if the weight is absent, has another shape than `shape`, or is stored
+        quantised.
         """
         if name in self._shared:
             return self._shared[name]
@@ -67,16 +68,16 @@ class Binding:
                 f"AWQ store them; give the weights in bfloat16 or float32"
             )
         found = found.to(self.dtype).contiguous()
-        # A weight of one kernel is not kept here: it can be freed once the kernel has packed it.
+        # A weight of a single kernel is not kept: it can be freed once the kernel has packed it.
         if self._num_users[name] > 1:
             self._shared[name] = found
         return found
 
     def joined(self, names: Sequence[str], sizes: Sequence[int], size: int) -> torch.Tensor:
-        """Weights [N, K] concatenated to [sum of sizes, K]; `sizes` has the N of each.
+        """The weights `names`, each [N, size], concatenated along N. `sizes`: the N of each weight.
 
-        Weights that are adjacent in memory (as they often are in a file) are not copied. Raises as
-        `weight` does.
+        Weights that are adjacent in memory, as they often are in a file, are not copied. Raises
+        LoweringError as `weight` does.
         """
         parts = [self.weight(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
         ends = itertools.pairwise(parts)
@@ -85,13 +86,15 @@ class Binding:
         return torch.cat(parts)
 
     def stored(self, name: str, *shape: int) -> QuantisedWeight | None:
-        """A weight that is stored quantised, of that shape; None if it is stored in floats."""
+        """The weight `name` if it is stored quantised, or None if it is stored in floats. Raises
+        LoweringError if it is absent or has another shape than `shape`.
+        """
         if name in self._shared:
             return None
         found = self._found(name, shape)
         if isinstance(found, QuantisedWeight):
             return found
-        self._looked_at[name] = found  # `weight` is called next, and must not read it a second time
+        self._looked_at[name] = found  # the caller calls `weight` next, which must not read again
         return None
 
     def _found(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | QuantisedWeight:
@@ -106,19 +109,19 @@ class Binding:
         return found
 
     def vector(self, name: str, size: int) -> torch.Tensor:
-        """A weight of one dimension in float32: of a norm, or a bias."""
+        """The weight `name` of a norm, or a bias: [size] float32."""
         return self.weight(name, size).float()
 
     def makes_logits(self, name: str) -> bool:
-        """Whether the product with this weight gives the logits."""
+        """Whether the layer with this weight computes the logits."""
         return name in self._heads
 
 
 def _spanning(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor over the memory of adjacent contiguous tensors; it keeps them alive."""
+    """One tensor over the memory of adjacent contiguous tensors. The tensor keeps `parts` alive."""
     num_bytes = sum(part.nbytes for part in parts)
     memory: Any = (ctypes.c_char * num_bytes).from_address(parts[0].data_ptr())
-    memory.kept = list(parts)
+    memory.kept = list(parts)  # the tensor below keeps `memory` alive
     whole = torch.frombuffer(memory, dtype=parts[0].dtype)
     return whole.view(-1, *parts[0].shape[1:])
 
@@ -127,9 +130,9 @@ T = TypeVar("T")
 
 
 class ForwardContext:
-    """The inputs and the pool of one step, and values that all layers share (`once`).
+    """The inputs and the pool of one step, and the values that all layers share (`once`).
 
-    Lives for one `run` of a program.
+    A context lives for one `run` of a program.
     """
 
     def __init__(self, inputs: StepInputs, pool: torch.Tensor) -> None:
@@ -138,14 +141,14 @@ class ForwardContext:
         self._kept: dict[object, object] = {}
 
     def once(self, key: object, make: Callable[[], T]) -> T:
-        """The value of `make()` for this key, made on the first call and kept for later ones."""
+        """Call `make()` on the first call with `key`, and return the same value on later calls."""
         if key not in self._kept:
             self._kept[key] = make()
         return cast(T, self._kept[key])
 
     @property
     def row_sequences(self) -> torch.Tensor:
-        """[T] int64: the sequence of each row."""
+        """The index of each row's sequence: [T] int64."""
         return self.once("row_sequences", self._row_sequences)
 
     def _row_sequences(self) -> torch.Tensor:
@@ -153,18 +156,18 @@ class ForwardContext:
         return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
 
     def tables(self, table: int) -> torch.Tensor:
-        """[B, M] int32: the block tables with that number, one a sequence."""
+        """The block tables number `table`, one per sequence: [B, M] int32."""
         count = len(self.inputs.context_lens)
         return self.inputs.block_tables[table * count : (table + 1) * count]
 
     def slots(self, table: int) -> torch.Tensor:
-        """[T] int64: the slot of each row's key and value in the blocks of that table."""
+        """The slot of each row's key and value in the blocks of table number `table`: [T] int64."""
         count = len(self.inputs.token_ids)
         return self.inputs.slots[table * count : (table + 1) * count]
 
     @property
     def longest_context(self) -> int:
-        """The number of tokens of the longest sequence; every position of the step is below it."""
+        """The number of tokens of the longest sequence; every position of the step is smaller."""
         return max(self.inputs.contexts)
 
 
@@ -172,8 +175,8 @@ class ForwardContext:
 class NativeKernel:
     """A kernel that runs on tensors when called, and that a native step can run as well.
 
-    `fields`: of its NativeInstruction. `widths`: of its results; empty: each is as wide as the
-    first inlet. `keep`: the owner of memory that pointers among the fields refer to.
+    `fields`: values for its NativeInstruction. `widths`: the width of each result; if empty, every
+    result is as wide as the first inlet. `keep`: the owner of the memory that `fields` point to.
     """
 
     run: Callable[..., tuple[torch.Tensor, ...]]

@@ -31,6 +31,7 @@ class CpuBackend:
     @property
     def stages(self) -> Mapping[str, Stage]:
         fusions: dict[str, Stage] = {step.name: step.apply for step in self.passes}
+        # "infer" is last, so that it checks the graph that is bound.
         return {"activations_float32": activations_float32, **fusions, "infer": infer}
 
     def devices(self) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ class CpuBackend:
 
 @dataclass(frozen=True, slots=True)
 class CpuDevice:
-    """All cores and the memory of the machine. The first call that needs torch imports torch."""
+    """The machine's cores and memory. The first call that needs torch imports torch."""
 
     backend: CpuBackend
     name: str
@@ -93,12 +94,12 @@ def _device(backend: CpuBackend, name: str) -> CpuDevice:
 
 
 def _module(name: str) -> ModuleType:
-    """A module of this backend that imports torch. Graphs are checked without torch."""
+    """Import a module of this backend that needs torch. Checking a graph must not load torch."""
     return importlib.import_module(f"sagellm.backends.cpu.{name}")
 
 
 def activations_float32(graph: Graph) -> Graph:
-    """Keep activations in float32 for weights of any dtype: they are small, and lose no bits."""
+    """Keep activations in float32 for weights of any dtype: they are small, and keep all bits."""
     nodes = tuple(
         node.with_attrs(dtype="float32") if node.op == "embedding" else node for node in graph.nodes
     )

@@ -35,7 +35,7 @@ class InPlaceBuffers:
 
 
 class CpuStorage:
-    """Implements KVStorage. `pool` has the shape of `KVLayout.pool_shape`."""
+    """The KVStorage of the CPU: a tensor `pool` of the shape `KVLayout.pool_shape`."""
 
     def __init__(self, pool: torch.Tensor) -> None:
         self.pool = pool
@@ -84,8 +84,8 @@ class CpuStorage:
 
 
 def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None) -> CpuStorage:
-    """A pool of zeros. Raises LoweringError for an unknown dtype."""
-    # Fresh pages of the system are zero, and take memory only when they are written; torch.zeros
+    """Allocate a pool of zeros. Raises LoweringError for an unknown dtype."""
+    # Fresh pages of the system are zeros, and take memory only when they are written; torch.zeros
     # would write all of them.
     dtype, flags = torch_dtype(layout.dtype), MAP_PRIVATE | MAP_ANONYMOUS
     pages = memory or mmap(-1, num_blocks * layout.block_bytes, flags=flags)
@@ -94,7 +94,7 @@ def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name. Raises LoweringError for an unknown one."""
+    """The dtype named `name`. Raises LoweringError for an unknown name."""
     if name not in _DTYPES:
         raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -116,11 +116,12 @@ def _slice(layers: range) -> slice:
 
 
 def _kinds(pool: _Bytes, layers: range) -> Iterator[_Bytes]:
-    """The keys, then the values, of one layer after the other."""
+    """For each layer in turn, the layer's keys, then its values."""
     return (kind for layer in pool[_slice(layers)] for kind in layer)
 
 
 def _places(pool: _Bytes, layout: KVLayout, runs: Runs, layers: range) -> list[tuple[int, int]]:
+    """Address and size of each piece of the runs, in the order of `KVStorage.read`."""
     return block_addresses(pool.ctypes.data, layout, pool.shape[2], runs, layers)
 
 

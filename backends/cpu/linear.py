@@ -1,4 +1,4 @@
-"""Linear layers of float weights: ways to multiply, chosen by CPU, dtype and determinism."""
+"""Linear layers with float weights: ways to multiply, chosen by CPU, dtype and determinism."""
 
 import ctypes
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from sagellm.backends.cpu.native.library import NativeKernels, PanelKind
 
 LinearFunction: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # rows [T, K] -> [T, N], float32
 
-_BLOCK_NUMBERS = 1 << 21  # numbers of a weight block in float32: 8 MiB, which fit in the cache
+_BLOCK_NUMBERS = 1 << 21  # numbers of a block of the weight in float32: 8 MiB fit in the cache
 
 
 def linear(
@@ -21,11 +21,12 @@ def linear(
 ) -> LinearFunction:
     """The fastest product with weight [N, K] and bias [N] float32 on this CPU.
 
-    Where the CPU multiplies bfloat16, rows are rounded to bfloat16 before they are multiplied by
-    weights of that dtype. oneDNN rounds its results as well, which `exact` forbids.
+    If the CPU multiplies bfloat16, rows are rounded to bfloat16 before they are multiplied by a
+    bfloat16 weight. oneDNN rounds its results to bfloat16 too; `exact` forbids oneDNN then.
     """
     is_wide = weight.dtype == torch.float32
     is_rounded = not is_wide and not exact and not binding.deterministic
+    # oneDNN with AMX is faster than the C kernels, but rounds: only if the rows may be rounded.
     if binding.native and not (is_rounded and has_tiles()):
         return native(binding.native, weight, bias)
     if binding.deterministic:
@@ -44,12 +45,12 @@ def has_bfloat16_products() -> bool:
 
 
 def has_tiles() -> bool:
-    """Whether oneDNN can use AMX here: its matrix products are faster than our C kernels'."""
+    """Whether oneDNN can use AMX here, with which it is faster than our C kernels."""
     return bool(torch._C._has_mkldnn) and _cpu_has("amx_tile")
 
 
 def _cpu_has(feature: str) -> bool:
-    """Whether torch finds the feature; older versions of torch know fewer features."""
+    """Whether torch reports the CPU feature. A feature unknown to torch counts as absent."""
     return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())
 
 
@@ -59,9 +60,9 @@ def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
 
 
 def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
-    """The product by oneDNN with the weight in its packed order: three times faster at few rows."""
+    """The product by oneDNN with a weight that oneDNN packed: three times faster for few rows."""
     dtype = weight.dtype
-    order = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    order = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # 8: the expected number of rows
     offset = None if bias is None else bias.to(dtype)
 
     def run(rows: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ def native(
 
 
 def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
-    """The product in float32: converts the weight block by block, and keeps no converted block."""
+    """The product in float32. Each call converts the weight block by block, to save memory."""
     blocks = torch.split(weight, max(1, _BLOCK_NUMBERS // weight.shape[1]))
     scratch = torch.empty(0)
 
@@ -99,7 +100,7 @@ def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
 
 
 def row_by_row(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
-    """One product a row, each on memory of the same alignment: the same bits in any batch."""
+    """One product per row, each on memory of the same alignment: the same bits in any batch."""
     wide = weight.float()
     return lambda rows: torch.cat(
         [F.linear(row.clone(), wide, bias) for row in torch.split(rows, 1)]
@@ -107,10 +108,11 @@ def row_by_row(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunctio
 
 
 class PackedLinear:
-    """The product by a C kernel with a packed weight; rows may be strided, their elements may not.
+    """The product rows [T, K] -> [T, N] by a C kernel with a packed weight.
 
-    `kernel` names a `multiply` of the library, and `gated` its gated form; `weight` is in the
-    kernel's order. `address`: of the C `NativeLinear`, for callers in C; valid while this lives.
+    Rows may be strided, but the elements of a row are contiguous. `kernel` names a `multiply`
+    function of the library, and `gated` its gated form; `weight` has the kernel's order. `address`:
+    the address of the C `NativeLinear`, valid while this object lives.
     """
 
     def __init__(
@@ -142,9 +144,9 @@ def pack(
     bias: torch.Tensor | None,
     kind: PanelKind | None = None,
 ) -> PackedLinear:
-    """The product with a packed copy of weight [N, K], which is float32 or bfloat16.
+    """The product with a packed copy of `weight` [N, K], float32 or bfloat16.
 
-    `kind` None: the fastest on this CPU for the dtype. "pairs" rounds the rows to bfloat16.
+    `kind` None: the fastest kind on this CPU for the dtype. "pairs" rounds the rows to bfloat16.
     """
     if kind is None:
         bfloat: PanelKind = "pairs" if kernels.has_pairs else "bfloat"

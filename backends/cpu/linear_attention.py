@@ -11,18 +11,16 @@ from sagellm.graphs.kernels.token_mixers import LinearAttention
 
 _CHUNK = 64  # tokens that are multiplied at once
 
-# For one sequence: from q, k, v [T, heads, size], gate [T, heads] and the state before the tokens
-# to the result [T, heads, value_dim] and the state after them.
+# For T new tokens of one sequence: takes q, k, v [T, heads, size], gate [T, heads] and the state
+# before the tokens; returns the result [T, heads, value_dim] and the state after the tokens.
 Recurrence: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def linear_attention(
     options: LinearAttention, binding: Binding
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The kernel with these options: reads each sequence's state, and writes the state after the
-    step.
-    """
-    # Products of chunks round differently from steps of one token, and prompts are cut variously.
+    """Make the kernel, which reads each sequence's state and writes the state after the step."""
+    # Products of chunks round differently from single tokens, and a prompt may be cut anywhere.
     recurrence = token_by_token if binding.deterministic else in_chunks
 
     def run(step: ForwardContext, *inlets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -43,7 +41,7 @@ def linear_attention(
 
 
 def load(options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Read a state from its blocks: [heads, key_dim, value_dim] float32; zeros for block -1."""
+    """Read a state from its blocks: [heads, key_dim, value_dim] float32; zeros if they are -1."""
     shape = options.num_heads, options.key_dim, options.value_dim
     if int(blocks[0]) < 0:
         return torch.zeros(shape)
@@ -64,7 +62,7 @@ def store(
 def token_by_token(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Recurrence by its definition; no shape depends on the number of tokens."""
+    """The Recurrence by its definition. No shape or bit depends on the number of tokens."""
     out = torch.empty_like(v)
     for token in range(len(q)):
         added = k[token, :, :, None] * v[token, :, None, :]
@@ -88,8 +86,10 @@ def in_chunks(
 def _chunk(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Recurrence for one chunk. The decay from one token to a later one is computed as the
-    exponential of a difference of logs, which is at most 1 and so cannot overflow.
+    """The Recurrence for one chunk.
+
+    The decay between two tokens is computed as the exponential of a difference of logs: it is at
+    most 1, so it cannot overflow.
     """
     q, k, v = (rows.transpose(0, 1) for rows in (q, k, v))  # heads first
     since = F.logsigmoid(gate).cumsum(0).T[:, :, None]  # [heads, T, 1]: log of the decay so far

@@ -1,5 +1,5 @@
-"""The lowering of each kernel of the dialect: a function on tensors, and its native form where the
-C library has one. `LOWERINGS` is the table.
+"""The lowering of each kernel of the dialect, in the table `LOWERINGS`: a function on tensors, with
+a native form if the C library has one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,9 @@ from sagellm.backends.cpu.quantised_linear import quantised_linear
 from sagellm.graphs.kernels.rowwise import Embedding, FusedLinear, Linear, RmsNorm
 from sagellm.graphs.kernels.token_mixers import KVWrite, PagedAttention, Rope, RopeKVWrite
 
-# From the step's ForwardContext and the tensors of the kernel's inlets to those of its outlets.
+# Takes the step's ForwardContext and the tensors of the kernel's inlets; returns its outlets.
 BoundKernel: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
-# From the options of a kernel, and what it is bound to, to the kernel.
+# Makes a kernel from its options and the program's Binding.
 Lowering: TypeAlias = Callable[[Any, Binding], BoundKernel]
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -81,6 +81,7 @@ def _linear(options: Linear, binding: Binding) -> BoundKernel:
     multiply = quantised_linear(binding, (options.weight,), sizes[:1], sizes[1], bias)
     if multiply is None:
         weight = binding.weight(options.weight, *sizes)
+        # Rounded logits could change which of them is the largest.
         multiply = linear(binding, weight, bias, exact=binding.makes_logits(options.weight))
     return _product(lambda step, rows: (multiply(rows),), multiply, sizes[:1])
 
@@ -106,7 +107,7 @@ def _gated_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
 
 
 def _product(run: BoundKernel, multiply: object, widths: Sequence[int]) -> BoundKernel:
-    """`run` as a kernel: with a native form where `multiply`, which it calls, has an `address`."""
+    """The kernel `run`, which calls `multiply`; with a native form if `multiply` has an address."""
     address: int | None = getattr(multiply, "address", None)
     if address is None:
         return run
@@ -145,7 +146,7 @@ def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
 
 
 def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write rows of k and v to slots of a layer [2, blocks, kv_heads, block_size, head_dim]."""
+    """Write rows of k and v to slots in `layer` [2, blocks, kv_heads, block_size, head_dim]."""
     _, _, kv_heads, block_size, head_dim = layer.shape
     block, offset = slots // block_size, slots % block_size
     for side, rows in zip(layer, (k, v), strict=True):
@@ -194,14 +195,15 @@ def _silu_mul(_: object, binding: Binding) -> BoundKernel:
 
 
 def _row_by_row(binding: Binding, kernel: BoundKernel) -> BoundKernel:
-    """`kernel`; in a deterministic program called row by row, so that the bits of a row do not
-    depend on the other rows of the batch.
+    """`kernel` itself. In a deterministic program, a kernel that calls it row by row, so that the
+    bits of a row do not depend on the other rows of the batch.
     """
     if not binding.deterministic:
         return kernel
 
     def run(step: ForwardContext, *inlets: torch.Tensor) -> Tensors:
         rows = zip(*(torch.split(inlet, 1) for inlet in inlets), strict=True)
+        # `clone` gives each row the same alignment, on which the choice of vector code depends.
         results = [kernel(step, *(part.clone() for part in row)) for row in rows]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 

@@ -1,4 +1,6 @@
-"""Programs run a step in one call of C or kernel by kernel; a queue launches them."""
+"""CPU programs, which run a step kernel by kernel or in one call of C, and the queue, which
+launches programs and samples from their logits.
+"""
 
 import ctypes
 import itertools
@@ -25,13 +27,15 @@ from sagellm.backends.step_inputs import feed, step_inputs
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS, KV
 
-_ROWS = 16  # rows of the arena are a multiple of it, so that each buffer begins at a cache line
+_ROWS = 16  # the arena's rows are a multiple of 16, so that each buffer begins at a cache line
 _EMPTY = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """A bound kernel with the registers that it reads and fills, and those dead after it."""
+    """A bound kernel with the registers that it reads, the ones that it fills, and the ones whose
+    values are dead after it.
+    """
 
     kernel: BoundKernel
     inputs: tuple[int, ...]
@@ -40,9 +44,10 @@ class KernelCall:
 
 
 class CpuProgram:
-    """Calls kernel after kernel on torch tensors. Holds the weights; the pool is the caller's.
+    """A program that calls its kernels one by one on torch tensors.
 
-    Not reentrant: a caller of `run` holds `lock`.
+    The program holds the weights; the caller owns the pool. Not reentrant: the caller of `run` must
+    hold `lock`.
     """
 
     def __init__(self, calls: tuple[KernelCall, ...], plan: KernelPlan) -> None:
@@ -55,8 +60,8 @@ class CpuProgram:
 
     @torch.no_grad()
     def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
-        """Run a step: write keys and values of the T rows to `pool`; return logits [R, vocab] in
-        float32.
+        """Run a step: write keys and values of the T new tokens to `pool`, and return the logits
+        [R, vocab] float32.
         """
         step = ForwardContext(inputs, pool)
         registers = self._load(inputs, pool)
@@ -76,10 +81,11 @@ class CpuProgram:
 
 
 class NativeProgram:
-    """Runs a step in one call of C. Keeps its arena between steps, and grows it with their rows.
+    """A program that runs a step in one call of C.
 
-    `on_tensors`: the same program kernel by kernel, for `str`. Not reentrant: a caller of `run`
-    holds `lock`.
+    The arena of activations lives as long as the program, and grows to the largest step.
+    `on_tensors`: the CpuProgram of the same plan, for `str`. Not reentrant: the caller of `run`
+    must hold `lock`.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class NativeProgram:
             num_instructions=len(translation.instructions),
             num_heads=len(self._heads),
         )
+        # A program has no `close`: engines share it, and the last one to drop it frees C's memory.
         weakref.finalize(self, kernels.close_step, self._step)
 
     def __str__(self) -> str:
@@ -106,7 +113,8 @@ class NativeProgram:
 
     @torch.no_grad()
     def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
-        """Run a step: write keys and values of the T rows to `pool`; return logits [R, vocab].
+        """Run a step: write keys and values of the T new tokens to `pool`, and return the logits
+        [R, vocab] float32.
 
         Raises IndexError for a token outside of the vocabulary.
         """
@@ -121,9 +129,10 @@ class NativeProgram:
         return logits
 
     def profile(self, inputs: StepInputs, pool: torch.Tensor) -> list[tuple[str, int]]:
-        """Run a step, and return each instruction's name and nanoseconds.
+        """Run a step, and return the name and the nanoseconds of each instruction.
 
-        All threads meet after each instruction, so that the step is a little slower than in `run`.
+        Threads wait for each other after each instruction, so a step takes a little longer than in
+        `run`.
         """
         count = len(self._translation.instructions)
         times = (ctypes.c_int64 * (count + 1))()
@@ -136,7 +145,7 @@ class NativeProgram:
         return list(zip(self._translation.names, spans, strict=True))
 
     def _grow(self, num_rows: int) -> None:
-        """Grow the arena to at least so many rows."""
+        """Grow the arena to at least `num_rows` rows."""
         step = self._step
         if num_rows > step.capacity or step.arena is None:
             step.capacity = -(-num_rows // _ROWS) * _ROWS
@@ -176,7 +185,7 @@ def lower(
     progress: Progress,
     is_native: bool,
 ) -> CpuProgram | NativeProgram:
-    """The program of a graph that has passed all stages of lowering. Raises LoweringError."""
+    """Make the program of a graph that has passed all stages of lowering. Raises LoweringError."""
     native = native_kernels(progress) if is_native else None
     how = torch_dtype(dtype), native, deterministic, quantization
     return bind(plan_kernels(graph), Binding(graph, weights, layout, *how))
@@ -185,10 +194,10 @@ def lower(
 def bind(planned: KernelPlan, binding: Binding) -> CpuProgram | NativeProgram:
     """Give every instruction its kernel and its weights. Raises LoweringError.
 
-    The program is native where every kernel has a native form.
+    The program is native if every kernel has a native form.
     """
-    # The kernel of the logits is bound first: its weight is the largest, and in memory twice while
-    # it is packed. At that time few other weights are loaded.
+    # The kernel of the logits is bound first, while few other weights are loaded: its weight is the
+    # largest, and packing holds a weight in memory twice.
     *others, last = planned.instructions
     head = _call(last, binding)
     calls = (*(_call(step, binding) for step in others), head)
@@ -220,10 +229,11 @@ class _Launch:
 
 
 class CpuQueue:
-    """Implements Queue. Its thread starts at once, and gives torch so many `threads`.
+    """The Queue of the CPU: its own thread runs programs and then samples from their logits.
 
-    One thread computes all launches, because OpenMP and the C kernels keep a team of threads for
-    each thread that calls them. The caller makes the inputs, while the launch before computes.
+    `threads`: how many threads kernels may use; None: torch's default. One thread computes all
+    launches, because OpenMP and the C kernels keep a team of threads for each calling thread.
+    `launch` makes the inputs on the caller's thread, while the previous launch is computed.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -247,7 +257,7 @@ class CpuQueue:
 
     def _work(self, threads: int | None) -> None:
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads)  # OpenMP keeps this number for the calling thread
         while (launch := self._launches.get()) is not None:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began
@@ -261,6 +271,7 @@ class CpuQueue:
 
 @torch.inference_mode()
 def _computed(launch: _Launch) -> Sampled:
+    """Run the launch's program, and sample from its logits. Raises the errors of the step."""
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
         feed(batch, inputs, _sampled_by(batch.after))
@@ -274,7 +285,7 @@ def _computed(launch: _Launch) -> Sampled:
 
 
 def _sampled_by(ticket: Ticket) -> list[int]:
-    """The tokens of the launch before, which has ended. Raises LaunchError if it failed."""
+    """The tokens of the previous launch, which has ended. Raises LaunchError if it failed."""
     if ticket.cancelled() or ticket.exception() is not None:
         raise LaunchError("the launch before has failed")
     return ticket.result().token_ids

@@ -1,4 +1,4 @@
-"""Linear layers of quantised weights: quantised on load, packed for C, and multiplied."""
+"""Linear layers with quantised weights: quantising on load, packing for C, and multiplying."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ def quantised_linear(
     size: int,
     bias: torch.Tensor | None,
 ) -> LinearFunction | None:
-    """The product rows [T, size] -> [T, sum(sizes)] with the concatenated weights of these names.
+    """The product rows [T, size] -> [T, sum(sizes)] with the concatenated weights `names`.
 
-    None where all weights are stored in floats and the mode keeps them so.
+    Returns None if all weights are stored in floats and the program has no mode of quantisation.
     """
     stored = [binding.stored(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
     if binding.quantization is None and not any(stored):
@@ -68,11 +68,12 @@ def _bound_product(
 
 
 def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bool) -> int:
-    """Bits of the activation rows that a weight is multiplied by.
+    """The bits of the activation rows that a weight is multiplied by.
 
-    8 where the mode says so, and for 4-bit weights, whose own error hides that of 8-bit rows; but
-    16 for those in a `deterministic` program, where products must be exact. `mode` None: of a
-    weight that is stored quantised.
+    A 4-bit weight takes rows of 8 bits, because its own error is larger than theirs. In a
+    deterministic program, which must keep the precision of float32, it takes rows of 16 bits. An
+    8-bit weight takes the rows of the mode; without a mode (the weight was stored quantised), it
+    takes rows of 16 bits.
     """
     if weight_bits == 4:
         return 16 if deterministic else 8
@@ -80,7 +81,7 @@ def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bo
 
 
 def _joined(weights: Sequence[QuantisedWeight | torch.Tensor]) -> QuantisedWeight | None:
-    """The weights concatenated to one; None where their forms differ."""
+    """The weights concatenated along N; None if one is not quantised, or their forms differ."""
     first, *others = weights
     if not isinstance(first, QuantisedWeight):
         return None
@@ -93,6 +94,7 @@ def _joined(weights: Sequence[QuantisedWeight | torch.Tensor]) -> QuantisedWeigh
 
 
 def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
+    """Whether two weights have the same bits, groups and order of k, and both or neither zeros."""
     if (a.bits, a.group, a.zeros is None) != (b.bits, b.group, b.zeros is None):
         return False
     if a.order is None or b.order is None:
@@ -101,7 +103,7 @@ def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
 
 
 BLOCK = 32  # codes along k whose products are summed as integers
-_COLUMNS = 16  # columns of a panel; the number of panels is even
+_COLUMNS = 16  # columns of a panel; C takes two panels at once, so their number is even
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
 
@@ -116,9 +118,10 @@ class NativeQuant(ctypes.Structure):
 
 
 class PackedQuantised:
-    """The product rows [T, K] -> [T, N], float32, by C. A row's bits do not depend on other rows.
+    """The product rows [T, K] -> [T, N], float32, in C. A row's bits do not depend on other rows.
 
-    Rows are quantised to `row_bits` (8 or 16). `address`: of a C `Linear`; valid while this lives.
+    Rows are quantised to `row_bits` (8 or 16). `address`: the address of the C `Linear`, valid
+    while this object lives.
     """
 
     def __init__(
@@ -151,8 +154,8 @@ class PackedQuantised:
 
 
 def _packed_codes(weight: QuantisedWeight) -> torch.Tensor:
-    """Codes [N, K] in the order of C: [panel, k / 4, 16, 4]. With 4 bits, each byte holds a code of
-    one group of four and a code of the next group.
+    """The codes [N, K] in the order that C reads: [panel, k / 4, 16, 4]. With 4 bits, the low half
+    of a byte holds a code of one group of four along k, and the high half one of the next group.
     """
     num_rows, size = weight.shape
     fill = ZERO_CODE[weight.bits]  # padding is multiplied by activations of 0
@@ -165,7 +168,7 @@ def _packed_codes(weight: QuantisedWeight) -> torch.Tensor:
 
 
 def _packed_groups(of_groups: torch.Tensor) -> torch.Tensor:
-    """Values of groups [N, G] in the order of C: [panel, G, 16]."""
+    """Scales or zeros [N, G] in the order that C reads: [panel, G, 16]."""
     filled = pad(of_groups, (0, 0, 0, -len(of_groups) % (2 * _COLUMNS)))
     return filled.view(-1, _COLUMNS, filled.shape[1]).transpose(1, 2).contiguous()
 
@@ -175,17 +178,17 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 _LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}  # 16 bits: two signed bytes
-_BLOCK_NUMBERS = 1 << 21  # numbers of a weight block in float32: 8 MiB, which fit in the cache
+_BLOCK_NUMBERS = 1 << 21  # numbers of a block of the weight in float32: 8 MiB fit in the cache
 
 
 def dequantising(
     weight: QuantisedWeight, bias: torch.Tensor | None, row_bits: int, *, alone: bool
 ) -> LinearFunction:
-    """The product rows [T, K] -> [T, N] in torch. `alone`: one row a product, for the same bits in
-    any batch.
+    """The product rows [T, K] -> [T, N] in torch, with blocks of the weight in float32.
 
-    Rows are rounded where an 8-bit weight is multiplied by 8-bit rows, so that the mode gives the
-    same results as in C; elsewhere rows are not rounded.
+    `alone`: multiply each row by itself, so that its bits do not depend on the batch. If weight and
+    rows both have 8 bits, rows are rounded as in C, so that the mode gives the same results. Other
+    rows are not rounded.
     """
     order = None if weight.order is None else weight.order.long()
 
@@ -204,15 +207,15 @@ def dequantising(
 
 
 def _float_blocks(weight: QuantisedWeight) -> Iterator[torch.Tensor]:
-    """Blocks of the weight's rows in float32, columns in the order of its codes."""
+    """Blocks of the weight's rows in float32. Their columns have the order of the codes."""
     step = max(1, _BLOCK_NUMBERS // weight.shape[1])
     for top in range(0, weight.shape[0], step):
         yield weight.rows(top, top + step).ordered()
 
 
 def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """The values that C kernels compute with: rows quantised with a scale for each 32 numbers, in
-    float32.
+    """The rows [T, K] as the C kernels see them: rounded to `bits` with a scale for each 32
+    numbers, in float32.
     """
     size, top = rows.shape[1], _LARGEST_CODE[bits]
     blocks = pad(rows, (0, -size % BLOCK)).view(len(rows), -1, BLOCK)
@@ -222,24 +225,24 @@ def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
     return seen
 
 
-_NUMBERS_AT_ONCE = 1 << 18  # of a weight: the temporaries of a try fit in the cache
+_NUMBERS_AT_ONCE = 1 << 18  # numbers of a weight, so that the temporaries of a try fit in the cache
 
-# Codes that the largest number of a group is tried with. 4 bits have one code more below 0 than
-# above, and clipping the largest number a little makes the others more precise.
+# Each try maps the largest number of a group to one of these codes. 4 bits have one code more below
+# 0 than above 0, and clipping the largest number a little makes the other numbers more precise.
 TRIES = {
     4: tuple(code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)),
     8: tuple(127.0 + 0.25 * step for step in range(-8, 9)),
 }
-_LARGEST_SCALE = 65504.0  # of float16
+_LARGEST_SCALE = 65504.0  # the largest float16
 _LIMITS = {4: (-8, 7), 8: (-127, 127)}
 
 
 def quantise(
     weight: torch.Tensor, bits: int, kernels: NativeKernels | None = None
 ) -> QuantisedWeight:
-    """Quantise `weight` [N, K] float32 or bfloat16 in groups of 32, without zeros.
+    """Quantise `weight` [N, K], float32 or bfloat16, in groups of 32, without zeros.
 
-    Each group gets the scale of least squared error.
+    Each group gets the scale with the least squared error. `kernels` None: compute in torch.
     """
     if kernels:
         return QuantisedWeight(
@@ -263,8 +266,8 @@ def _quantise_part(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
 
 
 def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scales [N, G, 1] of least error among all tries and the least-squares fit to the codes of
-    the best try.
+    """The scales [N, G, 1] with the least squared error. Candidates are the tries, and the
+    least-squares fit to the codes of the best try.
     """
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best = _stored(largest / TRIES[bits][0])
@@ -277,13 +280,17 @@ def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:
-    """Round scales to float16: codes are chosen for the scales that are stored."""
+    """Round scales to float16, in which they are stored: codes must be chosen for stored scales."""
     return scales.clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half().float()
 
 
 def _better(
     groups: torch.Tensor, scales: torch.Tensor, best: torch.Tensor, error: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each group, the one of `scales` and `best` with the smaller error, and that error.
+
+    `error`: the error of `best`.
+    """
     found = _error(groups, scales, bits)
     is_less = found < error
     return torch.where(is_less, scales, best), torch.where(is_less, found, error)

@@ -1,5 +1,5 @@
-"""From a bound plan to the instructions of the native step: where matrices lie in the arena, and
-where threads wait for each other.
+"""Translates a bound plan to the instructions of the native step: where matrices lie in the arena,
+and where threads wait for each other.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.graphs.kernels import KERNELS, KV
 from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
-LOGITS_BUFFER = -1  # the tensor of the logits, which is not in the arena
+LOGITS_BUFFER = -1  # stands for the tensor of the logits, which is not in the arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class BufferSlice:
 
 
 class Buffers:
-    """Allocates the buffers of an arena in the order of a plan, and reuses those that are free.
+    """Allocates the buffers of an arena in the order of a plan, and reuses free buffers.
 
-    A buffer becomes as wide as the widest of its users.
+    A buffer is as wide as the widest group of matrices that it holds at any time.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Buffers:
         self._users: list[int] = []
 
     def take(self, widths: Sequence[int]) -> tuple[BufferSlice, ...]:
-        """Allocate matrices of these widths, side by side in one free buffer."""
+        """Allocate matrices of the given widths, side by side in one buffer."""
         buffer = self._free_one(sum(widths))
         self._widths[buffer] = max(self._widths[buffer], sum(widths))
         self._users[buffer] = len(widths)
@@ -44,20 +44,24 @@ class Buffers:
         return tuple(BufferSlice(buffer, column, width) for column, width in pairs)
 
     def drop(self, place: BufferSlice) -> None:
-        """Free a matrix. Its buffer is free when all its matrices are."""
+        """Free a matrix. Its buffer becomes free when all its matrices have been freed."""
         if place.buffer != LOGITS_BUFFER:
             self._users[place.buffer] -= 1
 
     def stride(self, buffer: int) -> int:
-        """The width of a buffer: floats from row to row."""
+        """The width of a buffer: floats from one row to the next."""
         return self._widths[buffer]
 
     def firsts(self) -> tuple[int, ...]:
-        """The offset of each buffer, in floats a row; and the width of all buffers at the end."""
+        """The offset of each buffer, in floats per row of the arena. The last entry is the sum of
+        all widths.
+        """
         return tuple(sum(self._widths[:index]) for index in range(len(self._widths) + 1))
 
     def _free_one(self, width: int) -> int:
-        """The narrowest free buffer of enough width; else the widest free one; else a new one."""
+        """The narrowest free buffer that is wide enough, or else the widest free buffer, or else a
+        new buffer.
+        """
         free = [index for index, users in enumerate(self._users) if users == 0]
         wide = [index for index in free if self._widths[index] >= width]
         if wide:
@@ -74,9 +78,9 @@ _OPS = (  # in the order of step.h
     *("embedding", "select_rows", "rms_norm", "add_rms_norm", _LINEAR, _GATED, "rope"),
     *("kv_write", "rope_kv_write", "paged_attention", "add", "mul", "silu", "silu_mul"),
 )
-_SAME = {"qkv_linear": _LINEAR, "gate_up_linear": _LINEAR}  # in C one op with several results
+_SAME = {"qkv_linear": _LINEAR, "gate_up_linear": _LINEAR}  # C's LINEAR may have several results
 _IN_PLACE = ("add", "mul", "silu", "silu_mul", "add_rms_norm")  # may overwrite their first inlet
-# Inlets that C reads from the step itself, with the input of the step that each must be fed by.
+# Inlets that C reads from the step's inputs, each with the only input that may be wired to it.
 _STEP_PORTS = {
     ("embedding", "in"): "token_ids",
     ("select_rows", "rows"): "logit_rows",
@@ -97,8 +101,9 @@ class UntranslatableError(Exception):
 class Translation:
     """A plan in native form. `instructions` point to memory that `kernels` keep alive.
 
-    The arena needs `num_floats` a row. `ropes` and `attentions`: the distinct options that the
-    field `table` of instructions counts. `names`: of the nodes, for profiles.
+    The arena needs `num_floats` floats per row. `ropes` and `attentions`: the distinct options; the
+    field `table` of an instruction is an index into one of them. `names`: the node of each
+    instruction, for profiles.
     """
 
     instructions: "ctypes.Array[c_structs.NativeInstruction]"
@@ -108,22 +113,22 @@ class Translation:
     names: tuple[str, ...]
     num_floats: int
     num_logits: int
-    is_chosen: bool  # logits are computed for the chosen rows only (`logit_rows`)
+    is_chosen: bool  # logits are computed for the rows in `logit_rows` only, not for all T rows
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """A matrix of floats. `chosen`: it has the R rows of logits, else all T rows."""
+    """A matrix of floats. `chosen`: it has R rows, as the logits; otherwise it has T rows."""
 
     place: BufferSlice
     chosen: bool
 
 
 def translate(plan: KernelPlan, kernels: Sequence[object]) -> Translation:
-    """The native form of a plan. `kernels`: bound, one an instruction.
+    """The native form of a plan. `kernels`: the bound kernel of each instruction.
 
-    Raises UntranslatableError where a kernel has no native form, or its inlets are fed by other
-    values than the C step reads.
+    Raises UntranslatableError if a kernel has no native form, or if an inlet that C reads from the
+    step's inputs is wired to another value.
     """
     native = tuple(kernel for kernel in kernels if isinstance(kernel, NativeKernel))
     if len(native) < len(kernels):
@@ -135,7 +140,9 @@ def translate(plan: KernelPlan, kernels: Sequence[object]) -> Translation:
 
 
 class _Translator:
-    """Collects the steps of a plan with the places of their matrices, then writes the C structs."""
+    """Assigns places to the matrices of a plan, instruction by instruction, then writes the C
+    structs.
+    """
 
     def __init__(self, plan: KernelPlan) -> None:
         self._plan = plan
@@ -163,9 +170,9 @@ class _Translator:
         self._steps.append((kernel, op, inlets, [*outlets, *scratch]))
 
     def _activations(self, step: Instruction) -> Iterable[int]:
-        """The registers of inlets that hold matrices.
+        """The registers of the inlets that take matrices.
 
-        Raises UntranslatableError where another inlet is not fed by the input that C reads there.
+        Raises UntranslatableError if another inlet is not wired to the step input that C reads.
         """
         ports = KERNELS[step.node.op].spec.inlets
         for port, index in zip(ports, step.inputs, strict=True):
@@ -202,7 +209,9 @@ class _Translator:
         return [_Value(place, chosen) for place in places]
 
     def _scratch(self, op: str, outlets: Sequence[_Value]) -> list[_Value]:
-        """Memory that a kernel needs beside its result, and that no later kernel reads."""
+        """Memory that a kernel needs besides its results. No later kernel reads it, so it is freed
+        at once.
+        """
         if op != _GATED:
             return []
         (place,) = self._buffers.take([2 * outlets[0].place.width])
@@ -210,13 +219,15 @@ class _Translator:
         return [_Value(place, outlets[0].chosen)]
 
     def _over(self, step: Instruction, op: str, registers: Sequence[int]) -> Iterable[BufferSlice]:
-        """The place of the first inlet, if the kernel may overwrite it: nothing else reads it."""
+        """The place of the first inlet, if the kernel may write its result there: the op works in
+        place, and nothing else reads the inlet.
+        """
         first = registers[0] if registers else -1
         if op in _IN_PLACE and first in step.dead and registers.count(first) == 1:
             yield self._values.pop(first).place
 
     def translation(self, kernels: tuple[NativeKernel, ...]) -> Translation:
-        """The whole plan, after its last instruction was added."""
+        """Write the C structs of the whole plan. Call it after the last `add`."""
         firsts = self._buffers.firsts()
         made = (c_structs.NativeInstruction * len(self._steps))()
         touched = _Touched()
@@ -263,14 +274,14 @@ class _Touched:
         self._written: set[int] = set()
 
     def must_wait(self, op: str, inlets: Sequence[_Value], outlets: Sequence[_Value]) -> bool:
-        """Whether threads must wait before this kernel: it touches a buffer that a kernel wrote, or
-        writes a buffer that a kernel reads.
+        """Whether threads must wait before this kernel: it touches a buffer that another kernel
+        wrote since the last wait, or writes a buffer that another kernel read since then.
         """
         read = {value.place.buffer for value in inlets}
         written = {value.place.buffer for value in outlets}
         clash = self._written & (read | written) or self._read & written
-        # Attention always waits: it reads the pool, which is no buffer, and its threads take pieces
-        # of work from one counter.
+        # Attention always waits: it reads the pool, which is not tracked here, and its threads take
+        # pieces of work from one counter.
         waits = bool(clash) or op == "paged_attention"
         if waits:
             self._read, self._written = set(), set()
@@ -280,7 +291,7 @@ class _Touched:
 
 
 def _kind(options: PagedAttention) -> PagedAttention:
-    """The options without layer and table: equal for all layers that attend alike."""
+    """The options without layer and table: equal for all layers with the same attention."""
     return PagedAttention(
         0,
         options.num_heads,

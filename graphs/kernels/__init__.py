@@ -1,4 +1,4 @@
-"""The kernel dialect: kernels, rules, type inference, and the memory of a kernel graph."""
+"""The kernel dialect: kernels, rules, type inference, and the memory that a kernel graph needs."""
 
 from sagellm.graphs.kernels.dialect import (
     KERNEL_VOCABULARY,

@@ -18,8 +18,8 @@ KERNELS: dict[str, Kernel] = {kernel.spec.name: kernel for kernel in (*ROWWISE, 
 KERNEL_VOCABULARY = Vocabulary({name: kernel.spec for name, kernel in KERNELS.items()})
 
 # The inputs of a step. T: new tokens; B: sequences; M: blocks of the longest sequence; R: rows of
-# logits; N: blocks of a snapshot of recurrent states. For a model with several block tables,
-# `slots` and `block_tables` list all sequences for the first table, then for the second, ...
+# logits; N: blocks of a recurrent state. For a model with several block tables, `slots` and
+# `block_tables` list all sequences for the first table, then all sequences for the second table.
 STEP_INPUTS: dict[str, EdgeType] = {
     "token_ids": TensorType(("T",), "int64"),
     "positions": TensorType(("T",), "int64"),
@@ -89,7 +89,9 @@ def outlets_used(graph: Graph) -> Iterator[Diagnostic]:
 
 
 def states_linear(graph: Graph) -> Iterator[Diagnostic]:
-    """A state has one user at a time: this orders the writes to the pool and the reads from it."""
+    """The KV state goes from kernel to kernel, one user at a time. So its edges order the writes to
+    the pool and the reads from it.
+    """
     used = Counter(edge.source for edge in graph.edges if edge.outlet == KV)
     for name, count in used.items():
         if count > 1:
@@ -104,7 +106,7 @@ WIRING_RULES: tuple[KernelRule, ...] = (acyclic, fed_once, outlets_used, states_
 
 
 def verify(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Find every breach of a rule. The rules on wiring assume that ops and ports are known."""
+    """Find every breach of a rule. Wiring is checked only if all ops, inlets and outlets exist."""
     known = tuple(found for rule in NAME_RULES for found in rule(graph))
     return known or tuple(found for rule in WIRING_RULES for found in rule(graph))
 
@@ -112,8 +114,8 @@ def verify(graph: Graph) -> tuple[Diagnostic, ...]:
 def _port_breaches(
     graph: Graph, edge: Edge, name: str, port: str, ports: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Diagnostic]:
-    """Report a port that a node lacks. Nodes of an unknown kernel are skipped: their ports are
-    unknown, and `known_kernels` reports them.
+    """Report an inlet or outlet that a node lacks. Nodes of an unknown kernel are skipped, because
+    `known_kernels` reports them.
     """
     if name in graph.names and name not in ports:
         return
@@ -157,10 +159,10 @@ def _known_nodes(graph: Graph) -> Iterator[Node]:
 
 
 def infer(graph: Graph) -> Graph:
-    """Fill in the type of every edge.
+    """The graph with the type of every edge filled in.
 
-    Raises GraphError with the breaches that `verify` finds, or with the first node that cannot take
-    the types of its inlets.
+    Raises GraphError with the breaches that `verify` finds, or for the first node that does not
+    accept the types of its inlets.
     """
     found = verify(graph)
     if found:

@@ -12,7 +12,7 @@ from sagellm.graphs.kernels.token_mixers import LinearAttention, PagedAttention
 Shape: TypeAlias = tuple[int, ...]
 GroupKind: TypeAlias = Literal["full", "window", "state"]
 _ORDER: tuple[GroupKind, ...] = ("full", "window", "state")
-_WASTE_SHARE = 8  # one of so many layers in the pool's blocks may stay empty
+_WASTE_SHARE = 8  # empty layers in blocks may be at most 1/8 of the model's layers
 
 
 def weight_shapes(graph: Graph) -> dict[str, Shape]:
@@ -27,7 +27,7 @@ def weight_shapes(graph: Graph) -> dict[str, Shape]:
 
 
 def linear_weights(graph: Graph) -> frozenset[str]:
-    """The names of the weights of linears, which a model folder may store quantised."""
+    """The names of the weights of linear layers, which a model folder may store quantised."""
     return frozenset(str(node.attrs["weight"]) for node in graph.nodes if node.op == "linear")
 
 
@@ -67,8 +67,9 @@ _SHAPES_OF: dict[str, Callable[[Mapping[str, Value]], dict[str, Shape]]] = {
 class KVGroup:
     """Layers that keep the same kind of memory between steps.
 
-    `full`: keys and values of all tokens. `window`: keys and values of the last `window` tokens.
-    `state`: a recurrent state of `state_bytes` a layer, for a sequence of any length.
+    Kind "full": keys and values of all tokens. "window": keys and values of the last `window`
+    tokens. "state": a recurrent state of `state_bytes` bytes per layer, for a sequence of any
+    length.
     """
 
     kind: GroupKind
@@ -84,7 +85,7 @@ class KVGroup:
 def kv_groups(graph: Graph) -> tuple[KVGroup, ...]:
     """The groups of a kernel graph, fused or not: full attention first, states last.
 
-    Several kernels may read the keys and values of one layer: the widest window counts.
+    If several kernels read the keys and values of one layer, the widest window counts.
     """
     found: dict[int, KVGroup] = {}
     for node in graph.nodes:
@@ -103,6 +104,7 @@ def _group(options: PagedAttention | LinearAttention) -> KVGroup:
 
 
 def _window_len(group: KVGroup) -> float:
+    # Full attention counts as the widest window: it needs all keys and values.
     return float("inf") if group.window is None else group.window
 
 
@@ -122,10 +124,10 @@ def _rank(group: KVGroup) -> tuple[int, int, int]:
 class KVBlocks:
     """The layout of all groups in one pool of equal blocks, after vLLM's hybrid KV cache manager.
 
-    A block holds `block_layers` layers of `block_size` tokens, or a part of the states of so many
-    layers. A group with more layers has several block *tables*, and takes a block in each of them
-    for the same tokens. Equal blocks let one group use the blocks that another group frees, and let
-    a transfer move blocks without knowledge of their content.
+    A block holds the keys and values of `block_size` tokens in `block_layers` layers, or parts of
+    the states of `block_layers` layers. A group with more layers has several block tables, and uses
+    one block of each table for the same tokens. Because all blocks are equal, one group can use the
+    blocks that another group frees, and a transfer moves blocks without knowing their content.
     `itemsize`: bytes of a number in a key or value.
     """
 
@@ -137,9 +139,14 @@ class KVBlocks:
 
     @cached_property
     def block_layers(self) -> int:
-        """The largest number of layers in a block at which few of them stay empty."""
+        """The number of layers in a block: the largest number with few empty layers in blocks.
+
+        A block has empty layers if a group's number of layers is not a multiple of this number. All
+        empty layers together may be at most 1 / _WASTE_SHARE of the groups' layers.
+        """
         counts = [len(group.layers) for group in self.groups]
         total = sum(counts)
+        # Wide blocks are better: a sequence needs fewer block tables.
         for width in range(min(counts), 1, -1):
             if sum(-(-count // width) * width for count in counts) <= total + total // _WASTE_SHARE:
                 return width
@@ -147,7 +154,7 @@ class KVBlocks:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of the keys and values of one layer in a block."""
+        """The bytes of one layer in a block: its keys and values."""
         return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
 
     @property
@@ -164,21 +171,21 @@ class KVBlocks:
 
     @property
     def num_state_blocks(self) -> int:
-        """Blocks of a snapshot, which has the states of all layers of one sequence."""
+        """The number of blocks of a snapshot: the states of all layers of one sequence."""
         return sum(map(self._snapshot_blocks, self.groups))
 
     def row(self, layer: int) -> int:
-        """The layer within a block that holds the layer `layer` of the model."""
+        """The index, within a block, of the layer `layer` of the model."""
         return self._index(layer)[1] % self.block_layers
 
     def table(self, layer: int) -> int:
-        """The block table of an attention layer. Tables are numbered group by group."""
+        """The number of an attention layer's block table. Tables are numbered group by group."""
         group, index = self._index(layer)
         tables = [self.num_tables(other) for other in self.token_groups]
         return sum(tables[: self.groups.index(group)]) + index // self.block_layers
 
     def state_blocks(self, layer: int) -> range:
-        """The blocks of a snapshot that hold the state of a layer, a part in each."""
+        """The indices of the blocks of a snapshot that together hold the state of a layer."""
         group, index = self._index(layer)
         before = self.groups[: self.groups.index(group)]
         count = self._layer_blocks(group)
@@ -192,7 +199,7 @@ class KVBlocks:
         raise KeyError(f"layer {layer} keeps nothing between steps")
 
     def _layer_blocks(self, group: KVGroup) -> int:
-        """The number of blocks over which the state of one layer is spread."""
+        """The number of blocks that together hold the state of one layer."""
         return -(-group.state_bytes // self.layer_bytes)
 
     def _snapshot_blocks(self, group: KVGroup) -> int:

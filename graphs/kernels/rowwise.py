@@ -1,4 +1,4 @@
-"""Kernels that compute each row by itself: embeddings, norms, linears, elementwise."""
+"""Kernels that compute each row by itself: embedding, norms, linear and elementwise kernels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from sagellm.graphs.vocabulary import NoOptions
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Looks up rows of `weight` [vocab_size, size]. `dtype`: of the result, not of the weight."""
+    """Rows of `weight` [vocab_size, size] by token id. `dtype`: the dtype of the result."""
 
     weight: str
     vocab_size: int
@@ -43,8 +43,9 @@ def _select_rows(_: NoOptions, inlets: Mapping[str, TensorType]) -> dict[str, Te
 class RmsNorm:
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    out = in / sqrt(mean(in ** 2) + epsilon) * weight, with `weight` [size], computed in fp32. Each
-    run of `size` elements of a row is normalised by itself: a whole row, or each head of a row.
+    out = in / sqrt(mean(in ** 2) + epsilon) * weight, with `weight` [size], computed in float32.
+    Every `size` consecutive elements of a row are normalised by themselves: the whole row, or each
+    head of it.
     """
 
     weight: str
@@ -77,7 +78,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class FusedLinear:
-    """Several linears over the same rows. The entries have the order of the outlets."""
+    """Several linear layers over the same rows. The entries have the order of the outlets."""
 
     weights: tuple[str, ...]
     in_features: int

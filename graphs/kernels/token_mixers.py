@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sagellm.graphs.ir import TensorType
 from sagellm.graphs.kernels.kernel import Kernel, ShapeError, expect_last, kernel
 
-# States are sums over a whole sequence: float32, even in a pool of 16-bit numbers.
+# States are sums over a whole sequence, so they are float32 even in a pool of 16-bit numbers.
 _STATE_ITEM_BYTES = 4
 
 
@@ -14,9 +14,10 @@ _STATE_ITEM_BYTES = 4
 class Rope:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of each head, by halves.
 
-    `scaling` is "default", "linear" or "llama3". "linear" divides frequencies by `factor`. "llama3"
-    divides the frequencies of wavelengths above original_max_len / low_freq_factor by `factor`, and
-    blends between that wavelength and original_max_len / high_freq_factor (Llama 3.1 release).
+    `scaling` is "default", "linear" or "llama3". "linear" divides all frequencies by `factor`.
+    "llama3" (Llama 3.1 release) divides frequencies with a wavelength above original_max_len /
+    low_freq_factor by `factor`, keeps frequencies with a wavelength below original_max_len /
+    high_freq_factor, and interpolates between the two.
     """
 
     head_dim: int
@@ -30,9 +31,9 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class KVWrite:
-    """Writes the key and the value of each row to the slot of the row, in one layer of the pool.
+    """Writes the key and the value of each row to the row's slot, in one layer of the pool.
 
-    `table`: the block table, of those of a sequence, to which the slots belong.
+    `table`: the number of the block table that the slots belong to.
     """
 
     layer: int
@@ -43,7 +44,7 @@ class KVWrite:
 
 @dataclass(frozen=True, slots=True)
 class RopeKVWrite:
-    """`rope` of queries and keys, and `kv_write` of the rotated keys and the values."""
+    """Rotates queries and keys as `rope`, and writes rotated keys and values as `kv_write`."""
 
     layer: int
     num_heads: int
@@ -56,8 +57,8 @@ class RopeKVWrite:
 class PagedAttention:
     """Causal softmax(scale * q k) v over the blocks of each row's sequence.
 
-    A row at position p sees positions max(0, p - window + 1) .. p; without a window, 0 .. p.
-    `table`: the block table, of those of a sequence, that lists the blocks.
+    A row at position p attends to positions max(0, p - window + 1) to p; without a window, 0 to p.
+    `table`: the number of the block table that lists the blocks.
     """
 
     layer: int
@@ -73,13 +74,13 @@ class PagedAttention:
 class LinearAttention:
     """S_t = g_t S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, for each head and token.
 
-    g_t = sigmoid(gate_t) is one number a head. S is [key_dim, value_dim], and 0 before the first
-    token. The recurrence is that of retention (Sun et al. 2023, arXiv:2307.08621), the
-    data-dependent scalar gate that of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060).
+    g_t = sigmoid(gate_t) is one number per head. S is [key_dim, value_dim], and 0 before the first
+    token. The recurrence is from retention (Sun et al. 2023, arXiv:2307.08621), and the
+    data-dependent scalar gate from Mamba-2 (Dao and Gu 2024, arXiv:2405.21060).
 
-    The kernel reads the state of a sequence from the blocks `first_block` ..
-    `first_block + num_blocks` of `states[0]`, and writes it to the same blocks of `states[1]`, in
-    layer `layer` of these blocks.
+    `states[0]` lists the blocks of the state before the step, and `states[1]` those after the step.
+    The kernel uses `num_blocks` blocks of each list, beginning at `first_block`, and in each block
+    the layer `layer`.
     """
 
     layer: int

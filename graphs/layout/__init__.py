@@ -1,1 +1,1 @@
-"""A layered layout of boxes, labels and edges. It has no knowledge of operators and kernels."""
+"""A layered layout of boxes, labels and edges, which knows nothing of operators and kernels."""

@@ -1,8 +1,9 @@
 """Horizontal positions of the cells of a layered layout, with long edges made straight.
 
-After Brandes and Köpf, "Fast and simple horizontal coordinate assignment" (2001): four layouts,
-each aligned to one corner, and the mean of their two medians. Longest paths compact the blocks of
-each layout. Finally, straight lines move towards their neighbours as far as there is room.
+The algorithm is Brandes and Köpf, "Fast and simple horizontal coordinate assignment" (2001): it
+computes four layouts, each aligned to one corner, and takes the mean of the two median positions of
+each cell. Here, longest paths compact the blocks of each layout, and at the end straight lines move
+towards their neighbours as far as there is room.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,11 @@ def centres(
     near: tuple[Neighbours, Neighbours],
     widths: Mapping[GridCell, float],
 ) -> dict[GridCell, float]:
-    """The x of the middle of each cell. Cells of a row keep their order, COLUMN_GAP apart.
+    """The x of the middle of each cell. Cells of a row keep their order, at least COLUMN_GAP apart.
 
-    `lower`: the neighbours below each cell. `near`: the neighbours above, and those below, with
-    which a cell may be aligned; two cells are aligned if each is near the other.
+    `lower`: the neighbours below each cell. `near`: the neighbours above each cell, and the
+    neighbours below it, with which the cell may be aligned. Two cells are aligned only if each is
+    in `near` of the other.
     """
     crossed = _crossed(rows, lower)
     found = []
@@ -43,9 +45,10 @@ def centres(
 
 
 def _crossed(rows: Sequence[Sequence[GridCell]], lower: Neighbours) -> set[Segment]:
-    """The segments to leave bent: one of each crossing pair, if possible no inner segment.
+    """The segments that may not become straight: one of each pair that crosses.
 
-    An inner segment is a part of a long edge, between two rows that the edge crosses.
+    An inner segment, a part of a long edge that touches neither of the edge's boxes, is chosen only
+    if both segments of the pair are inner.
     """
     crossed: set[Segment] = set()
     for row, below in pairwise(rows):
@@ -66,7 +69,7 @@ def _blocks(
     near: tuple[Neighbours, Neighbours],
     crossed: set[Segment],
 ) -> dict[GridCell, GridCell]:
-    """The topmost cell of the block of each cell. A block is a straight line of cells."""
+    """For each cell, the topmost cell of its block. A block is a vertical line of aligned cells."""
     root: dict[GridCell, GridCell] = {cell: cell for row in rows for cell in row}
     for before, row in pairwise(rows):
         place = {cell: n for n, cell in enumerate(before)}
@@ -74,9 +77,9 @@ def _blocks(
         for cell in row:
             above = (one for one in near[0][cell] if cell in near[1][one])
             wish = sorted(above, key=lambda one: place[one])
-            # The median neighbour, or the two of an even number: the first that is free.
+            # Align with the median neighbour; of two medians, with the first that is free.
             for middle in wish[(len(wish) - 1) // 2 : len(wish) // 2 + 1]:
-                # `last`: lines to the right of a straight line must not cross it.
+                # A line that begins left of `last` would cross a line that is straight already.
                 free = root[cell] == cell and last < place[middle]
                 if free and not {(middle, cell), (cell, middle)} & crossed:
                     root[cell] = root[middle]
@@ -89,7 +92,9 @@ def _compacted(
     root: Mapping[GridCell, GridCell],
     widths: Mapping[GridCell, float],
 ) -> dict[GridCell, float]:
-    """Move all blocks to the left, then each block to the right, up to the blocks right of it."""
+    """The x of each cell: all blocks as far left as possible, then each block moved right until it
+    meets the next block.
+    """
     right: dict[GridCell, dict[GridCell, float]] = {block: {} for block in root.values()}
     left: dict[GridCell, dict[GridCell, float]] = {block: {} for block in right}
     for row in rows:
@@ -111,6 +116,7 @@ def _from_left(
     left: Mapping[GridCell, Mapping[GridCell, float]],
     right: Mapping[GridCell, Mapping[GridCell, float]],
 ) -> list[GridCell]:
+    """The blocks in an order in which each block comes after all blocks to its left."""
     num_left = {block: len(others) for block, others in left.items()}
     order = [block for block, count in num_left.items() if count == 0]
     for block in order:  # the loop appends to `order`
@@ -124,7 +130,9 @@ def _from_left(
 def _balanced(
     found: Sequence[Mapping[GridCell, float]], widths: Mapping[GridCell, float]
 ) -> dict[GridCell, float]:
-    """The mean of the two medians, after the layouts moved to the sides of the narrowest."""
+    """The mean of the two median positions of each cell, after all layouts have been moved to the
+    sides of the narrowest layout.
+    """
 
     def side(x: Mapping[GridCell, float], pick: Callable[..., float], sign: int) -> float:
         return pick((value + sign * widths[cell] / 2 for cell, value in x.items()), default=0.0)
@@ -132,7 +140,7 @@ def _balanced(
     lefts = [side(x, min, -1) for x in found]
     rights = [side(x, max, 1) for x in found]
     best = min(range(len(found)), key=lambda n: rights[n] - lefts[n])
-    # Layouts 1 and 3 were mirrored: their right sides are flush, not their left ones.
+    # Layouts 1 and 3 were mirrored, so their right sides are aligned instead of their left sides.
     moves = [
         rights[best] - rights[n] if n % 2 else lefts[best] - lefts[n] for n in range(len(found))
     ]
@@ -149,7 +157,9 @@ def _tightened(
     x: dict[GridCell, float],
     widths: Mapping[GridCell, float],
 ) -> dict[GridCell, float]:
-    """Move each straight line towards the mean of its neighbours, as far as there is room."""
+    """Move each straight line towards the mean of its neighbours, as far as there is room. Changes
+    and returns `x`.
+    """
     lines = _straight(lower, x)
     joined: dict[GridCell, list[GridCell]] = {cell: [] for cell in x}
     for cell, ends in lower.items():
@@ -171,7 +181,7 @@ def _tightened(
 
 
 def _straight(lower: Neighbours, x: Mapping[GridCell, float]) -> list[list[GridCell]]:
-    """Lists of cells that are joined by edges and exactly below each other."""
+    """Groups of cells that have the same x and are joined by edges. A single cell is a group."""
     lines: dict[GridCell, list[GridCell]] = {cell: [cell] for cell in x}
     for cell, ends in lower.items():
         for end in ends:
@@ -183,7 +193,7 @@ def _straight(lower: Neighbours, x: Mapping[GridCell, float]) -> list[list[GridC
 
 
 class _Room:
-    """The room of a cell to either side, up to COLUMN_GAP from the next cell of its row."""
+    """How far a cell may move to either side, up to COLUMN_GAP from the next cell in its row."""
 
     def __init__(
         self, rows: Sequence[Sequence[GridCell]], widths: Mapping[GridCell, float]

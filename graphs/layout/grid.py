@@ -1,4 +1,4 @@
-"""Rows of cells of a layered layout, ordered so that few edges cross."""
+"""The rows of cells of a layered layout, ordered so that few edges cross."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,10 @@ _NUM_SWEEPS = 12
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The cells of each row from left to right. `labels`: the row of the label, by edge number."""
+    """The cells of each row from left to right, with their widths and the x of their centres.
+
+    `paths`: the path of each edge. `labels`: the row of an edge's label, by the edge's number.
+    """
 
     rows: Sequence[Sequence[GridCell]]
     row_of: Mapping[str, int]
@@ -32,7 +35,7 @@ class Grid:
 
 
 def grid(sizes: Mapping[str, Size], edges: Sequence[LayoutEdge], bands: Sequence[Band]) -> Grid:
-    """Make rows of cells with few crossings, and space between neighbours."""
+    """Arrange boxes and edges in rows of cells, with few crossings and COLUMN_GAP between cells."""
     rank = ranks(list(sizes), edges, bands)
     row_of, labels = _numbered(rank, edges)
     paths = [_edge_path(number, edge, row_of) for number, edge in enumerate(edges)]
@@ -53,7 +56,9 @@ def grid(sizes: Mapping[str, Size], edges: Sequence[LayoutEdge], bands: Sequence
 def _numbered(
     rank: Mapping[str, int], edges: Sequence[LayoutEdge]
 ) -> tuple[dict[str, int], dict[int, int]]:
-    """The row of each box, and of each label. Labels have rows between those of two ranks."""
+    """The row of each box, and the row of each label by edge number. A row of labels lies between
+    the rows of two ranks.
+    """
     gaps = {n: _label_gap(edge, rank) for n, edge in enumerate(edges) if _has_row(edge)}
     labelled = sorted(set(gaps.values()))
     row_of = {name: value + sum(gap < value for gap in labelled) for name, value in rank.items()}
@@ -66,7 +71,7 @@ def _has_row(edge: LayoutEdge) -> bool:
 
 
 def _label_gap(edge: LayoutEdge, rank: Mapping[str, int]) -> int:
-    """The rank above the label."""
+    """The rank above the label of an edge."""
     upper, lower = sorted((edge.source, edge.target), key=lambda name: rank[name])
     return rank[lower] - 1 if edge.at_target == (lower == edge.target) else rank[upper]
 
@@ -80,8 +85,8 @@ def _edge_path(number: int, edge: LayoutEdge, row_of: Mapping[str, int]) -> Edge
 
 
 def _grades(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> list[int]:
-    """The order in which edges align boxes; 0 comes first: the spine, then by priority."""
-    # A shortcut comes after other edges: the longer path beside it is straight, and it bends.
+    """The grade of each edge: edges of a lower grade align their boxes first. The spine has 0."""
+    # A shortcut comes after other edges, so that the longer path is straight and not the shortcut.
     first, last = spine(rank, edges), shortcuts(rank, edges)
     return [
         0 if number in first else 1 + max(edge.priority, number in last)
@@ -92,9 +97,9 @@ def _grades(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> list[int]:
 def _neighbours(
     rows: Sequence[Sequence[GridCell]], paths: Sequence[EdgePath], grades: Sequence[int] = ()
 ) -> tuple[dict[GridCell, list[GridCell]], dict[GridCell, list[GridCell]]]:
-    """The neighbours of each cell above, and those below.
+    """The neighbours above each cell, and the neighbours below each cell.
 
-    Edges of the lowest grade at each side of a box count, the others do not.
+    At each side of a box, only the edges of the lowest grade count.
     """
     grades = grades or [0] * len(paths)
     sides: tuple[dict[GridCell, list[GridCell]], ...] = ({}, {})
@@ -128,7 +133,7 @@ def _widths(
             needed = COLUMN_GAP + edge.label_width
             beside[edge.source] = max(beside.get(edge.source, 0.0), needed)
     for name, width in beside.items():
-        widths[name] += 2 * width  # at both sides, so that the box stays in the middle
+        widths[name] += 2 * width  # at both sides, so that the box stays in the middle of its cell
     return widths
 
 
@@ -138,13 +143,13 @@ def ordered(
     lower: Mapping[GridCell, Sequence[GridCell]],
     first: frozenset[GridCell],
 ) -> list[list[GridCell]]:
-    """Sort each row by the mean place of its neighbours, sweeping down and up in turn.
+    """Sort each row by the mean place of each cell's neighbours, sweeping down and up in turn.
 
-    Returns the sweep with the fewest crossings. Cells of `first` stay leftmost in their rows.
+    Returns the rows of the sweep with the fewest crossings. The cells `first` stay leftmost.
     """
     current = [sorted(row, key=lambda cell: cell not in first) for row in rows]
     best, fewest = [list(row) for row in current], num_crossings(current, lower)
-    for sweep in range(_NUM_SWEEPS):  # a sweep may add crossings: the best one is kept
+    for sweep in range(_NUM_SWEEPS):  # a sweep may add crossings, so the best rows are kept
         near = lower if sweep % 2 else upper
         _sweep(current[::-1] if sweep % 2 else current, near, first)
         if (count := num_crossings(current, lower)) < fewest:
@@ -167,7 +172,7 @@ def _sweep(
 def num_crossings(
     rows: Sequence[Sequence[GridCell]], lower: Mapping[GridCell, Sequence[GridCell]]
 ) -> int:
-    """The number of pairs of edges that cross between two rows."""
+    """The number of pairs of edges that cross between neighbouring rows."""
     return sum(_between(row, below, lower) for row, below in pairwise(rows))
 
 

@@ -1,6 +1,5 @@
-"""A layered layout: boxes and labels in rows, edges as lines between rows.
-
-After Sugiyama, Tagawa, Toda (1981).
+"""A layered layout (Sugiyama, Tagawa, Toda 1981): boxes and labels in rows, edges as lines between
+rows.
 """
 
 from collections import Counter, defaultdict
@@ -22,7 +21,7 @@ from sagellm.graphs.layout.ranks import (
     Size,
 )
 
-# The x of each cell of its path, by edge number.
+# For each edge, the x of each cell of its path.
 Lines: TypeAlias = list[list[float]]
 
 MARGIN = 24.0
@@ -31,17 +30,17 @@ FRAME_PADDING = 14.0
 LOOP_HEIGHT = 18.0
 HEAD_ROOM = 10.0  # edges are straight next to a box, so that arrow heads stand upright
 _BENDS = 12.0, 32.0  # the smallest and the largest height of a bend
-PORT_GAP = 14.0
-_INSET = 8.0  # of ports, from the corner of a box
+PORT_GAP = 14.0  # between the ends of two edges at the same side of a box
+_INSET = 8.0  # between the end of an edge and the corner of its box
 
 
 def lay_out(
     sizes: Mapping[str, Size], edges: Sequence[LayoutEdge], bands: Sequence[Band] = ()
 ) -> Layout:
-    """Place boxes of the given (width, height). The titles of bands are boxes as well.
+    """Place boxes of the given `sizes` (width, height). The titles of bands are boxes too.
 
     No two boxes or labels touch, and no edge crosses a box or a label. A box with loops may become
-    taller than given.
+    taller than its given height.
     """
     sizes = _with_loops(sizes, edges)
     cells = grid(sizes, edges, bands)
@@ -63,7 +62,7 @@ def _with_loops(sizes: Mapping[str, Size], edges: Sequence[LayoutEdge]) -> dict[
 
 
 def lines(grid: Grid, sizes: Mapping[str, Size]) -> Lines:
-    """The x of each edge in each row, from its upper box to its lower box; empty for a loop."""
+    """For each edge, its x in each row from its upper box to its lower box; empty for a loop."""
     found = [[grid.centres[cell] for cell in path] for path in grid.paths]
     for at, towards in ((0, 1), (-1, -2)):
         sides: dict[GridCell, list[int]] = defaultdict(list)
@@ -80,20 +79,20 @@ def lines(grid: Grid, sizes: Mapping[str, Size]) -> Lines:
 
 
 def _places(grid: Grid, numbers: Sequence[int], towards: int) -> list[int]:
-    """Sort the edges at one side of a box from left to right."""
+    """Sort the edges at one side of a box from left to right. `towards`: the next cell's index."""
     return sorted(numbers, key=lambda number: grid.centres[grid.paths[number][towards]])
 
 
 def spread(wish: Sequence[float], centre: float, width: float) -> list[float]:
-    """The places nearest to the sorted `wish` on a side of a box, PORT_GAP apart.
+    """The places on a side of a box that are nearest to the sorted `wish` and PORT_GAP apart.
 
-    Places without room for the gap share the side evenly.
+    If the side is too short for the gaps, the places are spread evenly.
     """
     room = width - 2 * _INSET
     if (len(wish) - 1) * PORT_GAP > room:
         step = width / (len(wish) + 1)
         return [centre - width / 2 + step * (n + 1) for n in range(len(wish))]
-    # Without the gaps, places that are PORT_GAP apart are values that never fall.
+    # After PORT_GAP * n is subtracted from place n, the condition is only that values never fall.
     apart = [wanted - PORT_GAP * n for n, wanted in enumerate(wish)]
     left, right = centre - room / 2, centre + room / 2 - PORT_GAP * (len(wish) - 1)
     held = (min(max(x, left), right) for x in _rising(apart))
@@ -101,7 +100,7 @@ def spread(wish: Sequence[float], centre: float, width: float) -> list[float]:
 
 
 def _rising(values: Sequence[float]) -> list[float]:
-    """The nearest rising values by least squares (the algorithm pool adjacent violators)."""
+    """The nearest non-decreasing values by least squares, by pooling adjacent violators."""
     pools: list[tuple[float, int]] = []
     for value in values:
         mean, size = value, 1
@@ -113,7 +112,7 @@ def _rising(values: Sequence[float]) -> list[float]:
 
 
 def widest_bends(grid: Grid, found: Lines) -> list[float]:
-    """The widest sideways step of an edge below each row."""
+    """For each row, the widest horizontal step of an edge to the row below."""
     widest = [0.0] * len(grid.rows)
     for path, line in zip(grid.paths, found, strict=True):
         row = grid.row_of[str(path[0])] if path else 0
@@ -134,24 +133,24 @@ def _spans(
         heights = (sizes[cell][1] for cell in row if isinstance(cell, str))
         bottom = top + (LABEL_HEIGHT if number in label_rows else max(heights, default=0.0))
         spans.append((top, bottom))
-        # Arrow heads are at boxes only: labels need no room for them.
+        # Arrow heads are at boxes only, so a row of labels needs no room for them.
         heads = (number not in label_rows) + (number + 1 not in label_rows)
         around = (number in closing) + (number + 1 in opening)
-        # A wide bend needs height, or its curve is nearly horizontal.
+        # A wide bend needs height, because its curve would be nearly horizontal otherwise.
         bend = min(max(bends[number] / 7, _BENDS[0]), _BENDS[1])
         top = bottom + bend + heads * HEAD_ROOM + around * FRAME_PADDING
     return spans
 
 
 def _box(name: str, size: Size, cells: Grid, spans: Sequence[Point]) -> Box:
-    """Place a box at half the height of its row."""
+    """Place a box in the vertical middle of its row."""
     width, height = size
     middle = sum(spans[cells.row_of[name]]) / 2
     return Box(cells.centres[name] - width / 2, middle - height / 2, width, height)
 
 
 def _to_the_left(boxes: dict[str, Box], cells: Grid, bands: Sequence[Band]) -> None:
-    """Move the titles of frames to the left, beyond edges that pass there."""
+    """Move the titles of frames to the left, past the edges that cross their rows."""
     for band in bands:
         title, row = boxes[band.title], cells.rows[cells.row_of[band.title]]
         room = [
@@ -164,7 +163,7 @@ def _to_the_left(boxes: dict[str, Box], cells: Grid, bands: Sequence[Band]) -> N
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """The placed boxes and lines, from which frames and routes follow."""
+    """The placed boxes and lines, from which frames and routes are computed."""
 
     cells: Grid
     edges: Sequence[LayoutEdge]
@@ -173,7 +172,7 @@ class _Drawn:
     boxes: Mapping[str, Box]
 
     def frame(self, band: Band) -> Box:
-        """A frame around the title, the members, and all labels and edges in their rows."""
+        """A frame around the title, the members, and all labels and edges in the members' rows."""
         held = [self.boxes[name] for name in (band.title, *band.members)]
         top, bottom = min(box.y for box in held), max(box.bottom for box in held)
         held += [Box(x, top, width, 0) for x, width in self._between(top, bottom)]
@@ -185,7 +184,7 @@ class _Drawn:
         return Box(x - pad, top - pad / 2, right - x + 2 * pad, bottom - top + 1.5 * pad)
 
     def _between(self, top: float, bottom: float) -> Iterator[Point]:
-        """The left and the width of all edges and labels in the rows between two heights."""
+        """The left side and the width of each edge and label in the rows between two heights."""
         for number, path in enumerate(self.cells.paths):
             for cell, x in zip(path, self.tracks[number], strict=True):
                 if isinstance(cell, tuple) and top <= self.spans[cell[1]][0] <= bottom:
@@ -214,8 +213,8 @@ class _Drawn:
     ) -> tuple[list[Point], list[Point]]:
         """The points of an edge at the top and at the bottom of a row.
 
-        At a box, the points are at one side only. They lead straight to the end of the row, since
-        other boxes in the row may be taller.
+        At a box, an edge has points at one side only. They lead straight to the end of the row,
+        because other boxes in the row may be taller.
         """
         if not isinstance(cell, str):
             top, bottom = self.spans[cell[1]]
@@ -226,7 +225,7 @@ class _Drawn:
         return [(x, top - HEAD_ROOM), (x, self.boxes[cell].y)], []
 
     def _loop(self, number: int) -> EdgeRoute:
-        """Route a loop at the right side of a box. Several loops of one box have a lane each."""
+        """Route a loop at the right side of a box. Loops of one box share its height evenly."""
         edge, box = self.edges[number], self.boxes[self.edges[number].source]
         mine = [n for n, one in enumerate(self.edges) if one.is_loop and one.source == edge.source]
         room = box.height / len(mine)
@@ -241,7 +240,7 @@ class _Drawn:
 def _in_view(
     boxes: Mapping[str, Box], frames: Mapping[str, Box], routes: Sequence[EdgeRoute]
 ) -> Layout:
-    """Move everything to the right of the left margin, and below the upper margin."""
+    """Move everything so that it begins at the left and the upper margin, and add up the size."""
     held = [*boxes.values(), *frames.values(), *_covered(routes)]
     dx = MARGIN - min((box.x for box in held), default=0.0)
     dy = MARGIN - min((box.y for box in held), default=0.0)
@@ -255,6 +254,7 @@ def _in_view(
 
 
 def _covered(routes: Sequence[EdgeRoute]) -> Iterator[Box]:
+    """The points of the routes, as boxes without a size, and the boxes of their labels."""
     for route in routes:
         yield from (Box(x, y, 0, 0) for stroke in route.strokes for x, y in stroke)
         if route.label:

@@ -1,5 +1,5 @@
-"""Boxes and edges of a layered layout, and the row of each box: every edge leads down, except
-in cycles and feedback edges.
+"""Boxes and edges of a layered layout, and the row of each box. Every edge leads down, except in
+cycles and for feedback.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,13 +11,13 @@ Size: TypeAlias = tuple[float, float]  # width and height
 Stroke: TypeAlias = tuple[
     Point, ...
 ]  # a line, with a bend between points that share neither x nor y
-# A box, by name; or the place where an edge crosses a row, by the numbers of edge and row.
+# The name of a box; or (edge number, row) for the place where an edge crosses a row.
 GridCell: TypeAlias = str | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle: its left, its top, and its size."""
+    """A rectangle, given by its left side, its top and its size."""
 
     x: float
     y: float
@@ -42,7 +42,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class EdgeRoute:
-    """The strokes of an edge from source to target. The label stands between two strokes."""
+    """The strokes of an edge from source to target. The label is between two strokes."""
 
     strokes: tuple[Stroke, ...]
     label: Box | None = None
@@ -54,7 +54,7 @@ class EdgeRoute:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Boxes and frames by name, a route for each edge in order, and the size of the picture."""
+    """The boxes and frames by name, the route of each edge in order, and the picture's size."""
 
     boxes: Mapping[str, Box]
     frames: Mapping[str, Box]
@@ -70,10 +70,10 @@ _END = "\0end"  # suffix for the end of a band; no name of a box contains it
 
 @dataclass(frozen=True, slots=True)
 class LayoutEdge:
-    """An edge to draw. `is_back`: the edge may lead up. `label_width` 0: no label.
+    """An edge to draw. `is_back`: the edge may lead up. `label_width` 0: the edge has no label.
 
     The label is below the row of the source or, with `at_target`, above the row of the target.
-    A box is aligned with its neighbours along the edges of the lowest `priority` number.
+    A box is aligned with its neighbours along its edges of the lowest `priority` number.
     """
 
     source: str
@@ -90,7 +90,7 @@ class LayoutEdge:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A frame around boxes that share rows with no others. `title`: the box with its title."""
+    """A frame around boxes that share no row with other boxes. `title`: the box of its title."""
 
     title: str
     members: tuple[str, ...]
@@ -99,13 +99,13 @@ class Band:
 def ranks(
     names: Sequence[str], edges: Sequence[LayoutEdge], bands: Sequence[Band]
 ) -> dict[str, int]:
-    """The rank of each box: the length of the longest path from above, from 0.
+    """The rank of each box, from 0: the length of the longest path that leads to it from above.
 
     The two ends of an edge have different ranks, unless the edge is a loop. The title of a band is
     above its members. Boxes that feed a member are above the title; boxes that a member feeds are
     below all members.
     """
-    # Only firm pairs decide the sequence: an edge that may lead up must not turn another edge.
+    # Edges that may lead up do not decide the sequence, so that they never turn other edges.
     firm = [*_forward(edges), *_around(edges, bands)]
     ends = [band.title + _END for band in bands]
     place = {name: n for n, name in enumerate(_sequence([*names, *ends], firm))}
@@ -119,6 +119,9 @@ def _forward(edges: Iterable[LayoutEdge]) -> list[Pair]:
 
 
 def _around(edges: Sequence[LayoutEdge], bands: Iterable[Band]) -> Iterable[Pair]:
+    """The pairs that keep the members of a band between its title and its end, and all other boxes
+    above the title or below the end.
+    """
     forward = _forward(edges)
     for band in bands:
         members, end = set(band.members), band.title + _END
@@ -133,7 +136,9 @@ def _around(edges: Sequence[LayoutEdge], bands: Iterable[Band]) -> Iterable[Pair
 
 
 def _sequence(names: Sequence[str], pairs: Iterable[Pair]) -> list[str]:
-    """Upper boxes first. If only cycles are left, the first remaining box comes next."""
+    """The boxes in an order with upper boxes first. If only cycles are left, the first remaining
+    box comes next.
+    """
     above: dict[str, set[str]] = {name: set() for name in names}
     for upper, lower in pairs:
         above[lower].add(upper)
@@ -146,7 +151,7 @@ def _sequence(names: Sequence[str], pairs: Iterable[Pair]) -> list[str]:
 
 
 def _longest(place: Mapping[str, int], pairs: Iterable[Pair]) -> dict[str, int]:
-    """Ranks by longest path. Each pair is turned to lead forward in the sequence `place`."""
+    """Ranks by longest path. A pair that leads backwards in the sequence `place` is turned."""
     above: dict[str, list[str]] = {name: [] for name in place}
     for pair in pairs:
         upper, lower = sorted(pair, key=lambda name: place[name])
@@ -163,7 +168,7 @@ def _dense(rank: Mapping[str, int]) -> dict[str, int]:
 
 
 def shortcuts(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> frozenset[int]:
-    """The numbers of the edges whose ends are also joined by a longer path."""
+    """The numbers of the edges whose ends are joined by a longer path too."""
     below: dict[str, set[str]] = {name: set() for name in rank}
     for edge in edges:
         if not edge.is_loop:
@@ -189,7 +194,10 @@ def _ends(rank: Mapping[str, int], edge: LayoutEdge) -> Pair:
 
 
 def spine(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> frozenset[int]:
-    """The numbers of the edges of one longest path upwards from the lowest box, of priority 0."""
+    """The numbers of the edges on a path from the lowest box upwards, all of them of priority 0.
+
+    At each box, the path takes an edge to the nearest row above.
+    """
     above: dict[str, list[int]] = {name: [] for name in rank}
     for number, edge in enumerate(edges):
         if edge.priority == 0 and not edge.is_loop:

@@ -1,4 +1,4 @@
-"""Model builders: from a parsed config.json to the kernel graph of one forward step."""
+"""Model builders: they turn a parsed config.json into the kernel graph of one forward step."""
 
 from sagellm.graphs.diagnostics import UnsupportedModel
 from sagellm.graphs.ir import Graph
@@ -32,29 +32,29 @@ __all__ = [
 def build(config: Config) -> Graph:
     """Build the kernel graph of one forward step of a ragged batch, without fusions and types.
 
-    Raises UnsupportedModel for an architecture or a field that would not be computed right.
+    Raises UnsupportedModel for an architecture or a field that sagellm would compute wrongly.
     """
     family = _family(config)
     return family.graph(family.shape(config))
 
 
 def facts(config: Config) -> ModelFacts:
-    """The facts of a model for the rest of the system. Raises UnsupportedModel."""
+    """The facts of a model: sizes, limits and memory. Raises UnsupportedModel."""
     family = _family(config)
     shape = family.shape(config)
     return facts_of(config, shape, family.graph(shape))
 
 
 def check(config: Config) -> None:
-    """Raise UnsupportedModel where `facts` would, without the cost of a graph of all layers."""
+    """Raise UnsupportedModel if `facts` would, but without building a graph of all layers."""
     facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
 
 
 def _family(config: Config) -> ModelFamily:
     """The family of a config. Raises UnsupportedModel.
 
-    The error does not propose the nearest name: an unknown architecture is no typing error, and
-    the nearest name is another model.
+    The error does not propose the nearest name: an unknown architecture is not a typing error, and
+    the nearest name is a different model.
     """
     named = config.get("architectures")
     name = named[0] if isinstance(named, list | tuple) and named else named

@@ -1,4 +1,4 @@
-"""Typed reading of a parsed config.json: every wrong field is refused by name."""
+"""Typed reading of a parsed config.json. Errors name the wrong field."""
 
 import sys
 from collections.abc import Mapping
@@ -12,15 +12,16 @@ _FIELD = "quantization_config"
 _METHODS = ("gptq", "awq")
 _FORMATS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _BITS = {"gptq": (4, 8), "awq": (4,)}
-_BLOCK = 32  # input features that a kernel unpacks at a time
+_BLOCK = 32  # input features that a kernel unpacks at once
 
 
 @dataclass(frozen=True, slots=True)
 class StoredQuantisation:
-    """Weights of `bits` bits with a scale and a zero a group of input features.
+    """The format of quantised weights: `bits` bits, a scale and a zero per group of input features.
 
-    `group_size` None: one group a row. `zero_offset`: zeros are stored less this number.
-    `reorders`: the features of a group need not be adjacent; the folder stores their order.
+    `group_size`: input features of a group; None: the whole row is one group. `zero_offset`: add
+    this number to a stored zero to get the zero. `reorders`: the features of a group need not be
+    adjacent, and the model folder stores their order.
     """
 
     method: str
@@ -31,12 +32,15 @@ class StoredQuantisation:
 
     @property
     def weight_bits(self) -> float:
-        """Bits a weight, with its share of the scale (float16) and the zero."""
+        """Bits per weight, including its share of the group's scale (float16) and zero."""
         return self.bits + (32 / self.group_size if self.group_size else 0.0)
 
 
 def stored_quantisation(config: Mapping[str, object]) -> StoredQuantisation | None:
-    """None for weights in floats. Raises UnsupportedModel for a format that is not built."""
+    """The format of a model's quantised weights; None if its weights are floats.
+
+    Raises UnsupportedModel for a format that sagellm does not read.
+    """
     table = config.get(_FIELD)
     if table is None:
         return None
@@ -59,7 +63,7 @@ def _method(table: Mapping[Any, Any]) -> str:
 
 
 def _format(table: Mapping[Any, Any], method: str) -> str:
-    """The packing of the weights. Field `checkpoint_format` or a flag (GPTQ), `version` (AWQ)."""
+    """The packing of the weights: `checkpoint_format` or a flag for GPTQ, `version` for AWQ."""
     names = ("checkpoint_format", "format") if method == "gptq" else ("version", "format")
     given = next((table[name] for name in names if table.get(name) is not None), None)
     form = str(given or _FORMATS[method][0]).lower()
@@ -73,6 +77,7 @@ def _format(table: Mapping[Any, Any], method: str) -> str:
 
 def _bits(table: Mapping[Any, Any], method: str) -> int:
     bits = table.get("bits", table.get("w_bit"))
+    # `type`, because isinstance would accept true as the number 1.
     if type(bits) is not int or bits not in _BITS[method]:
         known = " and ".join(map(str, _BITS[method]))
         raise _unsupported(f"{method} of {bits!r} bits is not built", f"{known} bits are")
@@ -81,7 +86,7 @@ def _bits(table: Mapping[Any, Any], method: str) -> int:
 
 def _group_size(table: Mapping[Any, Any]) -> int | None:
     size = table.get("group_size", table.get("q_group_size"))
-    if size in (-1, None):
+    if size in (-1, None):  # -1 is the usual way to write one group per row
         return None
     if type(size) is not int or size <= 0 or size % _BLOCK:
         raise _unsupported(f"group_size {size!r} is not built", "give a multiple of 32, or -1")
@@ -93,7 +98,7 @@ def _reorders(table: Mapping[Any, Any]) -> bool:
 
 
 def _refuse_variants(table: Mapping[Any, Any]) -> None:
-    """Refuse variants that would be unpacked wrong without an error."""
+    """Refuse variants that kernels would unpack wrongly without an error."""
     if table.get("dynamic"):
         raise _unsupported("settings by layer (dynamic) are not built", "quantise all alike")
     if str(table.get("pack_dtype") or "int32") != "int32":
@@ -114,7 +119,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 _MAX_LAYERS = 4096  # published models have a few hundred at most
 _NO_REMOTE_CODE = "use a model whose architecture is built in"
 
-# Fields whose effect is not built: field -> (values without an effect, fix).
+# Fields with an effect that sagellm does not compute: field -> (values without an effect, fix).
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "hidden_act": (("silu", "swish", None), "only silu is built"),
     "auto_map": ((None,), f"remote code never runs; {_NO_REMOTE_CODE}"),
@@ -131,7 +136,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 def refuse_unbuilt(config: Config) -> None:
-    """Raise UnsupportedModel for a field whose value would change the result."""
+    """Raise UnsupportedModel for a field whose effect sagellm does not compute."""
     for field, (accepted, fix) in _REFUSED.items():
         value = config.get(field)
         if value not in accepted:
@@ -140,7 +145,7 @@ def refuse_unbuilt(config: Config) -> None:
 
 
 def whole(config: Config, field: str, default: int | None = None, *, least: int = 1) -> int:
-    """A whole number of at least `least`. Raises UnsupportedModel for any other value."""
+    """The whole number in `field`, at least `least`. Raises UnsupportedModel for other values."""
     value = config.get(field)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -150,7 +155,9 @@ def whole(config: Config, field: str, default: int | None = None, *, least: int 
 
 
 def num_layers(config: Config) -> int:
-    """The number of layers, limited: a hostile config must not make lists of any length."""
+    """The number of layers. Raises UnsupportedModel for more than _MAX_LAYERS, so that a hostile
+    config cannot exhaust memory.
+    """
     count = whole(config, "num_hidden_layers")
     if count > _MAX_LAYERS:
         fix = f"set the model's own number, of at most {_MAX_LAYERS}"
@@ -161,7 +168,7 @@ def num_layers(config: Config) -> int:
 
 
 def number(config: Config, field: str, default: float | None = None) -> float:
-    """A finite number. Raises UnsupportedModel for any other value."""
+    """The finite number in `field`. Raises UnsupportedModel for any other value."""
     value = config.get(field)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -172,7 +179,7 @@ def number(config: Config, field: str, default: float | None = None) -> float:
 
 
 def flag(config: Config, field: str, default: bool = False) -> bool:
-    """true or false. Raises UnsupportedModel for any other value."""
+    """The flag in `field`, true or false. Raises UnsupportedModel for any other value."""
     value = config.get(field)
     value = default if value is None else value
     if not isinstance(value, bool):
@@ -181,7 +188,7 @@ def flag(config: Config, field: str, default: bool = False) -> bool:
 
 
 def dtype(config: Config) -> str:
-    """The dtype of the stored weights: `dtype` (transformers 5) or `torch_dtype` (before)."""
+    """The dtype of the stored weights: `dtype` (transformers 5) or `torch_dtype` (older)."""
     field = "dtype" if config.get("dtype") is not None else "torch_dtype"
     value = config.get(field) or "float32"
     if value not in _DTYPES:
@@ -192,7 +199,7 @@ def dtype(config: Config) -> str:
 
 
 def head_dim(config: Config) -> int:
-    """`head_dim`, else hidden_size / num_attention_heads.
+    """The size of a head: `head_dim`, or else hidden_size / num_attention_heads.
 
     Raises UnsupportedModel for an odd size, and for a division with a remainder.
     """
@@ -211,12 +218,13 @@ def head_dim(config: Config) -> int:
 
 
 def rope(config: Config) -> Rope:
-    """The rotary embedding: `rope_parameters` (transformers 5), or `rope_theta`, `rope_scaling`.
+    """The rotary embedding: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
 
-    `rope_scaling` wins where both are given, as in transformers.
+    If both tables are given, `rope_scaling` counts, as in transformers.
     """
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     table = config.get(field) or {}
+    # A table of tables gives each type of layer a rope of its own.
     if not isinstance(table, Mapping) or any(isinstance(v, Mapping) for v in table.values()):
         raise UnsupportedModel(
             f"{table!r} is not one table", field=field, fix="give one rope for all layers"
@@ -262,10 +270,10 @@ def _factor(table: Config) -> float:
 
 
 def layer_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
-    """The sliding window of each layer: by `layer_types`, else by `max_window_layers`.
+    """The sliding window of each layer, by `layer_types`, or else by `max_window_layers`.
 
-    `max_window_layers` (28 by default, as in transformers) counts the first layers, which have no
-    window. Raises UnsupportedModel for types that are not built.
+    The first `max_window_layers` layers (28 by default, as in transformers) have no window. Raises
+    UnsupportedModel for a type of layer that sagellm does not compute.
     """
     count = num_layers(config)
     types = config.get("layer_types")
@@ -279,7 +287,7 @@ def layer_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
 
 
 def same_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
-    """The same window for every layer. Raises UnsupportedModel where `layer_types` differs."""
+    """`window` for every layer. Raises UnsupportedModel if `layer_types` says otherwise."""
     windows = (window,) * num_layers(config)
     if config.get("layer_types") is not None and layer_windows(config, window) != windows:
         raise UnsupportedModel(

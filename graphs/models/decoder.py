@@ -1,4 +1,4 @@
-"""A pre-norm decoder with gated MLP as a kernel graph, shared by all model families."""
+"""The kernel graph of a pre-norm decoder with gated MLP, which all model families share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ class NodeOutlet(NamedTuple):
 
 
 class KernelGraphBuilder:
-    """Builds a kernel graph node by node. `state` is the outlet with the latest KV state."""
+    """Builds a kernel graph node by node. `state`: the outlet that has the latest KV state."""
 
     def __init__(self, name: str, dtype: str) -> None:
         self.name = name
@@ -32,13 +32,13 @@ class KernelGraphBuilder:
         return Graph(self.name, "kernel", tuple(self._nodes), tuple(self._edges), attrs)
 
     def step_input(self, name: str) -> NodeOutlet:
-        """An input of the step, one of `STEP_INPUTS`."""
+        """The outlet of the step input `name`, one of `STEP_INPUTS`."""
         return NodeOutlet(SOURCE, name)
 
     def add(
         self, name: str, op: str, inlets: Mapping[str, NodeOutlet], **options: object
     ) -> NodeOutlet:
-        """Add a node whose inlets are fed by the given outlets. Returns its outlet `out`."""
+        """Add a node whose inlets are fed by the given outlets. Returns the node's outlet `out`."""
         self._nodes.append(Node(name, op).with_attrs(**options))
         for inlet, outlet in inlets.items():
             self._edges.append(Edge(outlet.node, name, outlet.outlet, inlet))
@@ -52,9 +52,9 @@ class KernelGraphBuilder:
         step_inputs: tuple[str, ...],
         **options: object,
     ) -> NodeOutlet:
-        """Add a node that reads or writes the KV state. Returns its outlet `out`.
+        """Add a node that reads or writes the KV state. Returns the node's outlet `out`.
 
-        The step inputs feed the inlets of the same names.
+        `step_inputs`: step inputs, each of which feeds the inlet of the same name.
         """
         given = {inlet: self.step_input(inlet) for inlet in step_inputs}
         out = self.add(name, op, {**inlets, **given, KV: self.state}, **options)
@@ -68,7 +68,7 @@ class KernelGraphBuilder:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """The sizes and features that decide the graph. Weights have the names of Hugging Face."""
+    """The sizes and features that determine a decoder's graph. Weights are named as by HF."""
 
     family: str
     dtype: str
@@ -80,7 +80,7 @@ class Decoder:
     head_dim: int
     epsilon: float
     rope: Rope
-    windows: tuple[int | None, ...]  # one a layer
+    windows: tuple[int | None, ...]  # the sliding window of each layer in tokens; None: no window
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -88,7 +88,7 @@ class Decoder:
     qk_norm: bool = False
 
 
-# (builder, decoder, layer, normed rows) -> rows that are added to those of the layer. A mixer
+# (builder, decoder, layer, normed rows) -> rows that are added to the layer's input rows. A mixer
 # combines the tokens of a sequence: attention, or linear attention.
 Mixer: TypeAlias = Callable[[KernelGraphBuilder, Decoder, int, NodeOutlet], NodeOutlet]
 
@@ -96,7 +96,7 @@ Mixer: TypeAlias = Callable[[KernelGraphBuilder, Decoder, int, NodeOutlet], Node
 def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
     """Build the unfused kernel graph of one forward step of a ragged batch.
 
-    `mixer` builds the token mixer of each layer; `attention` unless given.
+    `mixer` builds the token mixer of each layer; `attention` by default.
     """
     build = KernelGraphBuilder(shape.family, shape.dtype)
     rows = build.add(
@@ -119,7 +119,7 @@ def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
 def _mixed(
     build: KernelGraphBuilder, shape: Decoder, layer: int, rows: NodeOutlet, mixer: Mixer
 ) -> NodeOutlet:
-    """rows + mixer(norm(rows))."""
+    """Build rows + mixer(norm(rows))."""
     name = f"layer{layer}"
     normed = _norm(build, shape, f"{name}_input_norm", _path(layer, "input_layernorm"), rows)
     out = mixer(build, shape, layer, normed)
@@ -129,7 +129,7 @@ def _mixed(
 def attention(
     build: KernelGraphBuilder, shape: Decoder, layer: int, normed: NodeOutlet
 ) -> NodeOutlet:
-    """Softmax attention with rotated queries and keys, the mixer of most layers."""
+    """Build softmax attention with rotated queries and keys: the usual mixer."""
     name = f"layer{layer}"
     q = _heads(build, shape, layer, "q", normed)
     k = _heads(build, shape, layer, "k", normed)
@@ -152,7 +152,7 @@ def attention(
 
 
 def _mlp(build: KernelGraphBuilder, shape: Decoder, layer: int, rows: NodeOutlet) -> NodeOutlet:
-    """rows + down(silu(gate(norm(rows))) * up(norm(rows)))."""
+    """Build rows + down(silu(gate(norm(rows))) * up(norm(rows)))."""
     name, bias = f"layer{layer}", shape.mlp_bias
     widen = shape.hidden_size, shape.intermediate_size
     narrow = shape.intermediate_size, shape.hidden_size
@@ -168,7 +168,7 @@ def _mlp(build: KernelGraphBuilder, shape: Decoder, layer: int, rows: NodeOutlet
 
 
 def _head(build: KernelGraphBuilder, shape: Decoder, rows: NodeOutlet) -> NodeOutlet:
-    """The logits. Rows without logits are dropped before the last norm, to save its work."""
+    """Build the logits. Rows that need no logits are dropped before the last norm, to save work."""
     chosen = build.step_input("logit_rows")
     rows = build.add("logit_rows", "select_rows", {"in": rows, "rows": chosen})
     rows = _norm(build, shape, "final_norm", "model.norm", rows)
@@ -179,7 +179,7 @@ def _head(build: KernelGraphBuilder, shape: Decoder, rows: NodeOutlet) -> NodeOu
 def _heads(
     build: KernelGraphBuilder, shape: Decoder, layer: int, role: str, rows: NodeOutlet
 ) -> NodeOutlet:
-    """Queries or keys: projected, normalised if the family has `qk_norm`, and rotated."""
+    """Build queries or keys: a projection, a norm if the decoder has `qk_norm`, and a rotation."""
     name = f"layer{layer}_{role}"
     heads = _project(build, shape, layer, role, rows)
     if shape.qk_norm:
@@ -207,7 +207,10 @@ def linear(
     sizes: tuple[int, int],
     bias: bool,
 ) -> NodeOutlet:
-    """Add a linear with the weight `path`.weight. `sizes`: input and output features."""
+    """Add a linear with the weight `path`.weight, and the bias `path`.bias if `bias`.
+
+    `sizes`: (input features, output features).
+    """
     options: dict[str, object] = {"in_features": sizes[0], "out_features": sizes[1]}
     if bias:
         options["bias"] = f"{path}.bias"

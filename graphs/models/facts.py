@@ -1,4 +1,4 @@
-"""Facts of a model for the rest of the system, from its config and its kernel graph."""
+"""The facts of a model that other packages need, from its config and its kernel graph."""
 
 from dataclasses import dataclass
 from math import prod
@@ -14,10 +14,12 @@ from sagellm.graphs.models.decoder import Decoder
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`max_model_len`: in tokens. `sliding_window`: None unless all layers have the same window.
+    """Sizes, limits and memory of a model.
 
-    `weight_bits`: bits of a quantised weight with its share of scales; None for floats.
-    `kv_groups`: the memory between steps; empty means keys and values of all layers.
+    `max_model_len`: tokens of prompt and output. `sliding_window`: None unless all layers have the
+    same window. `weight_bits`: bits per weight, including its share of scales and zeros, if weights
+    are stored quantised; None if they are floats. `kv_groups`: what layers keep between steps;
+    empty: keys and values of all tokens in all layers.
     """
 
     family: str
@@ -38,9 +40,8 @@ class ModelFacts:
 
 
 def facts_of(config: Config, shape: Decoder, graph: Graph) -> ModelFacts:
-    """Collect the facts; `config` was read into `shape`, from which `graph` was built.
-
-    Raises UnsupportedModel.
+    """Collect the facts of a config, of the `shape` that was read from it, and of the `graph` that
+    was built from the shape. Raises UnsupportedModel.
     """
     stored = stored_quantisation(config)
     return ModelFacts(
@@ -68,7 +69,7 @@ def num_parameters(graph: Graph) -> int:
 
 
 def _eos(config: Config, vocab_size: int) -> tuple[int, ...]:
-    """The end tokens, without ids outside the vocabulary: such ids are never sampled."""
+    """The end-of-text tokens, without ids outside the vocabulary, which are never sampled."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
     if not all(type(token) is int for token in ids):  # isinstance would accept true

@@ -1,4 +1,4 @@
-"""Model families: a table by architecture, to which packages and programs add their own."""
+"""Model families by architecture: the shipped ones, and those of packages and programs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder, decoder_graph
 
-GROUP = "sagellm.model_families"  # of entry points: the name is the architecture
-_DEFAULT_WINDOW = 4096  # of transformers, for Mistral and Qwen
+GROUP = "sagellm.model_families"  # a group of entry points, each named by its architecture
+_DEFAULT_WINDOW = 4096  # tokens; the default of transformers for Mistral and Qwen
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
     """All models of one architecture.
 
-    `architecture` is the name in config.json. `shape` reads a config, and raises UnsupportedModel
-    for a field that would not be computed right. `graph` builds the kernel graph; a family with
-    other layers than `decoder_graph` has a builder of its own.
+    `architecture`: the name in config.json. `shape` reads a config, and raises UnsupportedModel for
+    a field that sagellm would compute wrongly. `graph` builds the kernel graph; a family whose
+    layers differ from those of `decoder_graph` has its own builder.
     """
 
     architecture: str
@@ -34,8 +34,8 @@ def read_decoder(
 ) -> Decoder:
     """Read the fields that all families share. Raises UnsupportedModel.
 
-    `windows`: the sliding window of each layer. `differs`: fields of Decoder in which the family
-    differs from the defaults.
+    `windows`: the sliding window of each layer; None: no window. `differs`: values for fields of
+    Decoder in which the family differs from their defaults.
     """
     read.refuse_unbuilt(config)
     heads = read.whole(config, "num_attention_heads")
@@ -61,7 +61,7 @@ def read_decoder(
 
 
 def _llama(config: Config) -> Decoder:
-    """Llama 2, 3 and 3.2 (rope type "llama3")."""
+    """Read a config of Llama 2, 3 or 3.2 (rope type "llama3")."""
     bias = read.flag(config, "attention_bias")
     return read_decoder(
         config,
@@ -74,22 +74,24 @@ def _llama(config: Config) -> Decoder:
 
 
 def _mistral(config: Config) -> Decoder:
-    """Mistral: one sliding window for all layers. null is no window; without the field, 4096."""
+    """Read a Mistral config: all layers have the window `sliding_window`; null: no window; absent:
+    4096.
+    """
     is_sliding = config.get("sliding_window", _DEFAULT_WINDOW) is not None
     window = read.whole(config, "sliding_window", _DEFAULT_WINDOW) if is_sliding else None
     return read_decoder(config, "mistral", windows=read.same_windows(config, window))
 
 
 def _qwen2(config: Config) -> Decoder:
-    """Qwen2 and Qwen2.5: biases on queries, keys and values."""
+    """Read a config of Qwen2 or Qwen2.5, which have biases on queries, keys and values."""
     return read_decoder(config, "qwen2", windows=_qwen_windows(config), qkv_bias=True)
 
 
 def _qwen3(config: Config) -> Decoder:
-    """Qwen3: queries and keys are normalised per head before the rotation."""
+    """Read a Qwen3 config: queries and keys are normalised per head before the rotation."""
     bias = read.flag(config, "attention_bias")
     return read_decoder(
-        {"head_dim": 128, **config},
+        {"head_dim": 128, **config},  # the default of transformers for Qwen3
         "qwen3",
         windows=_qwen_windows(config),
         qkv_bias=bias,
@@ -104,7 +106,7 @@ def _qwen_windows(config: Config) -> tuple[int | None, ...]:
     return read.layer_windows(config, window)
 
 
-# By architecture. Families that a program registers, or a package offers, are added here.
+# By architecture. Families that a program registers or that a package offers are added at run time.
 FAMILIES: dict[str, ModelFamily] = {
     family.architecture: family
     for family in (
@@ -120,7 +122,7 @@ _registered: dict[str, ModelFamily] = {}
 
 
 def register_model_family(family: ModelFamily) -> None:
-    """Add a family to this process; a worker process knows shipped and installed families only.
+    """Add a family to this process. A worker process knows shipped and installed families only.
 
     Raises TypeError for another type, ValueError if the architecture has a family already. The same
     function of a reloaded module replaces the earlier one.
@@ -151,9 +153,10 @@ def _home(family: ModelFamily) -> tuple[str, str]:
 
 
 def find_family(architecture: str) -> ModelFamily | None:
-    """The family in the table, else of an installed package, which is imported now.
+    """The family in the table, or else of an installed package, which is imported now; else None.
 
-    Raises UnsupportedModel for a package whose family cannot be loaded.
+    Raises UnsupportedModel if the package's family cannot be loaded, or if several packages offer
+    the architecture.
     """
     if architecture not in FAMILIES:
         offers = {entry.value: entry for entry in entry_points(group=GROUP, name=architecture)}

@@ -12,7 +12,7 @@ __all__ = ["KERNEL_PASSES", "Pass", "PlaceLayers", "UnknownPass", "run_pipeline"
 
 
 class Pass(Protocol):
-    """A frozen dataclass that turns a graph into another of the same meaning."""
+    """A transformation of graphs that keeps their meaning: a frozen dataclass."""
 
     @property
     def name(self) -> str: ...
@@ -25,7 +25,7 @@ class UnknownPass(ValueError):
 
 
 def run_pipeline(graph: Graph, passes: Sequence[Pass], *, stop_after: str | None = None) -> Graph:
-    """Apply the passes in order, the one named `stop_after` last. Raises UnknownPass."""
+    """Apply the passes in order, up to and including the pass `stop_after`. Raises UnknownPass."""
     names = [step.name for step in passes]
     if stop_after is not None and stop_after not in names:
         close = nearest(stop_after, names)

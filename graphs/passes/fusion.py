@@ -1,4 +1,4 @@
-"""Fusion passes: a table of patterns, each replaced by one kernel."""
+"""Fusion passes: a table of patterns of kernels, each of which one kernel replaces."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ NodePort = tuple[str, str]  # (node, inlet or outlet)
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """One match of a pattern: `node` takes the place of the nodes `removed`.
+    """One match of a pattern: `node` replaces the nodes `removed`.
 
     `inlets` maps inlets of removed nodes to inlets of `node`; `outlets` does the same for outlets.
     Edges between removed nodes, and edges into inlets that `inlets` does not name, are dropped.
@@ -23,7 +23,7 @@ class Fusion:
     outlets: Mapping[NodePort, str]
 
 
-# (graph, node at the anchor) -> the fusion; None where the pattern does not match.
+# (graph, a node with the anchor's op) -> the fusion; None if the pattern does not match there.
 Match: TypeAlias = Callable[[Graph, Node], Fusion | None]
 
 
@@ -31,7 +31,7 @@ Match: TypeAlias = Callable[[Graph, Node], Fusion | None]
 class FusionPass:
     """A pass that replaces every match of one pattern.
 
-    `anchor` is the op of the node at which `match` is tried.
+    `match` is tried at every node whose op is `anchor`.
     """
 
     name: str
@@ -46,8 +46,8 @@ class FusionPass:
 
 
 def fuse(graph: Graph, fusion: Fusion) -> Graph:
-    """Replace the removed nodes; the new node stands where the last of them stood."""
-    # At the last position, the producers of all inputs stand before the new node.
+    """Replace the removed nodes by the new node, at the position of the last removed node."""
+    # At that position, the producers of all its inputs are before the new node.
     last = max(index for index, node in enumerate(graph.nodes) if node.name in fusion.removed)
     nodes = tuple(
         fusion.node if index == last else node
@@ -59,6 +59,7 @@ def fuse(graph: Graph, fusion: Fusion) -> Graph:
 
 
 def _moved(edge: Edge, fusion: Fusion) -> Edge | None:
+    """The edge after the fusion, or None if the edge is dropped."""
     into = edge.target in fusion.removed
     out_of = edge.source in fusion.removed
     if into and (out_of or (edge.target, edge.inlet) not in fusion.inlets):
@@ -73,7 +74,7 @@ def _moved(edge: Edge, fusion: Fusion) -> Edge | None:
 
 
 def _fed_by(graph: Graph, node: str, inlet: str = "in") -> Edge:
-    """The edge into an inlet. Raises KeyError where nothing feeds the inlet."""
+    """The edge into an inlet. Raises KeyError if nothing feeds the inlet."""
     for edge in graph.edges:
         if edge.target == node and edge.inlet == inlet:
             return edge
@@ -81,10 +82,9 @@ def _fed_by(graph: Graph, node: str, inlet: str = "in") -> Edge:
 
 
 def _sole_producer(graph: Graph, node: str, inlet: str = "in") -> Node | None:
-    """The node that feeds an inlet; None for `source`, and for an outlet with other users.
+    """The node that feeds an inlet; None if it is `source`, or if the same outlet has other users.
 
-    A fused kernel has no outlets for inner results, so a result with a second user must not
-    become one.
+    A fused kernel has no outlets for inner results, so a result with another user must stay.
     """
     edge = _fed_by(graph, node, inlet)
     if edge.source not in graph.names or len(graph.outputs(edge.source, edge.outlet)) > 1:
@@ -93,7 +93,7 @@ def _sole_producer(graph: Graph, node: str, inlet: str = "in") -> Node | None:
 
 
 def _attention_after(graph: Graph, write: Node) -> Node | None:
-    """The paged attention that takes the KV state of a `kv_write`."""
+    """The paged attention that takes the KV state of a `kv_write`, if it is the only user."""
     readers = [edge.target for edge in graph.outputs(write.name, "kv")]
     if len(readers) != 1 or readers[0] not in graph.names:
         return None
@@ -102,12 +102,12 @@ def _attention_after(graph: Graph, write: Node) -> Node | None:
 
 
 def _prefix(name: str, suffix: str) -> str:
-    """`layer0` of `layer0_mul` and the suffix `mul`; empty where the suffix is all."""
+    """`name` without the suffix: `layer0` for `layer0_mul` and `mul`, empty for `mul` and `mul`."""
     return name.removesuffix(suffix).rstrip("_")
 
 
 def _qkv(graph: Graph, write: Node) -> Fusion | None:
-    """The projections to queries, keys and values of one attention become `qkv_linear`."""
+    """Fuse the projections to queries, keys and values of one attention to `qkv_linear`."""
     attention = _attention_after(graph, write)
     if attention is None:
         return None
@@ -117,7 +117,7 @@ def _qkv(graph: Graph, write: Node) -> Fusion | None:
 
 
 def _gate_up(graph: Graph, mul: Node) -> Fusion | None:
-    """The two projections to silu(gate) * up become `gate_up_linear`."""
+    """Fuse the projections to gate and up of silu(gate) * up to `gate_up_linear`."""
     silu = _sole_producer(graph, mul.name, "a")
     if silu is None or silu.op != "silu":
         return None
@@ -126,7 +126,7 @@ def _gate_up(graph: Graph, mul: Node) -> Fusion | None:
 
 
 def _projection(graph: Graph, name: str, inlet: str = "in") -> Node | None:
-    """The linear that feeds an inlet, possibly through a norm and a rotation of heads."""
+    """The linear that feeds an inlet, directly or through a norm and a rotation of heads."""
     node = _sole_producer(graph, name, inlet)
     while node is not None and node.op in ("rope", "rms_norm"):
         node = _sole_producer(graph, node.name)
@@ -136,7 +136,9 @@ def _projection(graph: Graph, name: str, inlet: str = "in") -> Node | None:
 def _merged_linears(
     graph: Graph, nodes: tuple[Node | None, ...], op: str, outlets: tuple[str, ...]
 ) -> Fusion | None:
-    """One linear with an outlet for each of `nodes`, where all are linears of the same rows."""
+    """Fuse `nodes` to one linear with an outlet for each; None unless all are linears of the same
+    rows.
+    """
     linears = tuple(node for node in nodes if node is not None)
     rows = {(edge.source, edge.outlet) for edge in (_fed_by(graph, n.name) for n in linears)}
     if len(linears) < len(nodes) or len(rows) > 1:
@@ -151,13 +153,14 @@ def _merged_linears(
     )
     names = tuple(linear.name for linear in linears)
     users = {(name, "out"): outlet for name, outlet in zip(names, outlets, strict=True)}
+    # One edge brings the rows; those into the other linears are dropped.
     return Fusion(node, names, {(first.name, "in"): "in"}, users)
 
 
 def _add_norm(graph: Graph, norm: Node) -> Fusion | None:
-    """add -> rms_norm becomes `add_rms_norm`, which has an outlet for the sum as well.
+    """Fuse add -> rms_norm to `add_rms_norm`, which has an outlet for the sum too.
 
-    The sum must have another user, such as the next add.
+    The sum must have another user, such as the next add, because every outlet must be used.
     """
     source = _fed_by(graph, norm.name).source
     if source not in graph.names or graph.node(source).op != "add":
@@ -170,7 +173,7 @@ def _add_norm(graph: Graph, norm: Node) -> Fusion | None:
 
 
 def _silu_mul(graph: Graph, mul: Node) -> Fusion | None:
-    """silu(gate) * up becomes `silu_mul`."""
+    """Fuse silu(gate) * up to `silu_mul`."""
     silu = _sole_producer(graph, mul.name, "a")
     if silu is None or silu.op != "silu":
         return None
@@ -181,12 +184,12 @@ def _silu_mul(graph: Graph, mul: Node) -> Fusion | None:
 
 
 def _gated_linear(graph: Graph, product: Node) -> Fusion | None:
-    """gate_up_linear -> silu_mul becomes `gated_linear`."""
+    """Fuse gate_up_linear -> silu_mul to `gated_linear`."""
     linear, other = (_sole_producer(graph, product.name, inlet) for inlet in ("gate", "up"))
     if linear is None or linear != other or linear.op != "gate_up_linear":
         return None
     if _fed_by(graph, product.name, "gate").outlet != "gate":
-        return None  # the product takes `up` as its gate
+        return None  # gate and up are exchanged
     prefix = _prefix(linear.name, "gate_up")
     node = Node(f"{prefix}_gated" if prefix else "gated", "gated_linear", linear.attrs)
     inlets, outlets = {(linear.name, "in"): "in"}, {(product.name, "out"): "out"}
@@ -194,7 +197,7 @@ def _gated_linear(graph: Graph, product: Node) -> Fusion | None:
 
 
 def _rope_kv_write(graph: Graph, write: Node) -> Fusion | None:
-    """rope(q) and rope(k) -> kv_write before one attention become `rope_kv_write`."""
+    """Fuse rope(q), rope(k) and kv_write before one attention to `rope_kv_write`."""
     attention = _attention_after(graph, write)
     if attention is None:
         return None
@@ -223,7 +226,7 @@ def _rope_kv_write(graph: Graph, write: Node) -> Fusion | None:
     return Fusion(node, (q.name, k.name, write.name), inlets, outlets)
 
 
-# The linears come first: later fusions remove the nodes by which their patterns are found.
+# The fusions of linears come first: later fusions remove nodes that their patterns contain.
 KERNEL_PASSES: tuple[FusionPass, ...] = (
     FusionPass("fuse_qkv", "kv_write", _qkv),
     FusionPass("fuse_gate_up", "mul", _gate_up),

@@ -1,4 +1,6 @@
-"""Placement passes: processes of operators, threads of engines, blocks of layers, bodies."""
+"""Placement passes: the process of each operator and engine, the threads of engines, the place of
+each layer in KV blocks, and the kernel graphs of engines.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -7,17 +9,18 @@ from sagellm.graphs.ir import FrozenMap, Graph, Node, Value
 from sagellm.graphs.kernels.memory_layout import KVBlocks
 from sagellm.graphs.sections import executor_kind, num_replicas
 
-CONTROL = "graph"  # the process that opened the graph: it has the operators, source and sink
+CONTROL = "graph"  # the process that opened the graph, with the operators, source and sink
 PROCESSES = "processes"  # the attribute that `Place` sets
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Set the attribute `processes`: the operators of each process, by the name of the process.
+    """Set the attribute `processes`: the operators of each process, by the process's name.
 
-    All operators run in the process `graph`, also those that drive engines: the tokens of a step
-    pass through them in one turn of a loop. Each replica of an engine (`d[0]`) is a process of its
-    own, listed with the operators that use the engine. Executor `tasks` has one process.
+    All operators run in the process `graph`, including those that drive engines, so that the tokens
+    of a step pass through them in one iteration of its event loop. Each replica of an engine
+    (`d[0]`) has its own process, which is listed with the operators that use the engine. The
+    executor `tasks` has one process only.
     """
 
     name: str = "place"
@@ -49,11 +52,11 @@ def replicas_of(placed: Graph) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class ShareCores:
-    """Set the option `threads` of the engines that do not give it: an equal share of `num_cores`
-    for each replica, at least 1.
+    """Set the option `threads` of the engines that lack it: an equal share of `num_cores` for each
+    replica, at least 1.
 
     `engines`: the engines that compute with threads of this machine. With more threads than cores,
-    threads would wait for each other in every kernel.
+    the threads of a kernel would wait for each other.
     """
 
     num_cores: int
@@ -79,10 +82,10 @@ _TOKENS = ("kv_write", "rope_kv_write", "paged_attention")
 
 @dataclass(frozen=True, slots=True)
 class PlaceLayers:
-    """Write into each kernel with KV memory its layer within a block, and its block table or the
-    blocks of its state.
+    """Set, for each kernel that uses the KV pool, its layer within a block, and its block table or
+    the blocks of its state.
 
-    Before the pass, `layer` counts the layers of the model.
+    Before the pass, the option `layer` is a layer of the model; after it, a layer of a block.
     """
 
     blocks: KVBlocks
@@ -105,10 +108,10 @@ class PlaceLayers:
 
 @dataclass(frozen=True, slots=True)
 class AttachBodies:
-    """Give each operator with an engine the kernel graph that the engine runs, as its body.
+    """Attach to each operator with an engine the kernel graph that the engine runs, as its body.
 
-    `bodies`: kernel graph by engine. Operators of one engine share one body. The result has another
-    hash than the surface graph.
+    `bodies`: the kernel graph of each engine, by name. Operators of one engine share a body. The
+    hash of the graph changes.
     """
 
     bodies: Mapping[str, Graph] = field(default_factory=dict)

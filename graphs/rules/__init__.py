@@ -1,1 +1,1 @@
-"""The rules of a stream graph. `sagellm.graphs.check` has the table and applies the rules."""
+"""The rules of a stream graph. `sagellm.graphs.check` applies them."""

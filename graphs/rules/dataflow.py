@@ -1,4 +1,4 @@
-"""Rules on what edges carry: item types, and KV blocks from prefill to decode."""
+"""Rules on the items of edges: their types, and KV blocks that go from prefill to decode."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ ItemTypes = frozenset[str]
 SAME = "same"  # an outlet that carries the item types of the first inlet
 _SINK_TYPES: ItemTypes = frozenset({EVENT, ANSWER})
 TRANSFER = "kv_transfer"
-_AGREED = {  # a fact that must be equal on both engines -> its name in a message
+_AGREED = {  # each fact that must be equal on prefill and decode engine -> its name in messages
     "dtype": "dtype",
     "quantization": "quantization",
     "block_size": "block size",
@@ -26,7 +26,7 @@ _AGREED = {  # a fact that must be equal on both engines -> its name in a messag
 
 
 def item_types(carries: str) -> ItemTypes:
-    """Split the item types of a port."""
+    """The item types that an inlet or outlet `carries`."""
     return frozenset(part.strip() for part in carries.split("|"))
 
 
@@ -42,7 +42,7 @@ def accepted_items(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def carried_items(context: CheckContext) -> Mapping[Outlet, ItemTypes]:
-    """The item types of each outlet. `same` propagates along the graph to a fixed point."""
+    """The item types that each outlet carries. `same` outlets pass types on, to a fixed point."""
     found: dict[Outlet, ItemTypes] = {(SOURCE, "out"): frozenset({REQUEST})}
     before = None
     while before != found:
@@ -64,7 +64,7 @@ def _arriving(
         *(found.get((edge.source, edge.outlet), frozenset()) for edge in edges)
     )
     wanted = item_types(spec.inlets[0].carries)
-    # A wrong item type is dropped here: downstream it would be reported a second time.
+    # A wrong item type is dropped here, because it would be reported again further downstream.
     return arriving if ANY in wanted else arriving & wanted
 
 
@@ -77,7 +77,7 @@ def _wanted(context: CheckContext, edge: Edge) -> ItemTypes:
 
 
 def _converters(context: CheckContext, given: ItemTypes, wanted: ItemTypes) -> str:
-    """A hint: the ops that turn the given item types into wanted ones."""
+    """A hint: the ops that convert the `given` item types to `wanted` ones."""
     ops = sorted(
         name
         for name, spec in context.vocabulary.items()
@@ -93,7 +93,10 @@ def _listed(found: ItemTypes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KVHandoff:
-    """A path of a KV lease between two operators with engines. `is_moved`: by a `kv_transfer`."""
+    """A path of a KV lease between two operators with engines.
+
+    `is_moved`: a `kv_transfer` on the path moves the KV blocks.
+    """
 
     sender: str
     receiver: str
@@ -103,9 +106,9 @@ class KVHandoff:
 
 
 def matching_engines(context: CheckContext) -> Iterator[Diagnostic]:
-    """A prefill engine and its decode engine agree on model, dtype and KV layout.
+    """A prefill engine and its decode engine must agree on model, dtype and KV layout.
 
-    Each pair of engines is reported once; for different models, no further fact is reported.
+    Each pair of engines is reported once. If the models differ, no further fact is reported.
     """
     checked: set[tuple[str, str]] = set()
     for handoff in kv_handoffs(context):
@@ -116,7 +119,7 @@ def matching_engines(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def transferred_kv(context: CheckContext) -> Iterator[Diagnostic]:
-    """A `kv_transfer` moves each KV lease that changes its engine."""
+    """A `kv_transfer` must move each KV lease that goes to another engine."""
     for handoff in kv_handoffs(context):
         if not handoff.is_moved and handoff.from_engine != handoff.to_engine:
             message = (
@@ -137,9 +140,9 @@ def kv_handoffs(context: CheckContext) -> Iterator[KVHandoff]:
 
 
 def _handoffs_from(context: CheckContext, sender: Node, engine: str) -> Iterator[KVHandoff]:
-    """Walk breadth-first through operators without an engine.
+    """The handoffs from `sender`: a breadth-first walk through operators without an engine.
 
-    A node is visited twice where one path to it has a `kv_transfer` and another has none.
+    A node is visited twice if one path to it has a `kv_transfer` and another path has none.
     """
     visited = {(sender.name, False)}
     waiting = [(sender.name, False)]
@@ -169,7 +172,7 @@ def _mismatches(context: CheckContext, handoff: KVHandoff) -> Iterator[Diagnosti
     differing = {
         name: words for name, words in _AGREED.items() if _differ(sending, receiving, name)
     }
-    # Another dtype or quantization says more than that the hashes differ.
+    # A different dtype or quantization explains why the hashes differ.
     explained = "dtype" in differing or "quantization" in differing
     if _differ(sending, receiving, "model_hash") and not explained:
         hint = f"give `{p}` and `{d}` the same `model`"
@@ -184,6 +187,6 @@ def _mismatches(context: CheckContext, handoff: KVHandoff) -> Iterator[Diagnosti
 
 
 def _differ(sending: object, receiving: object, name: str) -> bool:
-    """Whether a fact is known on both sides and differs."""
+    """Whether the fact `name` is known of both engines and differs."""
     ours, theirs = getattr(sending, name), getattr(receiving, name)
     return ours is not None and theirs is not None and bool(ours != theirs)

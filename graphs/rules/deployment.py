@@ -1,4 +1,4 @@
-"""Rules on engines and models: capabilities, replicas, memory, names and routes."""
+"""Rules on engines and models: capabilities, replicas, memory, model names and routes."""
 
 from collections.abc import Iterator
 
@@ -39,7 +39,7 @@ def capabilities(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def _capable_engines(context: CheckContext, needs: frozenset[str], offered: frozenset[str]) -> str:
-    """A hint: an engine of the graph, and kinds of engines, with the needed capabilities."""
+    """A hint: an engine of the graph and the kinds of engines that have the needed capabilities."""
     engines = (
         name
         for name in context.graph.engines
@@ -75,15 +75,15 @@ def unrouted_nodes(graph: Graph) -> set[str]:
 
 
 def _replicas(context: CheckContext, engine: str) -> int:
-    """The number of replicas of an engine: the fact, else its option, else 1."""
+    """The number of replicas of an engine: the fact if it is known, else the option, else 1."""
     known = context.facts.engine(engine).replicas
     return known or num_replicas(context.graph.engines[engine])
 
 
 def memory(context: CheckContext) -> Iterator[Diagnostic]:
-    """The KV pools of all engines on one device fit into its memory.
+    """The KV pools of all engines on a device must fit into its memory.
 
-    The memory is the figure with which the pools were sized.
+    The limit is the memory size from which the sizes of the pools were computed.
     """
     views = {name: context.facts.engine(name) for name in context.graph.engines}
     for device in dict.fromkeys(view.device for view in views.values()):
@@ -113,7 +113,7 @@ def _pool_bytes(context: CheckContext, engine: str) -> int:
 
 
 def _fitting_blocks(context: CheckContext, engine: str, free_bytes: int) -> str:
-    """A hint: the number of blocks that would fit, where the facts give the size of a block."""
+    """A hint: the number of blocks that would fit, if the facts give the size of a block."""
     block_bytes = _block_bytes(context.facts.engine(engine))
     if block_bytes is None or free_bytes < block_bytes:
         return "give the engines fewer KV blocks"
@@ -122,7 +122,7 @@ def _fitting_blocks(context: CheckContext, engine: str, free_bytes: int) -> str:
 
 
 def _block_bytes(facts: EngineFactsView) -> int | None:
-    # An unknown factor counts as 0, so that an unknown size is None.
+    # An unknown factor counts as 0, so that the whole size counts as unknown.
     factors = (facts.num_layers, facts.num_kv_heads, facts.head_dim, facts.block_size)
     size = 2 * _ITEM_BYTES.get(facts.dtype or "", 0)  # keys and values
     for factor in factors:
@@ -157,7 +157,7 @@ def known_tasks(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def unique_model_names(context: CheckContext) -> Iterator[Diagnostic]:
-    """Each name for clients belongs to one model."""
+    """A name that clients may use must belong to one model only."""
     owners: dict[str, str] = {}
     for model in served_models(context.graph):
         for name in dict.fromkeys((*model.names, model.key)) if model.key else ():
@@ -172,11 +172,11 @@ def unique_model_names(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def routed_models(context: CheckContext) -> Iterator[Diagnostic]:
-    """Each model of the table has an outlet. If there is a table, each outlet is in it."""
+    """Each model of the table must have an outlet, and each outlet a model if there is a table."""
     graph, outlets = context.graph, model_outlets(context.graph)
     routers = model_routers(graph)
     if not routers:
-        for key in tuple(graph.models)[1:]:  # every request goes to the first model
+        for key in tuple(graph.models)[1:]:  # without a router, the first model gets every request
             message = f"nothing sends a request to `{key}` rather than to another model"
             hint = f"put an operator with `op: {ROUTE_MODEL}` behind `source`"
             yield Diagnostic("unrouted-model", ("models", key), message, hint)
@@ -196,7 +196,7 @@ def routed_models(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def models_with_engines(context: CheckContext) -> Iterator[Diagnostic]:
-    """Each model has an engine, and each engine has a model."""
+    """Each model must have an engine, and each engine a model."""
     graph = context.graph
     if not model_routers(graph):
         return

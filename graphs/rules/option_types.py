@@ -1,4 +1,4 @@
-"""Rules on options: each value has the type and range that a dataclass declares."""
+"""Rules on options: each value must have the type and range that a dataclass declares."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
@@ -22,19 +22,20 @@ _WORDS = {
 
 
 def old_names(options: type) -> dict[str, str]:
-    """Old spellings of the options that a dataclass declares, each with the current name. A field
-    declares an old spelling by `metadata={"old_name": ...}`.
+    """The old names of the options of a dataclass, each with the current name. A field declares an
+    old name by `metadata={"old_name": ...}`.
     """
     declared = {option.metadata.get("old_name"): option.name for option in fields(options)}
     return {old: name for old, name in declared.items() if old is not None}
 
 
 def accepts(hint: Any, value: Value) -> bool:
-    """Whether `value` has the type `hint`. An int is a float as well; a bool is no int."""
+    """Whether `value` has the type `hint`. An int counts as a float; a bool is not an int."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(accepts(part, value) for part in parts)
     if origin is Literal:
+        # Types are compared too, because True == 1 in Python.
         return any(value == part and type(value) is type(part) for part in parts)
     if origin is tuple:
         return isinstance(value, tuple) and _items_accept(parts, value)
@@ -69,7 +70,7 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The texts that the Literals of a type allow; empty for a type without Literals."""
+    """The texts that the Literals of a type allow; empty if the type has no Literal."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return tuple(map(str, parts))
@@ -79,7 +80,7 @@ def choices(hint: Any) -> tuple[str, ...]:
 
 
 def described(hint: Any) -> str:
-    """Describe a type for a message: "an integer or null"."""
+    """The description of a type in a message, such as "an integer or null"."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(described(part) for part in parts)
@@ -93,7 +94,7 @@ def described(hint: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """Show a value for a message, as YAML writes it."""
+    """A value as a message shows it, in the words of YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -162,7 +163,7 @@ def _kinds_with(option: str, kinds: Mapping[str, EngineKindView]) -> list[str]:
 
 
 def _names(kind: EngineKindView) -> set[str]:
-    """The options of a kind, old spellings included."""
+    """The names of the options of a kind of engine, including old names."""
     return {option.name for option in fields(kind.options)} | set(old_names(kind.options))
 
 
@@ -193,9 +194,9 @@ def known_engines(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def used_engines(context: CheckContext) -> Iterator[Diagnostic]:
-    """Every engine has an operator, since an unused engine would load a model in vain.
+    """Every engine must have an operator, because an unused engine would load a model in vain.
 
-    The rule is skipped after a wrong reference, which may be a misspelt name of the engine.
+    The rule is skipped if an operator names an unknown engine, which may be a misspelt engine.
     """
     named = {context.engine_of(node, spec) for node, spec in context.specified if spec.engine}
     unspecified = any(node.op not in context.vocabulary for node in context.graph.nodes)
@@ -229,7 +230,8 @@ def check_options(
 ) -> Iterator[Diagnostic]:
     """Check the options `given` at `path` against the dataclass that declares them.
 
-    Field metadata may have `min` and `max`, and `names`: a set of known names in `facts.names`.
+    The metadata of a field may have `min` and `max`, and `names`, a key of `facts.names`: then the
+    value must be one of those names.
     """
     hints = get_type_hints(options)
     declared: dict[str, Field[Any]] = {option.name: option for option in fields(options)}

@@ -1,4 +1,4 @@
-"""A rule and its input: a stream graph, its vocabulary, and the facts around it."""
+"""A rule and its input: a stream graph, its vocabulary, and the facts about its surroundings."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from sagellm.graphs.vocabulary import NoOptions, OpSpec, Vocabulary, nearest
 
 @dataclass(frozen=True, slots=True)
 class EngineFactsView:
-    """The known facts of one engine. None skips the rules that need the fact."""
+    """The known facts of one engine. Rules that need a fact skip an engine whose fact is None."""
 
     model_hash: str | None = None
     dtype: str | None = None
@@ -19,11 +19,11 @@ class EngineFactsView:
     block_size: int | None = None  # tokens
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    num_layers: int | None = None  # of one KV block
+    num_layers: int | None = None  # layers of one KV block
     max_model_len: int | None = None
-    kv_pool_bytes: int | None = None  # of one replica
+    kv_pool_bytes: int | None = None  # the KV pool of one replica
     device: str = ""  # the device whose memory holds the pool
-    memory_bytes: int | None = None  # of the device; None: the figure of `Facts`
+    memory_bytes: int | None = None  # memory of the device; None: as in `Facts`
     replicas: int | None = None  # None: the engine's option `replicas`, or 1
     capabilities: frozenset[str] | None = None
 
@@ -38,17 +38,17 @@ class EngineKindView:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The facts around a graph that its rules need. The caller collects them.
+    """The facts about a graph's surroundings that its rules need. The caller collects them.
 
     `engine_kinds`: the kinds of engines by name; None skips the rules on options of engines.
-    `executors`: the dataclass of options by kind of executor. `names`: the known names of open
-    sets, such as policies; an option whose field has the metadata {"names": "policies"} must be
-    one of the set.
+    `executors`: the options' dataclass of each kind of executor. `names`: sets of names that users
+    may extend, such as policies. An option whose field has the metadata {"names": "policies"} must
+    be a name of the set `policies`.
     """
 
-    memory_bytes: int | None = None  # shared by the KV pools of engines on one device
+    memory_bytes: int | None = None  # the memory that the KV pools of a device's engines share
     engines: Mapping[str, EngineFactsView] = field(default_factory=dict)
-    functions: Collection[str] | None = None  # the user's, by registered name
+    functions: Collection[str] | None = None  # the names under which the user registered functions
     engine_kinds: Mapping[str, EngineKindView] | None = None
     executors: Mapping[str, type] = field(default_factory=lambda: {"tasks": NoOptions})
     names: Mapping[str, Collection[str]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class CheckContext:
-    """A stream graph under check."""
+    """A stream graph that is checked, with its vocabulary and facts."""
 
     graph: Graph
     vocabulary: Vocabulary
@@ -86,11 +86,11 @@ class CheckContext:
 
     @property
     def forward(self) -> Iterator[tuple[int, Edge]]:
-        """The edges without feedback, with their numbers in the graph."""
+        """The edges that are not feedback, each with its index in the graph."""
         return ((n, edge) for n, edge in enumerate(self.graph.edges) if not edge.feedback)
 
     def engine_of(self, node: Node, spec: OpSpec) -> str | None:
-        """The engine that a node names; None where the graph has no such engine."""
+        """The engine that a node uses; None if it uses none, or if the graph has no such engine."""
         name = node.attrs.get("engine")
         return (
             name if spec.engine and isinstance(name, str) and name in self.graph.engines else None
@@ -101,7 +101,7 @@ Rule: TypeAlias = Callable[[CheckContext], Iterator[Diagnostic]]
 
 
 def choice(name: object, known: Iterable[str]) -> str:
-    """A hint: the nearest known name, or all known names."""
+    """A hint for an unknown name: the nearest known name if one is near, else all known names."""
     names = sorted(known)
     close = nearest(str(name), names)
     if close is not None:

@@ -1,4 +1,4 @@
-"""Rules on names and wiring: known operators and ports, fed inlets, no cycles."""
+"""Rules on names and wiring: known operators, inlets and outlets, fed inlets, no cycles."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def source_and_sink_directions(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def listed_outlets(context: CheckContext) -> Iterator[Diagnostic]:
-    """The outlets that an option lists have valid names, each listed once."""
+    """Outlets that an option lists must have valid names, each listed once."""
     for node in context.graph.nodes:
         spec = context.vocabulary.get(node.op)
         listed = spec.listed_outlets if spec else None
@@ -154,7 +154,7 @@ def led_outlets(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def single_edges(context: CheckContext) -> Iterator[Diagnostic]:
-    """An outlet leads to one inlet, since an item has one owner."""
+    """An outlet must lead to one inlet only, because an item has one owner."""
     first: dict[tuple[str, str], Edge] = {}
     for number, edge in context.forward:
         other = first.setdefault((edge.source, edge.outlet), edge)
@@ -166,9 +166,9 @@ def single_edges(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def reachable(context: CheckContext) -> Iterator[Diagnostic]:
-    """Every node is downstream of `source`.
+    """Every node must be downstream of `source`.
 
-    Nodes downstream of an unfed inlet are skipped: `fed_inlets` reports that mistake.
+    Nodes downstream of an unfed inlet are skipped, because `fed_inlets` reports the mistake.
     """
     if not _has_source(context):
         return
@@ -183,7 +183,7 @@ def reachable(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def acyclic(context: CheckContext) -> Iterator[Diagnostic]:
-    """Report each forward edge that closes a cycle, found by a depth-first walk."""
+    """Report each forward edge that closes a cycle. A depth-first walk finds these edges."""
     finished: set[str] = set()
     for name in (SOURCE, *context.graph.names):
         if name not in finished:
@@ -192,7 +192,7 @@ def acyclic(context: CheckContext) -> Iterator[Diagnostic]:
 
 def _closing(context: CheckContext, start: str, finished: set[str]) -> Iterator[Diagnostic]:
     trail = [start]
-    walks = [_leaving(context, start)]  # iterators instead of recursion: a graph may be long
+    walks = [_leaving(context, start)]  # iterators, because a long graph would recurse too deeply
     while walks:
         number, edge = next(walks[-1], (0, None))
         if edge is None:

@@ -9,7 +9,7 @@ import msgspec
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import Edge, EdgeType, FrozenMap, Graph, Node, TensorType, freeze, plain
 
-MAX_DEPTH = 64  # of bodies and options: far above real graphs, far below Python's stack
+MAX_DEPTH = 64  # levels of bodies and options: far above real graphs, far below Python's stack
 
 
 class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,7 +42,7 @@ class _Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def to_json(graph: Graph) -> bytes:
-    """Encode as indented JSON. Raises GraphError for values that JSON cannot hold."""
+    """Encode a graph as indented JSON. Raises GraphError for values that JSON cannot hold."""
     return msgspec.json.format(msgspec.json.encode(_writable(graph)), indent=1)
 
 
@@ -52,7 +52,7 @@ def from_json(content: bytes) -> Graph:
 
 
 def to_msgpack(graph: Graph) -> bytes:
-    """Encode as MessagePack. Raises GraphError for values that MessagePack cannot hold."""
+    """Encode a graph as MessagePack. Raises GraphError for values that MessagePack cannot hold."""
     return msgspec.msgpack.encode(_writable(graph))
 
 
@@ -95,7 +95,7 @@ def _malformed(message: str) -> GraphError:
 
 
 def _odd_graph(graph: _Graph, depth: int) -> Iterator[str]:
-    """Values that the records accept and a graph cannot hold."""
+    """Describe the values that the records accept but a graph cannot hold."""
     yield from _odd_values(graph.attrs, depth)
     for node in graph.nodes:
         yield from _odd_values(node.attrs, depth + 1)
@@ -113,8 +113,9 @@ def _odd_values(value: object, depth: int) -> Iterator[str]:
         yield from (odd for item in value for odd in _odd_values(item, depth + 1))
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{value} is no finite number"
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:  # too large for MessagePack
         yield f"{value} does not fit 64 bits"
+    # UTF-8 cannot encode half a surrogate pair, which a JSON escape can produce.
     elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         yield "half a surrogate pair is no text"
     elif not isinstance(value, bool | int | float | str | None):

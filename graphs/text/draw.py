@@ -36,7 +36,8 @@ _LINES = {"edge": "-->", "feedback": "-.->", "channel": "<-.->", "kv": "==>"}
 
 
 def as_text(graph: Graph, *, unfold: bool = False) -> str:
-    """Write a graph in aligned columns: operators and chains, or a kernel a line with its types.
+    """A graph in aligned columns. For a stream graph, the text lists operators and chains of edges;
+    for a kernel graph, one kernel per line with its types.
 
     Repeated layers are listed once, and replicas are counted, unless `unfold`.
     """
@@ -117,7 +118,7 @@ def _kernel_lines(graph: Graph, unfold: bool) -> Iterator[str]:
 
 
 def _widths(nodes: Sequence[Node]) -> tuple[int, int]:
-    """The widths of the columns with names and with ops."""
+    """The widths of the column of names and of the column of ops."""
     return (
         max((len(node.name) for node in nodes), default=0),
         max((len(node.op) for node in nodes), default=0),
@@ -125,7 +126,7 @@ def _widths(nodes: Sequence[Node]) -> tuple[int, int]:
 
 
 def _title(repeat: Repeat | None) -> Iterator[str]:
-    """The title line of a repeat."""
+    """The title line of a repeat; nothing for kernels outside of repeats."""
     if repeat:
         shown = f" (layer {repeat.first} is shown)" if repeat.count > 1 else ""
         yield f"  {repeat.title}{shown}"
@@ -137,7 +138,7 @@ def _kernel_line(graph: Graph, node: Node, widths: tuple[int, int]) -> str:
 
 
 def _in_order(graph: Graph) -> tuple[Node, ...]:
-    """The nodes with producers first; in the order of the graph if it has a cycle."""
+    """The nodes in topological order, or in the order of the graph if it has a cycle."""
     try:
         return graph.topological()
     except ValueError:
@@ -166,7 +167,7 @@ def _outputs(graph: Graph, node: Node) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Align the columns of rows of equal length. Empty columns are left out."""
+    """Align rows of equal length in columns. Empty columns are left out."""
     columns = [column for column in zip(*rows, strict=True) if any(column)]
     widths = [max(map(len, column)) for column in columns]
     for row in zip(*columns, strict=True):
@@ -175,9 +176,9 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def as_mermaid(graph: Graph, *, unfold: bool = False) -> str:
-    """Write a graph as a Mermaid flowchart. The ids are numbers: a name may be a Mermaid keyword.
+    """A graph as a Mermaid flowchart. Ids are numbers, because a name may be a Mermaid keyword.
 
-    Repeated layers and replicas are drawn once, with their number, unless `unfold`.
+    Repeated layers and replicas are drawn once, with their count, unless `unfold`.
     """
     shown = to_drawing(graph, unfold=unfold)
     inner = (key for key in shown.nodes if key not in (SOURCE, SINK))

@@ -1,4 +1,4 @@
-"""A picture of a graph in any format: nodes, arrows, frames and their labels."""
+"""The content of a picture of a graph, in any format: boxes, arrows, frames and their labels."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ ArrowKind: TypeAlias = Literal["edge", "feedback", "channel", "kv"]
 
 @dataclass(frozen=True, slots=True)
 class DrawnNode:
-    """A box. The first line is its name. `is_stacked`: the box stands for several."""
+    """A box with lines of text. The first line is its name. `is_stacked`: it stands for several."""
 
     lines: tuple[str, ...]
     kind: DrawnNodeKind = "operator"
@@ -34,7 +34,7 @@ class DrawnNode:
 
 @dataclass(frozen=True, slots=True)
 class Arrow:
-    """A line between two boxes, given by their keys. `at_target`: the label is at the target."""
+    """A line between two boxes, given by their keys. `at_target`: the label is near the target."""
 
     source: str
     target: str
@@ -62,9 +62,9 @@ class Drawing:
 
 
 def to_drawing(graph: Graph, *, unfold: bool = False) -> Drawing:
-    """Draw a graph of either dialect. After the pass `place`, the drawing has processes.
+    """The drawing of a graph of either dialect. After the pass `place`, it shows processes.
 
-    Repeated layers and replicas are drawn once, with their number, unless `unfold`.
+    Repeated layers and replicas are drawn once, with their count, unless `unfold`.
     """
     if graph.dialect == "kernel":
         return _kernels(fold(graph, unfold=unfold))
@@ -99,12 +99,13 @@ def _arrows(graph: Graph, nodes: Mapping[str, DrawnNode]) -> Iterator[Arrow]:
 
 
 def _kernels(folded: Folded) -> Drawing:
-    """Draw kernels. The box of a kernel has the types of its outlets and its step inputs.
+    """The drawing of a kernel graph. A kernel's box has the types of its outlets, and its inputs
+    from the step.
 
-    Edges from `source` are left out: nearly every kernel reads step inputs, and such edges would
-    hide the others.
+    Edges from `source` are left out: nearly every kernel has some, and they would hide other edges.
     """
     graph, nodes = folded.graph, {}
+    # In a frame of one layer, names need no layer: the title of the frame has it.
     alone = {
         name for repeat, names in folded.members.items() if repeat.period == 1 for name in names
     }
@@ -132,7 +133,7 @@ def _kernel_arrow(edge: Edge) -> Arrow:
 
 
 def _placed(graph: Graph, unfold: bool) -> Drawing:
-    """Draw the operators in the frame of their process, and the workers below the frame."""
+    """The drawing of a placed graph: operators in the frame of their process, workers below it."""
     operators = _operators(graph)
     control, *workers = placed_processes(graph, unfold=unfold)
     inside = {_engine_key(name): _engine(graph, name) for name in control.engines}
@@ -167,25 +168,27 @@ def _link_arrow(link: PlacedLink) -> Arrow:
 
 
 def option_texts(options: Mapping[str, Value]) -> Iterator[str]:
-    """Write each option as `name: value`."""
+    """Each option as the text `name: value`."""
     return (f"{scalar(name)}: {flow(value)}" for name, value in options.items())
 
 
 def port_label(edge: Edge) -> str:
-    """The label of an edge: its ports other than `out` and `in`, and its type."""
+    """The label of an edge: its outlet and inlet, unless they are `out` and `in`, and its type."""
     kind = "" if edge.type is None else str(edge.type)
     return " ".join(part for part in (port_names(edge), kind) if part)
 
 
 def port_names(edge: Edge) -> str:
-    """The ports of an edge other than `out` and `in`: `q`, or `sum > a` for two names."""
+    """The outlet and inlet of an edge, unless they are `out` and `in`: `sum > a`, or `q` for two
+    equal names.
+    """
     outlet = "" if edge.outlet == "out" else edge.outlet
     inlet = "" if edge.inlet in ("in", edge.outlet) else edge.inlet
     return " > ".join(port for port in (outlet, inlet) if port)
 
 
 def outlet_types(graph: Graph, node: Node) -> Iterator[str]:
-    """The type of each outlet of a kernel: `float32[T, 64]`, `q float32[T, 64]`."""
+    """The type of each outlet of a kernel, such as `float32[T, 64]` or `q float32[T, 64]`."""
     kinds = {edge.outlet: str(edge.type) for edge in graph.outputs(node.name) if edge.type}
     for outlet, kind in kinds.items():
         if kind != outlet:
@@ -193,14 +196,14 @@ def outlet_types(graph: Graph, node: Node) -> Iterator[str]:
 
 
 def source_inputs(graph: Graph, node: Node) -> list[str]:
-    """The step inputs that a kernel reads."""
+    """The names of the step inputs that a kernel reads."""
     if graph.dialect != "kernel":
         return []
     return [edge.outlet for edge in graph.inputs(node.name) if edge.source == SOURCE]
 
 
 def body_summary(body: Graph) -> str:
-    """Describe a body in one line: name, size, most frequent ops, and hash."""
+    """A body in one line: its name, size, most frequent ops, and hash."""
     counts = Counter(node.op for node in body.nodes).most_common(4)
     ops = ", ".join(f"{count} {op}" for op, count in counts)
     return f"body {body.name}: {len(body.nodes)} nodes ({ops}), hash {body.hash}"

@@ -1,4 +1,4 @@
-"""Folds repeated layers and replicas, so that a picture shows each of them once."""
+"""Folds repeated layers and replicas, so that a picture shows one for all equal ones."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,23 +35,25 @@ class Repeat:
 
     @property
     def shown(self) -> range:
-        """The layers that a picture shows for all."""
+        """The layers that a picture shows for all layers of the repeat."""
         return range(self.first, self.first + self.period)
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """`graph` has only the shown layers of each repeat. `members`: the names of their nodes."""
+    """A folded graph. `graph`: without the hidden layers of repeats. `members`: the names of the
+    shown nodes of each repeat.
+    """
 
     graph: Graph
     members: Mapping[Repeat, tuple[str, ...]]
 
 
 def fold(graph: Graph, *, unfold: bool = False) -> Folded:
-    """Show one repetition of each repeat. With `unfold`, each layer is a repeat by itself.
+    """Hide all repetitions of a repeat but the first. With `unfold`, each layer is its own repeat.
 
-    An edge from a hidden layer to a node outside its repeat starts at the shown layer. An edge from
-    a repeat to itself is left out.
+    An edge between a hidden layer and a node outside its repeat is moved to the shown layer. An
+    edge between two repetitions of a repeat is left out.
     """
     layers = _layers(graph)
     repeats = [Repeat(n, n) for n in sorted(layers)] if unfold else _repeats(graph, layers)
@@ -70,13 +72,13 @@ def fold(graph: Graph, *, unfold: bool = False) -> Folded:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer of a kernel, from the name of its node."""
+    """The layer of a kernel, from the name of its node; None if it belongs to no layer."""
     found = _LAYER.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def without_layer(name: str) -> str:
-    """`q_proj` of `layer0_q_proj`."""
+    """The name of a kernel without its layer: `q_proj` for `layer0_q_proj`."""
     found = _LAYER.fullmatch(name)
     return found[2] if found else name
 
@@ -90,14 +92,16 @@ def _layers(graph: Graph) -> dict[int, list[Node]]:
 
 
 def _repeats(graph: Graph, layers: Mapping[int, Sequence[Node]]) -> list[Repeat]:
-    """Cover the layers with repeats, the longest first repeat first, with its shortest period."""
+    """Cover the layers with repeats from the first layer on. Each repeat is the longest that begins
+    at its layer, with the shortest period.
+    """
     signatures = {
         number: _layer_signature(graph, nodes, number) for number, nodes in layers.items()
     }
     repeats: list[Repeat] = []
     first, num_left = min(signatures, default=0), len(signatures)
     while first in signatures:
-        # Two repetitions at least, so no period is longer than half of the layers left.
+        # There are at least two repetitions, so a period is at most half of the remaining layers.
         choices = (
             Repeat(first, _last_repeated(signatures, first, p), p)
             for p in range(1, num_left // 2 + 1)
@@ -110,7 +114,7 @@ def _repeats(graph: Graph, layers: Mapping[int, Sequence[Node]]) -> list[Repeat]
 
 
 def _last_repeated(signatures: Mapping[int, object], first: int, period: int) -> int:
-    """The last layer of a repeat that begins at `first`; `first` if nothing repeats."""
+    """The last layer of a repeat of `period` layers from `first` on; `first` if nothing repeats."""
     end = first + period
     while signatures.get(end, end) == signatures.get(end - period):
         end += 1
@@ -119,7 +123,7 @@ def _last_repeated(signatures: Mapping[int, object], first: int, period: int) ->
 
 
 def _layer_signature(graph: Graph, nodes: Sequence[Node], number: int) -> object:
-    """A value that equal layers share: kernels, options, and inner edges."""
+    """A value that is equal for equal layers: their kernels, options and inner edges."""
     names = {node.name for node in nodes}
     kernels = tuple((without_layer(n.name), n.op, _without_number(n.attrs, number)) for n in nodes)
     inner = tuple(
@@ -132,7 +136,7 @@ def _layer_signature(graph: Graph, nodes: Sequence[Node], number: int) -> object
 
 
 def _without_number(value: Value, number: int) -> Value:
-    """Remove the number of the layer from the options of a kernel."""
+    """The options of a kernel without the number of its layer."""
     if isinstance(value, FrozenMap):
         return FrozenMap(
             (key, None if key == "layer" and item == number else _without_number(item, number))
@@ -146,7 +150,7 @@ def _without_number(value: Value, number: int) -> Value:
 
 
 def _shown_name(name: str, repeat_of: Mapping[str, Repeat]) -> str:
-    """The name of the kernel that a picture shows for a kernel."""
+    """The name of the kernel that a picture shows in place of the kernel `name`."""
     number = layer_of(name)
     if name not in repeat_of or number is None:
         return name
@@ -156,6 +160,7 @@ def _shown_name(name: str, repeat_of: Mapping[str, Repeat]) -> str:
 
 
 def _edges(graph: Graph, repeat_of: Mapping[str, Repeat]) -> Iterator[Edge]:
+    """The edges of the folded graph, each once."""
     seen: set[Edge] = set()
     for edge in graph.edges:
         source, target = _shown_name(edge.source, repeat_of), _shown_name(edge.target, repeat_of)
@@ -170,7 +175,7 @@ def _edges(graph: Graph, repeat_of: Mapping[str, Repeat]) -> Iterator[Edge]:
 
 @dataclass(frozen=True, slots=True)
 class PlacedProcess:
-    """A group of `count` equal processes, with the engines that compute in them."""
+    """`count` equal processes, with the engines that compute in each."""
 
     name: str
     title: str
@@ -182,7 +187,7 @@ class PlacedProcess:
 class PlacedLink:
     """A link from an operator to the engine that it drives or, with `is_kv`, between two engines.
 
-    An engine has the name of its process: `p`, or `p[0]` where each replica is shown.
+    An engine is named by its process: `p`, or `p[0]` if each replica is shown.
     """
 
     source: str
@@ -196,7 +201,7 @@ def is_placed(graph: Graph) -> bool:
 
 
 def placed_processes(placed: Graph, *, unfold: bool = False) -> tuple[PlacedProcess, ...]:
-    """The process of the operators, then the workers. `unfold` lists each replica by itself."""
+    """The process of the operators, then the workers; with `unfold`, one for each replica."""
     if executor_kind(placed) == "tasks":
         return (PlacedProcess(CONTROL, "one process: executor tasks", tuple(placed.engines)),)
     control = PlacedProcess(CONTROL, f"process {CONTROL}: gateway and operators", ())
@@ -261,7 +266,10 @@ def _nearest(
     edges: Callable[[str], tuple[Edge, ...]],
     other: Callable[[Edge], str],
 ) -> tuple[str, ...]:
-    """The engines of the nearest operators with an engine, on each path from an operator."""
+    """The engine of the nearest operator with an engine on each path from the operator `name`.
+
+    `edges` and `other` give the direction: the edges to follow, and the far end of an edge.
+    """
     found: dict[str, None] = {}
     seen, waiting = {name}, [name]
     for at in waiting:  # the loop appends to `waiting`

@@ -1,4 +1,4 @@
-"""From the plain values of a YAML file to a stream graph, edges written as arrows."""
+"""Converts the plain values of a YAML file to a stream graph, whose edges are written as arrows."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,9 @@ _ARROW = re.compile(r"->|~>")
 
 @dataclass(frozen=True, slots=True)
 class ChainEnd:
-    """One end of an arrow, `name` or `name.port`. `at`: its offset in the text of the chain."""
+    """One end of an arrow: `name`, or `name.port` with an outlet or inlet. `at`: the offset of the
+    end in the text of the chain.
+    """
 
     name: str
     port: str | None
@@ -48,7 +50,7 @@ class ChainLink:
 
 @dataclass(frozen=True, slots=True)
 class ChainError(Exception):
-    """A chain that cannot be parsed. `at`: the offset of the mistake in the text."""
+    """A chain cannot be parsed. `at`: the offset of the mistake in the text."""
 
     at: int
     message: str
@@ -58,8 +60,8 @@ class ChainError(Exception):
 def parse_chain(chain: str) -> tuple[ChainLink, ...]:
     """Parse `a -> b.inlet`, `a.outlet -> b`, `a -> b -> c`, and feedback `a ~> b`.
 
-    Raises ChainError. A dotted name between two arrows is refused, since its port could be the
-    inlet of the left arrow or the outlet of the right one.
+    Raises ChainError. A dotted name between two arrows is refused, because `b` in `a.b` could be
+    the inlet of the left arrow or the outlet of the right arrow.
     """
     arrows = list(_ARROW.finditer(chain))
     if not arrows:
@@ -96,7 +98,7 @@ def _refuse_middle_ports(ends: list[ChainEnd]) -> None:
 
 
 def chains(edges: Iterable[Edge]) -> Iterator[str]:
-    """Write edges as the fewest chains in the same order; `parse_chain` gives the edges back."""
+    """The edges as the fewest chains in the same order. `parse_chain` gives the edges back."""
     text, last = "", None
     for edge in edges:
         if last is not None and _continues(last, edge):
@@ -128,7 +130,7 @@ class SurfaceReader:
     def positions(self) -> dict[Path, Position]:
         """The position of each path of the graph.
 
-        Edges are numbered in the graph, since a line of the file may hold a chain of several.
+        ("edges", n) is the n-th edge of the graph: a line of the file may hold several edges.
         """
         places = self.tree.positions.items()
         others = {path: at for path, at in places if path[:1] != ("edges",) or len(path) == 1}
@@ -180,7 +182,7 @@ class SurfaceReader:
                 hint = f"add `sagellm: {VERSION}`" if key == "sagellm" else f"add `{key}:`"
                 self._report("missing-key", (), f"the key `{key}` is missing", hint)
         version = top.get("sagellm", VERSION)
-        if version is True or version != VERSION:
+        if version is True or version != VERSION:  # True == 1 in Python
             message = f"version {version} of the graph format is not known"
             self._report("bad-version", ("sagellm", VALUE), message, f"write `sagellm: {VERSION}`")
 
@@ -194,7 +196,7 @@ class SurfaceReader:
             self._report("bad-name", path, f"`{name}` is no name", hint)
 
     def _named(self, section: str, value: Value) -> FrozenMap:
-        """A section of `name: {option: value}` entries."""
+        """Read a section of `name: {option: value}` entries."""
         entries = self._mapping((section,), value)
         for name in entries:
             self._check_name((section, name))
@@ -203,7 +205,7 @@ class SurfaceReader:
         )
 
     def _imports(self, value: Value) -> tuple[str, ...]:
-        """The names of modules and files. The caller decides whether to import them."""
+        """Read the names of modules and files. The caller decides whether to import them."""
         if not isinstance(value, tuple):
             hint = "write `imports: [my_module, my_file.py]`"
             self._report("bad-form", ("imports", VALUE), "`imports` must be a list", hint)
@@ -262,7 +264,7 @@ class SurfaceReader:
     def _start(self, index: int, chain: str) -> tuple[Position, bool]:
         """The position of a chain, and whether offsets in the chain are offsets in the line.
 
-        They are not where YAML escapes or folds the text of the chain.
+        They differ if the YAML text escapes or folds the chain.
         """
         at = self.tree.positions["edges", index]
         column = self.lines[at.line - 1].find(chain, at.column - 1)

@@ -1,4 +1,4 @@
-"""A drawing as SVG: boxes in rows, curves for edges, and frames."""
+"""A graph as SVG: boxes in rows, curves for edges, and frames."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,8 +21,8 @@ from sagellm.graphs.text.drawing import Arrow, ArrowKind, Drawing, DrawnNode, to
 
 FONT_SIZE = 12.0
 LABEL_SIZE = 11.0
-_LETTER = 0.62  # width by font size, of the widest monospace font in the style
-_WIDE_LETTER = 1.35  # of Chinese, Japanese, Korean, and of emoji, which are the widest
+_LETTER = 0.62  # width of a letter / font size, for the widest monospace font of the style
+_WIDE_LETTER = 1.35  # the same for Chinese, Japanese, Korean and emoji, the widest of all
 _LINE_HEIGHT = 16.0
 _PADDING = 9.0
 _STACK = 5.0  # the offset between the boxes of a stack
@@ -48,9 +48,9 @@ _HEADS = {"edge": "head", "channel": "head head-channel", "kv": "head head-kv"}
 
 
 def as_svg(graph: Graph, *, unfold: bool = False) -> str:
-    """Draw a graph as SVG, from `source` at the top to `sink`, for light and dark pages.
+    """A graph as SVG for light and dark pages, from `source` at the top to `sink` at the bottom.
 
-    Repeated layers and replicas are drawn once, with their number, unless `unfold`.
+    Repeated layers and replicas are drawn once, with their count, unless `unfold`.
     """
     shown = to_drawing(graph, unfold=unfold)
     layout = _laid_out(shown)
@@ -58,13 +58,14 @@ def as_svg(graph: Graph, *, unfold: bool = False) -> str:
 
 
 def text_width(text: str, size: float = FONT_SIZE) -> float:
-    """The width of a text, or more: the page's font is unknown."""
+    """The largest possible width of a text: the page's font is unknown."""
     wide = sum(east_asian_width(letter) in "WF" for letter in text)
     return size * ((len(text) - wide) * _LETTER + wide * _WIDE_LETTER)
 
 
 def _laid_out(shown: Drawing) -> Layout:
     sizes = {key: _size(node) for key, node in shown.nodes.items()}
+    # Titles of frames are boxes of the layout too; no operator's name contains \0.
     titles = [f"\0frame {number}" for number in range(len(shown.frames))]
     for title, frame in zip(titles, shown.frames, strict=True):
         sizes[title] = text_width(frame.title), _LINE_HEIGHT

@@ -1,4 +1,4 @@
-"""Reads YAML into frozen plain values with positions. Tags are refused, sizes are limited."""
+"""Reads YAML as immutable plain values with positions. Tags are refused, and sizes are limited."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path, Posi
 from sagellm.graphs.ir import FrozenMap, Value
 
 MAX_CHARACTERS = 65_536  # a graph of a thousand operators; reading takes about a second
-MAX_VALUES = 20_000  # each alias counts all values of its anchor
+MAX_VALUES = 20_000  # an alias counts as all values of its anchor
 MAX_DEPTH = 24
 
 _SYNTAX_HINTS = {  # a part of the parser's message -> a fix
@@ -45,7 +45,7 @@ _INT64 = range(-(2**63), 2**63)
 
 @dataclass(slots=True)
 class Tree:
-    """A text as plain values, the position of each path, and the mistakes in the text."""
+    """A YAML text as plain values, with the position of each path and the mistakes in the text."""
 
     value: Value
     positions: dict[Path, Position]
@@ -53,10 +53,10 @@ class Tree:
 
 
 def read(text: str, *, file: str) -> Tree:
-    """Read the only YAML 1.2 document of a text.
+    """Read a text that is a single YAML 1.2 document.
 
     Raises GraphError for a syntax error and for a text beyond the limits. Other mistakes are in the
-    result, so that the caller can report them together with its own.
+    result, so that the caller can report them together with the mistakes that it finds.
     """
     reader = _Reader(file)
     if len(text) > MAX_CHARACTERS:
@@ -81,6 +81,7 @@ def _syntax_hint(error: MarkedYAMLError) -> str | None:
 
 
 def _nth(text: str, error: YAMLError, file: str) -> Position:
+    """The position of an error that has only an offset in the text."""
     before = text[: getattr(error, "position", 0)]
     return Position(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
 
@@ -135,12 +136,12 @@ class _Reader:
         return value
 
     def _alias(self, event: Any) -> Value:
-        if event.anchor not in self._anchors:  # also for an alias inside its own anchor
+        if event.anchor not in self._anchors:  # true for an alias inside its own anchor too
             message = f"no value before this place is anchored as `&{event.anchor}`"
             self._note(event, "unknown-alias", message, "write the value itself")
             return None
         value, num_values = self._anchors[event.anchor]
-        self._count(event, num_values)  # else a short text could stand for billions of values
+        self._count(event, num_values)  # otherwise a short text could expand to billions of values
         return value
 
     def _node(self, event: Any, path: Path) -> Value:
@@ -150,7 +151,7 @@ class _Reader:
         if isinstance(event, ScalarEvent):
             self.positions[*path, VALUE] = self._at(event)
             return self._scalar(event)
-        if len(path) >= MAX_DEPTH:  # this reader and later passes are recursive
+        if len(path) >= MAX_DEPTH:  # this reader and its callers are recursive
             self.refuse("too-deep", self._at(event), f"nested deeper than {MAX_DEPTH} levels")
         mapping = isinstance(event, MappingStartEvent)
         return self._mapping(path) if mapping else self._sequence(path)
@@ -180,7 +181,7 @@ class _Reader:
             self._skip(event)
             return None
         key = self._node(event, ())
-        # `<<` merges mappings in YAML 1.1, which version 1.2 does not.
+        # `<<` merges mappings in YAML 1.1, but not in YAML 1.2.
         if isinstance(key, str) and not (key == "<<" and event.style is None):
             return key
         hint = "repeat the entries" if key == "<<" else f'quote it: "{truncated(event.value)}"'
@@ -197,7 +198,7 @@ class _Reader:
         self._skip(next(self._events))
 
     def _skip(self, event: Any) -> None:
-        """Skip a value: its mistakes are kept, its positions are dropped."""
+        """Read a value and drop it with its positions, but keep its mistakes."""
         kept = self.positions
         self.positions = {}
         self._value(event, ())
@@ -208,7 +209,7 @@ class _Reader:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             self._note(event, "bad-text", "half a surrogate pair is no text", "write the character")
             return None
-        if not event.implicit[0]:  # quoted, or a block
+        if not event.implicit[0]:  # quoted or a block, and therefore a text
             return text
         return self._number(event, text)
 
@@ -225,8 +226,8 @@ class _Reader:
 
 
 def _fits(text: str) -> bool:
-    """Whether an integer fits 64 bits. Long texts are not parsed: `int` raises for thousands of
-    digits.
+    """Whether an integer fits 64 bits; true for other texts. Long texts are not parsed, because
+    `int` raises for thousands of digits.
     """
     if not _INT.fullmatch(text):
         return True
@@ -240,7 +241,7 @@ def _is_finite(text: str) -> bool:
 
 
 def plain_scalar(text: str) -> Value:
-    """The YAML 1.2 value of an unquoted text. `yes`, `on` and `1_000` are texts."""
+    """The YAML 1.2 value of an unquoted text. `yes`, `on` and `1_000` stay texts."""
     if text in _NULL:
         return None
     if text in _BOOL:

@@ -1,4 +1,4 @@
-"""Loads and dumps the YAML form of a stream graph."""
+"""Loads and dumps stream graphs in their YAML form."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from sagellm.graphs.text.tree import MAX_CHARACTERS, MAX_DEPTH, plain_scalar, re
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A graph and the positions of its paths in the file. Positions are not part of the graph.
+    """A graph, and the positions of its paths in the file, which are not part of the graph.
 
     Paths: ("engines", name, option), ("operators", name, option), ("executor", option), and
     ("edges", n) for the n-th edge of the graph, optionally followed by "source", "outlet",
-    "target" or "inlet". A path has the position of its key; the same path, followed by "value",
-    has the position of the value.
+    "target" or "inlet". A path has the position of its key; the path followed by "value" has the
+    position of the key's value.
     """
 
     graph: Graph
@@ -28,9 +28,9 @@ class Document:
 
 
 def load(text: str, *, file: str) -> Document:
-    """Read a graph. Raises GraphError with every mistake of form, each with its position.
+    """Read a graph from YAML. Raises GraphError with every mistake of form and its position.
 
-    Ops, options and wiring are not checked: `sagellm.graphs.check` does that.
+    Ops, options and wiring are not checked here; `sagellm.graphs.check` checks them.
     """
     tree = read(text, file=file)
     reader = SurfaceReader(tree, text.splitlines())
@@ -61,10 +61,10 @@ def _not_utf8(file: str, before: bytes) -> Diagnostic:
 
 
 def dump(graph: Graph) -> str:
-    """Write a surface graph as YAML. Loading the text gives an equal graph.
+    """Write a stream graph as YAML. `load` of the text gives an equal graph.
 
-    Raises GraphError for kernel graphs, bodies, typed edges and functions without a name, which the
-    YAML form cannot hold. `sagellm.graphs.text.codec` holds all of them but such functions.
+    Raises GraphError for what YAML cannot hold: kernel graphs, bodies, typed edges, and functions
+    without a registered name. `sagellm.graphs.text.codec` holds all of these except such functions.
     """
     _refuse_unwritable(graph)
     return _written(graph)
@@ -107,7 +107,7 @@ def _section(name: str, entries: Mapping[str, Value]) -> Iterator[str]:
 
 
 def flow(value: Value) -> str:
-    """Write a value in YAML flow style, on one line."""
+    """A value in YAML flow style, on one line."""
     if isinstance(value, FrozenMap):
         return "{" + ", ".join(f"{scalar(key)}: {flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
@@ -116,9 +116,9 @@ def flow(value: Value) -> str:
 
 
 def scalar(value: bool | int | float | str | None) -> str:
-    """Write a scalar for YAML 1.2. A text is quoted where YAML could read another value."""
+    """A scalar in YAML 1.2. A text is quoted if YAML could read another value from it."""
     if not isinstance(value, str):
-        return json.dumps(value)
+        return json.dumps(value)  # YAML 1.2 reads JSON's numbers, true, false and null alike
     if _PLAIN.fullmatch(value) and plain_scalar(value) == value:
         return value
     quoted = json.dumps(value, ensure_ascii=False)
@@ -196,7 +196,7 @@ def _values(graph: Graph) -> Iterator[Diagnostic]:
     yield from _unwritable((), graph.attrs, 0)
     for node in graph.nodes:
         path: Path = ("operators", node.name)
-        yield from _unwritable(path, node.attrs, 2)
+        yield from _unwritable(path, node.attrs, 2)  # 2: below `operators` and the name
         if "op" in node.attrs:
             yield _refusal(path, "an option may not be called `op`", "rename it")
         function = node.attrs.get("function")

@@ -1,10 +1,10 @@
 /* Attention over the blocks of a sequence in the pool. Keys and values of a block are loaded into
- * the cache as floats, once for all query heads of their KV head, and softmax is computed online
+ * the cache as floats, once for all query heads of their KV head. Softmax is computed online
  * (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2022, arXiv:2205.14135).
  *
  * A row's result depends on its query and its context alone: blocks and spans begin at multiples of
  * a constant, masked keys have a weight of exactly 0, and sums are merged in order. So a row has
- * the same bits in any batch, for any chunks of a prompt, and on any number of threads.
+ * the same bits in any batch, with any chunks of a prompt, and on any number of threads.
  */
 #include "attention.h"
 
@@ -15,7 +15,7 @@
 #include "blocks.h"
 #include "team.h"
 
-#define NOTHING -1e30f /* the largest score where none was seen */
+#define NOTHING -1e30f /* stands for the largest score before a key was seen */
 
 static void clear(Sums *sums, long rows, long width) {
     for (long r = 0; r < rows; r++) sums->largest[r] = NOTHING;
@@ -27,7 +27,7 @@ INLINE void scale_row(float *row, long width, float by) {
     for (long i = 0; i < width; i += LANES) store_float(row + i, load_float(row + i) * by);
 }
 
-/* Merge `sums` into `total`: the result is that of the keys of both, in order. */
+/* Merge `sums` into `total`, as if the keys of `sums` followed those of `total`. */
 static void join(Sums *total, const Sums *sums, long rows, long width) {
     for (long r = 0; r < rows; r++) {
         float largest = fmaxf(total->largest[r], sums->largest[r]);
@@ -45,7 +45,7 @@ static void join(Sums *total, const Sums *sums, long rows, long width) {
 static long least(long a, long b) { return a < b ? a : b; }
 static long greatest(long a, long b) { return a > b ? a : b; }
 
-/* Add the keys first to last of the block at `start` to the tile's sums. */
+/* Add keys `first` to `last` (exclusive) of the block at `start` to the tile's sums. */
 static void add_block(Work *w, long start, long first, long last) {
     const Heads *h = &w->plan->heads;
     long group = h->heads / h->kv_heads, num_keys = last - start;
@@ -64,7 +64,7 @@ static void add_block(Work *w, long start, long first, long last) {
     pairs ? weigh_pairs(w, num_keys) : weigh(w, num_keys);
 }
 
-/* Add the keys first to last, which are in one span, to the tile's sums. */
+/* Set the tile's sums to those of keys `first` to `last` (exclusive), which are in one span. */
 static void add_span(Work *w, long first, long last) {
     clear(&w->sums, w->rows, w->width);
     long start = first / BLOCK * BLOCK, end = least(start + BLOCK, last);
@@ -97,7 +97,7 @@ static Sums partial(const Work *w, long span) {
     return (Sums){from, from + p->tile_rows, from + 2 * p->tile_rows};
 }
 
-/* Compute one span of a tile that several threads share. The last of them merges all spans. */
+/* Compute one span of a tile that threads share. The thread that ends last merges all spans. */
 static void add_shared(Work *w, const Piece *piece) {
     w->sums = partial(w, piece->span);
     add_span(w, piece->first, piece->last);
@@ -133,7 +133,7 @@ static float *floats(char **memory, long count) {
     return found;
 }
 
-/* Parts whose rows are whole vectors are first, so that they are aligned to vectors. */
+/* Arrays whose rows are whole vectors come first, so that they are aligned to vectors. */
 static void place(Work *w, char *memory) {
     long rows = w->plan->tile_rows, width = w->width = w->plan->width;
     w->panels = floats(&memory, (width + PANEL) * BLOCK);

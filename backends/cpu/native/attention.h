@@ -5,31 +5,32 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#define BLOCK 64  /* keys at a time; blocks begin at multiples of it */
-#define SPAN 512  /* keys that one thread sums before sums are merged; at multiples of it, too */
-#define MOST 128  /* rows of a tile (new tokens x query heads of one KV head), if it can be cut */
-#define FEW 16    /* up to so many new tokens, threads may share the context of a sequence */
+#define BLOCK 64  /* keys that are scored at once; a block begins at a multiple of it */
+#define SPAN 512  /* keys whose sums are merged as one; a span begins at a multiple of it */
+#define MOST 128  /* rows of a tile (new tokens x query heads of a KV head), at least one token */
+#define FEW 16    /* threads share the context of a sequence with up to this many new tokens */
 
 typedef struct {
-    long heads, kv_heads, head_dim, window; /* 0: none */
+    long heads, kv_heads, head_dim, window; /* window 0: attend to all earlier tokens */
     float scale;
 } Heads;
 
 /* The inputs that all layers of a step share. Sequence s has the rows from query_starts[s] to
- * query_starts[s + 1]; they are its last positions before context_lens[s]. */
+ * query_starts[s + 1]; the last of these rows is at position context_lens[s] - 1. */
 typedef struct {
     long table_len, num_sequences, block_size;
     const int64_t *query_starts, *context_lens;
     int bfloat; /* whether the pool is bfloat16 */
 } Batch;
 
-/* Some new tokens of one sequence. `partial`: index of the sums of its first span, -1 if one thread
- * computes its whole context. */
+/* Some new tokens of one sequence, whose first row and position are given. `partial`: index of the
+ * sums of the tile's first span, or -1 if one thread computes the whole context. `finished`: index
+ * of the tile's counters of finished spans. */
 typedef struct {
     long sequence, row, num_tokens, position, partial, num_spans, finished;
 } Tile;
 
-/* The keys first to last of a tile. */
+/* The work on keys `first` to `last` (exclusive) for one tile; `span`: their number in the tile. */
 typedef struct {
     long tile, first, last, span;
 } Piece;
@@ -40,10 +41,10 @@ typedef struct {
     Batch batch;
     Tile *tiles;
     Piece *pieces;
-    float *partials;       /* per span and KV head: largest score, sum, values of each row */
+    float *partials;       /* per span and KV head: largest score, sum and values of each row */
     atomic_int *finished;  /* per shared tile and KV head: number of finished spans */
     char *scratch;         /* per thread */
-    long lanes; /* of a vector: of floats, or of pairs of bfloat16 */
+    long lanes; /* keys of a vector: LANES, or PAIR_LANES where products are of bfloat16 pairs */
     long num_tiles, num_pieces, tile_tokens, tile_rows, width; /* width: padded head_dim */
     long num_partials, num_shared, partial_len, scratch_len;
 } Attention;
@@ -55,15 +56,16 @@ typedef struct {
     const void *keys, *values;
     float *out;
     long ldq, ldo;
-    const int32_t *tables; /* [sequences, table_len]: its blocks */
+    const int32_t *tables; /* [sequences, table_len]: the blocks of each sequence */
 } Layer;
 
 /* Plan the pieces of a step, and return the bytes of memory that `attention_place` needs. */
 long attention_plan(Attention *plan, const Heads *heads, const Batch *batch, int threads);
+/* Complete the plan in `memory`, which the caller frees after the last attention_share. */
 void attention_place(Attention *plan, char *memory);
 
-/* Compute pieces until none is left. Threads take them by incrementing `next`, which starts at
- * `base`, and is attention_tickets higher when all threads have returned. */
+/* Compute pieces until none is left. Threads take a piece by incrementing `next`, which starts at
+ * `base` and has grown by attention_tickets when all threads have returned. */
 void attention_share(const Attention *plan, const Layer *layer, atomic_long *next, long base,
                      int number);
 long attention_tickets(const Attention *plan, int threads);

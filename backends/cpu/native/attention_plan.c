@@ -10,7 +10,7 @@
 #include "matrix.h"
 #include "pairs.h"
 
-#define MOST_SHARED (64L << 20) /* bytes of the sums of spans */
+#define MOST_SHARED (64L << 20) /* bytes of span sums; a batch that needs more shares no tile */
 
 static long rounded_up(long value, long unit) { return (value + unit - 1) / unit * unit; }
 
@@ -18,7 +18,7 @@ static long first_key(const Heads *heads, long position) {
     return heads->window && position >= heads->window ? position - heads->window + 1 : 0;
 }
 
-/* Cut the batch: count tiles and pieces, and write them if the plan has memory for them. */
+/* Cut the batch into tiles and pieces: count them, and write them if the plan has memory yet. */
 static void cut(Attention *p, int may_share) {
     p->num_tiles = p->num_pieces = p->num_partials = p->num_shared = 0;
     const Batch *b = &p->batch;
@@ -56,7 +56,7 @@ long attention_plan(Attention *p, const Heads *heads, const Batch *batch, int th
     p->lanes = batch->bfloat && heads->head_dim % 2 == 0 ? PAIR_LANES : LANES;
     p->width = rounded_up(heads->head_dim, p->lanes == LANES ? LANES : 2 * p->lanes);
     p->partial_len = p->tile_rows * (p->width + 2);
-    /* Sums and total of each row, scores and those rounded; q; a block of keys or values; zeros. */
+    /* Per row: sums, total, scores, rounded scores. Then q, a block of keys or values, zeros. */
     long floats = p->tile_rows * (2 * p->width + BLOCK + BLOCK / 2 + 4) +
                   (num_parts(p->tile_rows) * TILE_ROWS + BLOCK + 1) * p->width + PANEL * BLOCK;
     p->scratch_len = rounded_up(floats * (long)sizeof(float), 64);
@@ -88,5 +88,5 @@ void attention_place(Attention *p, char *memory) {
 }
 
 long attention_tickets(const Attention *p, int threads) {
-    return p->num_pieces * p->heads.kv_heads + threads; /* each thread takes one too many */
+    return p->num_pieces * p->heads.kv_heads + threads; /* each thread's last ticket has no piece */
 }

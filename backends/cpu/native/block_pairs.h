@@ -1,5 +1,5 @@
-/* Blocks of keys and values as pairs of bfloat16, for CPUs that multiply such pairs. Queries, and
- * the weights of softmax, are rounded to bfloat16. Sums of values have an order of their own. */
+/* Attention blocks as pairs of bfloat16, for CPUs that multiply such pairs. Queries and softmax
+ * weights are rounded to bfloat16. The sums of values are stored in the order of place_of_pair. */
 #ifndef SAGELLM_BLOCK_PAIRS_H
 #define SAGELLM_BLOCK_PAIRS_H
 
@@ -8,9 +8,9 @@
 
 #ifdef __AVX512BF16__
 
-#define PAIR_ROWS 12 /* times PAIR_VECS sums, PAIR_VECS vectors, a pair of a row: of 32 registers */
+#define PAIR_ROWS 12 /* 12 x 2 sums, 2 vectors of the panel and a pair of a: 27 of 32 registers */
 #define PAIR_VECS 2
-#define PAIR_PANEL (PAIR_VECS * PAIR_LANES) /* columns of a panel: [depth][PAIR_PANEL] */
+#define PAIR_PANEL (PAIR_VECS * PAIR_LANES) /* columns of a panel, which is [depth][PAIR_PANEL] */
 
 INLINE void pair_tile(const int32_t *a, long across, long down, const int32_t *panel, float *c,
                       long ldc, long depth, int rows, int vecs, int add) {
@@ -34,7 +34,7 @@ INLINE void pair_tile(const int32_t *a, long across, long down, const int32_t *p
 
 INLINE long pair_parts(long rows) { return (rows + PAIR_ROWS - 1) / PAIR_ROWS; }
 
-/* As `product` of matrix.h, of pairs: c (rows x 16 vecs) = a (rows x depth pairs) times panels. */
+/* `product` of matrix.h for pairs: c (rows x 16 vecs) = a (rows x depth pairs) times panels. */
 static void product_of_pairs(const int32_t *a, long across, long down, long part, const int32_t *b,
                              long panel_len, float *c, long ldc, long rows, long vecs, long depth,
                              int add) {
@@ -59,7 +59,8 @@ static void product_of_pairs(const int32_t *a, long across, long down, long part
         }
 }
 
-/* In parts as `product_of_pairs` takes them, each [pairs of head_dim][PAIR_ROWS]. */
+/* Load the tile's queries, scaled and rounded, in the parts of rows that `product_of_pairs` takes:
+ * each part is [pairs of head_dim][PAIR_ROWS]. */
 static void load_query_pairs(Work *w) {
     const Heads *h = &w->plan->heads;
     long parts = pair_parts(w->rows), depth = h->head_dim / 2;
@@ -77,7 +78,7 @@ static void load_query_pairs(Work *w) {
     }
 }
 
-/* Keys as columns of panels, [pairs of head_dim][PAIR_PANEL]. */
+/* Load keys as the columns of panels, [pairs of head_dim][PAIR_PANEL]. */
 INLINE void load_key_pairs(Work *w, long num_keys, int32_t *panels) {
     long depth = w->plan->heads.head_dim / 2;
     for (long k = 0; k < num_keys; k += 16) {
@@ -96,8 +97,8 @@ INLINE void load_key_pairs(Work *w, long num_keys, int32_t *panels) {
     }
 }
 
-/* Numbers i .. i + 32 of the rows of two keys, side by side: of every eight, four go to `low` and
- * four to `high`. */
+/* Load numbers i to i + 32 of the values of keys k and k + 1, as pairs of both keys' numbers. Of
+ * every eight pairs, the first four go to `low` and the others to `high`. */
 INLINE void load_value_pair(const Work *w, long k, long i, __mmask32 mask, wide_bits *low,
                             wide_bits *high) {
     __m512i even = _mm512_maskz_loadu_epi16(mask, w->rows_at.values[k] + 2 * i);
@@ -106,16 +107,16 @@ INLINE void load_value_pair(const Work *w, long k, long i, __mmask32 mask, wide_
     *high = (wide_bits)_mm512_unpackhi_epi16(even, odd);
 }
 
-/* Those of the numbers i .. i + 32 that a row has. */
+/* A mask of the numbers i to i + 32 that exist in a row of head_dim numbers. */
 INLINE __mmask32 numbers_from(const Work *w, long i) {
     long left = w->plan->heads.head_dim - i;
     return (__mmask32)(left < 32 ? (1l << left) - 1 : 0xffffffff);
 }
 
-/* Where a value's number i is then, among its row's sums. */
+/* The place of number i of a value among the sums of its row, as load_value_pair orders them. */
 INLINE long place_of_pair(long i) { return i / 32 * 32 + i / 4 % 2 * 16 + i % 32 / 8 * 4 + i % 4; }
 
-/* Values as rows of panels, [pairs of keys][PAIR_PANEL]. */
+/* Load values as the rows of panels, [pairs of keys][PAIR_PANEL]. */
 INLINE void load_value_pairs(Work *w, long num_keys, int32_t *panels) {
     for (long i = 0; i < w->width; i += PAIR_PANEL, panels += PAIR_PANEL * (BLOCK / 2))
         for (long k = 0; k < num_keys; k += 2) {
@@ -125,7 +126,8 @@ INLINE void load_value_pairs(Work *w, long num_keys, int32_t *panels) {
         }
 }
 
-/* Few rows need no panels: every pair of values is used once. */
+/* weigh_pairs for few rows, without panels: the sums of all rows fit in registers, so that every
+ * pair of values is loaded once. */
 INLINE void weigh_few(Work *w, long num_keys, int rows) {
     for (long i = 0; i < w->width; i += PAIR_PANEL) {
         __mmask32 mask = numbers_from(w, i);
@@ -149,11 +151,11 @@ INLINE void weigh_few(Work *w, long num_keys, int rows) {
     }
 }
 
-/* exp of what is not above 0, as lanes_exp. */
+/* exp as lanes_exp computes it, for numbers that are not above 0. */
 INLINE __m512 exp_wide(__m512 x) {
     const __m512 low = _mm512_set1_ps(-87.0f);
     __mmask16 some = _mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ);
-    __m512 z = _mm512_max_ps(low, x); /* x, where that is no number */
+    __m512 z = _mm512_max_ps(low, x); /* the second operand, x, if it is NaN */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(z, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), z);
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
@@ -167,7 +169,7 @@ INLINE __m512 exp_wide(__m512 x) {
     return _mm512_maskz_scalef_ps(some, p, n);
 }
 
-/* As `soften`, and rounded. */
+/* `soften` of blocks.h, which also writes the rounded exponentials to w->weights. */
 static float soften_pairs(Work *w, long row, long first, long last, long padded) {
     float *scores = w->scores + row * BLOCK, *largest = w->sums.largest + row;
     for (long i = 0; i < first; i++) scores[i] = -INFINITY;

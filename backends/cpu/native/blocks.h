@@ -8,12 +8,12 @@
 #include "attention.h"
 #include "matrix.h"
 
-/* Softmax on its way: per row the largest score, the sum of powers, the weighed values. */
+/* The state of an online softmax, per row: largest score, sum of exponentials, weighted values. */
 typedef struct {
     float *largest, *sum, *values;
 } Sums;
 
-/* Where keys and values of a block lie in the pool; those that no row sees are zeros. */
+/* The addresses of the keys and values of a block. Keys that no row may see point to zeros. */
 typedef struct {
     const char *keys[BLOCK], *values[BLOCK];
 } Rows;
@@ -23,13 +23,13 @@ typedef struct {
     const Layer *layer;
     const Tile *tile;
     long head, rows, width;
-    float *q, *scores, *panels, *zeros; /* panels: of keys, then of values, of a block */
-    uint16_t *weights;                  /* scores, rounded, where products are of pairs */
+    float *q, *scores, *panels, *zeros; /* panels hold a block's keys, and later its values */
+    uint16_t *weights;                  /* rounded scores, for products of bfloat16 pairs */
     Sums sums, total;
-    Rows rows_at, next; /* of this block and of the one behind it */
+    Rows rows_at, next; /* the addresses of this block and of the next one */
 } Work;
 
-/* Where the keys first .. last of the block at `start` lie. */
+/* Find the addresses of keys `first` to `last` (exclusive) of the block at `start`. */
 static void find_rows(const Work *w, long start, long first, long last, Rows *rows) {
     const Batch *b = &w->plan->batch;
     const Heads *h = &w->plan->heads;
@@ -49,7 +49,7 @@ static void find_rows(const Work *w, long start, long first, long last, Rows *ro
     }
 }
 
-/* The query of a row of the tile: a head's of a new token. */
+/* The query of a row of the tile. Rows are ordered by new token, then by head of the group. */
 INLINE const float *query(const Work *w, long row) {
     const Heads *h = &w->plan->heads;
     long group = h->heads / h->kv_heads;
@@ -57,12 +57,12 @@ INLINE const float *query(const Work *w, long row) {
            (w->head * group + row % group) * h->head_dim;
 }
 
-/* Asks for what lies where the next block will be read. */
+/* Prefetch a key or a value of the next block. */
 INLINE void ask_for(const char *row, long bytes) {
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
-/* Keys as columns of panels, in floats, up to whole vectors of keys. */
+/* Load keys as the columns of panels, in floats. num_keys is a multiple of LANES. */
 INLINE void load_keys(Work *w, long num_keys, int bfloat, int whole) {
     long size = w->plan->heads.head_dim, width = w->width, bytes = size * (bfloat ? 2 : 4);
     for (long k = 0; k < num_keys; k += LANES) {
@@ -78,7 +78,7 @@ INLINE void load_keys(Work *w, long num_keys, int bfloat, int whole) {
     }
 }
 
-/* Values as rows of panels, in floats. */
+/* Load values as the rows of panels, in floats. */
 INLINE void load_values(Work *w, long num_keys, int bfloat, int whole) {
     long size = w->plan->heads.head_dim, width = w->width, bytes = size * (bfloat ? 2 : 4);
     for (long k = 0; k < num_keys; k++) {
@@ -93,7 +93,7 @@ INLINE void load_values(Work *w, long num_keys, int bfloat, int whole) {
     }
 }
 
-/* `load` with what it is asked for as constants. */
+/* Call `load` with the pool's dtype, and whether head_dim is whole vectors, as constants. */
 #define SPECIALISED(load, w, num_keys)                                     \
     switch ((w->plan->batch.bfloat ? 2 : 0) + (w->plan->heads.head_dim == w->width)) { \
         case 0: load(w, num_keys, 0, 0); break;                            \
@@ -102,8 +102,8 @@ INLINE void load_values(Work *w, long num_keys, int bfloat, int whole) {
         case 3: load(w, num_keys, 1, 1); break;                            \
     }
 
-/* Queries of the tile, scaled: rows (token, head of the group), in parts as `product` takes them,
- * each [width][TILE_ROWS]. */
+/* Load the tile's queries, scaled, in the parts of rows that `product` takes: each part is
+ * [width][TILE_ROWS]. */
 static void load_queries(Work *w) {
     const Heads *h = &w->plan->heads;
     long parts = num_parts(w->rows);
@@ -118,7 +118,7 @@ static void load_queries(Work *w) {
     }
 }
 
-/* scores = queries times keys, up to whole vectors of keys. */
+/* scores = queries times keys. num_keys is a multiple of LANES. */
 static void score(Work *w, long num_keys) {
     SPECIALISED(load_keys, w, num_keys)
     product(w->q, TILE_ROWS, 1, TILE_ROWS * w->width, w->panels, PANEL * w->width, w->scores, BLOCK,
@@ -127,8 +127,8 @@ static void score(Work *w, long num_keys) {
 
 static float power(float x) { return lanes_exp(fill(x))[0]; }
 
-/* A row's scores become powers of their distance from the largest so far; those outside of
- * first .. last become 0. Returns what earlier sums are to be multiplied by. */
+/* Replace a row's scores by exp(score - the largest score so far), and by 0 outside of `first` to
+ * `last`. Return the factor that scales the row's earlier sums to the new largest score. */
 static float soften(Work *w, long row, long first, long last, long padded) {
     float *scores = w->scores + row * BLOCK, *largest = w->sums.largest + row;
     for (long i = 0; i < first; i++) scores[i] = -INFINITY;

@@ -1,5 +1,5 @@
-"""The structures that Python fills and C reads. Each mirrors one of a header, field by field: a
-test compares their sizes (`sage_sizes`).
+"""The structures that Python fills and C reads. Each mirrors a struct of a C header, field by
+field; a test compares their sizes (`sage_sizes`).
 """
 
 import ctypes
@@ -18,7 +18,7 @@ class NativeHeads(ctypes.Structure):
 
 
 class NativeBatch(ctypes.Structure):
-    """attention.h: the sequences of a step: their first rows and their lengths."""
+    """attention.h: the sequences of a step, with their first rows and their context lengths."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _LONG) for name in ("table_len", "num_sequences", "block_size")),
@@ -39,7 +39,7 @@ class NativeLayer(ctypes.Structure):
 
 
 class NativeLinear(ctypes.Structure):
-    """linear.h: a kernel, and a weight in the kernel's order."""
+    """linear.h: a kernel, and a weight in the order that the kernel reads."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
@@ -48,7 +48,7 @@ class NativeLinear(ctypes.Structure):
 
 
 class NativeView(ctypes.Structure):
-    """step.h: a matrix in the arena; `first` below 0 means the tensor of the logits."""
+    """step.h: a matrix in the arena. A negative `first` stands for the tensor of the logits."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         (name, _LONG) for name in ("first", "column", "width")
@@ -69,7 +69,7 @@ class NativeInstruction(ctypes.Structure):
 
 
 class NativeStep(ctypes.Structure):
-    """step.h: a program, the inputs of one step, and the memory that C keeps between steps."""
+    """step.h: a program, the inputs of one step, and memory that C keeps between steps."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _POINTER) for name in ("instructions", "heads", "tables")),

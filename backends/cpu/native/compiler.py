@@ -1,4 +1,4 @@
-"""Building the C kernels once a machine: a shared library in the user's cache. Imports no torch."""
+"""Builds the C kernels once per machine: a shared library in the user's cache. Needs no torch."""
 
 import atexit
 import hashlib
@@ -21,7 +21,7 @@ _FLAGS = (
     *("-shared", "-fPIC", "-Wno-psabi"),
 )
 _TIMEOUT_S = 120.0
-_MOST_STDERR = 2000  # bytes of the compiler's stderr in the log: the end, where the error is
+_MOST_STDERR = 2000  # the last bytes of the compiler's stderr, which hold the error, are logged
 _log = get_logger(__name__)
 
 
@@ -29,7 +29,7 @@ def c_compiler() -> tuple[str, ...]:
     """The compiler's command: $CC with its arguments, else cc, gcc or clang; () without any."""
     try:
         named = shlex.split(os.environ.get("CC", ""))
-    except ValueError:  # $CC has a quotation that does not end
+    except ValueError:  # $CC has an unclosed quotation
         return ()
     for name, *arguments in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if path := shutil.which(name):
@@ -38,9 +38,10 @@ def c_compiler() -> tuple[str, ...]:
 
 
 def compiled(progress: Progress = silent) -> Path | None:
-    """The library for these sources and this CPU, built if needed; None if it cannot be built.
+    """Return the library for these sources and this CPU, and build it first if needed. Returns None
+    if it cannot be built.
 
-    A file that another user could have written is never returned, for it is loaded as code.
+    The library is loaded as code, so a file that another user could have written is never returned.
     `progress` is called before a build.
     """
     compiler = c_compiler()
@@ -58,8 +59,8 @@ def compiled(progress: Progress = silent) -> Path | None:
 
 
 def built(name: str) -> Path | None:
-    """The library of that name that an earlier start built; None where there is none, or where
-    another user could have written it.
+    """The library `name` from an earlier build. None if there is none, or if another user could
+    have written it.
     """
     for folder in (cache_folder(), temporary_folder()):
         if folder is not None and _is_private(folder) and _is_private(folder / name):
@@ -87,7 +88,9 @@ def _cause(error: OSError | subprocess.SubprocessError) -> str:
 
 
 def _build(compiler: tuple[str, ...], library: Path) -> Path:
-    """Compile beside the target, then move the file there, so that two processes may race."""
+    """Compile in a folder next to `library`, then move the file to `library` in one step, so that
+    two processes may build at once.
+    """
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         fresh = Path(folder) / library.name
         command = [*compiler, *_FLAGS, "-o", str(fresh), *map(str, _sources(".c")), "-lm"]
@@ -119,7 +122,7 @@ def _version(compiler: tuple[str, ...]) -> bytes:
 
 
 def _cpu() -> bytes:
-    """The CPU's model and features, without values that change, such as its frequency."""
+    """The CPU's model and features, without values that vary, such as its frequency."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -129,9 +132,10 @@ def _cpu() -> bytes:
 
 
 def writable_folder() -> tuple[Path, str]:
-    """The folder where libraries are built, and the reason if it is not the user's cache, else "".
+    """The folder where libraries are built, and why it is not the user's cache ("" if it is).
 
-    The cache is used if only its user can write to it, else a temporary folder of that kind.
+    The user's cache is used if only the user can write to it, else a temporary folder that only the
+    user can write to. Makes the folder.
     """
     folder, why = cache_folder(), "the user has no home"
     if folder is not None:
@@ -143,7 +147,7 @@ def writable_folder() -> tuple[Path, str]:
 
 
 def _why_unfit(folder: Path) -> str:
-    """Why a library that is built there would not be safe to load, or ""; makes the folder."""
+    """Make the folder, and return why a library in it would not be safe to load ("" if it is)."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _is_private(folder):
@@ -163,7 +167,7 @@ def temporary_folder() -> Path:
 
 
 def _temporary() -> Path:
-    """A temporary folder that is removed when the process exits."""
+    """Make a temporary folder that is removed when the process exits."""
     folder = tempfile.mkdtemp(prefix="sagellm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -172,14 +176,14 @@ def _temporary() -> Path:
 def _is_private(path: Path) -> bool:
     """Whether the path exists, belongs to the user, and cannot be written by others."""
     try:
-        found = path.lstat()  # links are refused: lstat finds them writable by all
+        found = path.lstat()  # this refuses links, whose own mode lets everyone write
     except OSError:
         return False
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def cache_folder() -> Path | None:
-    """The folder in the user's cache; None where the user has no home."""
+    """The folder in the user's cache; None if the user has no home."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     except RuntimeError:

@@ -1,11 +1,11 @@
-/* Copies runs of bytes and computes their checksum, so that bytes are read once: the 64-bit XXH3 of
- * all runs in order, equal to that of the xxhash library. */
+/* Copies runs of bytes and computes their checksum in one pass over memory. The checksum is the
+ * 64-bit XXH3 of all runs in order, as the xxhash library computes it. */
 #include <stdint.h>
 #include <string.h>
 
 typedef uint64_t Lanes __attribute__((vector_size(64)));
 
-enum { STRIPE = 64, STRIPES = 16 }; /* bytes that are taken in at once; of these, in a block */
+enum { STRIPE = 64, STRIPES = 16 }; /* bytes of a stripe; stripes of a block */
 
 static const uint64_t PRIME32_1 = 0x9E3779B1, PRIME32_2 = 0x85EBCA77, PRIME32_3 = 0xC2B2AE3D;
 static const uint64_t PRIME64_1 = 0x9E3779B185EBCA87, PRIME64_2 = 0xC2B2AE3D27D4EB4F,
@@ -38,7 +38,7 @@ static uint64_t word(const uint8_t *from) {
     return w;
 }
 
-/* Each lane beside its neighbour. */
+/* Swap neighbouring lanes. */
 static inline Lanes swapped(Lanes data) {
 #ifdef __clang__
     return __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6);
@@ -65,19 +65,20 @@ static uint64_t merged(Lanes sums, uint64_t num_bytes) {
     return sum ^ sum >> 32;
 }
 
-/* `sizes` are multiples of STRIPE, and more than 240 bytes in all. */
+/* Each size must be a multiple of STRIPE, and their sum above 240 bytes: XXH3 of shorter inputs is
+ * another algorithm. */
 uint64_t sage_copy_sum(long num_runs, const char *const *from, char *const *to, const long *sizes) {
     Lanes sums = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
                   PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     Lanes stripe = sums;
-    long number = 0, num_bytes = 0; /* of the stripe in its block; in all */
+    long number = 0, num_bytes = 0; /* number: of the stripe in its block */
     for (long run = 0; run < num_runs; run++) num_bytes += sizes[run];
     long left = num_bytes / STRIPE;
     for (long run = 0; run < num_runs; run++) {
         for (long at = 0; at < sizes[run]; at += STRIPE) {
             stripe = load(from[run] + at);
             memcpy(to[run] + at, &stripe, STRIPE);
-            if (--left == 0) break; /* the last one has a secret of its own */
+            if (--left == 0) break; /* the last stripe has its own secret: see below */
             sums = taken_in(sums, stripe, SECRET + 8 * number);
             if (++number == STRIPES) {
                 number = 0;

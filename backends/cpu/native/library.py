@@ -1,4 +1,6 @@
-"""The C kernels as functions on tensors; rows may be strided, their elements may not."""
+"""The C kernels as functions on tensors. Rows of a tensor may be strided, but the elements of a row
+must be contiguous.
+"""
 
 import ctypes
 import mmap
@@ -17,7 +19,7 @@ from sagellm.graphs.log import get_logger
 
 _log = get_logger(__name__)
 LARGE_PAGE = 2 << 20  # bytes
-_opened: list["NativeKernels | None"] = []  # none, or the one of this process
+_opened: list["NativeKernels | None"] = []  # empty, or the result of this process's first use
 _opening = threading.Lock()
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -55,7 +57,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 def native_kernels(progress: Progress = silent) -> "NativeKernels | None":
     """The kernels of this process, built on first use; None without a working C compiler.
 
-    `progress` is called if they are built.
+    `progress` is called before a build.
     """
     with _opening:
         if not _opened:
@@ -64,9 +66,9 @@ def native_kernels(progress: Progress = silent) -> "NativeKernels | None":
 
 
 def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
-    """Open the library, building it if needed; None where that fails.
+    """Open the library, and build it first if needed. Returns None if that fails.
 
-    A library that does not load, such as one cut short by a full disk, is built once more.
+    A library that does not load, for example because a full disk truncated it, is built once more.
     """
     for _ in range(2):
         path = compiled(progress)
@@ -82,8 +84,8 @@ def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
 
 
 class NativeKernels:
-    """The C kernels. Activations are float32, weights and pools float32 or bfloat16, results new
-    tensors.
+    """The C kernels, which return new tensors. Activations are float32; weights and pools are
+    float32 or bfloat16.
 
     Every kernel is batch-invariant: a row's bits do not depend on other rows.
     """
@@ -105,11 +107,11 @@ class NativeKernels:
         return bool(self._library.sage_has_pairs())
 
     def is_gated(self, num_cols: int, size: int) -> bool:
-        """Whether there is a gated kernel for weights [num_cols, size]."""
+        """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
         return bool(self._library.sage_is_gated(num_cols, size))
 
     def pack(self, weight: torch.Tensor, kind: PanelKind) -> torch.Tensor:
-        """A copy of a contiguous weight [N, K] in an order of panel.h: a vector of its dtype."""
+        """Copy a contiguous weight [N, K] to the order `kind` of panel.h: a vector of its dtype."""
         number = _KINDS.index(kind)
         num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
         packed = empty_in_large_pages(num_bytes // weight.element_size(), weight.dtype)
@@ -122,7 +124,9 @@ class NativeKernels:
     def quantise(
         self, weight: torch.Tensor, bits: int, tries: tuple[float, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales (float16) of a weight [N, K], float32 or bfloat16, in groups of 32."""
+        """Quantise a weight [N, K], float32 or bfloat16, in groups of 32. Returns codes [N, K] and
+        scales [N, G] float16. `tries`: codes to try for the largest number of a group.
+        """
         num_rows, size = weight.shape
         codes = torch.empty(num_rows, size, dtype=torch.uint8 if bits == 4 else torch.int8)
         scales = torch.empty(num_rows, -(-size // 32), dtype=torch.float16)
@@ -152,7 +156,7 @@ class NativeKernels:
     def add_rms_norm(
         self, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum a + b, and the RMSNorm of the sum."""
+        """Return the sum a + b, and the RMSNorm of the sum, as `rms_norm` computes it."""
         return self._norm(a, b, weight, size, epsilon)
 
     def _norm(
@@ -188,7 +192,7 @@ class NativeKernels:
         pool: torch.Tensor,
         layer: int,
     ) -> torch.Tensor:
-        """Return rotated q [T, heads * head_dim]; write rotated k, and v, to their slots.
+        """Return rotated q [T, heads * head_dim]; write rotated k and unchanged v to their slots.
 
         Shapes: tables [positions, 2, head_dim / 2], pool [layers, 2, blocks, kv_heads, block_size,
         head_dim].
@@ -237,8 +241,8 @@ class NativeKernels:
     def copy_sum(self, runs: Sequence[tuple[int, int, int]]) -> int:
         """Copy runs (source address, target address, bytes); return the xxh3_64 of the bytes.
 
-        Each size is a multiple of 64; their sum is above 240. The caller ensures that the memory
-        exists.
+        Each size must be a multiple of 64, and their sum above 240. The caller ensures that all
+        addresses are valid.
         """
         count, (sources, targets, sizes) = len(runs), zip(*runs, strict=True)
         pointers = _POINTER * count
@@ -261,7 +265,7 @@ class NativeKernels:
         self._library.sage_step_close(ctypes.byref(step))
 
 
-_STEP_ERRORS = {  # by the codes of step.h
+_STEP_ERRORS = {  # by the error codes of step.h
     1: MemoryError("no memory for the sums of attention"),
     2: IndexError("a token id is outside of the vocabulary"),
 }
@@ -286,10 +290,10 @@ def _is_bfloat(tensor: torch.Tensor) -> int:
 
 
 def empty_in_large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised vector in large pages, from which sequential reads are faster.
+    """Allocate an uninitialised vector in large pages, from which sequential reads are faster.
 
-    The last part, which would not fill a large page, is in small pages, so that no memory is
-    wasted. Where the system has no large pages, the vector is in small pages.
+    The end of the vector, which would not fill a large page, is in small pages to save memory. On a
+    system without large pages, the whole vector is in small pages.
     """
     num_bytes = num_elements * dtype.itemsize
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
@@ -299,13 +303,13 @@ def empty_in_large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
     start = -_address_of(memory) % LARGE_PAGE
     try:
         memory.madvise(advice, start, num_bytes // LARGE_PAGE * LARGE_PAGE)
-    except OSError:  # a kernel without them
+    except OSError:  # a Linux without large pages
         return torch.empty(num_elements, dtype=dtype)
     return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start).view(dtype)
 
 
 def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous tensor in large pages; the tensor itself where it fills none."""
+    """A copy of a contiguous tensor in large pages, or the tensor itself if it is too small."""
     if tensor.nbytes < LARGE_PAGE:
         return tensor
     return empty_in_large_pages(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -1,11 +1,11 @@
-/* Products of rows with a packed weight: float or bfloat16 weights, sums in float.
+/* Products of rows with a packed weight of float or bfloat16. Sums are in float.
  *
  * Each (m, n) is summed in one order for any number of rows and threads: along k within a chunk,
- * and chunks are added in order to the bias. So results are batch-invariant. Lanes run along the
- * columns, so that no sum crosses lanes. For PAIRS, x is rounded to bfloat16 first.
+ * and the chunks are added in order to the bias. So results are batch-invariant. Lanes run along
+ * the columns, so that no sum crosses lanes. For PAIRS, x is rounded to bfloat16 first.
  *
- * In the gated form, the first half of the columns is a gate, the second half is up: the result is
- * silu(gate) * up. All sums of both are complete before a result is written.
+ * In the gated form, the first half of the columns is gate and the second half is up: the result is
+ * silu(gate) * up. Both sums are complete before a result is written.
  */
 #include "linear.h"
 
@@ -14,36 +14,36 @@
 #include "team.h"
 
 #if WIDE == 16
-#define TILE_ROWS 12 /* x a panel: 24 sums, 2 weights and a value of x, of 32 registers */
+#define TILE_ROWS 12 /* with one panel: 24 sums, 2 weights and a value of x, of 32 registers */
 #else
-#define TILE_ROWS 6 /* 12 sums, 2 weights, a value of x and a mask fill AVX2 */
+#define TILE_ROWS 6 /* 12 sums, 2 weights, a value of x and a mask fill the 16 AVX2 registers */
 #endif
-#define TILE_COLS 4        /* panels side by side where rows are few: sums enough that none waits */
-#define CHUNK 2048         /* of k, at most, of a panel that stays in the second cache */
-#define APART (CHUNK + 32) /* rounded rows: a cache line more, so that they share no set */
-#define ROWS 48            /* of x, at most, that share a chunk of a panel while it is there */
-#define OWN_ROWS 128       /* a thread, at the least, where threads share rows and not columns */
-#define SPAN (128 << 10)   /* numbers of x that stay in the second cache, beside the next chunk */
+#define TILE_COLS 4        /* panels of a tile of one row: enough sums that no addition waits */
+#define CHUNK 2048         /* of k, at most: a chunk of a panel stays in the second-level cache */
+#define APART (CHUNK + 32) /* between rounded rows: a line more than CHUNK, so that sets differ */
+#define ROWS 48            /* most rows of x that use a chunk of a panel while it is in the cache */
+#define OWN_ROWS 128       /* threads share rows, not columns, if each gets at least this many */
+#define SPAN (128 << 10)   /* numbers of x that stay in the second-level cache beside a chunk */
 
 typedef wide Sums[TILE_ROWS][2 * TILE_COLS];
 
 typedef struct {
     const Linear *linear;
     const float *x;
-    uint16_t *rounded; /* of PAIRS: x of the block at work, [chunk, row, APART] */
+    uint16_t *rounded; /* for PAIRS: the current block of x, rounded, [chunk, row, APART] */
     float *out;
     long ldx, ldo;
-    long first_row, first_col; /* where out begins */
+    long first_row, first_col; /* row and column of the first element of out */
     long apart;                /* bytes from one panel to the next */
     long first, last;          /* panels of this thread */
-    long top, rows, begin;     /* the block of x at work: its rows, and its first k */
+    long top, rows, begin;     /* the current block of x: first row, number of rows, first k */
 } Product;
 
-/* One tile of sums: rows x panels over k_len of k. */
+/* Where a tile of sums is: its first row and panel, and its range of k. */
 typedef struct {
     long row, panel, k, k_len;
-    const char *ahead; /* what to ask memory for meanwhile, */
-    long hop;          /* so many bytes for every two of k */
+    const char *ahead; /* the weights to prefetch meanwhile, */
+    long hop;          /* `hop` bytes for every two of k */
 } Place;
 
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -67,7 +67,7 @@ INLINE void add_one_k(const Product *p, const float *x, const char *w, int rows,
     }
 }
 
-/* Two of k at once. */
+/* add_one_k for two of k at once. */
 INLINE void add_pair(const Product *p, const uint16_t *x, const char *w, int rows, int panels,
                      Sums sums) {
     for (int c = 0; c < panels; c++) {
@@ -83,7 +83,7 @@ INLINE void add_pair(const Product *p, const uint16_t *x, const char *w, int row
     }
 }
 
-/* The first chunk's sums are added to the bias, later ones to what is there. */
+/* Add the sums of a chunk: the first chunk to the bias, later chunks to what out holds. */
 INLINE void add_to_out(const Product *p, const Place *at, int rows, int panels, Sums sums) {
     const Linear *l = p->linear;
     long col = at->panel * PANEL, cols = least(panels * PANEL, l->num_cols - col);
@@ -130,7 +130,7 @@ INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind k
     add_to_out(p, at, rows, panels, sums);
 }
 
-/* The shapes of a tile as constants, so that the sums stay in registers. */
+/* Call `tile` with its shape as constants, so that the sums stay in registers. */
 INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, Kind kind) {
 #define CASE(R, C)               \
     case R * 8 + C:              \
@@ -145,7 +145,7 @@ INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, 
 #undef CASE
 }
 
-/* One chunk of panels times the block of rows, while the `next` weights come from memory. */
+/* Multiply one chunk of panels by the block of rows, and prefetch the weights at `next`. */
 INLINE void block_of_rows(const Product *p, Place at, const char *next, int panels, Kind kind) {
     long tiles = parts(p->rows, TILE_ROWS);
     at.hop = parts(2 * bytes_of_k(kind), tiles);
@@ -157,7 +157,7 @@ INLINE void block_of_rows(const Product *p, Place at, const char *next, int pane
     }
 }
 
-/* The block's x in bfloat16, for this thread alone. */
+/* Round the block of x to bfloat16. Each thread rounds for itself, so no thread waits. */
 INLINE void round_block(const Product *p, long end) {
     uint16_t *to = p->rounded;
     for (long k = p->begin; k < end; k += CHUNK)
@@ -168,7 +168,7 @@ INLINE void round_block(const Product *p, long end) {
         }
 }
 
-/* Some panels, from the block's first k to `end`; `then` is the panel that comes next. */
+/* Multiply `panels` panels from `panel` on, from the block's first k to `end`. Then comes `then`. */
 INLINE void panels_of_k(const Product *p, long panel, long then, long end, int panels, Kind kind) {
     for (long k = p->begin; k < end; k += CHUNK) {
         Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0};
@@ -179,13 +179,13 @@ INLINE void panels_of_k(const Product *p, long panel, long then, long end, int p
     }
 }
 
-/* How many panels the tiles of this block are wide. */
+/* How many panels wide the tiles are at `panel`: more for few rows. */
 INLINE int panels_at(const Product *p, long panel) {
     int most = p->rows == 1 ? 4 : p->rows == 2 ? 2 : 1;
     return p->last - panel < most ? 1 : most;
 }
 
-/* All of this thread's panels, from the block's first k to `end`. */
+/* Multiply all of this thread's panels, from the block's first k to `end`. */
 INLINE void span_of_k(const Product *p, long end, Kind kind) {
     int panels;
     if (kind == PAIRS) round_block(p, end);
@@ -195,7 +195,7 @@ INLINE void span_of_k(const Product *p, long end, Kind kind) {
     }
 }
 
-/* All of this thread's panels of the gate, and those that they open. */
+/* Multiply all of this thread's panels of gate, each with its panel of up. */
 INLINE void gated_panels(const Product *p, Kind kind) {
     float gate[ROWS * PANEL], up[ROWS * PANEL];
     long half = num_panels(p->linear->num_cols) / 2, k = p->linear->k;
@@ -257,10 +257,10 @@ MULTIPLY(sage_gated_bfloat, BFLOATS, 1)
 MULTIPLY(sage_gated_pairs, PAIRS, 1)
 #undef MULTIPLY
 
-/* Whether a weight of that shape has a gated form: halves of whole panels, rows that fit. */
+/* Whether the gated form supports the shape: halves of whole panels, and rows that fit SPAN. */
 int sage_is_gated(long num_cols, long k) { return num_cols % (2 * PANEL) == 0 && k <= SPAN; }
 
-/* Whether this CPU has products of bfloat16, so that PAIRS are faster than BFLOATS. */
+/* Whether this CPU multiplies pairs of bfloat16, so that PAIRS are faster than BFLOATS. */
 int sage_has_pairs(void) {
 #ifdef __AVX512BF16__
     return 1;
@@ -282,7 +282,7 @@ static void run_share(void *job, int number, int threads) {
     r->linear->run(r->linear, r->x, r->ldx, r->out, r->ldo, r->num_rows, number, threads);
 }
 
-/* Any weight times rows, by its own kernel on a team of `threads`. */
+/* Multiply rows by any weight, with the weight's kernel, on a team of `threads` threads. */
 void sage_linear(const Linear *linear, const float *x, long ldx, float *out, long ldo,
                  long num_rows, int threads) {
     Run job = {linear, x, ldx, out, ldo, num_rows};

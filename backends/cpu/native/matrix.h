@@ -1,21 +1,23 @@
-/* Products of small matrices that are in the cache, and loading keys and values into it. */
+/* Products of small matrices that are in the cache, and loads of padded rows. */
 #ifndef SAGELLM_MATRIX_H
 #define SAGELLM_MATRIX_H
 
 #include "vector.h"
 
-#define TILE_ROWS 6 /* times TILE_VECS sums, TILE_VECS vectors and a row's number: 15 registers */
+#define TILE_ROWS 6 /* 6 x 2 sums, 2 vectors of the panel and a number of a: 15 of 16 registers */
 #define TILE_VECS 2
-#define PANEL (TILE_VECS * LANES) /* columns of a panel, which lie together: [depth][PANEL] */
+#define PANEL (TILE_VECS * LANES) /* columns of a panel, which is [depth][PANEL] in memory */
 
-/* Compilers would load it again for each use, and loads are what there are too few of. */
+/* Keep `value` in a register. Compilers would load it again for each use, and loads are the
+ * bottleneck. */
 #ifdef __AVX__
 #define IN_REGISTER(value) __asm__("" : "+x"(value))
 #else
 #define IN_REGISTER(value) (void)(value)
 #endif
 
-/* `across`, `down`: how far apart the numbers of a row, and of a column, of a are. */
+/* One tile of `product`. `across`: from a number of a to the next in its row; `down`: to the next
+ * in its column. */
 INLINE void product_tile(const float *a, long across, long down, const float *panel, float *c,
                          long ldc, long depth, int rows, int vecs, int add) {
     vec acc[TILE_ROWS][TILE_VECS];
@@ -37,13 +39,13 @@ INLINE void product_tile(const float *a, long across, long down, const float *pa
         for (int v = 0; v < vecs; v++) store_float(c + r * ldc + v * LANES, acc[r][v]);
 }
 
-/* Rows are taken in parts of about the same size, TILE_ROWS at most. */
+/* The number of parts of about equal size, at most TILE_ROWS, in which `product` takes rows. */
 INLINE long num_parts(long rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
-/* c (rows x 8 vecs) = a (rows x depth) times panels of b, `panel_len` apart; added to c if `add`.
- * Parts of a are `part` apart, where that is not 0.
+/* c (rows x 8 vecs) = a (rows x depth) times panels of b, `panel_len` floats apart; added to c if
+ * `add`. If `part` is not 0, a is stored in parts, `part` floats apart.
  *
- * One element is one sum in the order of depth, wherever it lies: more rows change no bit. */
+ * Each element is one sum in the order of depth, in every tile: more rows change no bit. */
 INLINE void product(const float *a, long across, long down, long part, const float *b,
                     long panel_len, float *c, long ldc, long rows, long vecs, long depth, int add) {
     long parts = num_parts(rows);
@@ -66,7 +68,8 @@ INLINE void product(const float *a, long across, long down, long part, const flo
         }
 }
 
-/* Numbers i .. i + 8 of a row of `size`: zeros behind its end, unless rows are `whole` vectors. */
+/* Numbers i to i + 8 of a row of `size` numbers. Past the end they are zeros. `whole`: rows are
+ * whole vectors, so that no load passes the end. */
 INLINE vec load_padded(const void *row, long i, long size, int bfloat, int whole) {
     if (whole || i + LANES <= size) return load(row, i, bfloat);
     vec value = {0};
@@ -75,7 +78,7 @@ INLINE vec load_padded(const void *row, long i, long size, int bfloat, int whole
 }
 
 #ifdef __AVX__
-/* Rows become columns. */
+/* Transpose 8 x 8 floats in place. */
 INLINE void transpose(vec rows[LANES]) {
     __m256 pairs[LANES], fours[LANES];
     for (int i = 0; i < 4; i++) {

@@ -3,7 +3,7 @@
 #include "panel.h"
 #include "team.h"
 
-#define STRETCH 256 /* of k: the rows' part and the panel's part of it stay in the first cache */
+#define STRETCH 256 /* of k at once: its part of rows and panel stays in the first-level cache */
 
 typedef struct {
     const char *weight;
@@ -11,9 +11,9 @@ typedef struct {
     long num_cols, k;
 } Packing;
 
-static const float zeros[STRETCH]; /* the columns that fill up the last panel */
+static const float zeros[STRETCH]; /* columns that pad the last panel */
 
-/* from[c] are column c's numbers along k. */
+/* Pack k_len of k of one panel. from[c]: the numbers of column c along k. */
 INLINE void pack_bfloat(const void *const from[PANEL], void *packed, long k_len) {
     uint32_t *to = packed;
     for (long k = 0; k < k_len; k++, to += WIDE)
@@ -85,12 +85,12 @@ static void pack_all_pairs(void *job, int number, int threads) {
     pack_share(job, number, threads, PAIRS);
 }
 
-/* How many bytes a weight of that shape takes in panels. */
+/* The bytes of a packed weight of that shape. */
 long sage_packed_bytes(long num_cols, long k, int kind) {
     return num_panels(num_cols) * panel_bytes(k, (Kind)kind);
 }
 
-/* weight [num_cols, k], contiguous, into `packed`. */
+/* Pack a contiguous weight [num_cols, k] into `packed`. */
 void sage_pack(const void *weight, int kind, void *packed, long num_cols, long k, int threads) {
     Packing job = {weight, packed, num_cols, k};
     share *const by_kind[] = {pack_floats, pack_bfloats, pack_all_pairs};

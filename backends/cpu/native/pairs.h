@@ -10,7 +10,7 @@
 #define PAIR_LANES LANES
 #endif
 
-/* sums + both products of each column's pair with one pair of x. */
+/* sums + both products of each column's pair with the pair x. */
 INLINE wide add_products(wide sums, wide_bits columns, int32_t x) {
 #ifdef __AVX512BF16__
     return (wide)_mm512_dpbf16_ps((__m512)sums, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(x));
@@ -21,7 +21,7 @@ INLINE wide add_products(wide sums, wide_bits columns, int32_t x) {
 #endif
 }
 
-/* To bfloat16: to nearest even, and what is no number stays none. */
+/* Round to bfloat16, to nearest even. NaN stays NaN. */
 INLINE uint16_t rounded(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -41,7 +41,7 @@ INLINE void round_all(const float *from, uint16_t *to, long count) {
 }
 
 #ifdef __AVX512BF16__
-/* Rows of 16 become columns. */
+/* Transpose 16 x 16 numbers of 32 bits in place. */
 INLINE void transpose_wide(__m512i rows[16]) {
     __m512i fours[16];
     for (int i = 0; i < 16; i += 4) {

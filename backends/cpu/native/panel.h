@@ -1,9 +1,9 @@
 /* The memory layout of a packed weight: panels of PANEL columns, each panel in order of k.
  *
- * A column is a row of the weight [num_cols, k]. In BFLOATS, columns c and c + WIDE are adjacent:
- * one load, a shift and a mask give both halves in float. In PAIRS, also bfloat16, k and k + 1 of a
- * column are adjacent, as the CPU's instructions need them. The last panel, and the last pair, are
- * padded with zeros. */
+ * A column is a row of the weight [num_cols, k]. In BFLOATS, columns c and c + WIDE are adjacent,
+ * so that one load, a shift and a mask give both halves of a panel as floats. In PAIRS, also of
+ * bfloat16, k and k + 1 of a column are adjacent, as the CPU's instructions need them. The last
+ * panel and the last pair are padded with zeros. */
 #ifndef SAGELLM_PANEL_H
 #define SAGELLM_PANEL_H
 
@@ -22,7 +22,7 @@ INLINE long panel_bytes(long k, Kind kind) {
 
 static inline long num_panels(long num_cols) { return (num_cols + PANEL - 1) / PANEL; }
 
-/* Both halves of the columns of one k. */
+/* Load one k of a panel: `low` gets the first WIDE columns, `high` the others. */
 INLINE void load_panel(const char *from, Kind kind, wide *low, wide *high) {
     if (kind == BFLOATS) {
         wide_bits both;

@@ -4,24 +4,24 @@
  * to 8 or 16 bits with a scale for each block: 16 bits keep the precision of float32 sums. The sum
  * of a block is exact, and blocks are added in order, so that results are batch-invariant.
  *
- * The weight is stored in panels of 16 columns, with 4 codes along k adjacent for each column:
- * codes [panel][k / 4][16][4], or in 4 bits [panel][k / 8][16][4] with the later 4 in the upper
- * half of each byte, less their zero (8) where they have no zeros of their own. Scales (float16)
- * and zeros (int16): [panel][group][16]. The number of panels is even.
+ * The weight is stored in panels of 16 columns, with 4 codes along k adjacent for each column.
+ * Codes of 8 bits are [panel][k / 4][16][4]. Codes of 4 bits are [panel][k / 8][16][4]; the upper
+ * half of a byte holds the code of k + 4, and the zero is 8 if `zeros` is NULL. Scales (float16)
+ * and zeros (int16) are [panel][group][16]. The number of panels is even.
  */
 #include "linear.h"
 #include "quant_rows.h"
 #include "team.h"
 
-#define ROOM (256 << 10) /* bytes of activations: half of a second-level cache, or less */
-#define MOST_ROWS 256    /* of x per pass over the weights */
-#define OWN_ROWS 64      /* a thread, at the least, where threads share rows and not columns */
-#define CHUNK 16         /* blocks of weights that stay in the first cache for all rows */
-#define AHEAD 4096       /* bytes of weights: what memory takes to answer */
+#define ROOM (256 << 10) /* bytes of quantised activations: at most half a second-level cache */
+#define MOST_ROWS 256    /* most rows of x in one pass over the weights */
+#define OWN_ROWS 64      /* threads share rows, not columns, if each gets at least this many */
+#define CHUNK 16         /* blocks of weights that stay in the first-level cache for all rows */
+#define AHEAD 4096       /* bytes of weights to prefetch: these hide the latency of memory */
 
 typedef struct {
     Linear linear;
-    const int32_t *order; /* k as the codes have it, or NULL */
+    const int32_t *order; /* the k of each column of codes; NULL: ascending */
 } Quant;
 
 typedef struct {
@@ -30,7 +30,8 @@ typedef struct {
     int32_t sums[ROOM / BLOCK], starts[ROOM / BLOCK];
 } Rows;
 
-/* A thread's rows and panels; blocks of k: the weight's, and those of the rows that are kept. */
+/* A thread's rows of x. all_blocks: blocks of k in the weight; first, num_blocks: the blocks whose
+ * activations are in `rows`. */
 typedef struct {
     const Linear *linear;
     const Rows *rows;
@@ -38,21 +39,23 @@ typedef struct {
     long ldo, num_rows, all_blocks, first, num_blocks;
 } Part;
 
-/* Rows row .. row + rows of some panels, blocks from .. to of the part. */
+/* Where a tile is: its first row and panel, and the blocks `from` to `to` of the part. The blocks
+ * ahead_from to ahead_to prefetch the weights `ahead` bytes further on; from block `skips` on,
+ * these weights lie beyond the tile's other panels. */
 typedef struct {
     long row, panel, from, to;
-    long ahead;                /* bytes from the weights of a block to those to ask memory for, */
-    long ahead_from, ahead_to; /* at these blocks; */
-    long skips;                /* from this block on those lie beyond the other panels */
+    long ahead;
+    long ahead_from, ahead_to;
+    long skips;
 } Place;
 
-static _Thread_local Rows kept; /* a thread's own */
+static _Thread_local Rows kept; /* the quantised activations of this thread */
 
 static long least(long a, long b) { return a < b ? a : b; }
 
 static long parts(long whole, long most) { return (whole + most - 1) / most; }
 
-/* Block `block` of the part of a row; k beyond the last is 0. */
+/* Quantise block `block` of the part of a row into place `at`. Beyond the last k, x is 0. */
 INLINE void quantise_one(const Quant *q, const Part *p, const float *row, long block, long at,
                          int zero, int x_bits) {
     float own[BLOCK];
@@ -67,7 +70,7 @@ INLINE void quantise_one(const Quant *q, const Part *p, const float *row, long b
     kept.starts[at] = -zero * kept.sums[at];
 }
 
-/* Rows of x into `kept`, in the order in which tiles want them: [tile][block][row]. */
+/* Quantise rows of x into `kept`, in the order in which tiles read them: [tile][block][row]. */
 INLINE void quantise(const Quant *q, const Part *p, const float *x, long ldx, int bits,
                      int x_bits) {
     int zero = bits == 8 ? UNSIGNED_ZERO : q->linear.zeros ? 0 : 8;
@@ -82,7 +85,7 @@ INLINE void quantise(const Quant *q, const Part *p, const float *x, long ldx, in
     }
 }
 
-/* Zeros of vector v's columns, as numbers of 32 bits. */
+/* Load the zeros of INTS columns as numbers of 32 bits. */
 INLINE ints load_zeros(const int16_t *from) {
     int32_t zeros[INTS];
     for (int i = 0; i < INTS; i++) zeros[i] = from[i];
@@ -95,7 +98,8 @@ INLINE void ask_for(const uint8_t *w, long apart, int panels, int bits) {
             __builtin_prefetch(w + panel * apart + line * 64, 0, 2);
 }
 
-/* out += (sums - zeros * row's sum) * scales of both; `at`: those of the first row, or vector. */
+/* out += (sums - zeros * sum of the row) * weight scale * row scale. `at`: index of the scales and
+ * zeros of the first vector, `apart` from those of the next; `row`: index of the first row. */
 INLINE void add_block(const Part *p, ints sums[TILE][VECS], long at, long apart, long row,
                       int rows, floats out[TILE][VECS]) {
     const Linear *l = p->linear;
@@ -115,7 +119,7 @@ INLINE void add_block(const Part *p, ints sums[TILE][VECS], long at, long apart,
         }
 }
 
-/* Adds the products of a place to `out`. */
+/* Add the products of a tile to `out`. */
 INLINE void add_blocks(const Part *p, const Place *a, int rows, int bits, int x_bits,
                        floats out[TILE][VECS]) {
     const Linear *l = p->linear;
@@ -138,8 +142,8 @@ INLINE void add_blocks(const Part *p, const Place *a, int rows, int bits, int x_
     }
 }
 
-/* What `out` holds so far, or the bias before the first block; and its sums back. Columns that lie
- * in no panel as a whole go by way of `padded`. */
+/* Compute one tile: load what `out` holds, or the bias before the first block; add the products;
+ * store the sums. If the tile has fewer columns than its vectors, `padded` stands in for `out`. */
 INLINE void tile(const Part *p, const Place *a, int rows, int bits, int x_bits) {
     floats sums[TILE][VECS];
     float padded[TILE][PANELS * COLS] = {{0}};
@@ -165,7 +169,7 @@ INLINE void tile(const Part *p, const Place *a, int rows, int bits, int x_bits) 
         memcpy(out + r * p->ldo, padded[r], (size_t)cols * sizeof *out);
 }
 
-/* The number of rows as a constant, so that the sums stay in registers. */
+/* Call `tile` with the number of rows as a constant, so that the sums stay in registers. */
 INLINE void sized_tile(const Part *p, const Place *a, int rows, int bits, int x_bits) {
 #define CASE(R)                      \
     case R:                          \
@@ -180,7 +184,7 @@ INLINE void sized_tile(const Part *p, const Place *a, int rows, int bits, int x_
 #undef CASE
 }
 
-/* All rows of a part times some panels. */
+/* Multiply all rows of a part by PANELS panels. */
 INLINE void panels_part(const Part *p, long panel, int bits, int x_bits) {
     long tiles = parts(p->num_rows, TILE), chunks = tiles > 1 ? parts(p->num_blocks, CHUNK) : 1;
     long block_bytes = BLOCK * COLS * bits / 8;
@@ -202,7 +206,8 @@ INLINE void panels_part(const Part *p, long panel, int bits, int x_bits) {
     }
 }
 
-/* Some panels times some rows. Parts of k are as long as the rows leave room for. */
+/* Multiply the rows of p by the panels first to last. k is cut into parts whose activations fit in
+ * ROOM. */
 INLINE void product(Part p, const float *x, long ldx, long first, long last, int bits,
                     int x_bits) {
     long num_parts = parts(p.all_blocks * p.num_rows * BLOCK * (x_bits / 8), ROOM);
@@ -216,8 +221,8 @@ INLINE void product(Part p, const float *x, long ldx, long first, long last, int
     }
 }
 
-/* A thread's share: of the columns where rows are few, else of the rows, for which each is made
- * whole numbers but once. */
+/* Compute a thread's share: of the columns if rows are few, else of the rows, so that each row is
+ * quantised by one thread only. */
 INLINE void multiply_share(const Linear *l, const float *x, long ldx, float *out, long ldo,
                            long num_rows, int number, int threads, int bits, int x_bits) {
     long pairs = parts(l->num_cols, 2 * COLS), top = 0, end = num_rows, first = 0, last = pairs;

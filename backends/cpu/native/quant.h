@@ -1,7 +1,7 @@
 /* Vectors of integers, for the kernels of quantised weights.
  *
- * `ints` holds INTS numbers of 32 bits, one for each column of a weight. All sums here are exact,
- * so that every machine computes the same. */
+ * `ints` holds INTS numbers of 32 bits, one for each column of a weight. All integer sums are
+ * exact, so that every machine computes the same. */
 #ifndef SAGELLM_QUANT_H
 #define SAGELLM_QUANT_H
 
@@ -23,12 +23,12 @@ typedef int8_t bytes __attribute__((vector_size(32)));
 typedef int16_t halves __attribute__((vector_size(32)));
 #endif
 
-/* Compilers keep an array in registers where all its indices are constants. */
+/* Compilers keep an array in registers only if all its indices are constants, hence UNROLL. */
 #define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")
-#define COLS 16                     /* of a panel */
-#define VECS 2                      /* side by side, */
-#define PANELS (VECS * INTS / COLS) /* of so many panels */
+#define COLS 16                     /* columns of a panel */
+#define VECS 2                      /* vectors of columns that a tile holds */
+#define PANELS (VECS * INTS / COLS) /* panels that these vectors cover: 1 or 2 */
 
 INLINE ints load_ints(const void *from) {
     ints value;
@@ -44,7 +44,7 @@ INLINE floats load_floats(const float *from) {
 
 INLINE void store_floats(float *to, floats value) { memcpy(to, &value, sizeof value); }
 
-/* The same four bytes, or two halves, for every column. */
+/* Repeat four bytes, or two 16-bit numbers, for every column. */
 INLINE ints splat(const void *from) {
     int32_t value;
     memcpy(&value, from, sizeof value);

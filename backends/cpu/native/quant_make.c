@@ -1,7 +1,7 @@
 /* Quantises weights to 4 or 8 bits, with the scale of least squared error for each group of 32.
  *
- * The scales that are tried map the largest number of the group to each of some given codes; the
- * last one is the scale that is best for the codes found before. */
+ * Each try is the scale that maps the largest number of the group to one of the given codes. The
+ * last try is the scale that fits best to the codes of the best scale so far. */
 #include "quant.h"
 #include "team.h"
 
@@ -10,8 +10,8 @@
 
 typedef struct {
     const void *weight; /* float or bfloat16, [num_rows, k] */
-    const float *tries; /* codes for the largest number */
-    int8_t *codes;      /* [num_rows, k], in 4 bits less their least: 0 .. 15 */
+    const float *tries; /* codes to try for the largest number */
+    int8_t *codes;      /* [num_rows, k]; with 4 bits, codes are stored as 0 to 15 */
     uint16_t *scales;   /* float16, [num_rows, groups] */
     long num_rows, k;
     int bfloat, bits, num_tries;
@@ -21,14 +21,14 @@ static uint16_t float_to_half(float value) {
     uint32_t bits, sign;
     float size = value < 0.0f ? -value : value;
     if (!(size < 65504.0f)) size = 65504.0f;
-    size *= 0x1p-112f; /* what float16 has no bits for becomes subnormal, and is rounded there */
+    size *= 0x1p-112f; /* numbers below float16's normal range become subnormal and are rounded */
     memcpy(&bits, &size, sizeof bits);
     memcpy(&sign, &value, sizeof sign);
     bits += 0xfff + ((bits >> 13) & 1); /* to nearest even */
     return (uint16_t)(((sign >> 16) & 0x8000) | (bits >> 13));
 }
 
-/* The nearest scale that float16 has: codes are chosen for that. */
+/* Round a scale to float16: codes must be chosen for the stored scale. */
 INLINE float stored(float scale) {
 #ifdef __F16C__
     if (scale < 65504.0f && scale > -65504.0f) return _cvtsh_ss(_cvtss_sh(scale, 0));

@@ -4,8 +4,8 @@
 
 #include "quant.h"
 
-#define TILE 4           /* rows side by side: 8 sums, and what they are made of, fill AVX2 */
-#define UNSIGNED_ZERO 0  /* what 8-bit codes are met as, less what they are */
+#define TILE 4           /* rows of a tile: 8 sums and their operands fill the AVX2 registers */
+#define UNSIGNED_ZERO 0  /* added to 8-bit codes before they are multiplied: nothing */
 
 #ifdef __AVX2__
 INLINE ints add16(ints a, ints b) { return _mm256_add_epi16(a, b); }
@@ -13,7 +13,7 @@ INLINE ints pairs16(ints a, ints b) { return _mm256_madd_epi16(a, b); }
 INLINE ints pairs8(ints a, ints b) { return _mm256_maddubs_epi16(a, b); }
 #define LEFT16(a, n) _mm256_slli_epi16(a, n)
 #define SIGNED_RIGHT16(a, n) _mm256_srai_epi16(a, n)
-/* Compilers add up whole numbers in another order where they may, for which registers run out. */
+/* Keep the order of sums: compilers reorder integer sums, and then run out of registers. */
 #define IN_ORDER(value) __asm__("" : "+v"(value))
 #else
 INLINE ints add16(ints a, ints b) { return (ints)((halves)a + (halves)b); }
@@ -21,7 +21,7 @@ INLINE ints pairs16(ints a, ints b) {
     ints even = ((a << 16) >> 16) * ((b << 16) >> 16);
     return even + (a >> 16) * (b >> 16);
 }
-/* Bytes of a without sign, of b with. */
+/* Sums of pairs of products: bytes of a are unsigned, bytes of b signed. */
 INLINE ints pairs8(ints a, ints b) {
     halves even = ((halves)a & 255) * ((halves)((halves)b << 8) >> 8);
     return (ints)(even + (((halves)a >> 8) & 255) * ((halves)b >> 8));
@@ -31,14 +31,14 @@ INLINE ints pairs8(ints a, ints b) {
 #define IN_ORDER(value) (void)(value)
 #endif
 
-/* sums + products of pairs of halves, both with sign. */
+/* sums + products of pairs of signed 16-bit numbers. */
 INLINE ints add_pairs16(ints sums, ints a, ints b) {
     sums = add32(sums, pairs16(a, b));
     IN_ORDER(sums);
     return sums;
 }
 
-/* sums + products of four bytes, both with sign and above -128. */
+/* sums + products of four signed bytes, which are above -128. */
 INLINE ints add_fours8(ints sums, ints a, ints b) {
 #ifdef __AVX2__
     ints products = pairs8(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a)); /* at most 2 x 127^2 */
@@ -49,8 +49,8 @@ INLINE ints add_fours8(ints sums, ints a, ints b) {
 #endif
 }
 
-/* sums[r][v] = starts[r] + codes times row r of one block. w: codes of vector v are v * apart bytes
- * from there; x: those of the rows, one behind the other. */
+/* sums[r][v] = starts[r] + codes of vector v times row r, over one block. w: the codes of vector v
+ * begin at w + v * apart; x: the codes of the rows, one row after the other. */
 INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
                        int bits, int x_bits, ints sums[TILE][VECS]) {
     const ints low = splat("\x0f\x0f\x0f\x0f"), ones = splat("\1\0\1");

@@ -10,10 +10,10 @@
 #endif
 
 #define BLOCK 32
-#define LARGEST 32639.0f /* 127 x 256 + 127: two bytes with sign */
+#define LARGEST 32639.0f /* 127 x 256 + 127: the largest code that splits into two signed bytes */
 
-/* 32 whole numbers as bytes, or as halves in the order in which they meet the even, then the odd
- * bytes of a four: a c b d. */
+/* Store 32 codes as bytes, or as 16-bit numbers. Of each four 16-bit numbers a b c d, the even ones
+ * come first (a c b d), because block_sums multiplies even and odd bytes of weights separately. */
 INLINE void store_block(void *codes, const ivec whole[4], int bits) {
 #ifdef __AVX2__
     __m256i w[4];
@@ -52,7 +52,7 @@ INLINE vec larger(vec a, vec b) {
 #endif
 }
 
-/* The largest size, whatever the sign. */
+/* The largest absolute value. */
 INLINE float largest(const vec x[4]) {
     vec most = {0};
     for (int i = 0; i < 4; i++) most = larger((vec)((ivec)x[i] & 0x7fffffff), most);
@@ -84,7 +84,7 @@ INLINE int32_t whole_sum(ivec value) {
 }
 
 #if INTS == 16
-/* 32 whole numbers as bytes, or as the upper bytes and then the lower bytes of halves. */
+/* Quantise 32 numbers: 8 bits to bytes; 16 bits to 32 upper bytes, then 32 lower bytes. */
 INLINE void quantise_block(const float *from, char *codes, float *scale, int32_t *sum, int bits) {
     __m512 x[2] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
     float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x[0]), _mm512_abs_ps(x[1])));

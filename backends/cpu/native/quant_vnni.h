@@ -1,19 +1,20 @@
 /* Sums of one block of 32 products by AVX512-VNNI: one instruction for 64 products.
  *
- * The instruction multiplies unsigned by signed bytes, and only the signed ones may be four bytes
- * of memory that all columns share. So weights become unsigned: 8-bit codes get 128 added, and a
- * sum starts at -128 times the sum of x. Halves of x are two signed bytes: 256 a + b. */
+ * The instruction multiplies unsigned bytes by signed bytes, and only the signed bytes may be four
+ * bytes of memory that all columns share. So the weights become unsigned: 128 is added to 8-bit
+ * codes, and a sum starts at -128 times the sum of x. A 16-bit x is two signed bytes: 256 a + b. */
 #ifndef SAGELLM_QUANT_VNNI_H
 #define SAGELLM_QUANT_VNNI_H
 
 #include "quant.h"
 
-#define TILE 6            /* rows side by side: 12 sums of blocks, 12 of floats, and 2 weights */
-#define UNSIGNED_ZERO 128 /* what 8-bit codes are met as, less what they are */
+#define TILE 6            /* rows of a tile: 12 integer sums, 12 float sums and 2 weights */
+#define UNSIGNED_ZERO 128 /* added to 8-bit codes before they are multiplied */
 
 INLINE ints add_fours(ints sums, ints a, ints b) { return _mm512_dpbusd_epi32(sums, a, b); }
 
-/* 64 bytes of codes times four, or in 4 bits eight, bytes of each row. */
+/* Add the products of 64 bytes of codes with four bytes of each row; eight bytes if codes have 4
+ * bits. */
 INLINE void add_step(const ints codes[VECS], const char *x, long ldx, int rows, int bits,
                      ints sums[TILE][VECS]) {
     const ints low = splat("\x0f\x0f\x0f\x0f"), high = splat("\x80\x80\x80\x80");
@@ -32,8 +33,8 @@ INLINE void add_step(const ints codes[VECS], const char *x, long ldx, int rows, 
     }
 }
 
-/* sums[r][v] = starts[r] + codes times row r of one block. w: codes of vector v are v * apart bytes
- * from there; x: those of the rows, one behind the other. */
+/* sums[r][v] = starts[r] + codes of vector v times row r, over one block. w: the codes of vector v
+ * begin at w + v * apart; x: the codes of the rows, one row after the other. */
 INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
                        int bits, int x_bits, ints sums[TILE][VECS]) {
     ROLLED for (int part = 0; part < x_bits / 8; part++) {

@@ -63,7 +63,7 @@ static void combine_some(Pointwise kind, const float *a, const float *b, float *
     }
 }
 
-/* Whole rows where there is one for each thread, else parts of each row. */
+/* Threads share whole rows if each gets at least one, else they share each row's vectors. */
 void pointwise(void *elements, int number, int threads) {
     const Elements *e = elements;
     long row = 0, last_row = e->num_rows, first = 0, last = e->width;
@@ -79,7 +79,7 @@ void pointwise(void *elements, int number, int threads) {
                      e->out + row * e->ldo + first, last - first);
 }
 
-/* Halves rotated: (a, b) -> (a cos - b sin, b cos + a sin). */
+/* Rotate the halves of a head: (a, b) -> (a cos - b sin, b cos + a sin). */
 INLINE void rotate(const float *head, const float *cosine, const float *sine, void *out, long size,
                    int bfloat) {
     long half = size / 2;
@@ -94,7 +94,7 @@ INLINE void copy(const float *head, void *out, long size, int bfloat) {
     for (long i = 0; i < size; i++) store_one(out, i, head[i], bfloat);
 }
 
-/* Key and value of one row and KV head. */
+/* Write the key and the value of one row and KV head to their slot. */
 INLINE void write_head(const Turn *t, long row, long head, const float *cosine, int bfloat) {
     const Cache *c = &t->cache;
     long size = c->head_dim, block = t->slots[row] / c->block_size;
@@ -138,7 +138,8 @@ void pick_rows(void *pick, int number, int threads) {
     }
 }
 
-/* Below: the same alone, with dense results. */
+/* Below: the same kernels as single calls from Python, with dense results. A kernel that is too
+ * small to be worth waking helpers runs on the caller alone. */
 
 void sage_rms_norm(const float *a, long lda, const float *b, long ldb, const float *weight,
                    float *sum, float *out, long num_rows, long width, long size, float epsilon,

@@ -1,11 +1,12 @@
 /* Kernels that compute row by row, as shares of a team: every thread calls them with the same
- * arguments, and no thread reads what another writes. Rows of a matrix are ld.. floats apart. */
+ * arguments, and no thread reads what another thread writes. In the structs, lda is the number of
+ * floats from one row of `a` to the next; ldb, ldo, ... likewise. */
 #ifndef SAGELLM_ROWS_H
 #define SAGELLM_ROWS_H
 
 #include <stdint.h>
 
-/* RMSNorm of every `size` consecutive numbers of a row: of sum = a + b if b is given, else of a. */
+/* RMSNorm of every `size` consecutive numbers of a row, of sum = a + b if b is given, else of a. */
 typedef struct {
     const float *a, *b, *weight;
     float *sum, *out;
@@ -16,7 +17,7 @@ void norm_rows(void *norm, int number, int threads);
 
 typedef enum { ADD, MUL, SILU, SILU_MUL } Pointwise;
 
-/* SILU ignores b; out may be a. */
+/* Element by element. SILU ignores b; out may be the memory of a. */
 typedef struct {
     Pointwise kind;
     const float *a, *b;
@@ -32,8 +33,8 @@ typedef struct {
     int bfloat;
 } Cache;
 
-/* Rotate q into out; write k, rotated if there are tables, and v to their slots. q or k may be
- * NULL. tables: [positions, 2, head_dim / 2], cosines then sines. */
+/* Write rotated q to out; write k and v to their slots, k rotated if there are tables. q may be
+ * NULL, and so may k with v. tables: [positions, 2, head_dim / 2], cosines then sines. */
 typedef struct {
     const float *q, *k, *v, *tables;
     float *out;
@@ -43,7 +44,7 @@ typedef struct {
 } Turn;
 void turn_rows(void *turn, int number, int threads);
 
-/* Copy the rows `chosen` of a table, which has `width` numbers a row, bfloat16 or float. */
+/* Copy the rows `chosen` of a table of float or bfloat16, with `width` numbers per row. */
 typedef struct {
     const void *table;
     const int64_t *chosen;

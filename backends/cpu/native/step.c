@@ -1,5 +1,5 @@
-/* Runs all instructions of a step in one round of the team: threads wait for each other only before
- * an instruction that reads results of another thread, and return to the caller once, at the end.
+/* Runs all instructions of a step in one round of the team. Threads wait for each other only before
+ * an instruction that could touch what another thread still works on.
  */
 #include "step.h"
 
@@ -11,9 +11,9 @@
 
 typedef struct {
     const Step *step;
-    Attention *attentions; /* one a kind */
+    Attention *attentions; /* one plan per kind of attention */
     Barrier barrier;
-    _Alignas(64) atomic_long next; /* piece of attention */
+    _Alignas(64) atomic_long next; /* the next piece of attention to compute */
 } Run;
 
 static float *at(const Step *s, const View *v) {
@@ -53,7 +53,7 @@ static void run_linear(const Step *s, const Instruction *i, int number, int thre
                 rows_of(s, i), number, threads);
 }
 
-/* silu(gate) * up of one matrix, both halves of which all threads have made. */
+/* out = silu(gate) * up. Gate and up are the halves of one matrix, which all threads have made. */
 static void run_gate(const Step *s, const Instruction *i, int number, int threads) {
     const View *both = i->out + 1;
     const float *gate = at(s, both);
@@ -143,7 +143,8 @@ static void run_share(void *job, int number, int threads) {
     }
 }
 
-/* Plans every kind of attention, in memory that the step keeps. Returns NULL where there is none. */
+/* Plan every kind of attention, in memory that lives until sage_step_close. Return NULL without
+ * memory. */
 static Attention *planned(Step *s, int threads) {
     long head = (s->num_heads * (long)sizeof(Attention) + 64) / 64 * 64, bytes = head;
     Attention plan;
@@ -165,6 +166,7 @@ static Attention *planned(Step *s, int threads) {
     return plans;
 }
 
+/* Whether all token ids are in the vocabulary: EMBEDDING would read outside of its weight. */
 static int are_tokens(const Step *s) {
     for (long n = 0; n < s->num_instructions; n++)
         if (s->instructions[n].op == EMBEDDING)
@@ -188,7 +190,7 @@ void sage_step_close(Step *step) {
     step->memory_bytes = 0;
 }
 
-/* Bytes of what Python fills in: it sees that both mean the same. */
+/* The sizes of the structs that Python fills, for the test that compares them with c_structs.py. */
 void sage_sizes(long *sizes) {
     long found[] = {sizeof(Step), sizeof(Instruction), sizeof(Linear),
                     sizeof(Heads), sizeof(Batch), sizeof(Layer)};

@@ -1,4 +1,5 @@
-/* One forward step as a flat list of instructions, run by a team without leaving C. */
+/* One forward step as a flat list of instructions, which a team of threads runs without returning
+ * to Python. */
 #ifndef SAGELLM_STEP_H
 #define SAGELLM_STEP_H
 
@@ -11,7 +12,7 @@ typedef enum {
     RMS_NORM,
     ADD_RMS_NORM,
     LINEAR,
-    GATED_LINEAR, /* out[1]: scratch for the products, if its kernel has no gated form */
+    GATED_LINEAR, /* out[1]: scratch for gate and up, if the linear has no gated kernel */
     ROPE,
     KV_WRITE,
     ROPE_KV_WRITE,
@@ -22,42 +23,43 @@ typedef enum {
     OP_SILU_MUL
 } Op;
 
-/* A matrix in a buffer: it begins at `column` of the buffer's rows, which are `width` floats apart.
- * The buffer begins `first` floats a row into the arena; `first` below 0 means the logits. */
+/* A matrix in a buffer. The matrix begins at `column` of the buffer's rows, which are `width`
+ * floats apart. The buffer begins first * capacity floats into the arena. A negative `first` stands
+ * for the tensor of the logits. */
 typedef struct {
     long first, column, width;
 } View;
 
 typedef struct {
     int32_t op;
-    int32_t waits;   /* until all threads have finished the earlier instructions */
-    int32_t chosen;  /* its results have a row for each row of logits, not for each new token */
+    int32_t waits;   /* whether threads wait until all have finished the earlier instructions */
+    int32_t chosen;  /* whether results have a row per row of logits, not per new token */
     int32_t bfloat;  /* whether the weight of EMBEDDING is bfloat16 */
     View in[3], out[2];
-    const void *weight; /* of a norm or EMBEDDING; the Linear of a linear */
-    long width;         /* of its results */
-    long size;          /* numbers of a norm; rows of EMBEDDING; head_dim of ROPE, KV_WRITE */
+    const void *weight; /* the weight of a norm or EMBEDDING; the Linear of LINEAR, GATED_LINEAR */
+    long width;         /* width of the results */
+    long size;          /* numbers of a norm; vocabulary of EMBEDDING; head_dim of ROPE, KV_WRITE */
     long layer;
     long table;    /* index into the step's tables (ROPE) or heads (PAGED_ATTENTION) */
-    long blocks;   /* index of the block table of each sequence */
+    long blocks;   /* which of the block tables of each sequence */
     float epsilon;
 } Instruction;
 
 typedef struct {
     const Instruction *instructions;
-    const Heads *heads;         /* kinds of attention */
-    const float *const *tables; /* angles of each kind of ROPE */
+    const Heads *heads;         /* the kinds of attention */
+    const float *const *tables; /* cosines and sines of each kind of ROPE */
     long num_instructions, num_heads;
-    /* of this step */
+    /* The inputs of this step. */
     Batch batch;
     const int64_t *token_ids, *positions, *slots, *logit_rows;
     char *pool;
-    const int32_t *block_tables; /* the first tables of all sequences, then the second ones, ... */
+    const int32_t *block_tables; /* first tables of all sequences, then their second tables, ... */
     long layer_bytes, side_bytes, kv_heads, head_dim;
     long num_rows, num_logit_rows;
     float *arena, *logits;
     long capacity; /* rows of each buffer */
-    int64_t *times; /* when each instruction ended, or NULL */
+    int64_t *times; /* when each instruction began, and the step ended, in ns; NULL: not measured */
     /* Memory that C allocates and grows between steps; sage_step_close frees it. */
     char *memory;
     long memory_bytes;

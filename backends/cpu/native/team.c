@@ -1,6 +1,6 @@
-/* A kernel of a decode step takes some 100 us, and the next one follows 20 us later. Waking a
- * sleeping thread takes as long as that, so helpers poll for work a while before they sleep. OpenMP
- * polls as well, but not in a process with more teams than cores, such as a server.
+/* A kernel of a decode step takes some 100 us, and the next kernel follows 20 us later. Waking a
+ * sleeping thread takes as long, so helpers poll for work for a while before they sleep. OpenMP
+ * polls too, but not in a process with more teams than cores, such as a server.
  */
 #include "team.h"
 
@@ -9,15 +9,15 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define LOOK_OUT_NS 200000 /* for the next kernel, before sleeping */
-#define LOOKS 2000         /* at a barrier, some 50 us, before giving way */
-#define PATIENCE_NS 50000  /* for the others to end, before giving way */
+#define LOOK_OUT_NS 200000 /* a helper polls this long for the next kernel before it sleeps */
+#define LOOKS 2000         /* polls at a barrier, some 50 us, before a thread yields its core */
+#define PATIENCE_NS 50000  /* the caller polls this long for helpers before it yields its core */
 
 typedef struct {
     share *work;
     void *job;
     int threads;
-    atomic_uint round;     /* of work; a new one begins where the number changes */
+    atomic_uint round;     /* the number of the current round of work */
     atomic_int unfinished; /* helpers that have not ended this round */
     atomic_int sleepers;
     int num_helpers, is_over;
@@ -49,7 +49,7 @@ static long now_ns(void) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* Waits until the team has a round after `seen`; returns its number. */
+/* Wait until the team has a round other than `seen`; return the number of that round. */
 static unsigned next_round(Team *team, unsigned seen) {
     unsigned round;
     for (long until = now_ns() + LOOK_OUT_NS; now_ns() < until; breathe())
@@ -85,7 +85,7 @@ static void start_round(Team *team) {
     }
 }
 
-/* At the end of the thread that owns it. */
+/* End the team's helpers and free the team, when the thread that owns it ends. */
 static void dissolve(void *argument) {
     Team *team = argument;
     team->is_over = 1;
@@ -109,7 +109,7 @@ static Team *team_of_this_thread(void) {
     return team;
 }
 
-/* Starts helpers until there are `wanted`, or no more can be had. */
+/* Start helpers until there are `wanted`, or until the system refuses another. */
 static void grow(Team *team, int wanted) {
     pthread_t *helpers = realloc(team->helpers, sizeof(pthread_t) * (size_t)wanted);
     if (!helpers) return;

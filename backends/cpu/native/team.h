@@ -1,5 +1,4 @@
-/* Teams of threads that share a kernel's work. Each thread that calls kernels has a team of its
- * own. */
+/* Teams of threads that share a kernel's work. Each thread that calls kernels has its own team. */
 #ifndef SAGELLM_TEAM_H
 #define SAGELLM_TEAM_H
 
@@ -8,8 +7,8 @@
 /* One thread's share of a kernel: thread `number` of `threads`. */
 typedef void share(void *job, int number, int threads);
 
-/* Run `work` on `threads` threads at once, the caller included; return when all have finished. If
- * no helper can be started, the caller runs all of it. */
+/* Run `work` on `threads` threads at once, including the caller; return when all have finished. If
+ * no helper thread can be started, the caller does all the work. */
 void team_run(share *work, void *job, int threads);
 
 /* A point where all threads of a team wait for each other. Initialise it with zeros. */
@@ -18,10 +17,11 @@ typedef struct {
     _Alignas(64) atomic_uint round;
 } Barrier;
 
-/* Return when all `threads` have called it. Then each may read what the others wrote before. */
+/* Wait until all `threads` threads have called it. Then each thread may read what the others wrote
+ * before. */
 void barrier_wait(Barrier *barrier, int threads);
 
-/* The share of a thread of `count` items: first <= item < last. */
+/* The share of thread `number` in `count` items: first <= item < last. */
 static inline void share_of(long count, int number, int threads, long *first, long *last) {
     *first = count * number / threads;
     *last = count * (number + 1) / threads;

@@ -1,4 +1,5 @@
-/* Eight floats at a time, in the vector extension that gcc and clang share; WIDE for products. */
+/* Vectors of eight floats, in the extension that gcc and clang share; vectors of WIDE floats for
+ * matrix products. */
 #ifndef SAGELLM_VECTOR_H
 #define SAGELLM_VECTOR_H
 
@@ -17,8 +18,8 @@ typedef float vec __attribute__((vector_size(32)));
 typedef int32_t ivec __attribute__((vector_size(32)));
 typedef uint16_t half_vec __attribute__((vector_size(16)));
 
-/* a * b + c. Compiled with -ffp-contract=off, so that no compiler fuses elsewhere at will: the bits
- * of a result must not depend on which copy of a loop computed it. */
+/* a * b + c. With -ffp-contract=off, compilers fuse nothing by themselves: the bits of a result
+ * must not depend on which copy of a loop computed it. */
 INLINE vec fused(vec a, vec b, vec c) {
 #ifdef __FMA__
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -27,7 +28,7 @@ INLINE vec fused(vec a, vec b, vec c) {
 #endif
 }
 
-/* As many floats as a register of this CPU holds, eight at the least. */
+/* The floats that a register of this CPU holds, at least eight. */
 #ifndef WIDE
 #ifdef __AVX512F__
 #define WIDE 16
@@ -55,7 +56,7 @@ INLINE wide load_wide(const float *from) {
     return value;
 }
 
-INLINE wide fill_wide(float value) { return value - (wide){0}; } /* no sum: -0.0 stays */
+INLINE wide fill_wide(float value) { return value - (wide){0}; } /* -0.0 + 0 would be 0.0 */
 
 INLINE float fused_one(float a, float b, float c) {
 #ifdef __FMA__
@@ -75,7 +76,7 @@ INLINE void store_float(float *to, vec value) { memcpy(to, &value, sizeof value)
 
 /* bfloat16 is the upper half of a float. */
 INLINE vec load_bfloat(const uint16_t *from) {
-#ifdef __AVX2__ /* compilers make two conversions of it by themselves */
+#ifdef __AVX2__ /* compilers would make two conversions of the code below */
     __m128i half = _mm_loadu_si128((const __m128i *)from);
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 #else
@@ -98,7 +99,7 @@ INLINE float load_one(const void *from, long index, int bfloat) {
     return value;
 }
 
-/* Rounds to nearest even, as torch does. */
+/* Store a number as float or bfloat16, rounded to nearest even as torch does. */
 INLINE void store_one(void *to, long index, float value, int bfloat) {
     if (!bfloat) {
         ((float *)to)[index] = value;
@@ -110,7 +111,7 @@ INLINE void store_one(void *to, long index, float value, int bfloat) {
     ((uint16_t *)to)[index] = (uint16_t)(bits >> 16);
 }
 
-/* One order of addition, always. */
+/* The sum of all lanes, always added in the same order. */
 INLINE float lanes_sum(vec value) {
     float a = (value[0] + value[4]) + (value[2] + value[6]);
     float b = (value[1] + value[5]) + (value[3] + value[7]);
@@ -136,8 +137,8 @@ INLINE wide choose_wide(wide_bits mask, wide yes, wide no) {
     return (wide)((mask & (wide_bits)yes) | (~mask & (wide_bits)no));
 }
 
-/* exp, clamped above 88, 0 below -87, relative error under 2e-7 (Cephes expf); and silu. The same
- * bits in any number of lanes. */
+/* exp (Cephes expf, relative error under 2e-7; 0 below -87, exp(88) above 88), and silu. The bits
+ * do not depend on the number of lanes. */
 #define EXP_AND_SILU(exp_name, silu_name, reals, wholes, fuse, pick)                      \
     INLINE reals exp_name(reals x) {                                                      \
         const reals zero = {0}, low = zero - 87.0f, high = zero + 88.0f;                  \
