@@ -15,7 +15,7 @@ class InBursts:
     initial = 0
 
     def order(self, sent: int, candidates: Candidates, now: float, draw: Draw) -> tuple[int, int]:
-        numbers = candidates.numbers  # of the replicas that are up and have room
+        numbers = candidates.numbers  # replicas that are up, with room if any has room
         return numbers[sent // self.length % len(numbers)], sent + 1
 
 

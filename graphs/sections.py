@@ -52,8 +52,7 @@ class ServedModel:
 def engine_kind(values: Value) -> str:
     """The kind of an engine with the options `values`.
 
-    Without an entry `kind`, the kind is `modelled` for the device or the model "null", else
-    `local`.
+    Without an entry `kind`: `modelled` if the device or the model is "null", else `local`.
     """
     options = _options(values)
     if KIND in options:

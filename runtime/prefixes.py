@@ -248,7 +248,7 @@ def new_hasher() -> Hasher:
 
 
 class TargetEngine(Protocol):
-    """The part of `Target` that a lookup reads. A Protocol, as operator.py imports this module."""
+    """The part of `Target` that a lookup reads. A Protocol: importing it would make a circle."""
 
     @property
     def engine(self) -> str: ...
@@ -261,7 +261,7 @@ class TargetEngine(Protocol):
 
 
 class LookupSetup(Protocol):
-    """The part of `Setup` that a lookup reads. A Protocol, as operator.py imports this module."""
+    """The part of `Setup` that a lookup reads. A Protocol: importing it would make a circle."""
 
     @property
     def targets(self) -> tuple[TargetEngine, ...]: ...

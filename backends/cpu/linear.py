@@ -108,7 +108,7 @@ def row_by_row(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunctio
 
 
 class PackedLinear:
-    """The product rows [T, K] -> [T, N] by a C kernel with a packed weight.
+    """Multiplies rows [T, K] by a packed weight in a C kernel. The result is [T, N].
 
     Rows may be strided, but the elements of a row are contiguous. `kernel` names a `multiply`
     function of the library, and `gated` its gated form; `weight` has the kernel's order. `address`:

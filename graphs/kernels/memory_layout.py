@@ -171,7 +171,7 @@ class KVBlocks:
 
     @property
     def num_state_blocks(self) -> int:
-        """The number of blocks of a snapshot: the states of all layers of one sequence."""
+        """The number of blocks of one snapshot, which is the states of all layers of a sequence."""
         return sum(map(self._snapshot_blocks, self.groups))
 
     def row(self, layer: int) -> int:

@@ -168,7 +168,7 @@ def _dense(rank: Mapping[str, int]) -> dict[str, int]:
 
 
 def shortcuts(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> frozenset[int]:
-    """The numbers of the edges whose ends are joined by a longer path too."""
+    """The indexes in `edges` of the edges whose two ends a longer path joins as well."""
     below: dict[str, set[str]] = {name: set() for name in rank}
     for edge in edges:
         if not edge.is_loop:

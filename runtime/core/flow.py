@@ -220,7 +220,7 @@ class Reentry:
             lifecycle.end(retries_spent_event(request, self._reaction.now), None)
 
     def fail_over(self, failed: EngineFailed, engine: str, num_present: int) -> None:
-        """Send a request on which an engine failed to a replica that it was not tried on.
+        """After an engine failed on a request, send the request to a replica that has not tried it.
 
         If no such replica is present, or `_MAX_REPLICAS` others were tried, the request ends.
         """

@@ -18,7 +18,7 @@ _Choices = dict[int, Item]
 
 
 class HeldItems:
-    """The latest item of each open choice that stays at a logic operator.
+    """The items that each logic operator keeps: the latest item of each open choice.
 
     If the operator fails, these choices must end. `held`: the items by operator, request id and
     choice. `entries`: the ids of all open requests; items of closed requests are not recorded.

@@ -224,9 +224,7 @@ class EngineLoop:
                 batch.begin()
 
     def _cancel_next(self) -> None:
-        """Cancel the next step, which was scheduled before the latest change, unless it has
-        begun.
-        """
+        """Cancel the next step unless it has begun: its schedule is out of date."""
         if self._next is not None and self._next.cancel():
             self._scheduler.unschedule(self._next.batch)
             self._next = None

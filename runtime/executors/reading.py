@@ -172,9 +172,9 @@ class Window:
         self._readings: deque[Reading] = deque()
 
     def add(self, reading: Reading) -> None:
-        """Add a reading, which must be newer than all others, and drop readings that are too old.
+        """Add a reading, which must be newer than all others.
 
-        The newest reading that is at least `span_s` old is kept.
+        Of the readings that are at least `span_s` older, only the newest is kept.
         """
         self._readings.append(reading)
         while len(self._readings) > 1 and self._readings[1].at_s <= reading.at_s - self._span_s:
