@@ -79,7 +79,7 @@ class LineFit(msgspec.Struct, frozen=True):
 
 
 class QueuePace(msgspec.Struct, frozen=True):
-    """How fast a queue is served, learned from backlogs and first tokens. Immutable.
+    """The speed at which a queue is served, learned from backlogs and first tokens. Immutable.
 
     A departure is a request that leaves the queue for an engine. `intervals`: the time between
     departures by prompt tokens. If engines mostly prefill, the time grows with the tokens; if long

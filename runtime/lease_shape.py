@@ -17,7 +17,7 @@ class TokenGroup:
 
 @dataclass(frozen=True, slots=True)
 class LeaseShape:
-    """What a lease holds: block tables of token groups, and the blocks of recurrent state.
+    """The contents of a lease: block tables of token groups, and the blocks of recurrent state.
 
     `groups`: the group of full attention is first, if there is one. `num_state_blocks`: the blocks
     of one recurrent state. `max_ahead`: the most tokens of one sequence in the steps in progress.

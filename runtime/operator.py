@@ -195,7 +195,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What an operator is built with: its place in the graph, and functions it may call.
+    """The arguments of an operator's `build`: its place in the graph, and functions it may call.
 
     `facts`: the facts of engines by name, if known. `models`: the names of the engines of each
     model, by the key of the model, the default model first; empty if the graph serves one model.
@@ -228,7 +228,7 @@ class Logic(Protocol[S]):
 
 
 class Context(Protocol):
-    """What the executor lends to replica number `replica` of a service operator."""
+    """The context that the executor lends to replica number `replica` of a service operator."""
 
     name: str
     replica: int

@@ -170,7 +170,7 @@ class Plan:
         return tuple(found)
 
     def entrance(self, node: str) -> "str | Edge":
-        """Where a request enters again that was lost with an engine of `node`.
+        """The operator at which a request re-enters that was lost with an engine of `node`.
 
         The nearest operator upstream with a queue. Without a queue, the edge on which requests
         enter the routers (operators that subscribe to "health") before `node`.

@@ -27,7 +27,7 @@ class LogError(ValueError):
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is needed to build the same core for a replay.
+    """The data needed to build the same core for a replay.
 
     `graph`: MessagePack. `engines`: the number of replicas of each engine. `facts` and `block_key`
     (the secret of block hashes) are present only if operators read prefix blocks.

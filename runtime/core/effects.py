@@ -68,7 +68,7 @@ class Discard(_Effect, frozen=True, tag="discard"):
 
 
 class Parked(_Effect, frozen=True, tag="parked"):
-    """Of the items of a ticket, the first `num_sent` were sent; the others wait for credit."""
+    """The first `num_sent` items of a ticket were sent; its other items wait for credit."""
 
     ticket: int
     num_sent: int

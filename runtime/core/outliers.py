@@ -38,7 +38,7 @@ class _Record:
 
 
 class Presence(Protocol):
-    """What `Outliers` asks about the availability of replicas."""
+    """The questions of `Outliers` about the availability of replicas."""
 
     def is_lost(self, replica: EngineReplica) -> bool: ...
 

@@ -1,4 +1,4 @@
-"""What waits for credit: parked inputs and items, holds for one replica, and refused offers."""
+"""The queues for credit: parked inputs and items, holds for one replica, and refused offers."""
 
 import heapq
 import math

@@ -98,7 +98,7 @@ MAX_COPIES = 3  # of a chunk that arrives damaged each time
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How a pool is shared with other workers: the name of a transport, and a host to listen on."""
+    """The way to share a pool with other workers: a transport's name, and a host to listen on."""
 
     kind: str = "memory"
     host: str = "127.0.0.1"

@@ -14,7 +14,7 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sagellm.runtime.models import ModelError, TextError
-from sagellm.runtime.models.helper import (
+from sagellm.runtime.models.helper_process import (
     EncodeWork,
     HelperJob,
     JobWorker,

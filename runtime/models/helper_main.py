@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import msgspec
 
-from sagellm.runtime.models.helper import (
+from sagellm.runtime.models.helper_process import (
     OUT_OF_MEMORY,
     AnswerTooLong,
     EncodeWork,

@@ -12,7 +12,7 @@ from sagellm.runtime.models.chat import (
     check_messages,
     pack_conversation,
 )
-from sagellm.runtime.models.helper import (
+from sagellm.runtime.models.helper_process import (
     EncodedTokens,
     EncodeWork,
     HelperSetup,

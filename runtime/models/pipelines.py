@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from sagellm.runtime.models import FolderWarning
-from sagellm.runtime.models.helper import (
+from sagellm.runtime.models.helper_process import (
     EncodedTokens,
     EncodeWork,
     HelperJob,

@@ -15,7 +15,7 @@ import anyio
 
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.models import HelperUnavailable, LimitExceeded, ModelError, TextError
-from sagellm.runtime.models.helper import (
+from sagellm.runtime.models.helper_process import (
     AnswerTooLong,
     EncodedTokens,
     Helper,

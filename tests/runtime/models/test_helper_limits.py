@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sagellm.runtime.models import helper
+from sagellm.runtime.models import helper_process
 
 WATCHED = """
 from sagellm.runtime.models import helper_main as limits
@@ -28,7 +28,7 @@ while True: pass
 def test_where_the_system_has_no_limit_of_memory_a_thread_ends_the_process() -> None:
     found = subprocess.run([sys.executable, "-c", WATCHED], stdout=subprocess.PIPE, timeout=20)
     assert found.stdout == b"within\n"
-    assert found.returncode == helper.OUT_OF_MEMORY
+    assert found.returncode == helper_process.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize("work", ["while True: pass", "len(str(9 ** 9 ** 8))"])

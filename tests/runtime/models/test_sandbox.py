@@ -22,7 +22,7 @@ from sagellm.runtime.models import (
     helper_main,
     sandbox,
 )
-from sagellm.runtime.models.helper import (
+from sagellm.runtime.models.helper_process import (
     EncodeWork,
     FrameDecoder,
     HelperSetup,
