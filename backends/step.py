@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 import msgspec
 
 if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 
@@ -77,6 +79,25 @@ class SamplingParams(Protocol):
     def logprobs(self) -> int | None: ...
 
 
+class MatcherError(RuntimeError):
+    """A grammar cannot go on within its limits. The message gives the reason, and is safe to
+    show.
+    """
+
+
+class Matcher(Protocol):
+    """Follows the grammar of one sequence. All calls come from one thread at a time."""
+
+    def fill(self, output: Sequence[int], mask: "npt.NDArray[np.int32]") -> None:
+        """Write the tokens that may follow `output` to `mask` [ceil(vocab / 32)], a bit each.
+
+        A function of `output` alone: the matcher advances or rolls back from where it was. If
+        `output` has left the grammar, as wrong drafts do, the mask allows every token. If no token
+        may follow, not even the end of the text, the mask is zero. Raises MatcherError.
+        """
+        ...
+
+
 class SampledSequence(Protocol):
     """The sequence that a row belongs to.
 
@@ -97,6 +118,11 @@ class SampledSequence(Protocol):
     @property
     def allowed_ids(self) -> "array[int]":
         """`sampling.allowed_token_ids` as int64, whose memory a tensor can share."""
+        ...
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """Of the sequence's grammar; None without one."""
         ...
 
 

@@ -22,7 +22,17 @@ TEXT_OUT = "text_out"  # events have text
 KV_TRANSFER = "kv_transfer"  # exports and imports KV blocks
 RESUME = "resume"  # continues a sequence that another engine began
 LOGPROBS = "logprobs"  # gives logprobs of sampled tokens and of prompt tokens
-CAPABILITIES = (TOKENS_IN, TEXT_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS)
+GRAMMARS = "grammars"  # masks tokens that leave the grammar of a request
+CAPABILITIES = (
+    TOKENS_IN,
+    TEXT_IN,
+    TOKENS_OUT,
+    TEXT_OUT,
+    KV_TRANSFER,
+    RESUME,
+    LOGPROBS,
+    GRAMMARS,
+)
 
 
 @dataclass(frozen=True, slots=True)

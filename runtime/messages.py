@@ -142,7 +142,6 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     sampling: Sampling = Sampling()  # the session has set a seed
     salt: str = ""
     adapter: str | None = None
-    grammar: str | None = None
     task: Literal["generate", "embed"] = "generate"
     hold_kv: bool = False
     lease: "LeaseRef | None" = None

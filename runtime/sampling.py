@@ -3,8 +3,24 @@
 from collections.abc import Iterable
 from operator import attrgetter
 from types import NoneType
+from typing import Literal, TypeAlias
 
 import msgspec
+
+GrammarKind: TypeAlias = Literal["json_schema", "regex", "lark"]
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The set of texts that an answer may have. The engine masks every token that leaves the set.
+
+    `text`: the JSON text of a JSON schema, a regular expression in the syntax of Rust's `regex`, or
+    a context-free grammar in llguidance's dialect of Lark. The state of a grammar follows from the
+    emitted tokens, so a preempted, moved or resumed sequence needs nothing else.
+    """
+
+    kind: GrammarKind
+    text: str
+
 
 _WHOLE, _NUMBER = "a whole number", "a number"
 _SAMPLING_NUMBERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
@@ -23,6 +39,7 @@ _SAMPLING_OTHERS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("allowed_token_ids", (tuple, list), "a tuple of token ids"),
     ("bad_words", (tuple, list), "a tuple of strings"),
     ("bad_words_token_ids", (tuple, list), "a tuple of tuples of token ids"),
+    ("grammar", (Grammar, NoneType), "a Grammar or None"),
     ("ignore_eos", bool, "True or False"),
     ("skip_special_tokens", bool, "True or False"),
     ("include_stop_str_in_output", bool, "True or False"),
@@ -37,7 +54,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `seed` None: the session sets a random seed when the request enters. `top_k` 0 and an empty
     `allowed_token_ids` allow all tokens. No answer completes a sequence of `bad_words_token_ids`;
     the session resolves the texts `bad_words` to such sequences. An answer without any token left
-    to sample ends with reason "stop".
+    to sample ends with reason "stop". `grammar`: a complete answer belongs to it; an answer that
+    `max_tokens` or a stop string cuts off is the beginning of one that does.
     """
 
     max_tokens: int = 128
@@ -53,6 +71,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -34,8 +34,8 @@ def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int)
         raise EngineRefusal(
             f"the sequence has version {state.version}; this engine reads {VERSION}"
         )
-    if state.task != "generate" or state.adapter or state.grammar:
-        raise EngineRefusal("this engine generates text, without adapters and grammars")
+    if state.task != "generate" or state.adapter:
+        raise EngineRefusal("this engine generates text, without adapters")
     num_prompt = len(state.prompt_token_ids)
     if num_prompt == 0:
         raise EngineRefusal("the prompt is empty; give at least one token")

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 import msgspec
 
 from sagellm.backends import Sampled
+from sagellm.backends.step import Matcher
 from sagellm.runtime.engine.output import Mailbox, OutputText
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.prefix_tree import BlockKey, PrefixNode
@@ -34,7 +35,7 @@ class Sequence:
 
     __slots__ = (
         "_allowed_ids", "arrival", "cached_prefix", "choice", "fence", "forced_end", "keys",
-        "lease", "mailbox", "max_output", "num_cached", "num_computed", "num_launched",
+        "lease", "mailbox", "matcher", "max_output", "num_cached", "num_computed", "num_launched",
         "num_preemptions", "num_prompt", "num_sampling", "num_scored", "output_text",
         "prompt_logprobs", "rank", "sampling", "stamps", "state", "stop_ids", "tokens",
     )  # fmt: skip
@@ -75,6 +76,7 @@ class Sequence:
         self.num_scored = 1 if _wants_prompt_logprobs(state) else self.num_prompt
         self.prompt_logprobs: list[TokenLogprob] = []
         self._allowed_ids: array[int] | None = None
+        self.matcher: Matcher | None = None  # set once the grammar is compiled
 
     @property
     def num_known(self) -> int:

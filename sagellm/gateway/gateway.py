@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from sagellm.gateway.answers.logprobs import TokenTexts
+from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import Budgets, Counter, LocalCounter
 from sagellm.gateway.encoding import PromptEncoder
 from sagellm.gateway.graph_bridge import GraphBridge
@@ -16,6 +17,7 @@ from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.ir import Graph
+from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _SALT_BYTES = 16
@@ -143,3 +145,20 @@ def objective_of(graph: Graph | None) -> float | None:
     found = [node.attrs.get("slo_ttft_s") for node in nodes if node.op == "admission"]
     known = [float(each) for each in found if isinstance(each, int | float)]
     return max(known) if known and len(known) == len(found) else None
+
+
+def served_model(gateway: Gateway, name: str | None) -> HostedModel:
+    """Return the model with a name; the first model for None. Raises ApiError 404."""
+    if name is None:
+        return gateway.models[0]
+    found = next((served for served in gateway.models if name in served.card.names), None)
+    if found is None:
+        raise _unknown(gateway, name)
+    return found
+
+
+def _unknown(gateway: Gateway, name: str) -> ApiError:
+    close = nearest(name, [known for served in gateway.models for known in served.card.names])
+    hint = f"did you mean {close}? " if close else ""
+    message = f"the model does not exist; {hint}GET /v1/models lists those that are served"
+    return ApiError(404, message, param="model", code="model_not_found")

@@ -6,6 +6,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
+from sagellm.chat_formats import OpenParser, open_plain_parser
 from sagellm.gateway.answers.logprobs import Texts
 from sagellm.gateway.answers.objects import (
     ApiFinishReason,
@@ -136,6 +137,7 @@ class AnswerSpec:
     has_continuous_usage: bool = False
     is_echo: bool = False
     is_prompt_only: bool = False  # the answer shows no generated tokens
+    open_parser: OpenParser = open_plain_parser  # of a choice: content, reasoning and tool calls
 
     @property
     def has_logprobs(self) -> bool:

@@ -7,7 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sagellm.gateway.answers.forms import ChatForm, CompletionForm
+from sagellm.gateway.answers.forms import CompletionForm
 from sagellm.gateway.answers.objects import (
     Cancelled,
     Detokenized,
@@ -17,7 +17,8 @@ from sagellm.gateway.answers.objects import (
     TokenizerFacts,
 )
 from sagellm.gateway.api_errors import ApiError, draining, wrong
-from sagellm.gateway.gateway import Gateway, HostedModel, plain_id
+from sagellm.gateway.gateway import Gateway, HostedModel, plain_id, served_model
+from sagellm.gateway.http.chats import read_chat_call
 from sagellm.gateway.http.generation import (
     GenerationCall,
     GenerationResponse,
@@ -25,11 +26,9 @@ from sagellm.gateway.http.generation import (
     samplings_of,
 )
 from sagellm.gateway.protocol.bodies import (
-    ChatRequest,
     CompletionRequest,
     TokenizePrompt,
     TokenizeRequest,
-    read_chat,
     read_completion,
     read_detokenize,
     read_tokenize,
@@ -38,8 +37,6 @@ from sagellm.gateway.protocol.chat_messages import rendering_of
 from sagellm.gateway.protocol.json import read_json
 from sagellm.gateway.protocol.sampling_params import ModelCard, check_ids, kept_ids
 from sagellm.graphs.text.codec import to_json
-from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.models.chat import DEFAULT_RENDERING, Rendering
 from sagellm.session.requests import Encoded
 
 VERSION = installed("sagellm")
@@ -85,16 +82,6 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
     return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
 
-def served_model(gateway: Gateway, name: str | None) -> HostedModel:
-    """Return the model with a name; the first model for None. Raises ApiError 404."""
-    if name is None:
-        return gateway.models[0]
-    found = next((served for served in gateway.models if name in served.card.names), None)
-    if found is None:
-        raise _unknown(gateway, name)
-    return found
-
-
 async def models(gateway: Gateway, request: Request) -> Response:
     """Answer one entry for each name of each model, as in the OpenAI API."""
     cards = [served.card for served in gateway.models]
@@ -116,13 +103,6 @@ def _model(card: ModelCard, name: str) -> ModelEntry:
     return ModelEntry(
         id=name, created=card.created, root=card.root, max_model_len=card.max_model_len
     )
-
-
-def _unknown(gateway: Gateway, name: str) -> ApiError:
-    close = nearest(name, [known for served in gateway.models for known in served.card.names])
-    hint = f"did you mean {close}? " if close else ""
-    message = f"the model does not exist; {hint}GET /v1/models lists those that are served"
-    return ApiError(404, message, param="model", code="model_not_found")
 
 
 async def cancel(gateway: Gateway, request: Request) -> Response:
@@ -147,7 +127,7 @@ async def completions(gateway: Gateway, request: Request) -> GenerationResponse:
 
 
 async def chat(gateway: Gateway, request: Request) -> GenerationResponse:
-    return GenerationResponse(gateway, request, _chat_call)
+    return GenerationResponse(gateway, request, read_chat_call)
 
 
 async def invocations(gateway: Gateway, request: Request) -> GenerationResponse:
@@ -160,7 +140,7 @@ async def _invocation_call(gateway: Gateway, body: bytes) -> GenerationCall:
     # `read_chat` and `read_completion` parse the bytes again, so every endpoint checks alike.
     value = read_json(body, max_depth=gateway.settings.limits.json_depth)
     if isinstance(value, dict) and value.get("messages") is not None:
-        return await _chat_call(gateway, body)
+        return await read_chat_call(gateway, body)
     if isinstance(value, dict) and value.get("prompt") is not None:
         return await _completion_call(gateway, body)
     raise ApiError(400, "the body has neither `messages` (a chat) nor a `prompt`")
@@ -204,41 +184,6 @@ async def _prompt(
     kept = kept_ids(asked, token_ids, served.facts)
     text = given if len(kept) == len(token_ids) else await served.encoder.ids(kept)
     return Encoded(text, kept)
-
-
-async def _chat_call(gateway: Gateway, body: bytes) -> GenerationCall:
-    asked = read_chat(body, gateway.settings.limits)
-    served = served_model(gateway, asked.model)
-    prompt = await _chat_prompt(served, asked)
-    return GenerationCall(
-        request=asked,
-        served=served,
-        prompts=(prompt,),
-        samplings=await samplings_of(served, asked, (prompt,)),
-        make_form=ChatForm,
-        prefix="chatcmpl-",
-    )
-
-
-def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
-    """Return the conversation as messages, for an engine that renders them itself.
-
-    Raises ApiError (400) for options of rendering, which such an engine does not get.
-    """
-    if how != DEFAULT_RENDERING:
-        raise wrong("messages", "go to an engine that renders them itself, in its own way only")
-    return Encoded("", (), tuple(asked.conversation))
-
-
-async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
-    """Return the prompt of a chat: rendered by the model's template, and truncated."""
-    how = rendering_of(asked, await served.encoder.variables())
-    if served.facts.takes_text:
-        return _unrendered(asked, how)
-    text = await served.encoder.render(asked.conversation, how)
-    token_ids = await encoded(served, asked, text)
-    kept = kept_ids(asked, token_ids, served.facts)
-    return Encoded(text if len(kept) == len(token_ids) else await served.encoder.ids(kept), kept)
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sagellm.chat_formats import OpenParser, open_plain_parser
 from sagellm.gateway.answers.event_stream import DONE, EventWriter, attended, event_stream
 from sagellm.gateway.answers.logprobs import TokenNames
 from sagellm.gateway.answers.writer import (
@@ -41,6 +42,7 @@ class GenerationCall:
     """A checked and encoded call. `samplings` has one entry for each prompt.
 
     `prefix`: the start of the answer's id. `is_prompt_only`: the answer is an echo of the prompt.
+    `open_parser`: opens the parser of one choice of a chat.
     """
 
     request: CompletionRequest | ChatRequest
@@ -51,6 +53,7 @@ class GenerationCall:
     prefix: str
     is_echo: bool = False
     is_prompt_only: bool = False
+    open_parser: OpenParser = open_plain_parser
 
 
 # Reads the body of a call. Raises ApiError.
@@ -245,4 +248,5 @@ def _answer_spec(work: GenerationCall, claimed_id: str) -> AnswerSpec:
         has_continuous_usage=asked.has_continuous_usage,
         is_echo=work.is_echo,
         is_prompt_only=work.is_prompt_only,
+        open_parser=work.open_parser,
     )
