@@ -1,12 +1,32 @@
-"""Random JSON schemas of the kinds that applications send: see JSONSchemaBench (arXiv 2501.10868)."""
+"""Random JSON schemas of the kinds that applications send: JSONSchemaBench, arXiv 2501.10868."""
 
 import random
 from collections.abc import Callable
 from typing import Any
 
 Schema = dict[str, Any]
-_WORDS = ("name", "id", "kind", "items", "value", "size", "tags", "count", "über", "a b", 'q"t', "x")
-_PATTERNS = (r"^[a-z]{2,5}$", r"^\d{3}-\d{4}$", r"[A-F0-9]+", r"^(yes|no)?$", r"^\w+@\w+\.com$", "^x")
+_WORDS = (
+    "name",
+    "id",
+    "kind",
+    "items",
+    "value",
+    "size",
+    "tags",
+    "count",
+    "über",
+    "a b",
+    'q"t',
+    "x",
+)
+_PATTERNS = (
+    r"^[a-z]{2,5}$",
+    r"^\d{3}-\d{4}$",
+    r"[A-F0-9]+",
+    r"^(yes|no)?$",
+    r"^\w+@\w+\.com$",
+    "^x",
+)
 _FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email", "duration", "hostname")
 
 
@@ -35,7 +55,8 @@ class _Making:
             lambda: {"type": self.rng.choice(["boolean", "null"])}, self.reference,
             lambda: {"type": self.rng.sample(["string", "integer", "null", "boolean"], 2)},
         ]  # fmt: skip
-        inner = [self.object, self.object, self.array, self.options, self.tagged, self.tuple]
+        inner = [self.object, self.object, self.array, self.options, self.tagged, self.tuple,
+                 self.all_of, self.one_of, self.map]  # fmt: skip
         if depth and self.rng.random() < 0.5:
             return self.rng.choice(inner)(depth - 1)
         return self.rng.choice(leaves)()
@@ -56,6 +77,10 @@ class _Making:
             schema["additionalProperties"] = False
         return schema
 
+    def map(self, depth: int) -> Schema:
+        values = {"additionalProperties": self.value(depth)}
+        return {"type": "object", "minProperties": 1, "maxProperties": 3} | values
+
     def array(self, depth: int) -> Schema:
         least = self.rng.randint(0, 2)
         schema = {"type": "array", "items": self.value(depth), "minItems": least}
@@ -67,6 +92,16 @@ class _Making:
 
     def options(self, depth: int) -> Schema:
         return {"anyOf": [self.value(depth) for _ in range(self.rng.randint(2, 3))]}
+
+    def all_of(self, depth: int) -> Schema:
+        """An object and what else holds of it, as inheritance is written."""
+        parent, name = self.object(depth), self.rng.choice(_WORDS)
+        return {"allOf": [parent, {"type": "object", "properties": {name: self.value(0)}}]}
+
+    def one_of(self, depth: int) -> Schema:
+        """Options of different types, or of types that overlap: those cannot be compiled."""
+        others = [self.string, self.constant, lambda: self.array(depth)]
+        return {"oneOf": [self.integer(), self.rng.choice(others)()]}
 
     def tagged(self, depth: int) -> Schema:
         """A tagged union, as pydantic writes it: of definitions, or in place."""
