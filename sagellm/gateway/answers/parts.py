@@ -4,8 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from msgspec import UNSET
 
 from sagellm.chat_formats import AnswerPart, Content, OpenParser, Reasoning, ToolCallDelta
+from sagellm.gateway.answers.objects import (
+    ApiFinishReason,
+    CalledFunction,
+    ChatDelta,
+    ChatMessage,
+    ChatToolCall,
+    FunctionDelta,
+    ToolCallChunk,
+)
+from sagellm.gateway.answers.writer import FINISH
 from sagellm.runtime.messages import TokenEvent
 
 
@@ -76,30 +87,44 @@ def _joined(first: ToolCallDelta, second: ToolCallDelta) -> ToolCallDelta:
     return msgspec.structs.replace(first, arguments=arguments)
 
 
-class ReasoningCounter:
-    """Counts the tokens of one choice that are reasoning, without the marks around it."""
+def delta_of(piece: ChatPiece) -> ChatDelta:
+    """Return the delta of one chunk.
 
-    def __init__(self, open_parser: OpenParser) -> None:
-        self._parser = open_parser()
-        self._is_inside = False
-        self._num_pending = 0  # tokens inside that completed no part: reasoning, or its end
+    A chunk without any part has an empty content, or nothing where a tool call goes on.
+    """
+    is_empty = not (piece.reasoning or piece.calls or piece.is_in_call)
+    return ChatDelta(
+        content=piece.content if piece.content or is_empty else UNSET,
+        reasoning_content=piece.reasoning or UNSET,
+        reasoning=piece.reasoning or UNSET,
+        tool_calls=[_chunk_of(call) for call in piece.calls] or UNSET,
+    )
 
-    def count(self, event: TokenEvent) -> int:
-        """Return the number of tokens that the event shows to be reasoning."""
-        parts = self._parser.push(event.text)
-        if event.is_last:
-            parts = parts + self._parser.finish()
-        if not parts:
-            self._num_pending += event.num_tokens if self._is_inside else 0
-            return 0
-        was_pending, self._num_pending = self._num_pending, 0
-        self._is_inside = isinstance(parts[-1], Reasoning)
-        inside = sum(len(part.text) for part in parts if isinstance(part, Reasoning))
-        if not inside:
-            return 0
-        if self._is_inside and len(parts) == 1:
-            return was_pending + event.num_tokens
-        # One event with several tokens, some of them reasoning: share them by length.
-        others = len(event.text) - inside
-        share = inside / max(1, inside + max(0, others))
-        return was_pending + round(event.num_tokens * share)
+
+def _chunk_of(call: ToolCallDelta) -> ToolCallChunk:
+    if not call.name:
+        return ToolCallChunk(index=call.index, function=FunctionDelta(arguments=call.arguments))
+    function = FunctionDelta(name=call.name, arguments=call.arguments)
+    return ToolCallChunk(index=call.index, id=call.id, type="function", function=function)
+
+
+def message_of(piece: ChatPiece) -> ChatMessage:
+    """Return the message of a whole answer, which is one piece."""
+    return ChatMessage(
+        content=piece.content or None if piece.calls else piece.content,
+        reasoning_content=piece.reasoning or UNSET,
+        reasoning=piece.reasoning or UNSET,
+        tool_calls=[
+            ChatToolCall(id=call.id, function=CalledFunction(call.name, call.arguments))
+            for call in piece.calls
+        ]
+        or UNSET,
+    )
+
+
+def finish_reason(event: TokenEvent, *, has_calls: bool) -> ApiFinishReason | None:
+    """Return the reason of an event: "tool_calls" for a choice that has calls and was not cut."""
+    # As in the OpenAI API, also if the request named the tool (vLLM then says "stop").
+    return (
+        "tool_calls" if has_calls and event.finish_reason == "stop" else FINISH[event.finish_reason]
+    )

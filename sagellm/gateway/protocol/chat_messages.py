@@ -222,9 +222,7 @@ def plain_messages(asked: Conversation) -> list[dict[str, Any]]:
     return [message.plain for message in asked.messages]
 
 
-def rendering_of(
-    asked: Conversation, read: frozenset[str], effort: str | None = None
-) -> Rendering:
+def rendering_of(asked: Conversation, read: frozenset[str], effort: str | None = None) -> Rendering:
     """Return the options with which the model's template renders the conversation.
 
     `read`: the names of variables that the template reads. `effort`: a `reasoning_effort`. Raises

@@ -22,15 +22,11 @@ _ALIASES = {
 }
 
 
-class Constraint(NamedTuple):
-    """A grammar, and the field of the request that it comes from."""
+class Binding(NamedTuple):
+    """A value that binds the answer. `kind`: a field of StructuredOutputs.
 
-    grammar: Grammar
-    param: str
-
-
-class _Binding(NamedTuple):
-    """A value that binds the answer. `kind`: a field of StructuredOutputs. `param`: its place."""
+    `param`: the place of the value in the request.
+    """
 
     param: str
     kind: str
@@ -50,26 +46,27 @@ def check_bindings(asked: Generation) -> None:
         raise wrong(second, f"stands beside `{first}`; give one of them")
 
 
-def constraint_of(asked: Generation, max_depth: int) -> Constraint | None:
-    """Return the grammar of a request that was checked, None if any text may follow.
+def binding_of(asked: Generation) -> Binding | None:
+    """Return what binds the answer to a request that was checked; None: nothing does."""
+    return next(iter(_bindings(asked)), None)
+
+
+def grammar_of(binding: Binding, max_depth: int) -> Grammar:
+    """Return the grammar of a binding, which may be wrong: it is not compiled.
 
     Raises ApiError (400) for a schema that is given as text and is no JSON object, or has more than
-    `max_depth` levels. Nothing else of the grammar is checked.
+    `max_depth` levels. Takes milliseconds for a value of megabytes.
     """
-    bindings = _bindings(asked)
-    if not bindings:
-        return None
-    param, kind, value = bindings[0]
-    match kind:
+    match binding.kind:
         case "json":
-            return Constraint(_schema(param, value, max_depth), param)
+            return _schema(binding, max_depth)
         case "regex":
-            return Constraint(Grammar(kind="regex", text=value), param)
+            return Grammar(kind="regex", text=binding.value)
         case "grammar":
-            return Constraint(Grammar(kind="lark", text=value), param)
+            return Grammar(kind="lark", text=binding.value)
         case "choice":
-            return Constraint(choice_grammar(value), param)
-    return Constraint(json_object_grammar(), param)
+            return choice_grammar(binding.value)
+    return json_object_grammar()
 
 
 def _check_format(form: ResponseFormat) -> None:
@@ -80,36 +77,36 @@ def _check_format(form: ResponseFormat) -> None:
         raise wrong("response_format.json_schema", "is only for the type `json_schema`")
 
 
-def _bindings(asked: Generation) -> list[_Binding]:
+def _bindings(asked: Generation) -> list[Binding]:
     """Return all values that bind the answer, in the order in which errors name them."""
     found = []
     form, outputs = asked.response_format, asked.structured_outputs
     if form is not None and form.json_schema is not None:
         schema = form.json_schema.schema
-        found.append(_Binding("response_format.json_schema.schema", "json", schema))
+        found.append(Binding("response_format.json_schema.schema", "json", schema))
     elif form is not None and form.type == "json_object":
-        found.append(_Binding("response_format", "json_object", True))
+        found.append(Binding("response_format", "json_object", True))
     if outputs is not None:
         found += _parts(outputs)
     aliases = ((name, kind, getattr(asked, name)) for name, kind in _ALIASES.items())
-    return found + [_Binding(*each) for each in aliases if each[2] is not None]
+    return found + [Binding(*each) for each in aliases if each[2] is not None]
 
 
-def _parts(outputs: StructuredOutputs) -> list[_Binding]:
+def _parts(outputs: StructuredOutputs) -> list[Binding]:
     values = ((name, getattr(outputs, name)) for name in outputs.__struct_fields__)
     return [
-        _Binding(f"structured_outputs.{name}", name, value)
+        Binding(f"structured_outputs.{name}", name, value)
         for name, value in values
         if value is not None and value is not False
     ]
 
 
-def _schema(param: str, value: dict[str, Any] | str, max_depth: int) -> Grammar:
+def _schema(binding: Binding, max_depth: int) -> Grammar:
     """Return the grammar of a JSON schema, which is given as an object or as text."""
     # The text is written again: what was read strictly must not be read in another way later.
-    if isinstance(value, str):
-        value = _read_schema(param, value, max_depth)
-    return Grammar(kind="json_schema", text=msgspec.json.encode(value).decode())
+    value = binding.value
+    schema = value if isinstance(value, dict) else _read_schema(binding.param, value, max_depth)
+    return Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode())
 
 
 def _read_schema(param: str, text: str, max_depth: int) -> dict[str, Any]:

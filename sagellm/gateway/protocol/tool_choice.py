@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from sagellm.chat_formats import ToolSpec, ToolUse
 from sagellm.gateway.api_errors import wrong
 from sagellm.graphs.vocabulary import nearest
 
@@ -60,7 +61,9 @@ class AllowedToolList(msgspec.Struct, frozen=True, kw_only=True):
     tools: Annotated[list[AllowedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
 
 
-class AllowedTools(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="allowed_tools"):
+class AllowedTools(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="allowed_tools"
+):
     """Some of the tools. The model sees no others."""
 
     allowed_tools: AllowedToolList
@@ -107,3 +110,20 @@ def resolved(
         kept = [tool for tool in tools if tool.function.name in allowed]
         return kept, choice.allowed_tools.mode
     return tools, choice or "auto"
+
+
+def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse:
+    """Return the tools of a request that was read, in the form that chat formats take."""
+    specs = tuple(
+        ToolSpec(
+            name=tool.function.name,
+            description=tool.function.description or "",
+            parameters=tool.function.parameters,
+            strict=tool.function.strict or False,
+        )
+        for tool in tools
+    )
+    if isinstance(choice, NamedTool):
+        return ToolUse(tools=specs, named=choice.function.name, parallel=parallel)
+    assert not isinstance(choice, AllowedTools), "`resolved` has replaced it"
+    return ToolUse(tools=specs, choice=choice or "auto", parallel=parallel)
