@@ -1,14 +1,74 @@
-"""The contract of a chat format: how the models of a family write tool calls and reasoning."""
+"""The contract of chat formats: the parts of an answer, their parser, and the calls of tools."""
 
 import secrets
 import string
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from sagellm.chat_formats.answer_parts import AnswerParser
 from sagellm.runtime.sampling import Grammar
+
+
+class Content(msgspec.Struct, frozen=True, tag="content", gc=False):
+    """Text of the answer for the user."""
+
+    text: str
+
+
+class Reasoning(msgspec.Struct, frozen=True, tag="reasoning", gc=False):
+    """Text of the model's reasoning before its answer."""
+
+    text: str
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, tag="tool_call", gc=False):
+    """A piece of one tool call.
+
+    `index`: the number of the call in its answer, from 0. `id` and `name` are set in the first
+    piece of a call and empty in later pieces. The `arguments` of all pieces of a call, joined, are
+    the JSON text of an object, unless the answer was cut off or the model wrote broken JSON.
+    """
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+AnswerPart: TypeAlias = Content | Reasoning | ToolCallDelta
+
+
+class AnswerParser(Protocol):
+    """Splits the text of one choice into parts. It never fails: text without a known form is
+    content.
+    """
+
+    def push(self, text: str) -> list[AnswerPart]:
+        """Return the parts that the next piece of the text completes. May hold text back."""
+        ...
+
+    def finish(self) -> list[AnswerPart]:
+        """Return the parts of the text that was held back. No text may follow."""
+        ...
+
+
+OpenParser: TypeAlias = Callable[[], AnswerParser]
+
+
+class PlainParser:
+    """The parser of a model without tools and reasoning: all text is content."""
+
+    def push(self, text: str) -> list[AnswerPart]:
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[AnswerPart]:
+        return []
+
+
+def open_plain_parser() -> AnswerParser:
+    return PlainParser()
 
 
 class ToolSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +107,16 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
     def must_call(self) -> bool:
         return bool(self.named) or self.choice == "required"
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether a grammar must bind the calls."""
+        return bool(self.allowed) and (self.must_call or any(tool.strict for tool in self.allowed))
+
 
 NO_TOOLS = ToolUse()
 
 SpecialTokens: TypeAlias = Mapping[str, int]  # text -> id of the special tokens of a tokenizer
+NO_SPECIAL_TOKENS: SpecialTokens = MappingProxyType({})
 DrawId: TypeAlias = Callable[[int], str]  # returns a text of so many letters and digits
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
@@ -91,14 +157,14 @@ class ChatFormat(Protocol):
         use: ToolUse,
         prompt: str,
         *,
-        special_tokens: SpecialTokens = {},
+        special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
         draw_id: DrawId = random_id,
     ) -> AnswerParser:
         """Open the parser of one choice. `draw_id` makes the ids of its calls."""
         ...
 
     def grammar(
-        self, use: ToolUse, prompt: str, *, special_tokens: SpecialTokens = {}
+        self, use: ToolUse, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
     ) -> Grammar | None:
         """Return the grammar of answers that call tools as `use` says, or None if any text may be
         an answer.
@@ -106,7 +172,7 @@ class ChatFormat(Protocol):
         ...
 
     def response_grammar(
-        self, grammar: Grammar, prompt: str, *, special_tokens: SpecialTokens = {}
+        self, grammar: Grammar, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
     ) -> Grammar:
         """Return the grammar of answers with free reasoning and, after it, a text of `grammar`."""
         ...

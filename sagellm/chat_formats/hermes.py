@@ -1,4 +1,4 @@
-"""The format of Hermes, Qwen2.5, QwQ, Qwen3 and sage-tiny: JSON between `<tool_call>` tags.
+"""The format of Hermes, Qwen2.5, QwQ, Qwen3 and sage-tiny: JSON objects between tags.
 
     <tool_call>
     {"name": "f", "arguments": {"x": 1}}
@@ -9,58 +9,39 @@ Source: the chat templates of NousResearch/Hermes-3-Llama-3.1-8B and Qwen/Qwen3-
 
 from dataclasses import replace
 
+from sagellm.chat_formats.answer_readers import THINK
 from sagellm.chat_formats.block_format import BlockFormat
-from sagellm.chat_formats.call_blocks import BlockState
-from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
-from sagellm.chat_formats.json_call import JsonCall
-from sagellm.chat_formats.lark_text import arguments, calls, literal, marker
+from sagellm.chat_formats.chat_format import SpecialTokens, ToolUse
+from sagellm.chat_formats.json_call import read_call
+from sagellm.chat_formats.lark_text import json_call, marker, one_of
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.reasoning import THINK
+from sagellm.chat_formats.text_source import Reading, TextSource
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
-NEWLINE = "\n"
 
 
-class HermesBlock:
-    """One call, up to its closing tag. A forgotten closing tag does no harm."""
-
-    def __init__(self, writer: PartWriter) -> None:
-        self.state = BlockState.READING
-        self.unused: list[str] = []
-        self._call = JsonCall(writer, self.unused, ("arguments", "parameters"))
-
-    def read(self, text: str) -> int:
-        at = self._call.read(text, 0)
-        if self._call.is_broken:
-            self.state = BlockState.BROKEN
-        if not self._call.is_complete:
-            return at
-        rest = text[at:].lstrip()
-        at = len(text) - len(rest)
-        if rest and not CLOSING.startswith(rest[: len(CLOSING)]):
-            self.state = BlockState.COMPLETE
-        elif rest.startswith(CLOSING):
-            self.state = BlockState.COMPLETE
-            at += len(CLOSING)
-        return at
+def read_hermes_block(source: TextSource, writer: PartWriter, opening: str) -> Reading[bool]:
+    yield from source.space()
+    if not (yield from read_call(source, writer)):
+        return False
+    yield from source.space()
+    yield from source.accept(CLOSING)  # some models forget it
+    return True
 
 
-def hermes_rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
-    opening, closing = marker(OPENING, special_tokens), marker(CLOSING, special_tokens)
-
-    def call(tool: ToolSpec) -> str:
-        head = literal(f'\n{{"name": {literal(tool.name)}, "arguments": ')
-        return f"{opening} {head} {arguments(tool)} {literal('}' + NEWLINE)} {closing}"
-
-    return calls(use, call, literal(NEWLINE))
+def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
+    closing = marker(CLOSING, special_tokens)
+    call = one_of(use, lambda tool: json_call(tool, "arguments"))
+    return f'block: "\\n" call "\\n" {closing}\n{call}'
 
 
 HERMES = BlockFormat(
     name="hermes",
     signs=(OPENING,),
-    openings=(OPENING,),
+    opening=OPENING,
     inner=(CLOSING,),
-    open_block=lambda writer, opening: HermesBlock(writer),
-    call_rules=hermes_rules,
+    between="\n",
+    read_block=read_hermes_block,
+    block_rules=_rules,
 )
 QWEN3 = replace(HERMES, name="qwen3", signs=(OPENING, THINK.closing), tags=THINK)

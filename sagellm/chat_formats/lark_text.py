@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sagellm.chat_formats.answer_readers import ReasoningTags
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
-from sagellm.chat_formats.reasoning import ReasoningTags
 from sagellm.runtime.sampling import Grammar
 
 ANY_TEXT = "/(?s:.*)/"
-# Models are trained on JSON with one space after `,` and `:`. Free white space would let a model
-# write spaces without end.
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Models write JSON with or without one space after `,` and `:`. With free white space, a weak model
+# may write spaces without end.
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 def literal(text: str) -> str:
@@ -42,15 +42,17 @@ def inline_json(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps(schema, ensure_ascii=False)
 
 
-def calls(use: ToolUse, call: Callable[[ToolSpec], str], between: str) -> str:
-    """Rules `calls` and `call`. `call`: the right side of a rule for the call of one tool.
+def json_call(tool: ToolSpec, member: str) -> str:
+    """The JSON object of a call; `member` has the arguments."""
+    head = f'{{"name": {literal(tool.name)}, "{member}": '
+    return f"{literal(head)} {arguments(tool)} {literal('}')}"
 
-    `between`: what stands between two calls, as a right side.
-    """
+
+def one_of(use: ToolUse, call: Callable[[ToolSpec], str]) -> str:
+    """The rule `call`: a call of any allowed tool. `call`: the text of the call of one tool."""
     rules = [f"call_{number}: {call(tool)}" for number, tool in enumerate(use.allowed)]
     one = " | ".join(f"call_{number}" for number in range(len(rules)))
-    more = f" ({between} call)*" if use.parallel else ""
-    return "\n".join([f"calls: call{more}", f"call: {one}", *rules])
+    return "\n".join([f"call: {one}", *rules])
 
 
 def start_rules(

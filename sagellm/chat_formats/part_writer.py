@@ -1,22 +1,27 @@
 """Where the readers of a format write the parts of an answer."""
 
 from collections.abc import Callable
-from typing import Protocol
 
-from sagellm.chat_formats.answer_parts import AnswerPart, Content, Reasoning, ToolCallDelta
-from sagellm.chat_formats.chat_format import ToolUse
+from sagellm.chat_formats.chat_format import (
+    AnswerPart,
+    Content,
+    Reasoning,
+    ToolCallDelta,
+    ToolSpec,
+    ToolUse,
+)
 
 
 class PartWriter:
-    """Collects the parts of one answer. Adjacent parts of one kind become one part."""
+    """Collects the parts of one answer. Adjacent pieces of one part are joined."""
 
     def __init__(self, use: ToolUse, new_id: Callable[[], str]) -> None:
-        self._names = frozenset(tool.name for tool in use.allowed)
-        self._most_calls = None if use.parallel else 1
+        self._tools = {tool.name: tool for tool in use.allowed}
+        self._is_parallel = use.parallel
         self._new_id = new_id
         self._parts: list[AnswerPart] = []
-        self._pieces: list[str] = []  # of the content, reasoning or arguments at the end
-        self._kind: type[AnswerPart] | None = None
+        self._pieces: list[str] = []  # of the part at the end, which may go on
+        self._kind: type[AnswerPart] | None = None  # of that part
         self._num_calls = 0
 
     def content(self, text: str) -> None:
@@ -25,18 +30,19 @@ class PartWriter:
     def reasoning(self, text: str) -> None:
         self._add(Reasoning, text)
 
-    def begin_call(self, name: str) -> bool:
-        """Begin a call. Return False, and do nothing, if no allowed tool has the name.
+    def begin_call(self, name: str) -> ToolSpec | None:
+        """Begin a call, and return its tool. Return None, and do nothing, if no allowed tool has
+        the name.
 
         Without parallel calls, all calls after the first are dropped, as in vLLM.
         """
-        if name not in self._names:
-            return False
-        self._close()
-        self._num_calls += 1
-        if not self._is_dropped:
-            self._parts.append(ToolCallDelta(self._num_calls - 1, self._new_id(), name))
-        return True
+        tool = self._tools.get(name)
+        if tool is not None:
+            self._close()
+            self._num_calls += 1
+            if not self._is_dropped:
+                self._parts.append(ToolCallDelta(self._num_calls - 1, self._new_id(), name))
+        return tool
 
     def arguments(self, text: str) -> None:
         """Add to the arguments of the call that began last."""
@@ -51,14 +57,15 @@ class PartWriter:
 
     @property
     def _is_dropped(self) -> bool:
-        return self._most_calls is not None and self._num_calls > self._most_calls
+        return self._num_calls > 1 and not self._is_parallel
 
     def _add(self, kind: type[AnswerPart], text: str) -> None:
-        if text and kind is not self._kind:
+        if not text:
+            return
+        if kind is not self._kind:
             self._close()
             self._kind = kind
-        if text:
-            self._pieces.append(text)
+        self._pieces.append(text)
 
     def _close(self) -> None:
         text = "".join(self._pieces)
@@ -68,42 +75,3 @@ class PartWriter:
             self._parts.append(Content(text) if self._kind is Content else Reasoning(text))
         self._pieces.clear()
         self._kind = None
-
-
-class TextReader(Protocol):
-    """Reads the text of an answer in pieces, and writes its parts to a PartWriter."""
-
-    def read(self, text: str) -> None: ...
-
-    def end(self) -> None:
-        """The text has ended: write what was held back."""
-        ...
-
-
-class ContentReader:
-    """All text is content."""
-
-    def __init__(self, writer: PartWriter) -> None:
-        self._writer = writer
-
-    def read(self, text: str) -> None:
-        self._writer.content(text)
-
-    def end(self) -> None:
-        pass
-
-
-class ReadingParser:
-    """The parser of readers that write to one PartWriter. Implements AnswerParser."""
-
-    def __init__(self, writer: PartWriter, reader: TextReader) -> None:
-        self._writer = writer
-        self._reader = reader
-
-    def push(self, text: str) -> list[AnswerPart]:
-        self._reader.read(text)
-        return self._writer.take()
-
-    def finish(self) -> list[AnswerPart]:
-        self._reader.end()
-        return self._writer.take()
