@@ -41,6 +41,12 @@ class ToolUseContent(msgspec.Struct, frozen=True, tag_field="type", tag="tool_us
 AnswerContent: TypeAlias = TextContent | ThinkingContent | ToolUseContent
 
 
+class OutputTokensDetails(msgspec.Struct, frozen=True):
+    """Of the answer's tokens, those that were reasoning."""
+
+    thinking_tokens: TokenCount
+
+
 class MessageUsage(msgspec.Struct, frozen=True):
     """Tokens of one call. The prompt has `input_tokens` and `cache_read_input_tokens`."""
 
@@ -48,6 +54,7 @@ class MessageUsage(msgspec.Struct, frozen=True):
     cache_creation_input_tokens: TokenCount
     cache_read_input_tokens: TokenCount
     output_tokens: TokenCount
+    output_tokens_details: OutputTokensDetails
 
 
 def message_usage(usage: ApiUsage) -> MessageUsage:
@@ -58,6 +65,7 @@ def message_usage(usage: ApiUsage) -> MessageUsage:
         cache_creation_input_tokens=0,  # nobody pays for what is stored
         cache_read_input_tokens=num_cached,
         output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(usage.completion_tokens_details.reasoning_tokens),
     )
 
 

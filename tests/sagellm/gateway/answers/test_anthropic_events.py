@@ -18,12 +18,13 @@ from sagellm.gateway.answers.objects import (
 from sagellm.gateway.answers.writer import AnswerSpec
 from sagellm.gateway.api_errors import ApiError
 
-USAGE = ApiUsage(5, 4, 9, PromptTokensDetails(3), CompletionTokensDetails())
+USAGE = ApiUsage(5, 4, 9, PromptTokensDetails(3), CompletionTokensDetails(1))
 TOLD = {
     "input_tokens": 2,
     "cache_creation_input_tokens": 0,
     "cache_read_input_tokens": 3,
     "output_tokens": 4,
+    "output_tokens_details": {"thinking_tokens": 1},
 }
 BEGIN = ToolCallDelta(0, "call_1", "f")
 
