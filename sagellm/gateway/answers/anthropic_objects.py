@@ -157,9 +157,16 @@ _ERROR_TYPES = {
 }
 
 
+class ErrorDetails(msgspec.Struct, frozen=True):
+    """`error_code`: the cause, in one word that stays. Clients act on some of these words."""
+
+    error_code: str
+
+
 class AnthropicError(msgspec.Struct, frozen=True):
     type: str
     message: str
+    details: ErrorDetails | None = None
 
 
 class AnthropicFailure(
@@ -174,7 +181,8 @@ class AnthropicFailure(
 def anthropic_error(error: ApiError) -> AnthropicError:
     """Return an error in the form of this API."""
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    return AnthropicError(_ERROR_TYPES.get(error.status, other), error.message)
+    details = None if error.code is None else ErrorDetails(error.code)
+    return AnthropicError(_ERROR_TYPES.get(error.status, other), error.message, details)
 
 
 MessageEvent: TypeAlias = (

@@ -54,6 +54,10 @@ def read_count_body(body: bytes, limits: RequestLimits) -> CountTokensRequest:
 def _read(body: bytes, struct: type[R], limits: RequestLimits) -> R:
     """Return the body with its types checked."""
     value = read_json(body, max_depth=limits.json_depth)
+    if isinstance(value, dict) and value.get("thread") is not None:
+        # The client's own loops over tools begin a thread, and go on without it after this code.
+        message = "conversations are not kept; send all messages with each request"
+        raise wrong("thread", message, "thread_unsupported_request")
     said = fields_of(value, struct.__struct_fields__, SENT_OBJECTS[struct])
     if isinstance(said.get("messages"), list):
         at_most("messages", len(said["messages"]), limits.num_messages, "messages")

@@ -162,6 +162,8 @@ _CACHED = {"cache_control": IgnoredField("object", "prefixes are kept in any cas
 _NONE = Foreign({}, {})
 BODY = Foreign(
     unbuilt={
+        "billing_policy": (),
+        "compaction": (),
         "container": (),
         # The second value is what agents send: it clears nothing.
         "context_management": (
@@ -169,9 +171,12 @@ BODY = Foreign(
             {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         ),
         "diagnostics": (),
+        "fallback_credit_token": (),
+        "fallbacks": ([],),
         "inference_geo": (),
         "mcp_servers": ([],),
         "speed": ("standard",),
+        "thread": (),
     },
     taken={
         **_CACHED,

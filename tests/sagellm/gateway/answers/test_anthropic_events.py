@@ -249,7 +249,12 @@ def test_why_an_answer_ended(
 )
 def test_an_error_is_the_last_event(status: int, kind: str) -> None:
     (failed,) = decoded(form_of().failure(ApiError(status, "why")))
-    assert failed == {"type": "error", "error": {"type": kind, "message": "why"}}
+    assert failed == {"type": "error", "error": {"type": kind, "message": "why", "details": None}}
+
+
+def test_an_error_has_its_code_where_clients_look_for_it() -> None:
+    (failed,) = decoded(form_of().failure(ApiError(503, "why", code="queue_full")))
+    assert failed["error"]["details"] == {"error_code": "queue_full"}
 
 
 def test_no_line_end_of_unicode_is_in_an_event() -> None:
