@@ -5,8 +5,28 @@ from collections.abc import Callable
 from typing import Any
 
 Schema = dict[str, Any]
-_WORDS = ("name", "id", "kind", "items", "value", "size", "tags", "count", "über", "a b", 'q"t', "x")
-_PATTERNS = (r"^[a-z]{2,5}$", r"^\d{3}-\d{4}$", r"[A-F0-9]+", r"^(yes|no)?$", r"^\w+@\w+\.com$", "^x")
+_WORDS = (
+    "name",
+    "id",
+    "kind",
+    "items",
+    "value",
+    "size",
+    "tags",
+    "count",
+    "über",
+    "a b",
+    'q"t',
+    "x",
+)
+_PATTERNS = (
+    r"^[a-z]{2,5}$",
+    r"^\d{3}-\d{4}$",
+    r"[A-F0-9]+",
+    r"^(yes|no)?$",
+    r"^\w+@\w+\.com$",
+    "^x",
+)
 _FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email", "duration", "hostname")
 
 
