@@ -22,6 +22,7 @@ from sagellm.chat_formats.chat_format import (
     ToolUse,
     random_id,
 )
+from sagellm.chat_formats.json_call import read_json
 from sagellm.chat_formats.lark_text import (
     ANY_TEXT,
     arguments,
@@ -29,10 +30,11 @@ from sagellm.chat_formats.lark_text import (
     marker,
     one_of,
     response_rules,
+    text_up_to,
 )
 from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource
+from sagellm.chat_formats.text_source import TextReading, TextSource
 from sagellm.runtime.sampling import Grammar
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -53,7 +55,7 @@ class _Message:
         self.is_reasoning = channel is not None and channel.group(1) == "analysis"
 
 
-def _read_messages(source: TextSource, writer: PartWriter, header: str) -> Reading[None]:
+def _read_messages(source: TextSource, writer: PartWriter, header: str) -> TextReading[None]:
     """Read all messages. `header`: that of the first message, as far as the prompt has it."""
     had_content = had_reasoning = False
     while True:
@@ -84,18 +86,16 @@ def _read_messages(source: TextSource, writer: PartWriter, header: str) -> Readi
             return
 
 
-def _read_arguments(source: TextSource, writer: PartWriter) -> Reading[None]:
+def _read_arguments(source: TextSource, writer: PartWriter) -> TextReading[None]:
     """Read the arguments of a call. A call without arguments gets "{}"."""
     yield from source.space()
-    is_empty = True
-
-    def write(text: str) -> None:
-        nonlocal is_empty
-        is_empty = False
-        writer.arguments(text)
-
-    yield from source.until(_BODY_ENDS, write)
-    writer.arguments("{}" if is_empty else "")
+    if (yield from source.peek()) == "{":  # a text in it may look like a marker
+        yield from read_json(source, writer.arguments)
+        yield from source.until(_BODY_ENDS, lambda text: None)
+        return
+    pieces: list[str] = []
+    yield from source.until(_BODY_ENDS, pieces.append)
+    writer.arguments("".join(pieces) or "{}")
 
 
 def _begun(prompt: str) -> str:
@@ -124,7 +124,7 @@ class HarmonyFormat:
         special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
         draw_id: DrawId = random_id,
     ) -> AnswerParser:
-        def read(source: TextSource, writer: PartWriter) -> Reading[None]:
+        def read(source: TextSource, writer: PartWriter) -> TextReading[None]:
             return _read_messages(source, writer, _begun(prompt))
 
         writer = PartWriter(use, lambda: draw_call_id(draw_id))
@@ -151,8 +151,8 @@ class HarmonyFormat:
 
 def _grammar(last: str, rules: str, prompt: str, special_tokens: SpecialTokens) -> Grammar:
     """The grammar of reasoning and preambles, and then a last message. `rules`: further rules."""
-    channel, message, end, start, constrain = (
-        marker(text, special_tokens) for text in (CHANNEL, MESSAGE, END, START, CONSTRAIN)
+    channel, message, start, constrain = (
+        marker(text, special_tokens) for text in (CHANNEL, MESSAGE, START, CONSTRAIN)
     )
     text = f"""\
 start: {"rest " if MESSAGE in _begun(prompt) else ""}(note next)* last
@@ -160,7 +160,7 @@ last: {last}
 note: {channel} ("analysis" | "commentary") {message} body
 next: {start} "assistant"
 rest: body next
-body: {ANY_TEXT} {end}
+{text_up_to("body", END, special_tokens)}
 final: {channel} "final" {message}
 call_message: {channel} "commentary to=functions." call
 json: {constrain} "json" {message}
