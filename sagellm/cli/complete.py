@@ -20,7 +20,8 @@ from sagellm.cli.errors import (
     drain_on_interrupt,
 )
 from sagellm.client.http_calls import KEY_VARIABLE, first_model_of
-from sagellm.client.replies import AsyncReplyStream, Piece, Usage
+from sagellm.client.replies import Piece, Usage
+from sagellm.client.reply_streams import AsyncReplyStream
 from sagellm.client.responses import NOT_OFFERED, TIMED_OUT, UNREACHABLE, ClientError
 from sagellm.client.unified_async import AsyncUnifiedInferenceClient
 from sagellm.load import REFUSALS

@@ -9,11 +9,9 @@ import sagellm
 from sagellm.builder import Graph
 from sagellm.client.http_calls import CHAT, encode_json
 from sagellm.client.replies import (
-    AsyncReplyStream,
     Choice,
     Piece,
     PromptDetails,
-    ReplyStream,
     ResponseBody,
     ResponseMessage,
     TextReply,
@@ -21,6 +19,7 @@ from sagellm.client.replies import (
     make_piece,
     whole_reply,
 )
+from sagellm.client.reply_streams import AsyncReplyStream, ReplyStream
 from sagellm.client.responses import NOT_OFFERED, ClientError
 from sagellm.gateway.answers.writer import error_of
 from sagellm.gateway.api_errors import ApiError, wrong

@@ -7,7 +7,7 @@ import pytest
 from scripted_server import MODEL, Call, Script, Server, error, scripted, telling, text
 
 from sagellm import ClientError, UnifiedInferenceClient
-from sagellm.client.replies import ReplyStream
+from sagellm.client.reply_streams import ReplyStream
 from sagellm.client.responses import BAD_ANSWER, CUT_OFF, NOT_OFFERED, TIMED_OUT, UNREACHABLE
 
 ASK = [{"role": "user", "content": "Hello?"}]
