@@ -14,7 +14,7 @@ import msgspec
 
 from sagellm.client.replies import ResponseToolCall
 from sagellm.client.responses import MISUSED, ClientError
-from sagellm.client.type_schemas import schema_of
+from sagellm.client.type_schemas import is_strict, schema_of
 from sagellm.graphs.vocabulary import nearest
 
 ToolCallable: TypeAlias = Callable[..., Any]
@@ -41,6 +41,8 @@ class PythonTool:
         function: dict[str, Any] = {"name": self.name, "parameters": self.parameters}
         if self.description:
             function["description"] = self.description
+        if is_strict(self.parameters):  # a server may refuse `strict` for optional parameters
+            function["strict"] = True
         return {"type": "function", "function": function}
 
     def bind(self, arguments: str) -> Callable[[], Any]:

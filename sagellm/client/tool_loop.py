@@ -11,7 +11,6 @@ from sagellm.client.responses import CUT_OFF, MISUSED, ClientError
 
 MAX_ROUNDS = 8
 TOO_MANY_ROUNDS = "too_many_rounds"  # the code of ToolsUnfinished
-_NOT_IN_LOOPS = {"stream": "read its `messages` when it has ended", "n": "ask for one choice"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +62,11 @@ class ToolLoop:
         max_rounds: int = MAX_ROUNDS,
         on_error: OnError | None = None,
     ) -> None:
-        for name, fix in _NOT_IN_LOOPS.items():
-            if options.get(name) not in (None, False, 1):
-                raise ClientError(f"run_tools takes no {name}; {fix}", code=MISUSED)
+        if options.get("stream"):
+            cause = "run_tools takes no stream; stream a chat, and run the calls of its reply"
+            raise ClientError(cause, code=MISUSED)
+        if options.get("n") not in (None, 1):
+            raise ClientError("run_tools takes no n; ask for one choice", code=MISUSED)
         if max_rounds < 1:
             raise ClientError(f"max_rounds is {max_rounds}; give 1 or more", code=MISUSED)
         self.box = ToolBox(tools, on_error)

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 from scripted_server import delta, text, used
 
-from sagellm.client.replies import read_body
-from sagellm.client.reply_streams import ChunkReader, chunk_pieces
+from sagellm.client.replies import Piece, read_body
+from sagellm.client.reply_streams import ChunkReader, ReplyStream, chunk_pieces
 from sagellm.client.responses import BAD_ANSWER, CUT_OFF, ClientError
 
 
@@ -109,3 +109,74 @@ def test_usage_without_a_choice_is_a_piece_without_text() -> None:
 
 def _usage() -> dict[str, Any]:
     return {"usage": used(3, 2)["usage"]}
+
+
+def pieces_of(chunk: Any) -> list[Piece]:
+    return chunk_pieces(read_body(msgspec.json.encode(chunk)))
+
+
+def read_stream(*chunks: Any) -> ReplyStream:
+    """A stream of these chunks, read to its end."""
+    pieces = [
+        piece for chunk in chunks for piece in chunk_pieces(read_body(msgspec.json.encode(chunk)))
+    ]
+    stream: ReplyStream = ReplyStream(iter(pieces), lambda: None)
+    list(stream)
+    return stream
+
+
+def part_of_call(index: int, **function: str) -> dict[str, Any]:
+    return delta(None, tool_calls=[{"index": index, "id": f"call_{index}", "function": function}])
+
+
+def test_reasoning_and_calls_are_pieces_without_text() -> None:
+    (thought,) = chunk_pieces(
+        read_body(msgspec.json.encode(delta("", role="assistant", reasoning="hm")))
+    )
+    (call,) = pieces_of(part_of_call(0, name="f"))
+    assert (thought, thought.reasoning) == ("", "hm")
+    assert (call, call.tool_calls[0].name) == ("", "f")
+
+
+def test_a_stream_gathers_the_whole_reply() -> None:
+    stream = read_stream(
+        delta("", role="assistant"),
+        delta(None, reasoning="23 "),
+        delta(None, reasoning="and 45"),
+        delta("6"),
+        delta("8", "stop"),
+        used(3, 2),
+    )
+    reply = stream.reply
+    assert (reply, reply.reasoning, reply.finish_reason) == ("68", "23 and 45", "stop")
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 2
+
+
+def test_the_parts_of_each_call_are_joined() -> None:
+    stream = read_stream(
+        part_of_call(0, name="f", arguments=""),
+        part_of_call(0, arguments='{"a":'),
+        part_of_call(1, name="g", arguments="{}"),
+        part_of_call(0, arguments="1}"),
+        delta(None, "tool_calls"),
+    )
+    calls = [(call.id, call.name, call.arguments) for call in stream.reply.tool_calls]
+    assert calls == [("call_0", "f", '{"a":1}'), ("call_1", "g", "{}")]
+
+
+def test_every_choice_is_gathered() -> None:
+    stream = read_stream(text("b", "length", 1), text("a", "stop", 0))
+    ends = [(each.text, each.finish_reason) for each in stream.reply.choices]
+    assert ends == [("a", "stop"), ("b", "length")]
+    assert stream.finish_reason == "stop"
+
+
+def test_a_stream_is_parsed_at_its_end_only() -> None:
+    stream = read_stream(delta('{"a":'), delta("1}", "stop"))
+    stream.read_value = msgspec.json.decode
+    assert stream.parsed == {"a": 1}
+    unread = read_stream(delta('{"a":'))
+    unread.read_value = msgspec.json.decode
+    with pytest.raises(ClientError, match="read the stream first"):
+        _ = unread.parsed
