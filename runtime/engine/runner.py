@@ -12,6 +12,7 @@ from sagellm.runtime.engine.batch import Batch, step_batch
 from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.output import OutputText
 from sagellm.runtime.engine.speculation import Speculation
+from sagellm.runtime.grammars.compiler import GrammarCompiler
 from sagellm.runtime.kv.transport import Storage
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import EngineFacts, EngineHealth
@@ -156,7 +157,7 @@ OpenOutputText: TypeAlias = Callable[[SequenceState], OutputText]
 @dataclass(frozen=True, slots=True)
 class EngineResources:
     """The parts that an engine is built from. `open_output_text` is None if tokens have no text.
-    `speculation` is None if no tokens are drafted.
+    `speculation` is None if no tokens are drafted, `grammars` if answers follow no grammar.
     """
 
     facts: EngineFacts
@@ -167,6 +168,7 @@ class EngineResources:
     eos_token_ids: frozenset[int] = frozenset()
     open_output_text: OpenOutputText | None = None
     speculation: Speculation | None = None
+    grammars: GrammarCompiler | None = None
 
     @property
     def async_scheduling(self) -> bool:
