@@ -12,7 +12,7 @@ from sagellm.client.responses import BAD_ANSWER, MISUSED, ClientError
 from sagellm.client.type_schemas import PydanticModel, is_strict, schema_of, type_name
 
 ReadValue = Callable[[str], Any]
-Bound = TypeVar("Bound", bound="Readable")
+S = TypeVar("S", bound="Readable")
 
 # Option of a call -> field of `structured_outputs`, as vLLM has them.
 _CONSTRAINTS = {"regex": "regex", "choices": "choice", "grammar": "grammar"}
@@ -34,7 +34,7 @@ class AnswerFormat:
     fields: Mapping[str, Any]
     read_value: ReadValue | None = None
 
-    def bind(self, answer: Bound) -> Bound:
+    def bind(self, answer: S) -> S:
         """Give the reader to an answer. Returns the answer."""
         answer.read_value = self.read_value
         for choice in getattr(answer, "choices", ()):

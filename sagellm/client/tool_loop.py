@@ -78,7 +78,8 @@ class ToolLoop:
     @property
     def fields(self) -> dict[str, Any]:
         """The options of the next call."""
-        fields = {**self._options, "tools": self.box.plain}
+        tools = self.box.plain
+        fields = {**self._options, **({"tools": tools} if tools else {})}
         # A forced call is forced once: with it in each round the model could never answer.
         if self._num_rounds and fields.get("tool_choice") not in (None, "none"):
             fields["tool_choice"] = "auto"
