@@ -22,7 +22,7 @@ from sagellm.gateway.protocol.bodies import (
 )
 from sagellm.gateway.protocol.chat_messages import rendering_of
 from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard, sampling_of
-from sagellm.gateway.protocol.structured_outputs import binding_of, grammar_of
+from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
 from sagellm.gateway.protocol.tool_choice import tool_use_of
 from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.vocabulary import GRAMMARS
@@ -115,7 +115,7 @@ def _chat_call(request: ChatRequest, session: SessionEncoder) -> SessionCall:
     check_tool_use(served, request, use)
     prompt = _chat_prompt(request, session)
     special = served.special_tokens
-    if use.must_call or binding_of(request) is None:
+    if use.must_call or constraint_of(request) is None:
         grammar = call_grammar(served.format, use, prompt.text, special)
     else:
         grammar = _bound_grammar(request, served, prompt.text)
@@ -167,15 +167,15 @@ def _bound_grammar(
 
     With `served`, the answer may begin with the reasoning of the model's format.
     """
-    binding = binding_of(request)
-    if binding is None:
+    constraint = constraint_of(request)
+    if constraint is None:
         return None
     try:
-        grammar = grammar_of(binding, _LIMITS.json_depth)
+        grammar = grammar_of(constraint, _LIMITS.json_depth)
         if served is not None:
             special = served.special_tokens
             grammar = served.format.response_grammar(grammar, prompt, special_tokens=special)
         check_grammar(grammar)
     except GrammarError as error:
-        raise invalid_grammar(binding.param, str(error)) from None
+        raise invalid_grammar(constraint.param, str(error)) from None
     return grammar
