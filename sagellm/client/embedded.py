@@ -8,11 +8,11 @@ from sagellm.builder import Graph
 from sagellm.chat_formats import ToolCallDelta
 from sagellm.client.embedded_calls import SessionCall, read_call
 from sagellm.client.replies import (
-    CalledFunction,
     Choice,
     Piece,
     PromptDetails,
     ResponseBody,
+    ResponseFunction,
     ResponseMessage,
     ResponseToolCall,
     TextReply,
@@ -68,7 +68,7 @@ def parts_of(read: SessionCall) -> ChoiceParts:
 
 
 def _response_call(call: ToolCallDelta) -> ResponseToolCall:
-    return ResponseToolCall(CalledFunction(call.name, call.arguments), call.id, call.index)
+    return ResponseToolCall(ResponseFunction(call.name, call.arguments), call.id, call.index)
 
 
 def _finish_reason(event: Output, parts: ChoiceParts) -> str | None:

@@ -26,7 +26,7 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptDetails | None = None
 
 
-class CalledFunction(msgspec.Struct, frozen=True):
+class ResponseFunction(msgspec.Struct, frozen=True):
     """The function of a tool call; in a stream, a part of it. `arguments` is JSON text."""
 
     name: str | None = None
@@ -36,7 +36,7 @@ class CalledFunction(msgspec.Struct, frozen=True):
 class ResponseToolCall(msgspec.Struct, frozen=True):
     """A tool call of an answer. In a stream, a part of the call with number `index`."""
 
-    function: CalledFunction = CalledFunction()
+    function: ResponseFunction = ResponseFunction()
     id: str | None = None
     index: int | None = None
 

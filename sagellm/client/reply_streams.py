@@ -8,10 +8,10 @@ from typing import Generic
 from typing_extensions import TypeVar
 
 from sagellm.client.replies import (
-    CalledFunction,
     Choice,
     Piece,
     ResponseBody,
+    ResponseFunction,
     ResponseMessage,
     ResponseToolCall,
     T,
@@ -159,7 +159,7 @@ class GatheredChoice:
             self.calls[number] = part
             return
         arguments = (known.function.arguments or "") + (part.function.arguments or "")
-        function = CalledFunction(known.function.name or part.function.name, arguments)
+        function = ResponseFunction(known.function.name or part.function.name, arguments)
         self.calls[number] = ResponseToolCall(function, known.id or part.id, number)
 
     def choice(self, index: int) -> Choice:

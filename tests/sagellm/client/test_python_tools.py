@@ -8,7 +8,7 @@ import pydantic
 import pytest
 
 from sagellm.client.python_tools import ToolBox, read_tool, text_of
-from sagellm.client.replies import CalledFunction, ResponseToolCall
+from sagellm.client.replies import ResponseFunction, ResponseToolCall
 from sagellm.client.responses import MISUSED, ClientError
 
 
@@ -46,7 +46,7 @@ def fail(code: int) -> None:
 
 
 def call(name: str, arguments: str) -> ResponseToolCall:
-    return ResponseToolCall(CalledFunction(name, arguments), "call_1")
+    return ResponseToolCall(ResponseFunction(name, arguments), "call_1")
 
 
 def test_a_signature_and_its_docstring_describe_a_tool() -> None:

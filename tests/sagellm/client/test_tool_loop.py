@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 
 from sagellm.client.replies import (
-    CalledFunction,
     Choice,
     ResponseBody,
+    ResponseFunction,
     ResponseMessage,
     ResponseToolCall,
     TextReply,
@@ -25,7 +25,7 @@ def get_weather(city: str) -> str:
 def reply(text: str = "", *names: str, reason: str = "tool_calls") -> TextReply:
     """A reply with a text, or with calls of these tools."""
     calls = tuple(
-        ResponseToolCall(CalledFunction(name, '{"city":"Paris"}'), f"call_{number}")
+        ResponseToolCall(ResponseFunction(name, '{"city":"Paris"}'), f"call_{number}")
         for number, name in enumerate(names)
     )
     message = ResponseMessage("assistant", text, tool_calls=calls)
