@@ -137,21 +137,20 @@ class ChatSession:
     def _answered(self, loop: ToolLoop, silent: bool) -> StreamedAnswer:
         """Ask the model until it answers. Raises ClientError, Failure."""
         while True:
-            answer = trio.run(self._answer, loop, silent)
+            is_silent = silent or not loop.has_answer_next
+            answer = trio.run(self._answer, loop, is_silent)
             if answer.reply is None:
                 return answer
             try:
-                calls = loop.take(answer.reply)
+                for call in loop.take(answer.reply):
+                    loop.add_result(call, self.tools.run(call, loop.box))
             except ToolsUnfinished as error:
                 raise Failure(error.message, "ask for less at once", code=FAILED) from None
-            if not calls:
-                return answer
-            try:
-                for call in calls:
-                    loop.add_result(call, self.tools.run(call, loop.box))
             except KeyboardInterrupt:
                 print("\nstopped", file=sys.stderr)
                 return StreamedAnswer(is_stopped=True)
+            if loop.is_over:
+                return answer
 
     async def _answer(self, loop: ToolLoop, silent: bool) -> StreamedAnswer:
         async with self.server.client() as client:

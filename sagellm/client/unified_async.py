@@ -202,19 +202,17 @@ class AsyncUnifiedInferenceClient:
         `tools` are functions with annotated parameters, async or not: those that are not
         async run in a thread. The calls of one answer run in order. A call that fails gives the
         model the error as its result, or the text that `on_error(call, error)` returns; what
-        `on_error` raises ends the loop. The model is asked `max_rounds` times at most: then
-        ToolsUnfinished is raised.
+        `on_error` raises ends the loop. The model is asked `max_rounds` times at most, and then
+        ToolsUnfinished is raised; once more for a `response_format`.
         """
+        options["response_format"] = response_format
         loop = ToolLoop(messages, tools, options, max_rounds=max_rounds, on_error=on_error)
         while True:
-            reply: TextReply = await self.chat(
-                loop.messages, model, response_format=response_format, **loop.fields
-            )
-            calls = loop.take(reply)
-            if not calls:
-                return ToolRun(reply, loop.messages)
-            for call in calls:
+            reply: TextReply = await self.chat(loop.messages, model, **loop.fields)
+            for call in loop.take(reply):
                 loop.add_result(call, await loop.box.run_async(call))
+            if loop.is_over:
+                return ToolRun(reply, loop.messages)
 
     @overload
     async def generate(

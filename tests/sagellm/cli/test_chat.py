@@ -292,6 +292,18 @@ def test_yes_without_tools_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> N
     assert "add --tools FILE" in capsys.readouterr().err
 
 
+def test_a_draft_of_a_bound_answer_is_not_shown(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(call: Call) -> None:
+        await (telling("{}") if "response_format" in call.json else calling(PARIS))(call)
+
+    form = ("--json-schema", '{"type":"object"}')
+    with scripted(script) as server:
+        assert talk(server, "-q", "Weather?", "--tools", str(tools), "--yes", *form) == 0
+    assert capsys.readouterr().out == "{}\n"
+
+
 def test_an_answer_may_be_bound_to_a_schema() -> None:
     with scripted(telling("{}")) as server:
         assert talk(server, "-q", "Ada?", "--json-schema", '{"type":"object"}') == 0

@@ -63,6 +63,26 @@ def test_a_forced_call_is_forced_once(choice: str | None, later: str | None) -> 
     assert loop.fields["tools"][0]["function"]["name"] == "get_weather"
 
 
+@pytest.mark.parametrize("form", [{"regex": "[0-9]+"}, {"response_format": {"type": "text"}}])
+def test_an_answer_in_a_form_is_asked_for_by_a_call_of_its_own(form: dict[str, Any]) -> None:
+    loop = ToolLoop(ASK, [get_weather], form)
+    loop.take(reply("", "get_weather"))
+    assert (loop.has_answer_next, loop.fields.keys() & form.keys()) == (False, set())
+    loop.take(reply("It is sunny."))
+    assert (loop.has_answer_next, loop.is_over) == (True, False)
+    assert loop.fields.items() >= {**form, "tool_choice": "none"}.items()
+    loop.take(reply("21"))
+    assert loop.is_over
+    assert [one["content"] for one in loop.messages if one["role"] == "assistant"] == [None, "21"]
+
+
+def test_without_tools_the_first_answer_has_the_form() -> None:
+    loop = ToolLoop(ASK, [], {"regex": "[0-9]+", "temperature": 0})
+    assert loop.fields == {"regex": "[0-9]+", "temperature": 0}
+    loop.take(reply("21"))
+    assert loop.is_over
+
+
 def test_the_last_round_must_answer() -> None:
     loop = ToolLoop(ASK, [get_weather], {}, max_rounds=2)
     (call,) = loop.take(reply("", "get_weather"))

@@ -332,3 +332,15 @@ def test_a_mistake_in_a_tool_reaches_no_server() -> None:
             with pytest.raises(ClientError, match="name"):
                 client.run_tools(ASK, tools=tools)
     assert server.asked == []
+
+
+def test_the_answer_of_a_loop_has_a_form() -> None:
+    async def script(call: Call) -> None:
+        is_bound = "response_format" in call.json
+        await (telling(*ADA) if is_bound else calling(("get_weather", '{"city":"Paris"}')))(call)
+
+    with talking(script) as (client, server):
+        run = client.run_tools(ASK, tools=[get_weather], response_format=Person)
+    assert run.parsed == Person("Ada", 31)
+    assert ["response_format" in asked for asked in server.asked] == [False, False, True]
+    assert server.asked[-1]["tool_choice"] == "none"
