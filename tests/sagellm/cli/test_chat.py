@@ -192,6 +192,7 @@ def test_a_question_of_the_command_line_is_no_command() -> None:
 
 WEATHER = """
 from pathlib import Path
+from posixpath import join
 
 def get_weather(city: str) -> dict:
     \"\"\"The weather of a city.\"\"\"
@@ -222,6 +223,7 @@ def test_a_tool_is_called_and_the_answer_follows(
     assert "I need the weather.\n" in shown.err
     assert 'get_weather {"city":"Paris"}\n= {"city"' in shown.err
     first, second = server.asked
+    # Neither what is imported nor what begins with _ is offered.
     assert [tool["function"]["name"] for tool in first["tools"]] == ["get_weather"]
     assert second["messages"][-1]["content"] == RESULT
 

@@ -6,7 +6,11 @@ import msgspec
 import pytest
 
 from sagellm import AsyncUnifiedInferenceClient, ClientError, UnifiedInferenceClient
+from sagellm.client.embedded import reply_of
+from sagellm.client.embedded_calls import read_call
+from sagellm.client.http_calls import CHAT
 from sagellm.client.responses import CUT_OFF
+from sagellm.runtime.messages import Answer
 from sagellm.runtime.models.folder import BUILT_IN
 
 ASK = [{"role": "user", "content": "What is 23 + 45?"}]
@@ -42,6 +46,46 @@ def toolful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UnifiedInferen
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with UnifiedInferenceClient.create(embedded=True, default_llm_model=str(folder)) as opened:
         yield opened
+
+
+class StubSession:
+    """A session, and the tokenizer of a model with this chat template. Its engine does nothing."""
+
+    max_model_len = 100
+    chat_variables: frozenset[str] = frozenset()
+    special_token_ids: frozenset[int] = frozenset()
+
+    def __init__(self, template: str) -> None:
+        self.chat_template = template
+        self.tokenizer: Any = self
+
+    def is_able(self, capability: str) -> bool:
+        return True
+
+    def apply_chat_template(self, messages: Any, how: Any) -> str:
+        return "a prompt"
+
+    def encode(self, prompt: Any, add_special_tokens: bool = False) -> Any:
+        return (1, 2)
+
+
+THINKING = "{{ '<think>' }} {{ '</think>' }}"
+HARMONY = "{{ '<|start|>assistant<|channel|>final<|message|>' }}"
+
+
+@pytest.mark.parametrize(("template", "skips"), [(HARMONY, False), ("", True)])
+def test_a_format_of_special_tokens_gets_them(template: str, skips: bool) -> None:
+    read = read_call(CHAT, {"messages": ASK}, {}, StubSession(template))
+    assert read.sampling.skip_special_tokens is skips
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_reasoning_is_split_off_and_may_be_left_out(shown: bool) -> None:
+    session = StubSession(THINKING)
+    read = read_call(CHAT, {"messages": ASK}, {"include_reasoning": shown}, session)
+    text = "<think>23 and 45</think>68"
+    reply = reply_of([Answer(request_id="r", text=text)], "m", read)
+    assert (reply.text, reply.reasoning) == ("68", "23 and 45" if shown else None)
 
 
 def test_an_answer_is_one_of_the_choices(client: UnifiedInferenceClient) -> None:

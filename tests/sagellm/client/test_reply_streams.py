@@ -126,7 +126,9 @@ def read_stream(*chunks: Any) -> ReplyStream:
 
 
 def part_of_call(index: int, **function: str) -> dict[str, Any]:
-    return delta(None, tool_calls=[{"index": index, "id": f"call_{index}", "function": function}])
+    """A chunk of a tool call. Its first chunk, which has the name, has the id too."""
+    first = {"id": f"call_{index}"} if "name" in function else {}
+    return delta(None, tool_calls=[{"index": index, **first, "function": function}])
 
 
 def test_reasoning_and_calls_are_pieces_without_text() -> None:
