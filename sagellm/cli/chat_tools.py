@@ -32,13 +32,18 @@ class ChatTools:
     def run(self, call: ResponseToolCall, box: ToolBox) -> str:
         """Show a call, make it if the user allows that, and return the text for the model."""
         console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        console.print(f"{call.name} {call.arguments}", style="cyan", markup=False)
+        console.print(_shown(f"{call.name} {call.arguments}"), style="cyan", markup=False)
         if self.asks and not _is_allowed():
             return _DECLINED
         text = box.run(call)
         shown = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
-        console.print(f"= {shown}", style="dim", markup=False)
+        console.print(f"= {_shown(shown)}", style="dim", markup=False)
         return text
+
+
+def _shown(text: str) -> str:
+    """The text with control characters spelt out: a call must not look like another call."""
+    return "".join(each if each.isprintable() else f"\\u{ord(each):04x}" for each in text)
 
 
 def _is_allowed() -> bool:

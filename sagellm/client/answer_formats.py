@@ -81,13 +81,13 @@ def _json_format(asked: object) -> tuple[Mapping[str, Any], ReadValue | None]:
         is_json = asked.get("type") in _JSON_FORMATS
         return asked, reader_of(Any) if is_json else None
     try:
-        schema = schema_of(asked)
+        schema, read_value = schema_of(asked), reader_of(asked)
     except TypeError as error:
         fix = "give a msgspec.Struct, dataclass, TypedDict or pydantic model type, or a dict"
-        raise _misused(f"response_format: there is no JSON schema of it ({error}); {fix}") from None
+        raise _misused(f"response_format: it cannot be read from JSON ({error}); {fix}") from None
     name = _NO_NAME_CHARACTER.sub("_", type_name(asked))[:_MAX_NAME_LEN]
     named = {"name": name, "schema": schema, "strict": is_strict(schema)}
-    return {"type": "json_schema", "json_schema": named}, reader_of(asked)
+    return {"type": "json_schema", "json_schema": named}, read_value
 
 
 def reader_of(kind: Any) -> ReadValue:

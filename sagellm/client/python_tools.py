@@ -27,13 +27,15 @@ _NAMED_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWO
 
 @dataclass(frozen=True, slots=True)
 class PythonTool:
-    """A function that a model may call. `arguments`: a struct with one field a parameter."""
+    """A function that a model may call. `decoder`: reads arguments, as a struct with one field a
+    parameter.
+    """
 
     function: ToolCallable
     name: str
     description: str
     parameters: Mapping[str, Any]
-    arguments: type[msgspec.Struct]
+    decoder: msgspec.json.Decoder[msgspec.Struct]
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -50,7 +52,7 @@ class PythonTool:
 
         Raises ValueError for arguments that do not fit.
         """
-        read = msgspec.json.decode(arguments, type=self.arguments)
+        read = self.decoder.decode(arguments)
         return partial(self.function, **msgspec.structs.asdict(read))
 
 
@@ -65,15 +67,15 @@ def read_tool(function: ToolCallable) -> PythonTool:
         raise _unfit(name, "a tool's name has letters, digits, _ and -, at most 64")
     arguments = _arguments_of(name, function)
     try:
-        schema = schema_of(arguments)
+        schema, decoder = schema_of(arguments), msgspec.json.Decoder(arguments)
     except TypeError as error:
-        raise _unfit(name, f"a parameter's type has no JSON schema: {error}") from None
+        raise _unfit(name, f"a parameter's type cannot be JSON: {error}") from None
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     for param in doc.params:
         if (known := schema["properties"].get(param.arg_name)) is not None:
             known.setdefault("description", param.description or "")
     schema.pop("title", None)  # the tool's name again
-    return PythonTool(function, name, (doc.description or "").strip(), schema, arguments)
+    return PythonTool(function, name, (doc.description or "").strip(), schema, decoder)
 
 
 def _arguments_of(name: str, function: ToolCallable) -> type[msgspec.Struct]:

@@ -205,11 +205,11 @@ class UnifiedInferenceClient:
     ) -> ToolRun:
         """Chat, make the calls that the model asks for, and chat again, until the model answers.
 
-        `tools` are functions with annotated parameters, async or not. The calls of one
-        answer run in order. A call that fails gives the model the error as its result, or the text
-        that `on_error(call, error)` returns; what `on_error` raises ends the loop. The model is
-        asked `max_rounds` times at most, and then ToolsUnfinished is raised; once more
-        for a `response_format`.
+        `tools` are functions with annotated parameters, async or not. The calls of one answer run
+        in order. A call that fails gives the model the error as its result, or the text that
+        `on_error(call, error)` returns; what `on_error` raises ends the loop. The model is asked
+        `max_rounds` times at most, and once more for a `response_format`. Raises ToolsUnfinished if
+        it still calls tools.
         """
         options["response_format"] = response_format
         loop = ToolLoop(messages, tools, options, max_rounds=max_rounds, on_error=on_error)

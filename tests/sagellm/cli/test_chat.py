@@ -241,6 +241,16 @@ def test_the_user_is_asked_before_a_call(
     assert result == RESULT if is_called else "did not allow" in result
 
 
+def test_a_call_cannot_hide_on_the_terminal(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(calling(("get_weather\r\x1b[2K", "{}"))) as server:
+        assert talk(server, "-q", "Weather?", "--tools", str(tools), "--yes") == 0
+    shown = capsys.readouterr().err
+    assert "get_weather\\u000d\\u001b[2K {}" in shown
+    assert "\x1b" not in shown
+
+
 def test_a_model_that_only_calls_tools_is_stopped(
     tools: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

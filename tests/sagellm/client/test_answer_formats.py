@@ -13,6 +13,10 @@ class Person(msgspec.Struct):
     age: int
 
 
+class Pet(msgspec.Struct):
+    name: str
+
+
 class Animal(pydantic.BaseModel):
     name: str
 
@@ -71,7 +75,8 @@ def test_an_option_of_none_is_not_given() -> None:
         ({"regex": "a"}, Person, "response_format and regex exclude"),
         ({"regex": "a", "structured_outputs": {}}, None, "beside structured_outputs"),
         ({"choices": "yes"}, None, "no list of texts"),
-        ({}, "json", "no JSON schema"),
+        ({}, "json", "cannot be read from JSON"),
+        ({}, list[Person | Pet], "cannot be read from JSON"),
     ],
 )
 def test_a_form_that_cannot_be_is_refused(options: Any, form: object, said: str) -> None:

@@ -83,6 +83,13 @@ def many(*cities: str) -> None: ...
 def odd(value: object) -> None: ...
 
 
+class Region(msgspec.Struct):
+    name: str
+
+
+def ambiguous(where: Place | Region) -> None: ...
+
+
 def unknown(value: "Nothing") -> None: ...  # type: ignore[name-defined] # noqa: F821
 
 
@@ -91,7 +98,8 @@ def unknown(value: "Nothing") -> None: ...  # type: ignore[name-defined] # noqa:
     [
         (bare, "parameter city has no type"),
         (many, "cannot be given by name"),
-        (odd, "type has no JSON schema"),
+        (odd, "type cannot be JSON"),
+        (ambiguous, "type cannot be JSON"),
         (unknown, "cannot be read"),
         (lambda: 1, "a tool's name has"),
         (partial(get_weather), "partial is no tool"),
