@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from sagellm.gateway.answers.objects import ApiUsage, ModelEntry, ModelList, TokenizeAnswer
+from sagellm.gateway.protocol.anthropic_fields import SENT_OBJECTS
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -21,18 +22,26 @@ from sagellm.gateway.protocol.chat_messages import (
     FunctionCall,
     TextPart,
     ToolCall,
-    ToolFunction,
 )
 from sagellm.gateway.protocol.other_apis import (
     FUNCTION_CALL,
+    JSON_SCHEMA,
     MESSAGE,
     PART,
     REQUEST,
+    RESPONSE_FORMAT,
     STREAM_OPTIONS,
+    STRUCTURED_OUTPUTS,
     TOOL_CALL,
     Foreign,
 )
-from sagellm.gateway.protocol.request import StreamOptions
+from sagellm.gateway.protocol.request import (
+    JsonSchemaFormat,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+)
+from sagellm.gateway.protocol.tool_choice import ToolFunction
 from sagellm.gateway.settings import RequestLimits
 
 Schema: TypeAlias = dict[str, Any]
@@ -48,10 +57,14 @@ _SENT: dict[Struct, Foreign] = {
     TokenizeChat: REQUEST,
     DetokenizeRequest: REQUEST,
     StreamOptions: STREAM_OPTIONS,
+    ResponseFormat: RESPONSE_FORMAT,
+    JsonSchemaFormat: JSON_SCHEMA,
+    StructuredOutputs: STRUCTURED_OUTPUTS,
     ConversationMessage: MESSAGE,
     TextPart: PART,
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
+    **SENT_OBJECTS,
 }
 # Published names of schemas that differ from the names of the Python types.
 _PUBLISHED: dict[Struct, str] = {
@@ -165,6 +178,8 @@ def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
             schema["maximum"] = min(schema["maximum"], limits.num_choices)
     if "stop" in properties:
         properties["stop"] = _stop(limits)
+    if "stop_sequences" in properties:
+        properties["stop_sequences"] = {"anyOf": _stop(limits)["anyOf"][1:], "default": []}
 
 
 def _branches(schema: Schema) -> Iterator[Schema]:
