@@ -138,6 +138,7 @@ TOOL_CALL = Foreign(
 )
 FUNCTION_CALL = Foreign({}, {})
 _TYPES: dict[str, tuple[type, ...]] = {
+    "array": (list,),
     "boolean": (bool,),
     "integer": (int,),
     "number": (int, float),
