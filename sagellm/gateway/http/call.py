@@ -169,7 +169,6 @@ _ELSEWHERE = {
     "/v1/embeddings": _CHAT,
     "/v1/messages": _CHAT,
     "/v1/messages/count_tokens": "/tokenize",
-    "/v1/responses": _CHAT,
 }
 _UNSAFE = re.compile(rb"[^A-Za-z0-9/._~%{}:@!$&()*+,;=-]")
 

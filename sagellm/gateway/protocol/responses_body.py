@@ -102,6 +102,14 @@ def read_responses(body: bytes, limits: RequestLimits) -> ResponsesCall:
     raise refused
 
 
+_CHAT_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+}
 _OWN = frozenset(ResponsesRequest.__struct_fields__)
 _KNOWN = (*ResponsesRequest.__struct_fields__, *RENAMED, *SHARED)
 
@@ -110,6 +118,7 @@ def _fields(value: Any, limits: RequestLimits) -> dict[str, Any]:
     """Return the known fields of a body, and of the objects in it. Types are not yet checked."""
     if isinstance(value, dict):
         _check_stateless(value)
+        _check_names(value)
     said = fields_of(value, _KNOWN, SENT[ResponsesRequest])
     _check_words(said, "truncation", get_args(Truncation))
     if isinstance(said.get("input"), list):
@@ -135,6 +144,14 @@ def _check_stateless(value: dict[str, Any]) -> None:
             raise wrong(name, cure, "unsupported_parameter")
 
 
+def _check_names(value: dict[str, Any]) -> None:
+    """Raise ApiError (400) for the name of a chat's field that has another name here."""
+    for name, known in _CHAT_NAMES.items():
+        if value.get(name) is not None:
+            told = f"unknown field `{name}`; did you mean `{known}`?"
+            raise ApiError(400, told, param=name, code="unknown_parameter")
+
+
 def _check_words(said: dict[str, Any], name: str, words: tuple[str, ...], where: str = "") -> None:
     """Raise ApiError (400) if a field is given and is none of `words`."""
     if name in said and said[name] not in words:
@@ -152,9 +169,11 @@ def _item(item: Any, where: str) -> dict[str, Any]:
     """Return one item of the input. A message may leave out its type."""
     kind = "message"
     if isinstance(item, dict):
-        kind = item.get("type") or kind
+        kind = kind if item.get("type") is None else item["type"]
         if kind == "item_reference":
-            cure = "items are not stored; send the item itself (many clients do with `store`: false)"
+            cure = (
+                "items are not stored; send the item itself (many clients do with `store`: false)"
+            )
             raise wrong(where, cure, "unsupported_parameter")
         item = {**item, "type": kind}
     said = _object(item, _ITEMS, where)
@@ -184,9 +203,12 @@ def _object(value: Any, kinds: Kinds, where: str) -> dict[str, Any]:
 
 # Types that the API has and this server does not: an error may repeat them.
 _UNSERVED = frozenset(
-    """input_image input_file input_audio web_search web_search_preview file_search
-    code_interpreter mcp custom image_generation local_shell computer computer_use_preview shell
-    apply_patch namespace tool_search programmatic_tool_calling""".split()
+    (
+        *("input_image", "input_file", "input_audio"),
+        *("web_search", "web_search_preview", "file_search", "code_interpreter", "mcp", "custom"),
+        *("image_generation", "computer", "computer_use_preview", "local_shell", "shell"),
+        *("apply_patch", "namespace", "tool_search", "programmatic_tool_calling"),
+    )
 )
 
 

@@ -13,7 +13,6 @@ from sagellm.gateway.protocol.responses_fields import (
     AllowedTools,
     CallOutputItem,
     FunctionCallItem,
-    FunctionTool,
     InputItem,
     InputMessage,
     InputTextPart,
@@ -55,8 +54,6 @@ def chat_of(asked: ResponsesRequest) -> ChatOfResponses:
     made = ChatOfResponses()
     made.body["messages"] = _messages(asked, made.places)
     made.body |= _tools(asked, made.places)
-    # The last event of a stream has the usage, so the writer must always give it.
-    made.body["stream_options"] = {"include_usage": True}
     if INCLUDE_LOGPROBS in asked.include:
         made.body["logprobs"] = True
     if asked.truncation == "auto":
@@ -64,14 +61,8 @@ def chat_of(asked: ResponsesRequest) -> ChatOfResponses:
     if asked.reasoning is not None and asked.reasoning.effort is not None:
         made.body["reasoning_effort"] = asked.reasoning.effort
     if asked.text is not None and asked.text.format is not None:
-        made.body["response_format"] = _format(msgspec.to_builtins(asked.text.format))
+        made.body["response_format"] = _nested(asked.text.format)
     return made
-
-
-def _format(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return the form of a text as chats have it: a schema's fields are one level deeper."""
-    kind = plain.pop("type")
-    return {"type": kind, kind: plain} if plain else {"type": kind}
 
 
 def _messages(asked: ResponsesRequest, places: dict[str, str]) -> list[dict[str, Any]]:
@@ -172,13 +163,13 @@ def _tools(asked: ResponsesRequest, places: dict[str, str]) -> dict[str, Any]:
         tools = [(index, tool) for index, tool in tools if tool.name in names]
         said["tool_choice"] = choice.mode
     elif isinstance(choice, NamedFunction):
-        said["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        said["tool_choice"] = _nested(choice)
     elif choice is not None:
         said["tool_choice"] = choice
     for number, (index, _) in enumerate(tools):
         places[f"tools[{number}]"] = places[f"tools[{number}].function"] = f"tools[{index}]"
     if tools:
-        said["tools"] = [_tool(tool) for _, tool in tools]
+        said["tools"] = [_nested(tool) for _, tool in tools]
     return said
 
 
@@ -188,10 +179,12 @@ def _check_allowed(choice: AllowedTools, known: set[str]) -> None:
             raise wrong(f"tool_choice.tools[{index}].name", "is the name of no tool in `tools`")
 
 
-def _tool(tool: FunctionTool) -> dict[str, Any]:
-    plain = msgspec.to_builtins(tool)
-    function = {name: value for name, value in plain.items() if name != "type" and value is not None}
-    return {"type": "function", "function": function}
+def _nested(struct: msgspec.Struct) -> dict[str, Any]:
+    """Return an object as chats have it: its fields stand below the name of its type."""
+    plain: dict[str, Any] = msgspec.to_builtins(struct)
+    kind = plain.pop("type")
+    fields = {name: value for name, value in plain.items() if value is not None}
+    return {"type": kind, kind: fields} if fields else {"type": kind}
 
 
 def renamed(error: ApiError, places: Mapping[str, str]) -> ApiError:

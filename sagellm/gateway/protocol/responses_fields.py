@@ -9,7 +9,7 @@ from sagellm.gateway.protocol.chat_messages import MAX_PARTS, MAX_TOOLS
 from sagellm.gateway.protocol.other_apis import Foreign, IgnoredField
 from sagellm.gateway.protocol.request import Effort
 
-MAX_LABELS = 16  # pairs of `metadata`, as in the OpenAI API
+MAX_METADATA = 16  # pairs of `metadata`, as in the OpenAI API
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
 
 Truncation: TypeAlias = Literal["auto", "disabled"]
@@ -28,9 +28,9 @@ Includable: TypeAlias = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
-LabelKey: TypeAlias = Annotated[str, Meta(max_length=64)]
-LabelText: TypeAlias = Annotated[str, Meta(max_length=512)]
-Labels: TypeAlias = Annotated[dict[LabelKey, LabelText], Meta(max_length=MAX_LABELS)]
+MetadataKey: TypeAlias = Annotated[str, Meta(max_length=64)]
+MetadataText: TypeAlias = Annotated[str, Meta(max_length=512)]
+Metadata: TypeAlias = Annotated[dict[MetadataKey, MetadataText], Meta(max_length=MAX_METADATA)]
 
 
 class _Sent(
@@ -163,7 +163,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     input: Annotated[str, Meta(min_length=1)] | Annotated[list[InputItem], Meta(min_length=1)]
     instructions: str | None = None
     include: list[Includable] = []
-    metadata: Labels = {}
+    metadata: Metadata = {}
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     tool_choice: ChoiceMode | NamedFunction | AllowedTools | None = None
