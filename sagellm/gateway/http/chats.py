@@ -26,7 +26,7 @@ async def chat_call(
     `make_form`: writes the answer in that API. `prefix`: the start of the answer's id.
     """
     served = served_model(gateway, asked.model)
-    prompt = await _chat_prompt(served, asked)
+    prompt = await chat_prompt(served, asked)
     return GenerationCall(
         request=asked,
         served=served,
@@ -47,7 +47,7 @@ def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
     return Encoded("", (), tuple(asked.conversation))
 
 
-async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
+async def chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
     """Return the prompt of a chat: rendered by the model's template, and truncated."""
     how = rendering_of(asked, await served.encoder.variables())
     if served.facts.takes_text:
