@@ -2,11 +2,15 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 
 from sagellm.backends.step import LogitsRow, Logprob, Sampled, SamplingParams, Scored
+from sagellm.backends.token_masks import Mask, TokenMasks, allowed_tokens, token_masks
+
+Bits: TypeAlias = Mapping[int, Mask]  # a row that follows a grammar -> the bits of its mask
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
 _NEVER = float("-inf")
@@ -20,32 +24,61 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> Sampled:
+def sample(
+    logits: torch.Tensor, rows: Sequence[LogitsRow], masks: TokenMasks | None = None
+) -> Sampled:
     """Sample one token for each row of `logits` [R, vocab] float32.
 
     Each operation treats one row at a time or all rows alike, so that a row's token does not
     depend on the other rows. Rows whose largest logit is not finite are `broken`; their token is
-    sampled as if all logits were zero.
+    sampled as if all logits were zero. `masks`: of the rows that follow a grammar; None: they are
+    computed here.
     """
     if not rows:
         return Sampled([])
+    masks = masks or token_masks(rows)
     token_ids = _largest(logits)
     is_finite = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
     broken: frozenset[int] = frozenset()
     if not bool(is_finite.all()):
         broken = frozenset((~is_finite).nonzero().flatten().tolist())
         logits = logits.where(is_finite.unsqueeze(1), 0.0)
-    exhausted: frozenset[int] = frozenset()
-    special = [index for index, row in enumerate(rows) if not _is_plain(row)]
+    bits = {} if masks is None else dict(zip(masks.rows, masks.bits, strict=True))
+    none_left = _sample_bound(logits, rows, token_ids, bits)
+    special = [index for index, row in enumerate(rows) if not _is_greedy(row)]
     if special:
-        chosen = [rows[index] for index in special]
-        token_ids[special], none_left = _sample_processed(logits[special], chosen)
-        exhausted = frozenset(special[index] for index in none_left) - broken
-        broken |= exhausted
+        none_left += _sample_processed(logits, rows, token_ids, bits, special)
+    refused = {} if masks is None else masks.refused
+    exhausted = frozenset(none_left).difference(broken, refused)
     ids: list[int] = token_ids.tolist()
-    if all(row.sampling.logprobs is None for row in rows):
-        return Sampled(ids, broken=broken, exhausted=exhausted)
-    return Sampled(ids, _logprobs(logits, rows, ids), broken, exhausted)
+    logprobs = None
+    if any(row.sampling.logprobs is not None for row in rows):
+        logprobs = _logprobs(logits, rows, ids)
+    return Sampled(ids, logprobs, broken.union(exhausted, refused), exhausted, refused)
+
+
+def _sample_bound(
+    logits: torch.Tensor, rows: Sequence[LogitsRow], token_ids: torch.Tensor, bits: Bits
+) -> list[int]:
+    """Sample the greedy rows that follow a grammar, from `token_ids`, the largest logits of all
+    rows. Returns the rows whose grammar allows no token.
+
+    The model's own choice is most often allowed; then its row of logits is not read again.
+    """
+    none_left = []
+    for index, mask in bits.items():
+        if not _is_greedy(rows[index]):
+            continue
+        token_id = int(token_ids[index])
+        if mask[token_id // 32] >> token_id % 32 & 1:
+            continue
+        allowed = allowed_tokens(mask, logits.shape[1]).nonzero()[0]
+        if len(allowed):
+            best = logits[index][torch.from_numpy(allowed)].argmax()
+            token_ids[index] = int(allowed[int(best)])
+        else:
+            none_left.append(index)
+    return none_left
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
@@ -55,8 +88,10 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
-def _is_plain(row: LogitsRow) -> bool:
-    """Whether the row takes the largest logit: greedy, without mask, bias and penalty."""
+def _is_greedy(row: LogitsRow) -> bool:
+    """Whether the row takes the largest logit that its grammar allows: without temperature, and
+    without mask, bias and penalty of the sampling options.
+    """
     sampling = row.sampling
     return sampling.temperature < _GREEDY_BELOW and not (
         sampling.logit_bias or _is_masked(row) or _has_penalty(sampling)
@@ -78,36 +113,43 @@ def _has_penalty(sampling: SamplingParams) -> bool:
 
 
 def _sample_processed(
-    logits: torch.Tensor, rows: Sequence[LogitsRow]
-) -> tuple[torch.Tensor, list[int]]:
-    """Sample rows that are not plain. Returns a token for each row, and the indices of the rows
-    whose masks forbid every token. Changes `logits`.
+    logits: torch.Tensor,
+    rows: Sequence[LogitsRow],
+    token_ids: torch.Tensor,
+    bits: Bits,
+    special: Sequence[int],
+) -> list[int]:
+    """Sample the `special` rows into `token_ids`. Returns the rows whose masks forbid every token.
 
     The steps have vLLM's order: masks, bias, penalties, temperature, min_p, top_k, top_p.
     """
     none_left = []
-    for index, row in enumerate(rows):
-        if _is_masked(row):  # only a mask can forbid every token: other rows save the search
-            _mask(logits[index], row)
-            if float(logits[index].amax()) == _NEVER:
+    scores, chosen = logits[special], [rows[index] for index in special]  # a copy to change
+    for row_scores, row, index in zip(scores, chosen, special, strict=True):
+        mask = bits.get(index)
+        if mask is not None or _is_masked(row):  # only a mask can forbid every token
+            _mask(row_scores, row, mask)
+            if float(row_scores.amax()) == _NEVER:
                 none_left.append(index)
-                logits[index] = 0.0  # any token will do: the row is reported as exhausted
-        _bias(logits[index], row.sampling)
+                row_scores.fill_(0.0)  # any token will do: the row is reported as exhausted
+        _bias(row_scores, row.sampling)
         if _has_penalty(row.sampling):
-            _penalise(logits[index], row)
-    token_ids = _largest(logits)
-    warm = [index for index, row in enumerate(rows) if row.sampling.temperature >= _GREEDY_BELOW]
+            _penalise(row_scores, row)
+    found = _largest(scores)
+    warm = [at for at, row in enumerate(chosen) if row.sampling.temperature >= _GREEDY_BELOW]
     if warm:
-        chosen = [rows[index] for index in warm]
-        token_ids[warm] = _sample_random(logits[warm], chosen)
-    return token_ids, none_left
+        found[warm] = _sample_random(scores[warm], [chosen[at] for at in warm])
+    token_ids[special] = found
+    return none_left
 
 
-def _mask(logits: torch.Tensor, row: LogitsRow) -> None:
+def _mask(logits: torch.Tensor, row: LogitsRow, mask: Mask | None) -> None:
     """Set the logits of forbidden tokens to -inf. Forbidden are tokens that are not allowed, that
-    complete a bad word, or that end the output before `min_tokens`.
+    complete a bad word, that end the output before `min_tokens`, or that leave the row's grammar.
     """
     sampling = row.sampling
+    if mask is not None:
+        logits.masked_fill_(~torch.from_numpy(allowed_tokens(mask, len(logits))), _NEVER)
     if sampling.allowed_token_ids:
         allowed = torch.frombuffer(row.answer.allowed_ids, dtype=torch.int64)
         scores = logits[allowed]

@@ -29,7 +29,8 @@ class Sampled:
 
     `logprobs`: an entry for each row, None for a row that did not ask; None if no row asked.
     `broken`: rows without a valid token. In `exhausted` rows, a subset of `broken`, the sampling
-    options forbid every token; in the other broken rows, the logits are not finite.
+    options forbid every token. The grammar of `refused` rows, also a subset, exceeded its limits;
+    each has the reason. In the other broken rows, the logits are not finite.
     `prompt_logprobs`: a list for each entry of `StepBatch.scored`, in the same order.
     """
 
@@ -37,6 +38,7 @@ class Sampled:
     logprobs: list[Logprob | None] | None = None
     broken: frozenset[int] = frozenset()
     exhausted: frozenset[int] = frozenset()
+    refused: Mapping[int, str] = field(default_factory=dict)
     prompt_logprobs: list[list[Logprob]] = field(default_factory=list)
 
     def logprobs_of(self, rows: range) -> list[Logprob]:
@@ -88,8 +90,14 @@ class MatcherError(RuntimeError):
 class Matcher(Protocol):
     """Follows the grammar of one sequence. All calls come from one thread at a time."""
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits of a row."""
+        ...
+
     def fill(self, output: Sequence[int], mask: "npt.NDArray[np.int32]") -> None:
-        """Write the tokens that may follow `output` to `mask` [ceil(vocab / 32)], a bit each.
+        """Write the tokens that may follow `output` to `mask` [ceil(vocab_size / 32)], a bit each,
+        the lowest bit first.
 
         A function of `output` alone: the matcher advances or rolls back from where it was. If
         `output` has left the grammar, as wrong drafts do, the mask allows every token. If no token

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from sagellm.graphs.vocabulary import LOGPROBS, RESUME, TOKENS_IN
+from sagellm.graphs.vocabulary import GRAMMARS, LOGPROBS, RESUME, TOKENS_IN
 from sagellm.runtime.feedback import FirstToken
 from sagellm.runtime.messages import (
     ENGINE_FAILED,
@@ -49,6 +49,11 @@ NEEDS: dict[str, tuple[Callable[[Request], bool], str, str]] = {
         _names_tokens,
         "the engine knows no token ids; leave out logit_bias, stop_token_ids, allowed_token_ids "
         "and bad_words_token_ids",
+        "bad_request",
+    ),
+    GRAMMARS: (
+        lambda request: request.sampling.grammar is not None,
+        "the engine binds no answer to a grammar; ask for none",
         "bad_request",
     ),
     RESUME: (

@@ -24,6 +24,7 @@ from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress
 from sagellm.backends.sampler import sample, score
 from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Ticket
 from sagellm.backends.step_inputs import feed, step_inputs
+from sagellm.backends.token_masks import MaskThread
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS, KV
 
@@ -238,6 +239,7 @@ class CpuQueue:
 
     def __init__(self, threads: int | None = None) -> None:
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
+        self._masks = MaskThread()
         self._thread = threading.Thread(target=self._work, args=(threads,), name=THREAD_NAME)
         self._thread.start()
 
@@ -254,6 +256,7 @@ class CpuQueue:
     def close(self) -> None:
         self._launches.put(None)
         self._thread.join()
+        self._masks.close()
 
     def _work(self, threads: int | None) -> None:
         if threads is not None:
@@ -262,7 +265,7 @@ class CpuQueue:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began
             try:
-                sampled = _computed(launch)
+                sampled = _computed(launch, self._masks)
             except BaseException as error:  # the ticket raises it; the thread serves later launches
                 launch.ticket.set_exception(error)
             else:
@@ -270,15 +273,19 @@ class CpuQueue:
 
 
 @torch.inference_mode()
-def _computed(launch: _Launch) -> Sampled:
+def _computed(launch: _Launch, mask_thread: MaskThread) -> Sampled:
     """Run the launch's program, and sample from its logits. Raises the errors of the step."""
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
         feed(batch, inputs, _sampled_by(batch.after))
-    with launch.program.lock:  # queues of other engines may run the same program
-        logits = launch.program.run(inputs, launch.storage.pool)
+    masks = mask_thread.start(batch.rows)
+    try:
+        with launch.program.lock:  # queues of other engines may run the same program
+            logits = launch.program.run(inputs, launch.storage.pool)
+    finally:
+        found = masks.result()  # matchers belong to one thread: none may work past the step
     num_rows = len(batch.rows)
-    sampled = sample(logits[:num_rows], batch.rows)
+    sampled = sample(logits[:num_rows], batch.rows, found)
     if batch.scored:
         sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
     return sampled

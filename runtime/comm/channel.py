@@ -99,7 +99,7 @@ MAX_FRAME_BYTES = 16 * 2**20  # a prompt of a million tokens fits; KV blocks use
 
 _HEADER = struct.Struct(">2sBxIQ")
 _CHECKSUM = struct.Struct(">I")
-_MAGIC, _VERSION = b"SG", 2
+_MAGIC, _VERSION = b"SG", 3
 _OVERHEAD = _HEADER.size + _CHECKSUM.size
 
 

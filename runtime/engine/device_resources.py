@@ -4,6 +4,8 @@ import threading
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
+from sagellm.runtime.grammars import GrammarCompiler
+
 from sagellm.backends import Device, KVLayout, Program, get_backend
 from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.kernels import KVBlocks, KVGroup
@@ -60,6 +62,7 @@ def open_resources(
         frozenset(folder.eos_token_ids),
         _output_text_opener(tokenizer),
         _speculation(options, folder, facts, device, runner),
+        GrammarCompiler(tokenizer, folder.facts.vocab_size, frozenset(folder.eos_token_ids)),
     )
 
 

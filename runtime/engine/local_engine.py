@@ -121,6 +121,8 @@ class LocalEngine:
         check_sequence(
             state, vocab_size=self._resources.vocab_size, max_model_len=self.facts.max_model_len
         )
+        if state.sampling.grammar is not None and self._resources.grammars is None:
+            raise EngineRefusal(f"engine {self.name} binds no answer to a grammar; ask for none")
         ref = state.lease
         if ref is not None and ref != self.pool.find(ref).ref(self.name, self.replica):
             raise StaleLease(f"lease {ref.lease_id} is not as {ref} says")
@@ -216,6 +218,7 @@ class LocalEngine:
         finally:
             with trio.CancelScope(shield=True):
                 await self._resources.runner.close()
+                await self._loop.close()
             self._stop()
 
     def _pool_changed(self) -> None:

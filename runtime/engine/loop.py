@@ -1,15 +1,19 @@
 """The engine's loop: schedule, launch, collect, emit."""
 
 import heapq
+from concurrent.futures import Future
 from contextlib import suppress
 
 import msgspec
 import trio
+from sagellm.runtime.grammars import GrammarError
 
 from sagellm.backends import Sampled
+from sagellm.backends.step import Matcher
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.grammar_queue import GrammarQueue
 from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.prefix_cache import CacheReporter
 from sagellm.runtime.engine.runner import EngineResources, StepLaunch, Watchdog
@@ -26,6 +30,7 @@ log = get_logger("sagellm.engine")
 STEP_TOKENS = (1, *(8 << power for power in range(12)))  # 8 ... 16384, the buckets of vLLM
 
 _BROKEN_LOGITS = "its logits are not finite; the weights or their dtype are wrong"
+_CODE: dict[FinishReason, str] = {"failed": ENGINE_FAILED, "refused": "bad_request"}
 _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
     "stop": "finish",
     "length": "finish",
@@ -64,6 +69,7 @@ class EngineLoop:
         self._cache = cache
         self._resources = resources
         self._speculation = resources.speculation
+        self._grammars = GrammarQueue(resources.grammars) if resources.grammars else None
         self._name = name
         self._replica = replica
         self._launched: StepLaunch | None = None  # computes, or is the next to compute
@@ -110,8 +116,27 @@ class EngineLoop:
         expires_s = sequence.state.expires_s
         if expires_s is not None:
             heapq.heappush(self._expiries, (expires_s, sequence.arrival, sequence.fence))
-        self._scheduler.add(sequence)
-        self.notify()
+        if sequence.sampling.grammar is None:
+            self._scheduler.add(sequence)
+            self.notify()
+        else:
+            assert self._grammars is not None, "operators check the capability"
+            self._grammars.put(sequence, self._compiled)
+
+    def _compiled(self, sequence: Sequence, compiled: "Future[Matcher]") -> None:
+        """Schedule a sequence whose grammar is compiled, unless it has ended meanwhile."""
+        if self.sequences.get(sequence.fence) is not sequence:
+            return
+        error = compiled.exception()
+        if error is None:
+            sequence.matcher = compiled.result()
+            self._scheduler.add(sequence)
+            self.notify()
+        elif isinstance(error, GrammarError):
+            self._end(sequence, "refused", str(error))
+        else:
+            log.error("grammar_failed", engine=self._name, replica=self._replica, exc_info=error)
+            self._end(sequence, "failed", "the engine could not compile the grammar")
 
     def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence now, or after the launched step if that step still writes its blocks."""
@@ -135,6 +160,11 @@ class EngineLoop:
         """Wait until no step computes."""
         while self._launched is not None:
             await self._idle.park()
+
+    async def close(self) -> None:
+        """End the threads that compile grammars."""
+        if self._grammars is not None:
+            await self._grammars.close()
 
     def clear(self) -> None:
         """Forget every sequence without posting an event, and close every mailbox. The caller has
@@ -260,7 +290,7 @@ class EngineLoop:
         self._accept(batch, sampled, trio.current_time())
         for sequence in batch.sequences:
             if sequence.forced_end is not None and sequence.lease is not None:
-                self._end(sequence, sequence.forced_end, _BROKEN_LOGITS)
+                self._end(sequence, sequence.forced_end)
 
     def _fail(self, batch: Batch, cause: Exception) -> None:
         """End the sequences of a step that failed with `cause`."""
@@ -291,7 +321,16 @@ class EngineLoop:
                 else:
                     sequence.mailbox.post(event)
             if is_broken and sequence.lease is not None:
-                sequence.forced_end = "stop" if rows.stop in sampled.exhausted else "failed"
+                self._end_broken(sequence, sampled, rows.stop)
+
+    def _end_broken(self, sequence: Sequence, sampled: Sampled, row: int) -> None:
+        """End a sequence whose next row has no valid token."""
+        if row in sampled.exhausted:
+            self._end(sequence, "stop")
+        elif row in sampled.refused:
+            self._end(sequence, "refused", sampled.refused[row])
+        else:
+            self._end(sequence, "failed", _BROKEN_LOGITS)
 
     def _hold(self, sequence: Sequence) -> LeaseRef:
         """Forget a sequence, but keep the lease of its prompt until an export or a cancel."""
@@ -315,8 +354,8 @@ class EngineLoop:
         """Forget a sequence, and post its last event, which has no token."""
         self._forget(sequence, _LEASE_EVENT[reason])
         last = sequence.last_event(trio.current_time(), reason)
-        if reason == "failed":
-            last = msgspec.structs.replace(last, error=error, code=ENGINE_FAILED)
+        if reason in _CODE:
+            last = msgspec.structs.replace(last, error=error, code=_CODE[reason])
         sequence.mailbox.post(last)
         sequence.mailbox.flush()
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from sagellm.backends.quantised_weight import MODES
 from sagellm.graphs.vocabulary import (
+    GRAMMARS,
     KV_TRANSFER,
     LOGPROBS,
     RESUME,
@@ -45,7 +46,9 @@ _UNITS = {
     "MB": 10**6,
     "GB": 10**9,
 }
-LOCAL_CAPABILITIES = frozenset({TOKENS_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS})
+LOCAL_CAPABILITIES = frozenset(
+    {TOKENS_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS, GRAMMARS}
+)
 _SPECULATIONS = ("ngram", "draft")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 

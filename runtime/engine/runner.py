@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import trio
+from sagellm.runtime.grammars import GrammarCompiler
 
 from sagellm.backends import Device, KVStorage, Program, Queue, Sampled, Ticket
 from sagellm.runtime.containers import LogHistogram
@@ -156,7 +157,7 @@ OpenOutputText: TypeAlias = Callable[[SequenceState], OutputText]
 @dataclass(frozen=True, slots=True)
 class EngineResources:
     """The parts that an engine is built from. `open_output_text` is None if tokens have no text.
-    `speculation` is None if no tokens are drafted.
+    `speculation` is None if no tokens are drafted, `grammars` if answers follow no grammar.
     """
 
     facts: EngineFacts
@@ -167,6 +168,7 @@ class EngineResources:
     eos_token_ids: frozenset[int] = frozenset()
     open_output_text: OpenOutputText | None = None
     speculation: Speculation | None = None
+    grammars: GrammarCompiler | None = None
 
     @property
     def async_scheduling(self) -> bool:

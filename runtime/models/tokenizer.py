@@ -50,6 +50,7 @@ class Tokenizer(Protocol):
     """
 
     eos_token_ids: tuple[int, ...]
+    special_token_ids: frozenset[int]  # `decode` may skip them; they are no text
     warnings: tuple[FolderWarning, ...]
     isolated_template: IsolatedTemplate | None
     isolated_encoder: IsolatedEncoder | None
@@ -136,6 +137,9 @@ class FolderTokenizer:
             self._template if isinstance(self._template, IsolatedTemplate) else None
         )
         self._added = self._tokenizer.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in self._added.items() if token.special
+        )
         self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
 
     @contextmanager
@@ -196,6 +200,7 @@ class ByteTokenizer:
     """The tokenizer of the null model, whose tokens mean nothing: one token for each UTF-8 byte."""
 
     eos_token_ids: tuple[int, ...] = ()
+    special_token_ids: frozenset[int] = frozenset()
     warnings: tuple[FolderWarning, ...] = ()
     isolated_template: IsolatedTemplate | None = None
     isolated_encoder: IsolatedEncoder | None = None

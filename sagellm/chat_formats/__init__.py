@@ -1,66 +1,62 @@
-"""How models write tool calls and reasoning: the parts of an answer, and the parser contract."""
+"""How models write tool calls and reasoning, and the table of the formats, by name.
 
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
+To ship a format, add a file with its `ChatFormat`, and an entry to the table below. `chat_format`
+has the contract.
+"""
 
-import msgspec
+from sagellm.chat_formats.block_format import PLAIN, THINKING
+from sagellm.chat_formats.chat_format import (
+    NO_SPECIAL_TOKENS,
+    NO_TOOLS,
+    AnswerParser,
+    AnswerPart,
+    ChatFormat,
+    Content,
+    DrawId,
+    OpenParser,
+    PlainParser,
+    Reasoning,
+    SpecialTokens,
+    ToolCallDelta,
+    ToolSpec,
+    ToolUse,
+    open_plain_parser,
+    random_id,
+)
+from sagellm.chat_formats.harmony import HARMONY
+from sagellm.chat_formats.hermes import HERMES, QWEN3
+from sagellm.chat_formats.llama3 import LLAMA3
+from sagellm.chat_formats.mistral import MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST
 
+__all__ = [
+    "FORMATS",
+    "NO_SPECIAL_TOKENS",
+    "NO_TOOLS",
+    "AnswerParser",
+    "AnswerPart",
+    "ChatFormat",
+    "Content",
+    "DrawId",
+    "OpenParser",
+    "PlainParser",
+    "Reasoning",
+    "SpecialTokens",
+    "ToolCallDelta",
+    "ToolSpec",
+    "ToolUse",
+    "format_of",
+    "open_plain_parser",
+    "random_id",
+]
 
-class Content(msgspec.Struct, frozen=True, tag="content", gc=False):
-    """Text of the answer for the user."""
-
-    text: str
-
-
-class Reasoning(msgspec.Struct, frozen=True, tag="reasoning", gc=False):
-    """Text of the model's reasoning before its answer."""
-
-    text: str
-
-
-class ToolCallDelta(msgspec.Struct, frozen=True, tag="tool_call", gc=False):
-    """A piece of one tool call.
-
-    `index`: the number of the call in its answer, from 0. `id` and `name` are set in the first
-    piece of a call and empty in later pieces. The `arguments` of all pieces of a call, joined, are
-    the JSON text of an object, unless the answer was cut off.
-    """
-
-    index: int
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-
-
-AnswerPart: TypeAlias = Content | Reasoning | ToolCallDelta
-
-
-class AnswerParser(Protocol):
-    """Splits the text of one choice into parts. It never fails: text without a known form is
-    content.
-    """
-
-    def push(self, text: str) -> list[AnswerPart]:
-        """Return the parts that the next piece of the text completes. May hold text back."""
-        ...
-
-    def finish(self) -> list[AnswerPart]:
-        """Return the parts of the text that was held back. No text may follow."""
-        ...
-
-
-OpenParser: TypeAlias = Callable[[], AnswerParser]
-
-
-class PlainParser:
-    """The parser of a model without tools and reasoning: all text is content."""
-
-    def push(self, text: str) -> list[AnswerPart]:
-        return [Content(text)] if text else []
-
-    def finish(self) -> list[AnswerPart]:
-        return []
+# The first format whose `matches` is true counts. PLAIN matches every template.
+FORMATS: tuple[ChatFormat, ...] = (
+    *(HARMONY, QWEN3, HERMES, LLAMA3),
+    *(MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST),
+    *(THINKING, PLAIN),
+)
 
 
-def open_plain_parser() -> AnswerParser:
-    return PlainParser()
+def format_of(template: str | None) -> ChatFormat:
+    """Return the format of a model from its chat template (None: the model has none)."""
+    return next(one for one in FORMATS if one.matches(template or ""))

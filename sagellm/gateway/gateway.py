@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
+from sagellm.chat_formats import ChatFormat, SpecialTokens, format_of
 from sagellm.gateway.answers.logprobs import TokenTexts
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import Budgets, Counter, LocalCounter
 from sagellm.gateway.encoding import PromptEncoder
+from sagellm.gateway.grammar_checks import GrammarChecker
 from sagellm.gateway.graph_bridge import GraphBridge
 from sagellm.gateway.metrics.meters import Meters
 from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard
@@ -27,16 +29,24 @@ _NUM_BROKEN = 4096  # more calls than can break off while the graph ends the req
 
 @dataclass(slots=True)
 class HostedModel:
-    """A model that is served over HTTP: its card, its tokenizer and its encoder."""
+    """A model that is served over HTTP: its card, its tokenizer and its encoder.
+
+    `format`: how the model writes tool calls and reasoning, known by its chat template.
+    """
 
     card: ModelCard
     tokenizer: Tokenizer
     encoder: PromptEncoder = field(init=False)
     tokens: TokenTexts = field(init=False)
+    format: ChatFormat = field(init=False)
+    special_tokens: SpecialTokens = field(init=False)
 
     def __post_init__(self) -> None:
         self.encoder = PromptEncoder(self.tokenizer)
         self.tokens = TokenTexts(self.tokenizer)
+        self.format = format_of(self.tokenizer.chat_template)
+        special = self.tokenizer.special_token_ids
+        self.special_tokens = {self.tokenizer.token(token_id): token_id for token_id in special}
 
     @property
     def facts(self) -> ModelBounds:
@@ -67,6 +77,7 @@ class Gateway:
     is_draining: bool = False
     # Open calls, summed over all gateways of the graph.
     num_calls: Counter = field(default_factory=LocalCounter)
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
     _open_ids: dict[str, int] = field(default_factory=dict)  # id of a call -> number of requests
     # The ids of calls that ended with an exception, oldest first.
     _broken_ids: dict[str, None] = field(default_factory=dict)

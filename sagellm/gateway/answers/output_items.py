@@ -171,9 +171,10 @@ class OutputItems:
             self._logprobs += chat_logprobs(self._texts, event.logprobs).content
         parts = self._parser.push(event.text)
         if event.finish_reason is not None:
-            parts += self._parser.finish()
+            parts = [*parts, *self._parser.finish()]
         for part in parts:
-            yield from self._add(part)
+            if self._asked.shows_reasoning or not isinstance(part, Reasoning):
+                yield from self._add(part)
         if event.finish_reason is not None:
             yield from self._end(event.finish_reason == "stop")
 

@@ -6,7 +6,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from sagellm.chat_formats import OpenParser, open_plain_parser
+from sagellm.chat_formats import OpenParser, Reasoning, open_plain_parser
 from sagellm.gateway.answers.logprobs import Texts
 from sagellm.gateway.answers.objects import (
     ApiFinishReason,
@@ -75,9 +75,6 @@ def _cancelled(code: str) -> ApiError:
     return ApiError(503, "the operator ended the request", code="abort", should_retry=False)
 
 
-_NO_REASONING = CompletionTokensDetails()
-
-
 class UsageCounter:
     """Counts the tokens of one call, over all its prompts and choices."""
 
@@ -85,6 +82,7 @@ class UsageCounter:
         self._num_prompt: dict[int, int] = {}  # number of a prompt -> its tokens
         self._num_cached: dict[int, int] = {}
         self._num_completion = 0
+        self.num_reasoning = 0  # tokens of the answer that are reasoning
         self.first_s: float | None = None  # time of the first batch, on the loop's clock
 
     def count(self, prompt: int, event: TokenEvent) -> None:
@@ -107,11 +105,12 @@ class UsageCounter:
             completion_tokens=self._num_completion,
             total_tokens=num_prompt + self._num_completion,
             prompt_tokens_details=PromptTokensDetails(sum(self._num_cached.values())),
-            completion_tokens_details=_NO_REASONING,
+            completion_tokens_details=CompletionTokensDetails(self.num_reasoning),
         )
 
 
 Indexed: TypeAlias = tuple[int, TokenEvent]  # (index of the choice in the answer, event)
+
 
 FINISH: dict[str | None, ApiFinishReason | None] = {
     None: None,
@@ -138,6 +137,8 @@ class AnswerSpec:
     is_echo: bool = False
     is_prompt_only: bool = False  # the answer shows no generated tokens
     open_parser: OpenParser = open_plain_parser  # of a choice: content, reasoning and tool calls
+    has_reasoning: bool = False  # there may be reasoning among the parts
+    shows_reasoning: bool = True
 
     @property
     def has_logprobs(self) -> bool:
@@ -171,6 +172,35 @@ class MakeAnswerForm(Protocol):
     def __call__(self, asked: AnswerSpec, texts: Texts) -> AnswerForm: ...
 
 
+class ReasoningCounter:
+    """Counts the tokens of one choice that are reasoning, without the marks around it."""
+
+    def __init__(self, open_parser: OpenParser) -> None:
+        self._parser = open_parser()
+        self._is_inside = False
+        self._num_pending = 0  # tokens inside that completed no part: reasoning, or its end
+
+    def count(self, event: TokenEvent) -> int:
+        """Return the number of tokens that the event shows to be reasoning."""
+        parts = self._parser.push(event.text)
+        if event.is_last:
+            parts = parts + self._parser.finish()
+        if not parts:
+            self._num_pending += event.num_tokens if self._is_inside else 0
+            return 0
+        was_pending, self._num_pending = self._num_pending, 0
+        self._is_inside = isinstance(parts[-1], Reasoning)
+        inside = sum(len(part.text) for part in parts if isinstance(part, Reasoning))
+        if not inside:
+            return 0
+        if self._is_inside and len(parts) == 1:
+            return was_pending + event.num_tokens
+        # One event with several tokens, some of them reasoning: share them by length.
+        others = len(event.text) - inside
+        share = inside / max(1, inside + max(0, others))
+        return was_pending + round(event.num_tokens * share)
+
+
 class AnswerWriter:
     """Writes the answer to one call.
 
@@ -185,6 +215,7 @@ class AnswerWriter:
         self._num_unfinished = asked.num_indices
         self._is_begun = False
         self._parts: dict[int, list[TokenEvent]] = {}
+        self._reasoning: dict[int, ReasoningCounter] = {}  # by choice
 
     @property
     def is_finished(self) -> bool:
@@ -233,8 +264,17 @@ class AnswerWriter:
             self._counter.count(prompt, event)
             self._num_unfinished -= event.is_last
             index = prompt * self._asked.num_choices + event.choice
+            if self._asked.has_reasoning:
+                self._count_reasoning(index, event)
             parts.setdefault(index, []).append(event)
         return [(index, joined(events)) for index, events in parts.items()]
+
+    def _count_reasoning(self, index: int, event: TokenEvent) -> None:
+        # Here and not in the form: a form sees a whole answer as one event, without its tokens.
+        counter = self._reasoning.get(index)
+        if counter is None:
+            counter = self._reasoning[index] = ReasoningCounter(self._asked.open_parser)
+        self._counter.num_reasoning += counter.count(event)
 
 
 def _ungenerated(event: TokenEvent) -> TokenEvent:

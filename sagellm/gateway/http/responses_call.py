@@ -54,7 +54,7 @@ def _echo(read: ResponsesCall) -> ResponseObject:
         instructions=asked.instructions,
         max_output_tokens=chat.asked_tokens,
         metadata=asked.metadata,
-        parallel_tool_calls=True,
+        parallel_tool_calls=chat.parallel_tool_calls,
         prompt_cache_key=chat.prompt_cache_key,
         reasoning=_raw({"effort": reasoning.effort, "summary": reasoning.summary}),
         safety_identifier=chat.safety_identifier,

@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from sagellm.gateway.protocol.chat_messages import MAX_PARTS, MAX_TOOLS
+from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.other_apis import Foreign, IgnoredField
 from sagellm.gateway.protocol.request import Hint, NonEmptyText, within
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS
 from sagellm.runtime.sampling import RANGES
 
 ChoiceType: TypeAlias = Literal["auto", "any", "tool", "none"]

@@ -19,9 +19,8 @@ from sagellm.gateway.protocol.responses_fields import (
     SENT,
     SHARED,
     STATEFUL,
-    AllowedTools,
+    AllowedFunctions,
     CallOutputItem,
-    ChoiceMode,
     FunctionCallItem,
     FunctionTool,
     Includable,
@@ -44,6 +43,7 @@ from sagellm.gateway.protocol.responses_fields import (
     Truncation,
     Verbosity,
 )
+from sagellm.gateway.protocol.tool_choice import ToolMode
 from sagellm.gateway.settings import RequestLimits
 
 Kinds: TypeAlias = Mapping[str, type[msgspec.Struct]]  # value of `type` -> the object's type
@@ -63,7 +63,7 @@ _OUTPUT: Kinds = {"input_text": InputTextPart}
 _SUMMARY: Kinds = {"summary_text": SummaryPart}
 _REASONING: Kinds = {"reasoning_text": ReasoningPart}
 _TOOLS: Kinds = {"function": FunctionTool}
-_CHOICES: Kinds = {"function": NamedFunction, "allowed_tools": AllowedTools}
+_CHOICES: Kinds = {"function": NamedFunction, "allowed_tools": AllowedFunctions}
 _NAMED: Kinds = {"function": NamedFunction}
 _FORMATS: Kinds = {"text": PlainText, "json_object": JsonObject, "json_schema": JsonSchema}
 # The fields of each kind of item that hold lists of parts.
@@ -222,7 +222,7 @@ def _unserved(kind: Any, kinds: Kinds, param: str) -> ApiError:
 
 def _choice(choice: Any) -> Any:
     if not isinstance(choice, dict):
-        _check_words({"tool_choice": choice}, "tool_choice", get_args(ChoiceMode))
+        _check_words({"tool_choice": choice}, "tool_choice", get_args(ToolMode))
         return choice
     said = _object(choice, _CHOICES, "tool_choice")
     _check_words(said, "mode", ("auto", "required"), "tool_choice.")

@@ -7,10 +7,10 @@ from typing import Any, assert_never
 
 import msgspec
 
-from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.protocol.responses_fields import (
     INCLUDE_LOGPROBS,
-    AllowedTools,
+    AllowedFunctions,
     CallOutputItem,
     FunctionCallItem,
     InputItem,
@@ -50,7 +50,7 @@ class ChatOfResponses:
 
 
 def chat_of(asked: ResponsesRequest) -> ChatOfResponses:
-    """Return the chat that a body asks for. Raises ApiError (400) for an unknown allowed tool."""
+    """Return the chat that a body asks for."""
     made = ChatOfResponses()
     made.body["messages"] = _messages(asked, made.places)
     made.body |= _tools(asked, made.places)
@@ -155,28 +155,26 @@ def _reasoning(item: ReasoningItem) -> str:
 def _tools(asked: ResponsesRequest, places: dict[str, str]) -> dict[str, Any]:
     """Return the fields `tools` and `tool_choice` of the chat, if the body has them."""
     said: dict[str, Any] = {}
-    tools = list(enumerate(asked.tools))
+    if asked.tools:
+        said["tools"] = [_nested(tool) for tool in asked.tools]
+        places |= {f"tools[{at}].function": f"tools[{at}]" for at in range(len(asked.tools))}
     choice = asked.tool_choice
-    if isinstance(choice, AllowedTools):
-        names = {one.name for one in choice.tools}
-        _check_allowed(choice, {tool.name for tool in asked.tools})
-        tools = [(index, tool) for index, tool in tools if tool.name in names]
-        said["tool_choice"] = choice.mode
+    if isinstance(choice, AllowedFunctions):
+        tools = [_nested(tool) for tool in choice.tools]
+        said["tool_choice"] = {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": choice.mode, "tools": tools},
+        }
+        place = "tool_choice.allowed_tools.tools"
+        places[place] = "tool_choice.tools"
+        places |= {
+            f"{place}[{at}].function": f"tool_choice.tools[{at}]" for at in range(len(tools))
+        }
     elif isinstance(choice, NamedFunction):
         said["tool_choice"] = _nested(choice)
     elif choice is not None:
         said["tool_choice"] = choice
-    for number, (index, _) in enumerate(tools):
-        places[f"tools[{number}]"] = places[f"tools[{number}].function"] = f"tools[{index}]"
-    if tools:
-        said["tools"] = [_nested(tool) for _, tool in tools]
     return said
-
-
-def _check_allowed(choice: AllowedTools, known: set[str]) -> None:
-    for index, one in enumerate(choice.tools):
-        if one.name not in known:
-            raise wrong(f"tool_choice.tools[{index}].name", "is the name of no tool in `tools`")
 
 
 def _nested(struct: msgspec.Struct) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from sagellm.gateway.protocol.chat_messages import MAX_PARTS, MAX_TOOLS
+from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.other_apis import Foreign, IgnoredField
 from sagellm.gateway.protocol.request import Effort
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS, ToolMode
 
 MAX_METADATA = 16  # pairs of `metadata`, as in the OpenAI API
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
@@ -16,7 +17,6 @@ Truncation: TypeAlias = Literal["auto", "disabled"]
 Verbosity: TypeAlias = Literal["low", "medium", "high"]
 SummaryStyle: TypeAlias = Literal["auto", "concise", "detailed"]
 InputRole: TypeAlias = Literal["user", "assistant", "system", "developer"]
-ChoiceMode: TypeAlias = Literal["none", "auto", "required"]
 # All but the first name items that this server never makes, so they add nothing to an answer.
 Includable: TypeAlias = Literal[
     "message.output_text.logprobs",
@@ -115,8 +115,8 @@ class NamedFunction(_Sent, frozen=True, kw_only=True, tag="function"):
     name: str
 
 
-class AllowedTools(_Sent, frozen=True, kw_only=True, tag="allowed_tools"):
-    """The tools that the model is told of. `mode` "required": it must call one of them."""
+class AllowedFunctions(_Sent, frozen=True, kw_only=True, tag="allowed_tools"):
+    """Some of the tools. The model sees no others. `mode` "required": it must call one of them."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedFunction], Meta(min_length=1, max_length=MAX_TOOLS)]
@@ -166,7 +166,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     metadata: Metadata = {}
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
-    tool_choice: ChoiceMode | NamedFunction | AllowedTools | None = None
+    tool_choice: ToolMode | NamedFunction | AllowedFunctions | None = None
     tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] = []
     truncation: Truncation = "disabled"
 
@@ -203,6 +203,8 @@ SHARED = (
     "request_id",
     "cache_salt",
     "chat_template_kwargs",
+    "structured_outputs",
+    "include_reasoning",
     "slo_ttft_s",
     "timeout_s",
 )
@@ -288,7 +290,7 @@ SENT: dict[type[msgspec.Struct], Foreign] = {
     ReasoningItem: REASONING_ITEM,
     FunctionTool: FUNCTION_TOOL,
     NamedFunction: NOTHING_FOREIGN,
-    AllowedTools: NOTHING_FOREIGN,
+    AllowedFunctions: NOTHING_FOREIGN,
     PlainText: NOTHING_FOREIGN,
     JsonObject: NOTHING_FOREIGN,
     JsonSchema: NOTHING_FOREIGN,

@@ -22,18 +22,25 @@ from sagellm.gateway.protocol.chat_messages import (
     FunctionCall,
     TextPart,
     ToolCall,
-    ToolFunction,
 )
 from sagellm.gateway.protocol.other_apis import (
     FUNCTION_CALL,
+    JSON_SCHEMA,
     MESSAGE,
     PART,
     REQUEST,
+    RESPONSE_FORMAT,
     STREAM_OPTIONS,
+    STRUCTURED_OUTPUTS,
     TOOL_CALL,
     Foreign,
 )
-from sagellm.gateway.protocol.request import StreamOptions
+from sagellm.gateway.protocol.request import (
+    JsonSchemaFormat,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+)
 from sagellm.gateway.protocol.responses_fields import (
     RENAMED,
     SENT,
@@ -41,6 +48,7 @@ from sagellm.gateway.protocol.responses_fields import (
     InputMessage,
     ResponsesRequest,
 )
+from sagellm.gateway.protocol.tool_choice import ToolFunction
 from sagellm.gateway.settings import RequestLimits
 
 Schema: TypeAlias = dict[str, Any]
@@ -56,6 +64,9 @@ _SENT: dict[Struct, Foreign] = {
     TokenizeChat: REQUEST,
     DetokenizeRequest: REQUEST,
     StreamOptions: STREAM_OPTIONS,
+    ResponseFormat: RESPONSE_FORMAT,
+    JsonSchemaFormat: JSON_SCHEMA,
+    StructuredOutputs: STRUCTURED_OUTPUTS,
     ConversationMessage: MESSAGE,
     TextPart: PART,
     ToolCall: TOOL_CALL,

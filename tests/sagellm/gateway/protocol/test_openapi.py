@@ -106,6 +106,13 @@ USER = {"role": "user", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "index": 0}
 
+NAMED = {"type": "function", "function": {"name": "f"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
+FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+}
+
 GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a"}),
     ("/v1/completions", {"prompt": ["a", "b"], "n": 16, "stop": None}),
@@ -123,6 +130,14 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": [CALL]}, USER]}),
     ("/v1/chat/completions", {"messages": [{**USER, "id": "m1", "reasoning_content": "so"}]}),
     ("/v1/chat/completions", {"messages": [USER], "chat_template_kwargs": {"thinking": True}}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL], "tool_choice": "required"}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL], "tool_choice": NAMED}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL], "tool_choice": ALLOWED}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": {"type": "json_object"}}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": FORMAT}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["a", "b"]}}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {}, "regex": None}}),
+    ("/v1/completions", {"prompt": "a", "guided_json": "{}", "ebnf": None}),
     ("/tokenize", {"prompt": "a"}),
     ("/tokenize", {"messages": [USER], "tools": [TOOL], "add_generation_prompt": False}),
     ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": None}),
@@ -145,7 +160,12 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "tools": [TOOL]}),
     ("/v1/chat/completions", {"messages": [USER], "echo": True}),
     ("/v1/chat/completions", {"messages": [USER], "max_tokens": 0}),
-    ("/v1/chat/completions", {"messages": [USER], "tool_choice": "required"}),
+    ("/v1/chat/completions", {"messages": [USER], "tool_choice": "any"}),
+    ("/v1/chat/completions", {"messages": [USER], "tool_choice": {"type": "custom"}}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": {"type": "xml"}}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": {"type": "text", "a": 1}}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regexp": "a"}}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"whitespace_pattern": " "}}),
     ("/v1/chat/completions", {"messages": [USER], "chat_template_kwargs": {"a": []}}),
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": None}]}),
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": []}]}),
@@ -184,7 +204,13 @@ UNSAID = (
     "truncate_prompt_tokens: is 0",
     "bytes in one string",
     "max_tokens: is 0",
-    "tools: this server makes no tool calls",
+    "is the name of an earlier tool",
+    "but there are no `tools`",
+    "is none of the",
+    "must have exactly one of",
+    "; give one of them",
+    "json_schema: is missing",
+    "is only for the type `json_schema`",
     "arguments: must be the JSON text of an object",
     "stands beside continue_final_message",
     "continue_final_message: needs",

@@ -94,18 +94,16 @@ def test_a_named_function_is_nested():
     assert body["tool_choice"] == {"type": "function", "function": {"name": "f"}}
 
 
-def test_of_allowed_tools_the_model_sees_only_these():
-    allowed = {
+def test_allowed_tools_are_nested_twice():
+    named = {"type": "function", "name": "g"}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [named]}
+    assert made(tools=[TOOL, OTHER], tool_choice=allowed).body["tool_choice"] == {
         "type": "allowed_tools",
-        "mode": "required",
-        "tools": [{"type": "function", "name": "g"}],
+        "allowed_tools": {
+            "mode": "required",
+            "tools": [{"type": "function", "function": {"name": "g"}}],
+        },
     }
-    found = made(tools=[TOOL, OTHER], tool_choice=allowed)
-    assert found.body["tools"] == [{"type": "function", "function": {"name": "g"}}]
-    assert found.body["tool_choice"] == "required"
-    assert found.places["tools[0].function"] == "tools[1]"
-    with pytest.raises(ApiError, match=r"tool_choice.tools\[0\].name: is the name of no tool"):
-        made(tools=[TOOL], tool_choice=allowed)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""Masks of grammars: what the sampler may take, and the thread that computes them."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sampled_rows import LOGITS, row, sample_one
+
+from sagellm.backends.sampler import sample
+from sagellm.backends.step import MatcherError
+from sagellm.backends.token_masks import MaskThread, allowed_tokens, token_masks
+
+VOCAB = 6
+
+
+class Allowing:
+    """Allows the same tokens after every output."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, *token_ids):
+        self.token_ids = list(token_ids)
+        self.outputs = []
+        self.threads = set()
+
+    def fill(self, output, mask):
+        self.outputs.append(list(output))
+        self.threads.add(threading.current_thread().name)
+        mask.view(np.uint8)[:] = 0
+        for token_id in self.token_ids:
+            mask[token_id // 32] |= np.int32(1 << token_id % 32)
+
+
+class Exceeding:
+    """Exceeds its limits at once."""
+
+    vocab_size = VOCAB
+
+    def fill(self, output, mask):
+        raise MatcherError("too large")
+
+
+def bound(*token_ids, **fields):
+    found = row(**fields)
+    found.answer.matcher = Allowing(*token_ids)
+    return found
+
+
+def test_greedy_takes_the_largest_that_is_allowed():
+    assert sample_one(bound(0, 2, 5)) == 2
+    assert sample_one(bound(1, 2)) == 1  # the largest of all
+
+
+def test_equal_logits_give_the_first_allowed_token():
+    logits = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 9.0])
+    assert sample_one(bound(2, 4), logits) == 2
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.5}, {"presence_penalty": 1.0}])
+def test_other_options_choose_among_the_allowed_tokens(sampling):
+    rows = [bound(3, 5, **{**sampling, "seed": seed}) for seed in range(60)]
+    found = sample(LOGITS.repeat(60, 1), rows).token_ids
+    assert set(found) <= {3, 5}
+    assert len(set(found)) == (2 if "temperature" in sampling else 1)
+
+
+def test_masks_intersect():
+    assert sample_one(bound(0, 2, 3, allowed_token_ids=(1, 3, 0))) == 0
+    assert sample_one(bound(0, 3, bad_words_token_ids=((0,),))) == 3
+    assert sample_one(bound(1, 3, min_tokens=2, stop_ids=[1])) == 3
+    assert sample_one(bound(2, 3, logit_bias={3: 50.0})) == 3
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
+def test_a_row_without_an_allowed_token_is_exhausted(sampling):
+    sampled = sample(LOGITS.repeat(3, 1), [row(), bound(**sampling), bound(4)])
+    assert sampled.exhausted == sampled.broken == {1}
+    assert sampled.token_ids[0] == 1
+    assert sampled.token_ids[2] == 4
+
+
+def test_a_grammar_past_its_limits_refuses_its_row_alone():
+    lost = row(temperature=1.0)
+    lost.answer.matcher = Exceeding()
+    sampled = sample(LOGITS.repeat(2, 1), [lost, bound(4)])
+    assert sampled.refused == {0: "too large"}
+    assert sampled.broken == {0}
+    assert sampled.exhausted == frozenset()
+    assert sampled.token_ids[1] == 4
+
+
+def test_broken_logits_are_reported_as_such():
+    logits = torch.stack((LOGITS, torch.full((VOCAB,), torch.nan)))
+    sampled = sample(logits, [bound(4), bound()])
+    assert sampled.broken == {1}
+    assert sampled.exhausted == frozenset()
+
+
+def test_logprobs_are_those_of_the_model():
+    plain = sample(LOGITS.unsqueeze(0), [row(logprobs=6)]).logprobs[0]
+    found = sample(LOGITS.unsqueeze(0), [bound(4, logprobs=6)]).logprobs[0]
+    assert found.token_id == 4
+    assert found.top == plain.top
+
+
+@given(st.lists(st.integers(0, 99), unique=True), st.integers(100, 140))
+def test_bits_are_read_lowest_first(token_ids, vocab_size):
+    mask = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+    for token_id in token_ids:
+        mask[token_id // 32] |= np.uint32(1 << token_id % 32).astype(np.int32)
+    assert allowed_tokens(mask, vocab_size).nonzero()[0].tolist() == sorted(token_ids)
+
+
+def test_a_matcher_sees_the_output_with_its_drafts():
+    one = bound(4, output=(2, 3), prompt=(1, 1, 1))
+    one.added = (5,)
+    token_masks([row(), one])
+    assert one.answer.matcher.outputs == [[2, 3, 5]]
+
+
+def test_the_thread_starts_with_the_first_grammar():
+    masks = MaskThread()
+    assert masks.start([row(), row()]).result() is None
+    assert threads_of_grammars() == set()
+    one = bound(4)
+    found = masks.start([row(), one]).result()
+    assert found.rows == [1]
+    assert one.answer.matcher.threads == threads_of_grammars() != set()
+    masks.close()
+    assert threads_of_grammars() == set()
+
+
+def threads_of_grammars():
+    names = {thread.name for thread in threading.enumerate()}
+    return {name for name in names if name.startswith("sagellm-grammar")}
