@@ -5,7 +5,7 @@ from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.gateway import Gateway, HostedModel
 from sagellm.gateway.grammar_checks import call_grammar
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
-from sagellm.gateway.protocol.structured_outputs import binding_of, grammar_of
+from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
 from sagellm.runtime.grammars.compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
@@ -20,21 +20,21 @@ async def response_grammar(
 
     `prompt`: that of a chat, whose answer may begin with reasoning. Raises ApiError.
     """
-    binding = binding_of(asked)
-    if binding is None:
+    constraint = constraint_of(asked)
+    if constraint is None:
         return None
-    _check_able(served, binding.param)
+    _check_able(served, constraint.param)
     max_depth = gateway.settings.limits.json_depth
 
     def make() -> Grammar:
-        grammar = grammar_of(binding, max_depth)
+        grammar = grammar_of(constraint, max_depth)
         if prompt is not None:
             special = served.special_tokens
             grammar = served.format.response_grammar(grammar, prompt, special_tokens=special)
         check_grammar(grammar)
         return grammar
 
-    return await gateway.grammars.run(binding.param, make)
+    return await gateway.grammars.run(constraint.param, make)
 
 
 async def chat_grammar(
@@ -62,9 +62,9 @@ def check_tool_use(served: HostedModel, asked: ChatRequest, use: ToolUse) -> Non
         raise _unsupported("tools", f"the chat template of this model knows no tools; {cure}")
     if _binds(use):
         _check_able(served, "tool_choice" if use.must_call else "tools")
-    binding = binding_of(asked)
-    if binding is not None and not use.must_call:
-        first = binding.param.partition(".")[0]
+    constraint = constraint_of(asked)
+    if constraint is not None and not use.must_call:
+        first = constraint.param.partition(".")[0]
         cure = "leave one of them out, or send `tool_choice`: `none` or `required`"
         raise wrong(first, f"stands beside `tools` that the model may call or not; {cure}")
 

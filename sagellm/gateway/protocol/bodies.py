@@ -28,7 +28,7 @@ from sagellm.gateway.protocol.request import (
     check_model_name,
     read_fields,
 )
-from sagellm.gateway.protocol.structured_outputs import check_bindings
+from sagellm.gateway.protocol.structured_outputs import check_constraints
 from sagellm.gateway.protocol.tool_choice import ToolChoice, ToolMode, Tools, check_tools, resolved
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.sampling import MAX_LOGPROBS, RANGES
@@ -144,7 +144,7 @@ def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
     """Read a completion's body. Raises ApiError (400). The model's limits are checked later."""
     request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
     check_generation(request, limits)
-    check_bindings(request)
+    check_constraints(request)
     _check_prompt(request.prompt, limits)
     if request.asked_tokens == 0 and not request.echo:
         raise wrong("max_tokens", "is 0; it must be 1 or more, or `echo` must be true")
@@ -200,7 +200,7 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
         said["messages"] = read_messages(said["messages"], limits)
     request = convert(said, ChatRequest)
     check_generation(request, limits)
-    check_bindings(request)
+    check_constraints(request)
     check_conversation(request, limits)
     if request.top_logprobs and not request.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")

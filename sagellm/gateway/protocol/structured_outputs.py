@@ -22,7 +22,7 @@ _ALIASES = {
 }
 
 
-class Binding(NamedTuple):
+class Constraint(NamedTuple):
     """A value that binds the answer. `kind`: a field of StructuredOutputs.
 
     `param`: the place of the value in the request.
@@ -33,39 +33,42 @@ class Binding(NamedTuple):
     value: Any
 
 
-def check_bindings(asked: Generation) -> None:
+def check_constraints(asked: Generation) -> None:
     """Raise ApiError (400) for fields that bind the answer twice, or in no complete way."""
     if asked.response_format is not None:
         _check_format(asked.response_format)
     if asked.structured_outputs is not None and len(_parts(asked.structured_outputs)) != 1:
         names = ", ".join(StructuredOutputs.__struct_fields__)
         raise wrong("structured_outputs", f"must have exactly one of {names}")
-    bindings = _bindings(asked)
-    if len(bindings) > 1:
-        first, second = bindings[0].param.partition(".")[0], bindings[1].param.partition(".")[0]
+    constraints = _constraints(asked)
+    if len(constraints) > 1:
+        first, second = (
+            constraints[0].param.partition(".")[0],
+            constraints[1].param.partition(".")[0],
+        )
         raise wrong(second, f"stands beside `{first}`; give one of them")
 
 
-def binding_of(asked: Generation) -> Binding | None:
+def constraint_of(asked: Generation) -> Constraint | None:
     """Return what binds the answer to a request that was checked; None: nothing does."""
-    return next(iter(_bindings(asked)), None)
+    return next(iter(_constraints(asked)), None)
 
 
-def grammar_of(binding: Binding, max_depth: int) -> Grammar:
-    """Return the grammar of a binding, which may be wrong: it is not compiled.
+def grammar_of(constraint: Constraint, max_depth: int) -> Grammar:
+    """Return the grammar of a constraint, which may be wrong: it is not compiled.
 
     Raises ApiError (400) for a schema that is given as text and is no JSON object, or has more than
     `max_depth` levels. Takes milliseconds for a value of megabytes.
     """
-    match binding.kind:
+    match constraint.kind:
         case "json":
-            return _schema(binding, max_depth)
+            return _schema(constraint, max_depth)
         case "regex":
-            return Grammar(kind="regex", text=binding.value)
+            return Grammar(kind="regex", text=constraint.value)
         case "grammar":
-            return Grammar(kind="lark", text=binding.value)
+            return Grammar(kind="lark", text=constraint.value)
         case "choice":
-            return choice_grammar(binding.value)
+            return choice_grammar(constraint.value)
     return json_object_grammar()
 
 
@@ -77,35 +80,35 @@ def _check_format(form: ResponseFormat) -> None:
         raise wrong("response_format.json_schema", "is only for the type `json_schema`")
 
 
-def _bindings(asked: Generation) -> list[Binding]:
+def _constraints(asked: Generation) -> list[Constraint]:
     """Return all values that bind the answer, in the order in which errors name them."""
     found = []
     form, outputs = asked.response_format, asked.structured_outputs
     if form is not None and form.json_schema is not None:
         schema = form.json_schema.schema
-        found.append(Binding("response_format.json_schema.schema", "json", schema))
+        found.append(Constraint("response_format.json_schema.schema", "json", schema))
     elif form is not None and form.type == "json_object":
-        found.append(Binding("response_format", "json_object", True))
+        found.append(Constraint("response_format", "json_object", True))
     if outputs is not None:
         found += _parts(outputs)
     aliases = ((name, kind, getattr(asked, name)) for name, kind in _ALIASES.items())
-    return found + [Binding(*each) for each in aliases if each[2] is not None]
+    return found + [Constraint(*each) for each in aliases if each[2] is not None]
 
 
-def _parts(outputs: StructuredOutputs) -> list[Binding]:
+def _parts(outputs: StructuredOutputs) -> list[Constraint]:
     values = ((name, getattr(outputs, name)) for name in outputs.__struct_fields__)
     return [
-        Binding(f"structured_outputs.{name}", name, value)
+        Constraint(f"structured_outputs.{name}", name, value)
         for name, value in values
         if value is not None and value is not False
     ]
 
 
-def _schema(binding: Binding, max_depth: int) -> Grammar:
+def _schema(constraint: Constraint, max_depth: int) -> Grammar:
     """Return the grammar of a JSON schema, which is given as an object or as text."""
     # The text is written again: what was read strictly must not be read in another way later.
-    value = binding.value
-    schema = value if isinstance(value, dict) else _read_schema(binding.param, value, max_depth)
+    value = constraint.value
+    schema = value if isinstance(value, dict) else _read_schema(constraint.param, value, max_depth)
     return Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.protocol.bodies import read_chat, read_completion
-from sagellm.gateway.protocol.structured_outputs import binding_of, grammar_of
+from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.sampling import Grammar
 
@@ -34,9 +34,9 @@ def json_schema(schema: Any = SCHEMA, **fields: Any) -> dict[str, Any]:
 
 
 def grammar(read: Any, **fields: Any) -> Grammar:
-    binding = binding_of(read(**fields))
-    assert binding is not None
-    return grammar_of(binding, LIMITS.json_depth)
+    constraint = constraint_of(read(**fields))
+    assert constraint is not None
+    return grammar_of(constraint, LIMITS.json_depth)
 
 
 def refusal(read: Any, **fields: Any) -> ApiError:
@@ -81,7 +81,7 @@ def test_every_name_gives_a_grammar(read: Any, fields: Any, kind: Any, text: str
 @BOTH
 @pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}])
 def test_text_is_not_bound(read: Any, fields: Any) -> None:
-    assert binding_of(read(**fields)) is None
+    assert constraint_of(read(**fields)) is None
 
 
 @BOTH
