@@ -125,7 +125,8 @@ def _fields(value: Any, limits: RequestLimits) -> dict[str, Any]:
         at_most("input", len(said["input"]), limits.num_messages, "items")
         said["input"] = [_item(one, f"input[{at}]") for at, one in enumerate(said["input"])]
     if isinstance(said.get("include"), list):
-        _check_included(said["include"])
+        for at, one in enumerate(said["include"]):
+            _check_words({"": one}, "", get_args(Includable), f"include[{at}]")
     if isinstance(said.get("tools"), list):
         said["tools"] = _objects(said["tools"], _TOOLS, "tools")
     if "tool_choice" in said:
@@ -156,13 +157,6 @@ def _check_words(said: dict[str, Any], name: str, words: tuple[str, ...], where:
     """Raise ApiError (400) if a field is given and is none of `words`."""
     if name in said and said[name] not in words:
         raise wrong(where + name, f"must be one of {', '.join(words)}")
-
-
-def _check_included(included: list[Any]) -> None:
-    words = get_args(Includable)
-    at_most("include", len(included), len(words), "entries")
-    for at, one in enumerate(included):
-        _check_words({"": one}, "", words, f"include[{at}]")
 
 
 def _item(item: Any, where: str) -> dict[str, Any]:

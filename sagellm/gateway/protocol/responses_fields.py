@@ -7,9 +7,10 @@ from msgspec import Meta
 
 from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.other_apis import Foreign, IgnoredField
-from sagellm.gateway.protocol.request import Effort
-from sagellm.gateway.protocol.tool_choice import MAX_TOOLS, ToolMode
+from sagellm.gateway.protocol.request import Effort, Label
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS, ToolMode, ToolName
 
+MAX_INCLUDED = 16
 MAX_METADATA = 16  # pairs of `metadata`, as in the OpenAI API
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
 
@@ -103,7 +104,7 @@ InputItem: TypeAlias = InputMessage | FunctionCallItem | CallOutputItem | Reason
 class FunctionTool(_Sent, frozen=True, kw_only=True, tag="function"):
     """A function that the model may call. `parameters`: a JSON schema of its arguments."""
 
-    name: str
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -131,7 +132,7 @@ class JsonObject(_Sent, frozen=True, kw_only=True, tag="json_object"):
 
 
 class JsonSchema(_Sent, frozen=True, kw_only=True, tag="json_schema"):
-    name: str
+    name: Label
     schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = None
@@ -162,7 +163,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     input: Annotated[str, Meta(min_length=1)] | Annotated[list[InputItem], Meta(min_length=1)]
     instructions: str | None = None
-    include: list[Includable] = []
+    include: Annotated[list[Includable], Meta(max_length=MAX_INCLUDED)] = []
     metadata: Metadata = {}
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
