@@ -6,10 +6,10 @@ from contextlib import suppress
 from functools import partial
 
 import trio
-from sagellm.runtime.grammars import GrammarCompiler
 
 from sagellm.backends.step import Matcher
 from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.grammars.compiler import GrammarCompiler
 
 _NUM_THREADS = 2  # a slow grammar leaves a thread to the others
 Compiled = Callable[[Sequence, "Future[Matcher]"], None]

@@ -6,7 +6,6 @@ from contextlib import suppress
 
 import msgspec
 import trio
-from sagellm.runtime.grammars import GrammarError
 
 from sagellm.backends import Sampled
 from sagellm.backends.step import Matcher
@@ -20,6 +19,7 @@ from sagellm.runtime.engine.runner import EngineResources, StepLaunch, Watchdog
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
 from sagellm.runtime.engine.speculation import verified
+from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
 from sagellm.runtime.kv.transfer import PoolTransfers
 from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, LeaseRef, Stamps, TokenLogprob

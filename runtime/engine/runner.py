@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import trio
-from sagellm.runtime.grammars import GrammarCompiler
 
 from sagellm.backends import Device, KVStorage, Program, Queue, Sampled, Ticket
 from sagellm.runtime.containers import LogHistogram
@@ -13,6 +12,7 @@ from sagellm.runtime.engine.batch import Batch, step_batch
 from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.output import OutputText
 from sagellm.runtime.engine.speculation import Speculation
+from sagellm.runtime.grammars.compiler import GrammarCompiler
 from sagellm.runtime.kv.transport import Storage
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import EngineFacts, EngineHealth

@@ -33,6 +33,10 @@ class GrammarMatcher:
         self._consumed: list[int] = []
         self._words: Mask = np.zeros(num_words(vocab_size + 1), np.int32)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
     def fill(self, output: Sequence[int], mask: Mask) -> None:
         if self._advance(output):
             self._fill(mask)

@@ -19,7 +19,7 @@ from sagellm.gateway.answers.anthropic_objects import (
     MessageEvent,
     MessageStart,
     MessageStop,
-    Ping,
+    PingEvent,
     SignatureDelta,
     StopDelta,
     StopReason,
@@ -143,7 +143,7 @@ class MessagesForm:
         self._blocks = BlockWriter(options.thinking)
 
     def opening(self, usage: ApiUsage | None) -> bytes:
-        return _encoded([MessageStart(self._message([], usage)), Ping()])
+        return _encoded([MessageStart(self._message([], usage)), PingEvent()])
 
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
         events = self._content_events(event)

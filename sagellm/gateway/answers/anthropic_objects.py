@@ -103,7 +103,7 @@ class MessageStart(msgspec.Struct, frozen=True, tag_field="type", tag="message_s
     message: AnsweredMessage
 
 
-class Ping(msgspec.Struct, frozen=True, tag_field="type", tag="ping"):
+class PingEvent(msgspec.Struct, frozen=True, tag_field="type", tag="ping"):
     """An event without content."""
 
 
@@ -171,7 +171,7 @@ def anthropic_error(error: ApiError) -> AnthropicError:
 
 MessageEvent: TypeAlias = (
     MessageStart
-    | Ping
+    | PingEvent
     | BlockStart
     | BlockDelta
     | BlockStop

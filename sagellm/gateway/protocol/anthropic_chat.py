@@ -15,7 +15,7 @@ from sagellm.gateway.protocol.anthropic_fields import (
     CountTokensRequest,
     MessagesRequest,
     TextBlock,
-    Texts,
+    TextBlocks,
     ThinkingBlock,
     ThinkingOptions,
     ToolDefinition,
@@ -240,6 +240,6 @@ def _blocks(turn: AnyTurn, index: int) -> list[_Placed]:
     return blocks or [(TextBlock(text=""), place)]
 
 
-def _text(content: str | Texts) -> str:
+def _text(content: str | TextBlocks) -> str:
     """Return the text of a system prompt or a tool's result."""
     return content if isinstance(content, str) else "\n".join(block.text for block in content)

@@ -48,14 +48,14 @@ class ToolUseBlock(ContentBlock, frozen=True, kw_only=True, tag="tool_use"):
     input: dict[str, Any]
 
 
-Texts: TypeAlias = Annotated[list[TextBlock], Meta(max_length=MAX_PARTS)]
+TextBlocks: TypeAlias = Annotated[list[TextBlock], Meta(max_length=MAX_PARTS)]
 
 
 class ToolResultBlock(ContentBlock, frozen=True, kw_only=True, tag="tool_result"):
     """What a called tool returned. With `is_error`, the model reads `Error: ` before the text."""
 
     tool_use_id: str
-    content: str | Texts = ""
+    content: str | TextBlocks = ""
     is_error: bool = False
 
 
@@ -80,7 +80,7 @@ class AssistantTurn(ConversationTurn, frozen=True, kw_only=True, tag="assistant"
 
 
 class SystemTurn(ConversationTurn, frozen=True, kw_only=True, tag="system"):
-    content: str | Texts
+    content: str | TextBlocks
 
 
 AnyTurn: TypeAlias = UserTurn | AssistantTurn | SystemTurn
@@ -135,7 +135,7 @@ class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     messages: Annotated[list[AnyTurn], Meta(min_length=1)]
     model: str | None = None
-    system: str | Texts = ""
+    system: str | TextBlocks = ""
     tools: Annotated[list[ToolDefinition], Meta(max_length=MAX_TOOLS)] = []
     tool_choice: ToolSelection | None = None
     thinking: ThinkingOptions | None = None
