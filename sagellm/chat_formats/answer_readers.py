@@ -42,14 +42,15 @@ class ReadingParser:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags around reasoning."""
+    """The tags around reasoning. `title`: a text that follows the opening tag."""
 
     opening: str
     closing: str
+    title: str = ""
 
     def is_open(self, prompt: str) -> bool:
         """Whether the answer to the prompt begins inside its reasoning."""
-        return prompt.rstrip().endswith(self.opening.rstrip())
+        return prompt.rstrip().endswith((self.opening + self.title).rstrip())
 
     def is_closed(self, prompt: str) -> bool:
         """Whether the prompt itself has ended the reasoning, as templates do to switch it off."""
@@ -71,6 +72,7 @@ def read_reasoning(
         space = yield from source.space()
         if not (yield from source.accept(tags.opening)):
             return space
+        yield from source.accept(tags.title)
     yield from source.space()
     yield from source.until(MarkerFinder((tags.closing,)), _Trimmed(writer.reasoning).write)
     yield from source.space()

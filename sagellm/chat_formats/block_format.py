@@ -21,7 +21,14 @@ from sagellm.chat_formats.chat_format import (
     ToolUse,
     random_id,
 )
-from sagellm.chat_formats.lark_text import ANY_TEXT, literal, marker, response_rules, start_rules
+from sagellm.chat_formats.lark_text import (
+    ANY_TEXT,
+    literal,
+    marker,
+    response_rules,
+    start_rules,
+    text_up_to,
+)
 from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
 from sagellm.chat_formats.text_source import Reading, TextSource
@@ -143,13 +150,10 @@ class BlockFormat:
 
     def _free(self, use: ToolUse, special_tokens: SpecialTokens) -> str:
         """The rule `answer` of any text in which what follows an opening is a block."""
-        opening = marker(self.opening, special_tokens)
         many = "*" if use.parallel else "?"
         if not self.opening:
             return "answer: block | /\\s*([^{\\s](?s:.*))?/"
-        if self.opening in special_tokens:
-            return f"answer: ({ANY_TEXT} {opening} block){many} {ANY_TEXT}"
-        head = f"head[suffix={opening}]: {ANY_TEXT}"
+        head = text_up_to("head", self.opening, special_tokens)
         return f"answer: (head block){many} {ANY_TEXT}\n{head}"
 
     def response_grammar(

@@ -127,6 +127,10 @@ def random_id(length: int) -> str:
     return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(length))
 
 
+class UnboundSchema(ValueError):
+    """A strict tool has a schema that the grammar of a format cannot express."""
+
+
 class ChatFormat(Protocol):
     """How the models of a family write tool calls and reasoning.
 
@@ -167,7 +171,7 @@ class ChatFormat(Protocol):
         self, use: ToolUse, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
     ) -> Grammar | None:
         """Return the grammar of answers that call tools as `use` says, or None if any text may be
-        an answer.
+        an answer. Raises UnboundSchema.
         """
         ...
 

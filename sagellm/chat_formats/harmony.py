@@ -29,6 +29,7 @@ from sagellm.chat_formats.lark_text import (
     marker,
     one_of,
     response_rules,
+    text_up_to,
 )
 from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
@@ -151,8 +152,8 @@ class HarmonyFormat:
 
 def _grammar(last: str, rules: str, prompt: str, special_tokens: SpecialTokens) -> Grammar:
     """The grammar of reasoning and preambles, and then a last message. `rules`: further rules."""
-    channel, message, end, start, constrain = (
-        marker(text, special_tokens) for text in (CHANNEL, MESSAGE, END, START, CONSTRAIN)
+    channel, message, start, constrain = (
+        marker(text, special_tokens) for text in (CHANNEL, MESSAGE, START, CONSTRAIN)
     )
     text = f"""\
 start: {"rest " if MESSAGE in _begun(prompt) else ""}(note next)* last
@@ -160,7 +161,7 @@ last: {last}
 note: {channel} ("analysis" | "commentary") {message} body
 next: {start} "assistant"
 rest: body next
-body: {ANY_TEXT} {end}
+{text_up_to("body", END, special_tokens)}
 final: {channel} "final" {message}
 call_message: {channel} "commentary to=functions." call
 json: {constrain} "json" {message}

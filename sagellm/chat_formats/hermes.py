@@ -38,6 +38,7 @@ def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
 HERMES = BlockFormat(
     name="hermes",
     signs=(OPENING,),
+    countersigns=("<arg_key>",),  # GLM writes arguments between tags
     opening=OPENING,
     inner=(CLOSING,),
     between="\n",

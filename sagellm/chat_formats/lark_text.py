@@ -30,16 +30,14 @@ def marker(text: str, special_tokens: SpecialTokens) -> str:
 
 
 def arguments(tool: ToolSpec) -> str:
-    """The arguments of a tool. Only a strict tool may not have a schema with keywords that the
-    grammar cannot express; for other tools such keywords are left out.
-    """
-    schema = {"type": "object", **(tool.parameters or {})}
-    options = _JSON_OPTIONS if tool.strict else {**_JSON_OPTIONS, "lenient": True}
-    return inline_json({**schema, "x-guidance": options})
+    """The arguments of a tool as JSON."""
+    return inline_json({"type": "object", **(tool.parameters or {})}, is_strict=tool.strict)
 
 
-def inline_json(schema: Mapping[str, Any]) -> str:
-    return "%json " + json.dumps(schema, ensure_ascii=False)
+def inline_json(schema: Mapping[str, Any], *, is_strict: bool) -> str:
+    """A JSON value. If not `is_strict`, keywords that a grammar cannot express are left out."""
+    options = _JSON_OPTIONS if is_strict else {**_JSON_OPTIONS, "lenient": True}
+    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
 
 
 def json_call(tool: ToolSpec, member: str) -> str:
@@ -61,14 +59,30 @@ def start_rules(
     """The rule `start`: reasoning if the model may write some, then the rule `then`."""
     if tags is None or tags.is_closed(prompt):
         return f"start: {then}"
-    closing = marker(tags.closing, special_tokens)
-    if tags.closing in special_tokens:
-        thought = f"thought: {ANY_TEXT} {closing} GAP"
-    else:
-        thought = f"thought: thought_text GAP\nthought_text[suffix={closing}]: {ANY_TEXT}"
-    opening = f"({marker(tags.opening, special_tokens)} thought)?"
-    begin = "thought" if tags.is_open(prompt) else opening
-    return f"start: {begin} {then}\n{thought}\nGAP: /\\n{{0,2}}/"
+    thought = text_up_to("thought_text", tags.closing, special_tokens)
+    opening = f"{marker(tags.opening, special_tokens)} {literal(tags.title)}"
+    begin = "thought" if tags.is_open(prompt) else f"({opening} thought)?"
+    return f"start: {begin} {then}\nthought: thought_text GAP\n{thought}\nGAP: /\\n{{0,2}}/"
+
+
+def text_up_to(name: str, tag: str, special_tokens: SpecialTokens) -> str:
+    """A rule of that name: any text, and the tag that ends it, which the text does not contain."""
+    if tag in special_tokens:
+        return f"{name}: {ANY_TEXT} {marker(tag, special_tokens)}"
+    return f"{name}[suffix={literal(tag)}]: {ANY_TEXT}"
+
+
+def bounded_text_up_to(
+    name: str, tag: str, special_tokens: SpecialTokens, bounds: tuple[int, int | None], end: str
+) -> str:
+    """As `text_up_to`, with a least and a greatest number of characters, which `end` follows."""
+    least, most = bounds
+    text = f"/(?s:.{{{least},{'' if most is None else most}}})/ {literal(end)}"
+    if tag in special_tokens:
+        return f"{name}: {text} {marker(tag, special_tokens)}"
+    terminal = name.upper()
+    without_tag = f"~(/(?s:.*)/ {literal(tag)} /(?s:.*)/)"
+    return f"{name}[suffix={literal(tag)}]: {terminal}\n{terminal}: ({text}) & {without_tag}"
 
 
 def response_rules(grammar: Grammar) -> str:

@@ -41,6 +41,12 @@ class ToolUseContent(msgspec.Struct, frozen=True, tag_field="type", tag="tool_us
 AnswerContent: TypeAlias = TextContent | ThinkingContent | ToolUseContent
 
 
+class OutputTokensDetails(msgspec.Struct, frozen=True):
+    """Of the answer's tokens, those that were reasoning."""
+
+    thinking_tokens: TokenCount
+
+
 class MessageUsage(msgspec.Struct, frozen=True):
     """Tokens of one call. The prompt has `input_tokens` and `cache_read_input_tokens`."""
 
@@ -48,6 +54,7 @@ class MessageUsage(msgspec.Struct, frozen=True):
     cache_creation_input_tokens: TokenCount
     cache_read_input_tokens: TokenCount
     output_tokens: TokenCount
+    output_tokens_details: OutputTokensDetails
 
 
 def message_usage(usage: ApiUsage) -> MessageUsage:
@@ -58,6 +65,7 @@ def message_usage(usage: ApiUsage) -> MessageUsage:
         cache_creation_input_tokens=0,  # nobody pays for what is stored
         cache_read_input_tokens=num_cached,
         output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(usage.completion_tokens_details.reasoning_tokens),
     )
 
 
@@ -149,9 +157,16 @@ _ERROR_TYPES = {
 }
 
 
+class ErrorDetails(msgspec.Struct, frozen=True):
+    """`error_code`: the cause, in one word that stays. Clients act on some of these words."""
+
+    error_code: str
+
+
 class AnthropicError(msgspec.Struct, frozen=True):
     type: str
     message: str
+    details: ErrorDetails | None = None
 
 
 class AnthropicFailure(
@@ -166,7 +181,8 @@ class AnthropicFailure(
 def anthropic_error(error: ApiError) -> AnthropicError:
     """Return an error in the form of this API."""
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    return AnthropicError(_ERROR_TYPES.get(error.status, other), error.message)
+    details = None if error.code is None else ErrorDetails(error.code)
+    return AnthropicError(_ERROR_TYPES.get(error.status, other), error.message, details)
 
 
 MessageEvent: TypeAlias = (

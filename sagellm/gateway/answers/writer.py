@@ -111,7 +111,6 @@ class UsageCounter:
 
 Indexed: TypeAlias = tuple[int, TokenEvent]  # (index of the choice in the answer, event)
 
-
 FINISH: dict[str | None, ApiFinishReason | None] = {
     None: None,
     "stop": "stop",
@@ -178,27 +177,27 @@ class ReasoningCounter:
     def __init__(self, open_parser: OpenParser) -> None:
         self._parser = open_parser()
         self._is_inside = False
+        self._is_over = False  # the answer has begun, and no reasoning follows
         self._num_pending = 0  # tokens inside that completed no part: reasoning, or its end
 
     def count(self, event: TokenEvent) -> int:
         """Return the number of tokens that the event shows to be reasoning."""
+        if self._is_over:
+            return 0
         parts = self._parser.push(event.text)
         if event.is_last:
             parts = parts + self._parser.finish()
         if not parts:
             self._num_pending += event.num_tokens if self._is_inside else 0
             return 0
-        was_pending, self._num_pending = self._num_pending, 0
-        self._is_inside = isinstance(parts[-1], Reasoning)
         inside = sum(len(part.text) for part in parts if isinstance(part, Reasoning))
+        self._is_over = not isinstance(parts[-1], Reasoning)
         if not inside:
             return 0
-        if self._is_inside and len(parts) == 1:
-            return was_pending + event.num_tokens
-        # One event with several tokens, some of them reasoning: share them by length.
-        others = len(event.text) - inside
-        share = inside / max(1, inside + max(0, others))
-        return was_pending + round(event.num_tokens * share)
+        before, self._num_pending, self._is_inside = self._num_pending, 0, True
+        # Only if several tokens share an event may some of them be no reasoning.
+        share = inside / max(inside, len(event.text)) if self._is_over else 1.0
+        return before + round(event.num_tokens * share)
 
 
 class AnswerWriter:

@@ -37,7 +37,7 @@ from sagellm.gateway.settings import RequestLimits
 
 V = TypeVar("V")
 R = TypeVar("R", bound=CountTokensRequest)
-Struct: TypeAlias = type[msgspec.Struct]
+SentType: TypeAlias = type[msgspec.Struct]
 Words: TypeAlias = tuple[str, ...]
 
 
@@ -54,6 +54,10 @@ def read_count_body(body: bytes, limits: RequestLimits) -> CountTokensRequest:
 def _read(body: bytes, struct: type[R], limits: RequestLimits) -> R:
     """Return the body with its types checked."""
     value = read_json(body, max_depth=limits.json_depth)
+    if isinstance(value, dict) and value.get("thread") is not None:
+        # The client's own loops over tools begin a thread, and go on without it after this code.
+        message = "conversations are not kept; send all messages with each request"
+        raise wrong("thread", message, "thread_unsupported_request")
     said = fields_of(value, struct.__struct_fields__, SENT_OBJECTS[struct])
     if isinstance(said.get("messages"), list):
         at_most("messages", len(said["messages"]), limits.num_messages, "messages")
@@ -63,7 +67,7 @@ def _read(body: bytes, struct: type[R], limits: RequestLimits) -> R:
     return convert(said, struct)
 
 
-def _fields(value: Any, struct: Struct, where: str, **words: Words) -> dict[str, Any]:
+def _fields(value: Any, struct: SentType, where: str, **words: Words) -> dict[str, Any]:
     """Return the known fields of an object. `words`: the fields that take one of several words."""
     said = fields_of(value, struct.__struct_fields__, SENT_OBJECTS[struct], where)
     for name, allowed in words.items():
@@ -78,9 +82,9 @@ class _Place(NamedTuple):
     `turn`: the type of the message, if the place is the content of one.
     """
 
-    structs: Mapping[str, Struct]
+    structs: Mapping[str, SentType]
     what: str
-    turn: Struct | None = None
+    turn: SentType | None = None
 
 
 _TEXT = {"text": TextBlock}

@@ -8,7 +8,7 @@ from msgspec import Meta
 from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.other_apis import Foreign, IgnoredField
 from sagellm.gateway.protocol.request import Hint, NonEmptyText, within
-from sagellm.gateway.protocol.tool_choice import MAX_TOOLS
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS, ToolName
 from sagellm.runtime.sampling import RANGES
 
 ChoiceType: TypeAlias = Literal["auto", "any", "tool", "none"]
@@ -89,7 +89,7 @@ AnyTurn: TypeAlias = UserTurn | AssistantTurn | SystemTurn
 class ToolDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A tool that the client runs. `input_schema`: a JSON schema of the input of its calls."""
 
-    name: NonEmptyText
+    name: ToolName
     input_schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = None
@@ -162,6 +162,8 @@ _CACHED = {"cache_control": IgnoredField("object", "prefixes are kept in any cas
 _NONE = Foreign({}, {})
 BODY = Foreign(
     unbuilt={
+        "billing_policy": (),
+        "compaction": (),
         "container": (),
         # The second value is what agents send: it clears nothing.
         "context_management": (
@@ -169,9 +171,12 @@ BODY = Foreign(
             {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         ),
         "diagnostics": (),
+        "fallback_credit_token": (),
+        "fallbacks": ([],),
         "inference_geo": (),
         "mcp_servers": ([],),
         "speed": ("standard",),
+        "thread": (),
     },
     taken={
         **_CACHED,

@@ -29,7 +29,14 @@ from sagellm.gateway.protocol.request import (
     read_fields,
 )
 from sagellm.gateway.protocol.structured_outputs import check_constraints
-from sagellm.gateway.protocol.tool_choice import ToolChoice, ToolMode, Tools, check_tools, resolved
+from sagellm.gateway.protocol.tool_choice import (
+    AllowedTools,
+    ToolChoice,
+    ToolMode,
+    Tools,
+    allowed_only,
+    check_tools,
+)
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.sampling import MAX_LOGPROBS, RANGES
 
@@ -205,8 +212,10 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
     if request.top_logprobs and not request.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")
     check_tools(request.tools, request.tool_choice)
-    tools, choice = resolved(request.tools, request.tool_choice)
-    return msgspec.structs.replace(request, tools=tools, tool_choice=choice)
+    if isinstance(request.tool_choice, AllowedTools):
+        tools, choice = allowed_only(request.tools, request.tool_choice)
+        request = msgspec.structs.replace(request, tools=tools, tool_choice=choice)
+    return request
 
 
 class TokenizePrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

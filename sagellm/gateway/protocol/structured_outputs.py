@@ -91,8 +91,10 @@ def _constraints(asked: Generation) -> list[Constraint]:
         found.append(Constraint("response_format", "json_object", True))
     if outputs is not None:
         found += _parts(outputs)
-    aliases = ((name, kind, getattr(asked, name)) for name, kind in _ALIASES.items())
-    return found + [Constraint(*each) for each in aliases if each[2] is not None]
+    for name, kind in _ALIASES.items():
+        if (value := getattr(asked, name)) is not None:
+            found.append(Constraint(name, kind, value))
+    return found
 
 
 def _parts(outputs: StructuredOutputs) -> list[Constraint]:

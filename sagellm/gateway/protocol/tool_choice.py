@@ -101,15 +101,11 @@ def _check_name(place: str, name: str, names: list[str]) -> None:
     raise wrong(place, f"is none of the {len(names)} tools{hint}")
 
 
-def resolved(
-    tools: list[Tool], choice: ToolChoice | None
-) -> tuple[list[Tool], ToolMode | NamedTool]:
-    """Return the tools that the model sees, and how it may call them. Both have been checked."""
-    if isinstance(choice, AllowedTools):
-        allowed = {tool.function.name for tool in choice.allowed_tools.tools}
-        kept = [tool for tool in tools if tool.function.name in allowed]
-        return kept, choice.allowed_tools.mode
-    return tools, choice or "auto"
+def allowed_only(tools: list[Tool], choice: AllowedTools) -> tuple[list[Tool], ToolMode]:
+    """Return the allowed tools, and how the model may call them. Both have been checked."""
+    allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+    kept = [tool for tool in tools if tool.function.name in allowed]
+    return kept, choice.allowed_tools.mode
 
 
 def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse:
@@ -125,5 +121,5 @@ def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool)
     )
     if isinstance(choice, NamedTool):
         return ToolUse(tools=specs, named=choice.function.name, parallel=parallel)
-    assert not isinstance(choice, AllowedTools), "`resolved` has replaced it"
+    assert not isinstance(choice, AllowedTools), "`read_chat` has replaced it"
     return ToolUse(tools=specs, choice=choice or "auto", parallel=parallel)

@@ -18,12 +18,13 @@ from sagellm.gateway.answers.objects import (
 from sagellm.gateway.answers.writer import AnswerSpec
 from sagellm.gateway.api_errors import ApiError
 
-USAGE = ApiUsage(5, 4, 9, PromptTokensDetails(3), CompletionTokensDetails())
+USAGE = ApiUsage(5, 4, 9, PromptTokensDetails(3), CompletionTokensDetails(1))
 TOLD = {
     "input_tokens": 2,
     "cache_creation_input_tokens": 0,
     "cache_read_input_tokens": 3,
     "output_tokens": 4,
+    "output_tokens_details": {"thinking_tokens": 1},
 }
 BEGIN = ToolCallDelta(0, "call_1", "f")
 
@@ -248,7 +249,12 @@ def test_why_an_answer_ended(
 )
 def test_an_error_is_the_last_event(status: int, kind: str) -> None:
     (failed,) = decoded(form_of().failure(ApiError(status, "why")))
-    assert failed == {"type": "error", "error": {"type": kind, "message": "why"}}
+    assert failed == {"type": "error", "error": {"type": kind, "message": "why", "details": None}}
+
+
+def test_an_error_has_its_code_where_clients_look_for_it() -> None:
+    (failed,) = decoded(form_of().failure(ApiError(503, "why", code="queue_full")))
+    assert failed["error"]["details"] == {"error_code": "queue_full"}
 
 
 def test_no_line_end_of_unicode_is_in_an_event() -> None:

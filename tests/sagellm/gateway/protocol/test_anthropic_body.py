@@ -88,6 +88,7 @@ def test_fields_that_ask_for_nothing_more_are_taken(fields: dict[str, Any]) -> N
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"context_management": {"edits": [{"type": MARK}]}}, "context_management"),
         ({"speed": "fast"}, "speed"),
+        ({"thread": {"type": "create"}}, "thread"),
         ({"service_tier": 1}, "service_tier"),
         ({"stop": ["a"]}, "stop"),
         ({"tools": [{}]}, "tools[0].name"),
