@@ -165,6 +165,11 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def is_structured(self) -> bool:
+        """Whether a field may bind the answer to a grammar."""
+        return any(getattr(self, name) is not None for name in STRUCTURE)
+
+    @property
     def has_usage(self) -> bool:
         """Whether a stream ends with an event that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -173,6 +178,20 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def has_continuous_usage(self) -> bool:
         """Whether each event of a stream has the usage up to this event."""
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+# The fields that bind an answer to a grammar.
+STRUCTURE = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "regex",
+    "ebnf",
+)
 
 
 def check_generation(request: Generation, limits: RequestLimits) -> None:
