@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sagellm.chat_formats.chat_format import ToolSpec, UnboundSchema
 
-Schema: TypeAlias = Mapping[str, Any]
+ToolSchema: TypeAlias = Mapping[str, Any]
 
 _MAX_REFERENCES = 32  # a longer chain of `$ref` may be a circle
 _DOCUMENTS = frozenset(
@@ -18,15 +18,15 @@ class Member(NamedTuple):
     """A property of an object. `schema` has no `$ref` at its top."""
 
     name: str
-    schema: Schema
+    schema: ToolSchema
     is_required: bool
 
 
-def schema_of(tool: ToolSpec) -> Schema:
+def schema_of(tool: ToolSpec) -> ToolSchema:
     return {"type": "object", **(tool.parameters or {})}
 
 
-def members_of(schema: Schema, root: Schema) -> list[Member]:
+def members_of(schema: ToolSchema, root: ToolSchema) -> list[Member]:
     """The properties of an object schema, required ones first. `root`: where `$ref` leads to."""
     properties, required = schema.get("properties", {}), schema.get("required", ())
     members = [
@@ -36,7 +36,7 @@ def members_of(schema: Schema, root: Schema) -> list[Member]:
     return sorted(members, key=lambda member: not member.is_required)
 
 
-def resolved(schema: Any, root: Schema) -> Schema:
+def resolved(schema: Any, root: ToolSchema) -> ToolSchema:
     """The schema that `$ref` leads to. An unknown or circular reference allows any value, as does
     the schema true.
     """
@@ -49,20 +49,20 @@ def resolved(schema: Any, root: Schema) -> Schema:
     return {}
 
 
-def _target(reference: str, root: Schema) -> Any:
+def _target(reference: str, root: ToolSchema) -> Any:
     found: Any = root
     for part in reference.removeprefix("#").split("/")[1:]:
         found = found.get(part) if isinstance(found, Mapping) else None
     return found
 
 
-def alternatives(schema: Schema, root: Schema) -> list[Schema]:
+def alternatives(schema: ToolSchema, root: ToolSchema) -> list[ToolSchema]:
     """The schemas of which a value may satisfy one: those of `anyOf` or `oneOf`, or itself."""
     given = schema.get("anyOf", schema.get("oneOf"))
     return [resolved(one, root) for one in given] if given else [schema]
 
 
-def constants(schema: Schema) -> list[Any] | None:
+def constants(schema: ToolSchema) -> list[Any] | None:
     """The values of `enum` or `const`, or None."""
     if "const" in schema:
         return [schema["const"]]
@@ -70,10 +70,10 @@ def constants(schema: Schema) -> list[Any] | None:
     return list(given) if given is not None else None
 
 
-def types_of(schema: Schema, root: Schema) -> frozenset[str]:
+def types_of(schema: ToolSchema, root: ToolSchema) -> frozenset[str]:
     """The JSON types that a value may have; "number" includes integers."""
     types: set[str] = set()
-    found: list[Schema] = [schema]
+    found: list[ToolSchema] = [schema]
     for one in found:
         options = alternatives(one, root)
         if options == [one]:
@@ -83,7 +83,7 @@ def types_of(schema: Schema, root: Schema) -> frozenset[str]:
     return frozenset(types)
 
 
-def _own_types(schema: Schema) -> Iterable[str]:
+def _own_types(schema: ToolSchema) -> Iterable[str]:
     values, given = constants(schema), schema.get("type")
     if values is not None:
         return map(type_of, values)
@@ -93,7 +93,7 @@ def _own_types(schema: Schema) -> Iterable[str]:
     return ("number" if name == "integer" else name for name in names)
 
 
-def length_bounds(schema: Schema) -> tuple[int, int | None] | None:
+def length_bounds(schema: ToolSchema) -> tuple[int, int | None] | None:
     """The least and the greatest length of a text (None: any), or None if it has any length."""
     least, most = schema.get("minLength", 0), schema.get("maxLength")
     return None if (least, most) == (0, None) else (least, most)
@@ -109,7 +109,7 @@ def type_of(value: Any) -> str:
     return names.get(type(value), "object")
 
 
-def check_bound(tool: ToolSpec, schema: Schema, known: frozenset[str]) -> None:
+def check_bound(tool: ToolSpec, schema: ToolSchema, known: frozenset[str]) -> None:
     """Raise UnboundSchema if a strict tool has a keyword in a schema that is not `known`."""
     unknown = sorted(set(schema) - known - _DOCUMENTS)
     if tool.strict and unknown:

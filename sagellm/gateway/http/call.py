@@ -135,11 +135,12 @@ class RouteTable:
         )
 
     def _not_found(self, scope: Scope) -> EndpointRoute:
-        """Return the route of an unknown path. Below a known path, it speaks the same dialect."""
+        """Return the route of an unknown path, in the dialect of the known path above it."""
         raw_path: bytes = scope.get("raw_path") or b""
         for known, methods in self._exact.items():
-            if raw_path.startswith(known + b"/"):
-                return replace(NOT_FOUND, dialect=next(iter(methods.values())).dialect)
+            dialect = next(iter(methods.values())).dialect
+            if dialect is not NOT_FOUND.dialect and raw_path.startswith(known + b"/"):
+                return replace(NOT_FOUND, dialect=dialect)
         return NOT_FOUND
 
     def _methods(self, path: str) -> dict[str, EndpointRoute]:

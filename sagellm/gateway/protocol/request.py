@@ -34,6 +34,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LEN = 256
 MAX_SALT_LEN = 64
 MAX_HINT_LEN = 512
+MAX_ALTERNATIVES = 8192
 MAX_LABEL_LEN = 64  # as in the OpenAI API
 MAX_WAIT_S = 86_400.0
 
@@ -42,7 +43,7 @@ NonEmptyText: TypeAlias = Annotated[str, Meta(min_length=1)]
 BadWord: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_LEN)]
 Label: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LABEL_LEN)]
 SchemaField: TypeAlias = dict[str, Any] | NonEmptyText
-Choices: TypeAlias = Annotated[list[NonEmptyText], Meta(min_length=1)]
+Choices: TypeAlias = Annotated[list[NonEmptyText], Meta(min_length=1, max_length=MAX_ALTERNATIVES)]
 Hint: TypeAlias = Annotated[str, Meta(max_length=MAX_HINT_LEN)]
 WaitSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_WAIT_S)]
 TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,9})$(?!\n)")]
