@@ -3,21 +3,23 @@
 import functools
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
+import jsonschema_rs
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from random_schemas import random_schema
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.compiler import GrammarCompiler
 from sagellm.runtime.grammars.matcher import GrammarMatcher
 from sagellm.runtime.models.pipelines import spelled_bytes
 from sagellm.runtime.models.tokenizer import ByteTokenizer
-
-Mask = NDArray[np.int32]
+from sagellm.runtime.sampling import Grammar
 
 
 class WalkTokenizer(ByteTokenizer):
@@ -120,3 +122,43 @@ class RandomModel:
             haste = max(0, len(output) - self.patience) / 4
             logits = self.rng.gumbel(size=ids.size) + self.rng.normal(size=ids.size)
             yield int(ids[np.argmax(logits + haste * self._ends[ids] - 3 * self._blank[ids])])
+
+
+@dataclass
+class Outcomes:
+    """What became of random schemas. `refused`: how often for each reason."""
+
+    num_finished: int = 0
+    num_tokens: int = 0
+    num_cut: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+
+def follow_random_schemas(seeds: Iterable[int], max_tokens: int = 400) -> Outcomes:
+    """Answer by one random schema for each seed. Every finished answer is checked by another
+    implementation of JSON Schema.
+    """
+    found, tokenizer = Outcomes(), json_tokenizer()
+    for seed in seeds:
+        schema = random_schema(random.Random(seed))
+        grammar = Grammar(kind="json_schema", text=json.dumps(schema))
+        try:
+            matcher = json_compiler().compile(grammar, "", ignores_eos=False)
+        except GrammarError as error:
+            found.refused[str(error)] += 1
+            continue
+        model = RandomModel(tokenizer, np.random.default_rng(seed))
+        output, is_finished = model.answer(matcher, max_tokens)
+        found.num_tokens += len(output)
+        found.num_cut += not is_finished
+        if is_finished:
+            found.num_finished += 1
+            check_answer(schema, tokenizer.decode(output, skip_special_tokens=False))
+    return found
+
+
+def check_answer(schema: object, text: str) -> None:
+    """Raise an error if the text is not valid JSON, or not valid by the schema."""
+    value = json.loads(text, parse_float=lambda digits: max(-1e300, min(float(digits), 1e300)))
+    validator = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
+    validator.validate(value)

@@ -1,4 +1,4 @@
-"""Random JSON schemas of the kinds that applications send: see JSONSchemaBench (arXiv 2501.10868)."""
+"""Random JSON schemas of the kinds that applications send: JSONSchemaBench, arXiv 2501.10868."""
 
 import random
 from collections.abc import Callable
@@ -55,7 +55,8 @@ class _Making:
             lambda: {"type": self.rng.choice(["boolean", "null"])}, self.reference,
             lambda: {"type": self.rng.sample(["string", "integer", "null", "boolean"], 2)},
         ]  # fmt: skip
-        inner = [self.object, self.object, self.array, self.options, self.tagged, self.tuple]
+        inner = [self.object, self.object, self.array, self.options, self.tagged, self.tuple,
+                 self.all_of, self.one_of, self.map]  # fmt: skip
         if depth and self.rng.random() < 0.5:
             return self.rng.choice(inner)(depth - 1)
         return self.rng.choice(leaves)()
@@ -76,6 +77,10 @@ class _Making:
             schema["additionalProperties"] = False
         return schema
 
+    def map(self, depth: int) -> Schema:
+        values = {"additionalProperties": self.value(depth)}
+        return {"type": "object", "minProperties": 1, "maxProperties": 3} | values
+
     def array(self, depth: int) -> Schema:
         least = self.rng.randint(0, 2)
         schema = {"type": "array", "items": self.value(depth), "minItems": least}
@@ -87,6 +92,16 @@ class _Making:
 
     def options(self, depth: int) -> Schema:
         return {"anyOf": [self.value(depth) for _ in range(self.rng.randint(2, 3))]}
+
+    def all_of(self, depth: int) -> Schema:
+        """An object and what else holds of it, as inheritance is written."""
+        parent, name = self.object(depth), self.rng.choice(_WORDS)
+        return {"allOf": [parent, {"type": "object", "properties": {name: self.value(0)}}]}
+
+    def one_of(self, depth: int) -> Schema:
+        """Options of different types, or of types that overlap: those cannot be compiled."""
+        others = [self.string, self.constant, lambda: self.array(depth)]
+        return {"oneOf": [self.integer(), self.rng.choice(others)()]}
 
     def tagged(self, depth: int) -> Schema:
         """A tagged union, as pydantic writes it: of definitions, or in place."""

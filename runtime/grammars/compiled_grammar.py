@@ -7,13 +7,14 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sagellm.backends.step import MatcherError
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.llguidance_text import Source
 from sagellm.runtime.grammars.reasons import reason
 
 # Measured on one core at 2.5 GHz with 150,000 tokens: hostile grammars of every kind stay below
 # 50 ms for a mask. Schemas with 500 optional properties, or enums of 10,000 texts, fit.
 LIMITS = LLParserLimits(
     max_items_in_row=2500,  # an object takes 4 for each optional property
-    step_max_items=30_000,
+    step_max_items=50_000,
     max_lexer_states=50_000,  # about 30 MB
     max_grammar_size=20_000,
     initial_lexer_fuel=500_000,
@@ -23,7 +24,7 @@ LIMITS = LLParserLimits(
 _MIN_FILLS = 500  # masks that a lexer must have served to be worth making anew
 # A mask may take this CPU time on average. A grammar with ambiguous rules passes every limit of
 # llguidance, and each of its masks takes longer than the one before.
-_MEAN_FILL_S, _SPARE_S = 0.005, 1.0
+_MEAN_FILL_S, _SPARE_S = 0.005, 0.5
 
 
 class CompiledGrammar:
@@ -33,9 +34,9 @@ class CompiledGrammar:
     then `renewed` makes another. Any thread may call any method.
     """
 
-    def __init__(self, vocabulary: LLTokenizer, text: str) -> None:
+    def __init__(self, vocabulary: LLTokenizer, source: Source) -> None:
         self._vocabulary = vocabulary
-        self._text = text
+        self._source = source
         self._lock = threading.Lock()
         self._start = self._compile()
         self._age = self._num_fills = 0
@@ -70,7 +71,7 @@ class CompiledGrammar:
             raise MatcherError("the grammar takes too long to follow")
 
     def _compile(self) -> LLMatcher:
-        start = LLMatcher(self._vocabulary, self._text, log_level=0, limits=LIMITS)
+        start = LLMatcher(self._vocabulary, self._source.text, log_level=0, limits=LIMITS)
         # llguidance finds some faults, and some exceeded limits, only at the first token.
         probe = start.deep_copy()
         mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
@@ -78,5 +79,5 @@ class CompiledGrammar:
             bits = np.unpackbits(mask[first[:1]], bitorder="little")
             probe.try_consume_tokens([int(first[0]) * 8 + int(bits.argmax())])
         if probe.is_error():
-            raise GrammarError(reason(probe.get_error()))
+            raise GrammarError(reason(probe.get_error(), has_lines=self._source.has_lines))
         return start

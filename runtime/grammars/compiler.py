@@ -31,12 +31,12 @@ def check_grammar(grammar: Grammar) -> None:
     the thread for milliseconds, for the largest grammars tenths of a second, mostly without
     Python's lock.
     """
-    text = llguidance_text(grammar)
-    special = sorted(special_tokens(text)) if grammar.kind == "lark" else []
+    source = llguidance_text(grammar)
+    special = sorted(special_tokens(source.text)) if grammar.kind == "lark" else []
     if not any(name.startswith("[") for name in special):
-        CompiledGrammar(_byte_vocabulary(*special), text)
-    elif fault := LLMatcher.validate_grammar(text, limits=LIMITS):  # it names tokens by number
-        raise GrammarError(reason(fault))
+        CompiledGrammar(_byte_vocabulary(*special), source)
+    elif fault := LLMatcher.validate_grammar(source.text, limits=LIMITS):  # tokens by number
+        raise GrammarError(reason(fault, has_lines=source.has_lines))
 
 
 @functools.lru_cache(8)

@@ -68,16 +68,15 @@ def _check_cost(schema: dict[str, Any]) -> None:
         patterns = node.get("patternProperties")
         regexes = [node.get("pattern"), *(patterns if isinstance(patterns, dict) else ())]
         cost += sum(regex_cost(regex) for regex in regexes if isinstance(regex, str))
-        multiple = lcm(multiple, _remainders(node.get("multipleOf")))
+        multiple = lcm(multiple, _digits(node.get("multipleOf")))
         if multiple > MAX_MULTIPLE:
-            raise GrammarError(
-                f"multipleOf: the digits of all values have a common multiple above {MAX_MULTIPLE}"
-            )
+            cause = f"the values, without zeros, have a common multiple above {MAX_MULTIPLE}"
+            raise GrammarError(f"multipleOf: {cause}")
     check_regex_cost(cost)
 
 
-def _remainders(multiple: object) -> int:
-    """How many remainders a value of `multipleOf` has: 0.05 has 5. llguidance judges the type."""
+def _digits(multiple: object) -> int:
+    """The digits of a value of `multipleOf`: 5 for 0.05 and 500. llguidance judges the type."""
     if isinstance(multiple, bool) or not isinstance(multiple, int | float):
         return 1
     try:
@@ -86,7 +85,10 @@ def _remainders(multiple: object) -> int:
         return 1
     while digits.denominator > 1:
         digits *= 10
-    return abs(digits.numerator) or 1
+    number = abs(digits.numerator) or 1
+    while number % 10 == 0:
+        number //= 10
+    return number
 
 
 def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -49,11 +49,9 @@ class _Definition:
 
 
 def lark_text(text: str) -> str:
-    """The Lark text for llguidance of a grammar in Lark, or in the GBNF of llama.cpp. Raises
-    GrammarError if the grammar is too expensive, or has what is not taken.
+    """The Lark text that llguidance compiles for a grammar in Lark. Raises GrammarError if the
+    grammar is too expensive, or has what is not taken.
     """
-    if _GBNF_RULE.search(text):
-        text = _from_gbnf(text)
     pieces, definitions = _scan(text)
     if sum(each.size for each in definitions.values()) > MAX_LARK_CHARS:
         raise GrammarError(f"the grammar is longer than {MAX_LARK_CHARS >> 10} KiB")
@@ -67,7 +65,13 @@ def special_tokens(text: str) -> set[str]:
     return {name[1:-1] for name in found if name}
 
 
-def _from_gbnf(text: str) -> str:
+def has_gbnf_rules(text: str) -> bool:
+    """Whether a grammar has rules of GBNF, as llama.cpp reads it, or EBNF: `name ::= ...`."""
+    return _GBNF_RULE.search(text) is not None
+
+
+def from_gbnf(text: str) -> str:
+    """The grammar in Lark. Its start is the rule `root`. Raises GrammarError."""
     if len(text) > MAX_GBNF_CHARS:
         raise GrammarError(f"a grammar of ::= rules is longer than {MAX_GBNF_CHARS >> 10} KiB")
     try:

@@ -1,12 +1,13 @@
 """What llguidance is given for a grammar, within limits."""
 
 import json
+from typing import NamedTuple
 
 from llguidance import LLMatcher
 
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.json_schemas import read_schema, schema_text
-from sagellm.runtime.grammars.lark_text import lark_text
+from sagellm.runtime.grammars.lark_text import from_gbnf, has_gbnf_rules, lark_text
 from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
 from sagellm.runtime.sampling import Grammar
 
@@ -16,31 +17,40 @@ MAX_TEXT_BYTES = 128 << 10
 _OPTIONS = '%llguidance {"no_forcing": true}'
 
 
-def llguidance_text(grammar: Grammar) -> str:
+class Source(NamedTuple):
+    """What llguidance compiles. `has_lines`: its lines are those of the client's text."""
+
+    text: str
+    has_lines: bool = False
+
+
+def llguidance_text(grammar: Grammar) -> Source:
     """The text that llguidance compiles. Raises GrammarError."""
-    if len(grammar.text.encode(errors="surrogatepass")) > MAX_TEXT_BYTES:
-        raise GrammarError(f"the grammar is longer than {MAX_TEXT_BYTES >> 10} KiB")
     try:
-        return _TEXTS[grammar.kind](grammar.text)
+        if len(grammar.text.encode()) <= MAX_TEXT_BYTES:
+            return _TEXTS[grammar.kind](grammar.text)
     except UnicodeEncodeError:
         raise GrammarError("the grammar is not Unicode text") from None
+    raise GrammarError(f"the grammar is longer than {MAX_TEXT_BYTES >> 10} KiB")
 
 
-def _of_schema(text: str) -> str:
-    # A schema of its own, because only a grammar in Lark has options.
+def _of_schema(text: str) -> Source:
+    # The schema is a grammar of its own, because only a grammar in Lark has options.
     start = json.dumps({"name": "start", "lark_grammar": f"start: @schema\n{_OPTIONS}"})
     schema = schema_text(read_schema(text))
-    return f'{{"grammars": [{start}, {{"name": "schema", "json_schema": {schema}}}]}}'
+    return Source(f'{{"grammars": [{start}, {{"name": "schema", "json_schema": {schema}}}]}}')
 
 
-def _of_regex(text: str) -> str:
+def _of_regex(text: str) -> Source:
     check_regex_cost(regex_cost(text))
     found = json.loads(LLMatcher.grammar_from_regex(text))
-    return f"{found['grammars'][0]['lark_grammar']}\n{_OPTIONS}"
+    return Source(f"{found['grammars'][0]['lark_grammar']}\n{_OPTIONS}")
 
 
-def _of_lark(text: str) -> str:
-    return f"{lark_text(text)}\n{_OPTIONS}"
+def _of_lark(text: str) -> Source:
+    is_gbnf = has_gbnf_rules(text)
+    lark = from_gbnf(text) if is_gbnf else text
+    return Source(f"{lark_text(lark)}\n{_OPTIONS}", has_lines=not is_gbnf)
 
 
 _TEXTS = {"json_schema": _of_schema, "regex": _of_regex, "lark": _of_lark}

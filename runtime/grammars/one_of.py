@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_MAX_STEPS = 20_000  # comparisons for one schema
+_MAX_STEPS = 5_000  # comparisons for one schema
 _MAX_DEPTH = 16
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
 
@@ -21,11 +21,20 @@ class Disjointness:
         """Whether no value matches two of the options."""
         if not isinstance(options, list) or not options:
             return False
-        return all(
+        return self._have_tags(options) or all(
             self._differ(one, other, _MAX_DEPTH)
             for index, one in enumerate(options)
             for other in options[index + 1 :]
         )
+
+    def _have_tags(self, options: list[object]) -> bool:
+        """Whether all are of objects with a required property that has another text in each."""
+        schemas = [self._target(one.get("$ref")) or one for one in options if isinstance(one, dict)]
+        found = [one for one in schemas if isinstance(one, dict) and one.get("type") == "object"]
+        if len(found) < len(options):
+            return False
+        tags = ([_tag(one, name) for one in found] for name in _required(found[0]))
+        return any(None not in each and len(set(each)) == len(each) for each in tags)
 
     def _differ(self, one: object, other: object, depth: int) -> bool:
         if one is False or other is False:
@@ -121,6 +130,16 @@ def _differ_in_values(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if first is None or second is None or len(first) * len(second) > _MAX_STEPS:
         return False
     return not any(value in second for value in first)
+
+
+def _tag(schema: dict[str, Any], name: object) -> str | None:
+    """The only text that a required property may have; None: there are others."""
+    if not isinstance(name, str) or name not in _required(schema):
+        return None
+    match _property(schema, name):
+        case {"const": str(text)} | {"enum": [str(text)]}:
+            return text
+    return None
 
 
 def _required(schema: dict[str, Any]) -> list[object]:

@@ -72,6 +72,10 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("circular reference", "a terminal refers to itself"),
     ("duplicate", "a name is defined twice"),
     ("Unknown common regex", "an imported name is not known"),
+    ("Unable to determine", "regular expressions that must hold together are too complex"),
+    ("hex escape", "the schema is not Unicode text"),
+    ("surrogate", "the schema is not Unicode text"),
+    ("parametric", "a rule needs parameters that it does not have"),
     ("not supported", "a construct is not supported"),
     ("lexer error", "the syntax is not valid"),
     ("Empty grammar", "the grammar is empty"),
@@ -79,19 +83,24 @@ _REASONS: tuple[tuple[str, str], ...] = (
 _OTHER = "the grammar is not valid"
 
 
-def reason(message: str) -> str:
-    """What a client is told for a message of llguidance."""
+def reason(message: str, *, has_lines: bool = False) -> str:
+    """What a client is told for a message of llguidance.
+
+    `has_lines`: llguidance was given the client's own lines, so that their numbers are of use.
+    """
     place = _PLACE.match(message)
-    where = f" (line {place[1]}, column {place[2]})" if place else ""
-    if place and message.startswith(("at ", place[0])) and "Expected" in message:
-        return f"the syntax is not valid{where}"
+    where = f" (line {place[1]}, column {place[2]})" if place and has_lines else ""
+    return f"{_cause(message, is_syntax=bool(place))}{where}"
+
+
+def _cause(message: str, *, is_syntax: bool) -> str:
+    if is_syntax and "Expected" in message:
+        return "the syntax is not valid"
+    names = _keywords(message)
     for part, text in _REASONS:
-        if part in message:
-            names = _keywords(message)
-            if "{names}" not in text:
-                return f"{text}{where}"
-            return f"{text.format(names=', '.join(names))}{where}" if names else f"{_OTHER}{where}"
-    return f"{_OTHER}{where}"
+        if part in message and (names or "{names}" not in text):
+            return text.format(names=", ".join(names))
+    return _OTHER
 
 
 def _keywords(message: str) -> list[str]:

@@ -23,6 +23,7 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _SALT_BYTES = 16
+_ANSWER_PREFIXES = ("chatcmpl-", "cmpl-", "msg_")
 _NUM_BROKEN = 4096  # more calls than can break off while the graph ends the requests of one call
 
 
@@ -128,7 +129,9 @@ class Gateway:
 
 def plain_id(answer_id: str) -> str:
     """Return the id of a call from the id of its answer, which has a prefix."""
-    return answer_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    for prefix in _ANSWER_PREFIXES:
+        answer_id = answer_id.removeprefix(prefix)
+    return answer_id
 
 
 def call_of(request_id: str) -> str:

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sagellm.chat_formats import open_plain_parser
-from sagellm.gateway.answers.event_stream import escaped, event
+from sagellm.gateway.answers.event_stream import DONE, escaped, event, failure
 from sagellm.gateway.answers.event_stream import event as sse_event
 from sagellm.gateway.answers.logprobs import (
     CompletionLogprobsWriter,
@@ -33,6 +33,7 @@ from sagellm.gateway.answers.objects import (
 )
 from sagellm.gateway.answers.parts import ChoiceParts, delta_of, finish_reason, message_of
 from sagellm.gateway.answers.writer import FINISH, AnswerSpec, Indexed
+from sagellm.gateway.api_errors import ApiError
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session.requests import Encoded
 
@@ -80,8 +81,13 @@ class CompletionForm:
         chunk = self._chunk([self._choice(index, event)], usage)
         return sse_event(msgspec.json.encode(chunk))
 
-    def usage(self, usage: ApiUsage) -> bytes:
-        return sse_event(msgspec.json.encode(self._chunk([], usage)))
+    def ending(self, usage: ApiUsage) -> bytes:
+        if not self._asked.has_usage:
+            return DONE
+        return sse_event(msgspec.json.encode(self._chunk([], usage))) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return failure(error)
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
         asked = self._asked
@@ -209,8 +215,13 @@ class ChatForm:
         chunk = self._chunk([choice], usage, prompt_logprobs=self._prompt_logprobs(event))
         return sse_event(msgspec.json.encode(chunk))
 
-    def usage(self, usage: ApiUsage) -> bytes:
-        return sse_event(msgspec.json.encode(self._chunk([], usage)))
+    def ending(self, usage: ApiUsage) -> bytes:
+        if not self._asked.has_usage:
+            return DONE
+        return sse_event(msgspec.json.encode(self._chunk([], usage))) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return failure(error)
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
         asked, told = self._asked, list(choices)

@@ -157,8 +157,11 @@ class AnswerForm(Protocol):
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
         """Return the event for the next piece of the choice `index`."""
 
-    def usage(self, usage: ApiUsage) -> bytes:
-        """Return the event that ends a stream with the usage of the whole call."""
+    def ending(self, usage: ApiUsage) -> bytes:
+        """Return the events that end a stream. `usage`: that of the whole call."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the events that end a stream whose answer is not whole."""
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
         """Return the JSON text of a whole answer that is not streamed."""
@@ -234,8 +237,12 @@ class AnswerWriter:
         return b"".join(events)
 
     def ending(self) -> bytes:
-        """Return the events after the last chunk: the usage, if the client asked for it."""
-        return self._form.usage(self._counter.usage) if self._asked.has_usage else b""
+        """Return the events after the last chunk."""
+        return self._form.ending(self._counter.usage)
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the events that end a stream whose answer is not whole."""
+        return self._form.failure(error)
 
     def add(self, batch: EventBatch) -> None:
         """Add a batch to the whole answer."""

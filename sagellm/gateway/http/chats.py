@@ -37,7 +37,7 @@ async def chat_call(
     if asked.tools:
         use = tool_use_of(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
         check_tool_use(served, asked, use)
-    prompt = await _chat_prompt(served, asked)
+    prompt = await chat_prompt(served, asked)
     grammar = None
     if asked.is_structured or use.allowed:
         grammar = await chat_grammar(gateway, served, asked, use, prompt.text)
@@ -74,7 +74,7 @@ def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
     return Encoded("", (), tuple(asked.conversation))
 
 
-async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
+async def chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
     """Return the prompt of a chat: rendered by the model's template, and truncated."""
     how = rendering_of(asked, await served.encoder.variables(), asked.reasoning_effort)
     if served.facts.takes_text:

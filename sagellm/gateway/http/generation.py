@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sagellm.chat_formats import OpenParser, open_plain_parser
-from sagellm.gateway.answers.event_stream import DONE, EventWriter, attended, event_stream
+from sagellm.gateway.answers.event_stream import EventWriter, attended, event_stream
 from sagellm.gateway.answers.logprobs import TokenNames
 from sagellm.gateway.answers.writer import (
     AnswerSpec,
@@ -141,6 +141,7 @@ class GenerationResponse:
         the status of the error.
         """
         with self._started(work, hold) as (requests, answer):
+            events.failure_of = answer.failure
             async with open_streams(self._gateway.bridge, requests, self._timing(work)) as batches:
                 last = b""  # held back, to send the last chunk and the ending together
                 async for batch in batches:
@@ -154,7 +155,7 @@ class GenerationResponse:
                     if error is not None:
                         raise error
             answer.check_finished()
-            await events.send(last + answer.ending() + DONE, is_last=True)
+            await events.send(last + answer.ending(), is_last=True)
 
     async def _whole(self, work: GenerationCall, hold: BudgetHold) -> bytes:
         """Return the JSON text of the whole answer. Raises ApiError if a choice is not served."""
@@ -189,7 +190,7 @@ class GenerationResponse:
 
     def _requests(self, work: GenerationCall, ids: Sequence[str]) -> list[GraphRequest]:
         asked, call, card = work.request, self._call, work.served.card
-        tags = {"operation": "chat" if work.prefix == "chatcmpl-" else "text_completion"}
+        tags = {"operation": "chat" if isinstance(asked, ChatRequest) else "text_completion"}
         if call.traceparent:
             tags["traceparent"] = call.traceparent
         salt = self._gateway.salt_of(call.tenant, asked.cache_salt)

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from sagellm.gateway.answers.objects import ApiUsage, ModelEntry, ModelList, TokenizeAnswer
+from sagellm.gateway.protocol.anthropic_fields import SENT_OBJECTS
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -63,6 +64,7 @@ _SENT: dict[Struct, Foreign] = {
     TextPart: PART,
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
+    **SENT_OBJECTS,
 }
 # Published names of schemas that differ from the names of the Python types.
 _PUBLISHED: dict[Struct, str] = {
@@ -176,6 +178,8 @@ def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
             schema["maximum"] = min(schema["maximum"], limits.num_choices)
     if "stop" in properties:
         properties["stop"] = _stop(limits)
+    if "stop_sequences" in properties:
+        properties["stop_sequences"] = {"anyOf": _stop(limits)["anyOf"][1:], "default": []}
 
 
 def _branches(schema: Schema) -> Iterator[Schema]:

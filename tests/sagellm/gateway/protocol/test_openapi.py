@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.anthropic_body import read_count_body, read_messages_body
+from sagellm.gateway.protocol.anthropic_chat import chat_of
 from sagellm.gateway.protocol.bodies import (
     read_chat,
     read_completion,
@@ -28,9 +30,17 @@ class Route:
     access: str = "user"
 
 
+def read_messages(body: bytes, limits: RequestLimits) -> None:
+    chat = chat_of(read_messages_body(body, limits))
+    with chat.naming():
+        chat.read(limits)
+
+
 READERS = {
     "/v1/completions": read_completion,
     "/v1/chat/completions": read_chat,
+    "/v1/messages": read_messages,
+    "/v1/messages/count_tokens": read_count_body,
     "/tokenize": read_tokenize,
     "/detokenize": read_detokenize,
 }
@@ -113,6 +123,8 @@ FORMAT = {
     "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
 }
 
+MESSAGES = {"max_tokens": 5, "messages": [USER]}
+USE = {"type": "tool_use", "id": "c", "name": "f", "input": {}, "caller": {"type": "direct"}}
 GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a"}),
     ("/v1/completions", {"prompt": ["a", "b"], "n": 16, "stop": None}),
@@ -138,6 +150,15 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["a", "b"]}}),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {}, "regex": None}}),
     ("/v1/completions", {"prompt": "a", "guided_json": "{}", "ebnf": None}),
+    ("/v1/messages", MESSAGES),
+    ("/v1/messages", {**MESSAGES, "system": [{"type": "text", "text": "a"}], "tools": None}),
+    (
+        "/v1/messages",
+        {**MESSAGES, "messages": [USER, {"role": "assistant", "content": [USE]}, USER]},
+    ),
+    ("/v1/messages", {**MESSAGES, "tools": [{"name": "f", "input_schema": {}}], "container": None}),
+    ("/v1/messages", {**MESSAGES, "thinking": {"type": "disabled", "display": None}}),
+    ("/v1/messages/count_tokens", {"messages": [USER], "speed": "standard"}),
     ("/tokenize", {"prompt": "a"}),
     ("/tokenize", {"messages": [USER], "tools": [TOOL], "add_generation_prompt": False}),
     ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": None}),
@@ -179,6 +200,14 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", {"messages": [{"role": "function", "content": "a"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}),
+    ("/v1/messages", {"messages": [USER]}),
+    ("/v1/messages", {**MESSAGES, "messages": [{"role": "user", "content": [USE]}]}),
+    ("/v1/messages", {**MESSAGES, "messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+    ("/v1/messages", {**MESSAGES, "tools": [{"type": "bash_20250124", "name": "bash"}]}),
+    ("/v1/messages", {**MESSAGES, "thinking": {"type": "often"}}),
+    ("/v1/messages", {**MESSAGES, "stop_sequences": ["x"] * 17}),
+    ("/v1/messages", {**MESSAGES, "top_k": -1}),
+    ("/v1/messages/count_tokens", MESSAGES),
     ("/tokenize", {"prompt": 5}),
     ("/detokenize", {"tokens": [-1]}),
 ]
@@ -215,6 +244,11 @@ UNSAID = (
     "stands beside continue_final_message",
     "continue_final_message: needs",
     "there is none with a name",
+    "budget_tokens: is missing",
+    "tool_choice.name: is",
+    "tool_choice: wants a call",
+    "is a call without an answer",
+    "stands beside `output_config.format`",
     "has a NUL",
     "lone surrogate",
     "integer -0",
