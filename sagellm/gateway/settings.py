@@ -100,6 +100,35 @@ class Budget:
     """Cancelled calls a second, after `num_open` at once; 0: no bound."""
 
 
+@dataclass(frozen=True, slots=True)
+class StorageLimits:
+    """Limits on uploaded files and batches, which `data_dir` holds."""
+
+    upload_bytes: Bytes = 200 << 20
+    """Size of an uploaded file."""
+
+    upload_s: PositiveSeconds = 600.0
+    """Time until an uploaded file is whole."""
+
+    num_files: PositiveInt = 1000
+    """Files of one key, those of results too."""
+
+    files_bytes: Bytes = 4 << 30
+    """Size of the files of one key, those of results too."""
+
+    all_files_bytes: Bytes = 16 << 30
+    """Size of the files of all keys."""
+
+    num_batches: PositiveInt = 64
+    """Batches of one key that have not ended."""
+
+    num_batch_requests: PositiveInt = 50_000
+    """Requests of one batch."""
+
+    num_batch_calls: PositiveInt = 16
+    """Requests of batches under way in each process that speaks HTTP."""
+
+
 # Without keys all clients share one budget, so a bound for one client would bound all of them.
 GRAPH_ALONE = Budget(num_open=0, num_waiting=0, cancels_per_s=0.0)
 
@@ -113,6 +142,8 @@ class Settings:
     the key of the admin routes; without it these routes are closed. `salt_key` is the key of the
     prefix-cache salts and of the hashes in logs; the default is a random key at each start. Raises
     ValueError if only one of `tls_certificate` and `tls_key` is given.
+
+    `data_dir` is the folder of uploaded files and batches; None closes their endpoints.
 
     `budgets` maps a tenant to its own budget; other tenants have `budget`, which defaults to
     `Budget()` if there are keys. Without keys, only the graph's admission bounds requests.
@@ -137,8 +168,10 @@ class Settings:
     page: bool = True  # serve the chat page at /
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    data_dir: Path | None = None
     limits: RequestLimits = RequestLimits()
     streaming: Streaming = Streaming()
+    storage: StorageLimits = StorageLimits()
     budget: Budget | None = None
     budgets: dict[str, Budget] = field(default_factory=dict)
 

@@ -20,6 +20,8 @@ from sagellm.gateway.api_errors import (
     response_of,
     shed,
 )
+from sagellm.gateway.batches.batch_runner import BatchRunner
+from sagellm.gateway.batches.batch_store import Storage
 from sagellm.gateway.gateway import Gateway, objective_of
 from sagellm.gateway.http.call import (
     CLIENT_LEFT,
@@ -39,8 +41,12 @@ from sagellm.gateway.http.checks import (
     RequestBody,
     check_body,
     check_headers,
+    tenants,
+    upload_limits,
 )
+from sagellm.gateway.http.line_calls import AppRequests
 from sagellm.gateway.http.routes import routes_of
+from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
@@ -64,6 +70,8 @@ class App:
         self.table = RouteTable(routes)
         self.calls = OpenCalls(gateway.num_calls)
         self.bodies = OpenBodies(gateway.settings.limits)
+        self._upload_limits = upload_limits(gateway.settings)
+        self._uploads = OpenBodies(self._upload_limits)
         self._hosts = Hosts(gateway.settings)
         self._keys = ApiKeys(gateway.settings)
         self.objective_s = objective_of(gateway.graph)
@@ -72,6 +80,38 @@ class App:
             for route in self.table.routes
             if route.generates and route.method == "POST"
         }
+        self._batches = self._batch_runner(gateway.storage)
+
+    def _batch_runner(self, storage: Storage | None) -> BatchRunner | None:
+        """Return the runner of the batches in the data folder; None without such a folder."""
+        if storage is None:
+            return None
+        requests = AppRequests(
+            self.gateway, self.calls, self.table.routes, lambda: self.is_too_late
+        )
+        meters, names = self.gateway.meters.batches, tenants(self.gateway.settings)
+        runner = BatchRunner(storage, requests, meters, names)
+        storage.on_batch = runner.wake
+        return runner
+
+    async def run_background(self) -> None:
+        """Measure the lag of the app's loop and work on batches, until cancelled, on that loop."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.gateway.meters.watch_app_loop)
+            if self._batches is not None:
+                tasks.start_soon(self._batches.run)
+
+    def body_s(self, path: bytes) -> float:
+        """Return the longest time of a body. `path`: the path of its call."""
+        routes = self.table.routes
+        is_upload = any(route.uploads and route.path.encode() == path for route in routes)
+        return (self._upload_limits if is_upload else self.gateway.settings.limits).body_s
+
+    def _bounds(self, route: EndpointRoute) -> tuple[RequestLimits, OpenBodies]:
+        """Return the limits of a route's bodies, and the total that counts them."""
+        if route.uploads:
+            return self._upload_limits, self._uploads
+        return self.gateway.settings.limits, self.bodies
 
     @property
     def lag_s(self) -> float:
@@ -95,8 +135,8 @@ class App:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = new_call(scope)
         route = self.table.find(scope)
-        limits = self.gateway.settings.limits
-        body = RequestBody(scope, receive, limits, call.started_s, self.bodies)
+        limits, bodies = self._bounds(route)
+        body = RequestBody(scope, receive, limits, call.started_s, bodies)
         sending = _Sending(send, call, body)
         scope["state"] = {"call": call, "calls": self.calls, "body": body}
         self.gateway.meters.request_started(route.path, scope["method"])
@@ -139,7 +179,7 @@ class App:
             raise draining()
         if route.generates:
             self._shed(caller.tenant)
-        check_body(scope, settings.limits, self.bodies)
+        check_body(scope, *self._bounds(route))
 
     def _shed(self, tenant: str) -> None:
         """Raise ApiError 503 if the event loop is too late to serve the call."""

@@ -32,7 +32,8 @@ class EndpointRoute:
 
     In a path, `{name}` matches one segment, and `{name:path}` may match slashes. `while_draining`:
     the route still answers during a drain. `generates`: the route makes tokens, so an overloaded
-    server refuses its calls.
+    server refuses its calls. `uploads`: the endpoint writes the body to the disk as it comes, so
+    the limits of uploads hold for it.
     """
 
     method: str
@@ -41,6 +42,7 @@ class EndpointRoute:
     access: Access = "user"
     while_draining: bool = False
     generates: bool = False
+    uploads: bool = False
 
 
 async def not_found(gateway: Gateway, request: Request) -> Response:
@@ -202,7 +204,8 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class Call:
     """One call, as kept in `request.state.call`. `started_s` is a time of the loop's clock.
 
-    `tenant` is the name of the caller's key; "" until the key is checked.
+    `tenant` is the name of the caller's key; "" until the key is checked. `is_background`: the call
+    is a request of a batch, which runs at the lowest priority and outside the tenant's budget.
     """
 
     request_id: str
@@ -210,6 +213,7 @@ class Call:
     is_admin: bool = False
     started_s: float = 0.0
     traceparent: str = ""
+    is_background: bool = False
 
 
 def read_request_id(headers: Headers) -> str:

@@ -37,6 +37,17 @@ from sagellm.gateway.http.endpoints import (
     tokenizer_info,
     version,
 )
+from sagellm.gateway.http.stored_endpoints import (
+    cancel_batch,
+    create_batch,
+    create_file,
+    delete_file,
+    file_content,
+    list_batches,
+    list_files,
+    retrieve_batch,
+    retrieve_file,
+)
 from sagellm.gateway.protocol.openapi import openapi
 from sagellm.gateway.settings import RequestLimits, Settings
 
@@ -209,6 +220,15 @@ ROUTES = (
     EndpointRoute("POST", "/v1/completions", completions, generates=True),
     EndpointRoute("POST", "/v1/chat/completions", chat, generates=True),
     EndpointRoute("POST", "/invocations", invocations, generates=True),
+    EndpointRoute("POST", "/v1/files", create_file, uploads=True),
+    EndpointRoute("GET", "/v1/files", list_files),
+    EndpointRoute("GET", "/v1/files/{id}", retrieve_file),
+    EndpointRoute("DELETE", "/v1/files/{id}", delete_file),
+    EndpointRoute("GET", "/v1/files/{id}/content", file_content),
+    EndpointRoute("POST", "/v1/batches", create_batch),
+    EndpointRoute("GET", "/v1/batches", list_batches),
+    EndpointRoute("GET", "/v1/batches/{id}", retrieve_batch),
+    EndpointRoute("POST", "/v1/batches/{id}/cancel", cancel_batch),
     EndpointRoute("POST", "/tokenize", tokenize),
     EndpointRoute("POST", "/detokenize", detokenize),
     EndpointRoute("GET", "/tokenizer_info", tokenizer_info),
