@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sagellm.gateway.answers.logprobs import TokenTexts
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.batches.batch_store import Storage
+from sagellm.gateway.batches.batch_store import Stores
 from sagellm.gateway.budgets import Budgets, Counter, LocalCounter
 from sagellm.gateway.encoding import PromptEncoder
 from sagellm.gateway.graph_bridge import GraphBridge
@@ -67,7 +67,7 @@ class Gateway:
     is_draining: bool = False
     # Requests of batches: `num_batch_calls` bounds them, so that they refuse no call of their key.
     background_budgets: Budgets = field(default_factory=lambda: Budgets(GRAPH_ALONE))
-    storage: Storage | None = field(init=False, default=None)  # with `settings.data_dir`
+    stores: Stores | None = field(init=False, default=None)  # with `settings.data_dir`
     # Open calls, summed over all gateways of the graph.
     num_calls: Counter = field(default_factory=LocalCounter)
     _open_ids: dict[str, int] = field(default_factory=dict)  # id of a call -> number of requests
@@ -78,7 +78,7 @@ class Gateway:
     def __post_init__(self) -> None:
         self._salt_key = self.settings.salt_key[:64] or secrets.token_bytes(32)
         if self.settings.data_dir is not None:
-            self.storage = Storage(self.settings.data_dir, self.settings.storage)
+            self.stores = Stores(self.settings.data_dir, self.settings.storage)
 
     @contextmanager
     def claim(self, request_id: str, num_requests: int = 1) -> Iterator[ClaimedIds]:

@@ -5,9 +5,10 @@ import os
 import resource
 import shlex
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import listdir
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -129,6 +130,8 @@ class StorageLimits:
     """Requests of batches under way in each process that speaks HTTP."""
 
 
+_FORM_BYTES = 64 << 10  # of an upload besides the file: its fields, and the heads of its parts
+
 # Without keys all clients share one budget, so a bound for one client would bound all of them.
 GRAPH_ALONE = Budget(num_open=0, num_waiting=0, cancels_per_s=0.0)
 
@@ -183,6 +186,16 @@ class Settings:
     def common_budget(self) -> Budget:
         """The budget of each tenant that is not in `budgets`."""
         return self.budget or (Budget() if self.api_keys else GRAPH_ALONE)
+
+    @property
+    def upload_limits(self) -> RequestLimits:
+        """The limits of bodies that go to the disk, and so take no memory while they come."""
+        return replace(
+            self.limits,
+            body_bytes=self.storage.upload_bytes + _FORM_BYTES,
+            body_s=self.storage.upload_s,
+            all_bodies_bytes=sys.maxsize,
+        )
 
 
 BACKLOG = 4096  # the kernel cuts this to net.core.somaxconn

@@ -1,11 +1,20 @@
 """The JSON objects of files and batches, with the field names of the OpenAI API."""
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
-from sagellm.gateway.batches.batch_store import BatchRecord, BatchStatus, InputError
-from sagellm.gateway.batches.file_store import FilePurpose, FileRecord
+FilePurpose: TypeAlias = Literal["batch", "batch_output"]
+BatchStatus: TypeAlias = Literal[
+    "validating",
+    "failed",
+    "in_progress",
+    "finalizing",
+    "completed",
+    "expired",
+    "cancelling",
+    "cancelled",
+]
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +52,15 @@ class RequestCounts(msgspec.Struct, frozen=True):
     total: int
     completed: int
     failed: int
+
+
+class InputError(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong with the input of a batch. `line` counts from 1."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
 
 
 class InputErrors(msgspec.Struct, frozen=True):
@@ -108,53 +126,3 @@ class StoredBatches(msgspec.Struct, frozen=True, kw_only=True):
     first_id: str | None
     last_id: str | None
     has_more: bool
-
-
-def file_object(record: FileRecord) -> StoredFile:
-    """Return a file as clients see it."""
-    return StoredFile(
-        id=record.id,
-        bytes=record.bytes,
-        created_at=record.created_at,
-        expires_at=record.expires_at,
-        filename=record.filename,
-        purpose=record.purpose,
-    )
-
-
-def batch_object(record: BatchRecord) -> StoredBatch:
-    """Return a batch as clients see it. Its files are named once it has ended."""
-    has_ended = record.has_ended
-    at = record.times.get
-    return StoredBatch(
-        id=record.id,
-        endpoint=record.endpoint,
-        errors=InputErrors(record.errors) if record.errors else None,
-        input_file_id=record.input_file_id,
-        status=record.status,
-        output_file_id=(record.output_id or None) if has_ended else None,
-        error_file_id=(record.error_id or None) if has_ended else None,
-        created_at=record.created_at,
-        in_progress_at=at("in_progress"),
-        expires_at=record.expires_at,
-        finalizing_at=at("finalizing"),
-        completed_at=at("completed"),
-        failed_at=at("failed"),
-        expired_at=at("expired"),
-        cancelling_at=at("cancelling"),
-        cancelled_at=at("cancelled"),
-        request_counts=RequestCounts(record.total, record.completed, record.failed),
-        usage=_usage(record) if has_ended else None,
-        metadata=record.metadata,
-    )
-
-
-def _usage(record: BatchRecord) -> UsageOfBatch:
-    tokens = record.tokens
-    return UsageOfBatch(
-        input_tokens=tokens.input,
-        input_tokens_details=InputTokens(tokens.cached),
-        output_tokens=tokens.output,
-        output_tokens_details=OutputTokens(tokens.reasoning),
-        total_tokens=tokens.input + tokens.output,
-    )

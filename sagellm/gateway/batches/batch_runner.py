@@ -8,7 +8,7 @@ from functools import partial
 import anyio
 import anyio.abc
 
-from sagellm.gateway.batches.batch_store import BatchClaim, Storage
+from sagellm.gateway.batches.batch_store import BatchClaim, Stores
 from sagellm.gateway.batches.batch_work import BatchWork, RequestServer
 from sagellm.gateway.metrics.meters import BatchMeters
 from sagellm.graphs.log import get_logger
@@ -60,13 +60,13 @@ class BatchRunner:
 
     def __init__(
         self,
-        storage: Storage,
+        stores: Stores,
         server: RequestServer,
         meters: BatchMeters,
         tenants: Collection[str],
     ) -> None:
-        self._storage = storage
-        self._folder = storage.folder
+        self._stores = stores
+        self._folder = stores.folder
         self._server = server
         self._meters = meters
         self._tenants = tuple(tenants)
@@ -91,7 +91,7 @@ class BatchRunner:
 
     async def _claim(self, tasks: anyio.abc.TaskGroup, turns: Turns) -> None:
         try:
-            claims = await self._folder.run(lambda: [*self._storage.batches.claims(self._tenants)])
+            claims = await self._folder.run(lambda: [*self._stores.batches.claims(self._tenants)])
         except OSError as error:
             LOG.warning("batches_unreadable", error=error.strerror)
             return
@@ -121,8 +121,8 @@ class BatchRunner:
         """Delete what has expired, now and then."""
         while True:
             try:
-                await self._folder.run(self._storage.files.sweep)
-                await self._folder.run(self._storage.batches.sweep)
+                await self._folder.run(self._stores.files.sweep)
+                await self._folder.run(self._stores.batches.sweep)
             except OSError as error:
                 LOG.warning("files_not_swept", error=error.strerror)
             await anyio.sleep(SWEEP_S)

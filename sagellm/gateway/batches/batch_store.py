@@ -16,14 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from math import inf
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, TypeAlias
+from typing import BinaryIO
 
 import msgspec
 
 from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.batches.batch_record import BatchRecord
 from sagellm.gateway.batches.data_folder import (
     DataFolder,
     TenantFolder,
@@ -40,21 +40,7 @@ from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
 
-BatchStatus: TypeAlias = Literal[
-    "validating",
-    "failed",
-    "in_progress",
-    "finalizing",
-    "completed",
-    "expired",
-    "cancelling",
-    "cancelled",
-]
-BatchEnd: TypeAlias = Literal["failed", "completed", "expired", "cancelled"]
-
-ENDED: frozenset[str] = frozenset({"failed", "completed", "expired", "cancelled"})
 PREFIX = "batch_"
-WINDOW_S = 86_400
 KEPT_S = 30 * 86_400  # how long the record of an ended batch is kept
 MAX_RECORDS = 10_000  # records of one tenant, ended batches included
 _PARTS = (
@@ -65,69 +51,6 @@ _PARTS = (
     ".lock",
 )  # the lock last: until then it is open
 _LONE_S = 3600.0
-
-
-class InputError(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong with the input of a batch. `line` counts from 1."""
-
-    code: str
-    message: str
-    line: int | None = None
-    param: str | None = None
-
-
-class BatchTokens(msgspec.Struct, frozen=True):
-    """The tokens of all answers of a batch."""
-
-    input: int = 0
-    cached: int = 0
-    output: int = 0
-    reasoning: int = 0
-
-
-class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch, as its record on the disk says. Times are seconds since 1970.
-
-    `output_id` and `error_id` are the ids of the result files, chosen at the beginning, so that a
-    finish that is repeated after a crash makes no second file. `end`: how the batch ends, once that
-    is decided; `times` has the time of each status.
-    """
-
-    id: str
-    tenant: str
-    endpoint: str
-    input_file_id: str
-    created_at: int
-    output_id: str
-    error_id: str
-    status: BatchStatus = "validating"
-    end: BatchEnd | None = None
-    times: dict[str, int] = {}
-    metadata: dict[str, str] | None = None
-    output_life_s: int | None = None
-    errors: tuple[InputError, ...] = ()
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-    tokens: BatchTokens = BatchTokens()
-
-    @property
-    def expires_at(self) -> int:
-        return self.created_at + WINDOW_S
-
-    @property
-    def has_ended(self) -> bool:
-        return self.status in ENDED
-
-    @property
-    def ended_at(self) -> float:
-        """When the batch ended; infinity before that."""
-        return self.times[self.status] if self.has_ended else inf
-
-    def at(self, status: BatchStatus) -> "BatchRecord":
-        """Return the record with another status, and the time of the change."""
-        times = {**self.times, status: int(time.time())}
-        return msgspec.structs.replace(self, status=status, times=times)
 
 
 class BatchClaim:
@@ -344,7 +267,7 @@ def _close_remains(own: TenantFolder, lock: Path, record: BatchRecord | None) ->
 _MAX_UPLOADS = 8  # of one tenant at once, in each process
 
 
-class Storage:
+class Stores:
     """The files and the batches of a data folder. `on_batch` is called after a batch changed."""
 
     def __init__(self, path: Path, limits: StorageLimits) -> None:

@@ -12,7 +12,9 @@ import anyio
 import anyio.abc
 import msgspec
 
-from sagellm.gateway.batches.batch_store import BatchClaim, BatchEnd, BatchRecord, InputError
+from sagellm.gateway.answers.stored_objects import InputError
+from sagellm.gateway.batches.batch_record import BatchEnd, BatchRecord
+from sagellm.gateway.batches.batch_store import BatchClaim
 from sagellm.gateway.batches.data_folder import DataFolder
 from sagellm.gateway.batches.input_lines import InputScan, read_input, scan_input
 from sagellm.gateway.batches.results import (

@@ -5,10 +5,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import BinaryIO
 
 import msgspec
 
+from sagellm.gateway.answers.stored_objects import FilePurpose, StoredFile
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.batches.data_folder import (
     DataFolder,
@@ -22,8 +23,6 @@ from sagellm.gateway.batches.data_folder import (
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
-
-FilePurpose: TypeAlias = Literal["batch", "batch_output"]
 
 PREFIX = "file-"
 DEFAULT_LIFE_S = 30 * 86_400  # of an uploaded file, as in the OpenAI API
@@ -40,6 +39,18 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
     filename: str
     purpose: FilePurpose
     expires_at: int | None = None
+
+
+def file_object(record: FileRecord) -> StoredFile:
+    """Return a file as clients see it."""
+    return StoredFile(
+        id=record.id,
+        bytes=record.bytes,
+        created_at=record.created_at,
+        expires_at=record.expires_at,
+        filename=record.filename,
+        purpose=record.purpose,
+    )
 
 
 def not_found(what: str) -> ApiError:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from sagellm.gateway.batches.batch_store import InputError
+from sagellm.gateway.answers.stored_objects import InputError
 from sagellm.gateway.protocol.json import shown
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.messages import PRIORITIES

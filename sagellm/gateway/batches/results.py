@@ -10,7 +10,8 @@ from typing import BinaryIO
 import msgspec
 
 from sagellm.gateway.answers.event_stream import escaped
-from sagellm.gateway.batches.batch_store import BatchClaim, BatchTokens
+from sagellm.gateway.batches.batch_record import BatchTokens
+from sagellm.gateway.batches.batch_store import BatchClaim
 from sagellm.gateway.batches.file_store import FileRecord, content_path, save_record
 from sagellm.graphs.log import get_logger
 

@@ -20,8 +20,6 @@ from sagellm.gateway.api_errors import (
     response_of,
     shed,
 )
-from sagellm.gateway.batches.batch_runner import BatchRunner
-from sagellm.gateway.batches.batch_store import Storage
 from sagellm.gateway.gateway import Gateway, objective_of
 from sagellm.gateway.http.call import (
     CLIENT_LEFT,
@@ -41,10 +39,8 @@ from sagellm.gateway.http.checks import (
     RequestBody,
     check_body,
     check_headers,
-    tenants,
-    upload_limits,
 )
-from sagellm.gateway.http.line_calls import AppRequests
+from sagellm.gateway.http.line_calls import batch_runner
 from sagellm.gateway.http.routes import routes_of
 from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.log import get_logger
@@ -70,7 +66,7 @@ class App:
         self.table = RouteTable(routes)
         self.calls = OpenCalls(gateway.num_calls)
         self.bodies = OpenBodies(gateway.settings.limits)
-        self._upload_limits = upload_limits(gateway.settings)
+        self._upload_limits = gateway.settings.upload_limits
         self._uploads = OpenBodies(self._upload_limits)
         self._hosts = Hosts(gateway.settings)
         self._keys = ApiKeys(gateway.settings)
@@ -80,19 +76,7 @@ class App:
             for route in self.table.routes
             if route.generates and route.method == "POST"
         }
-        self._batches = self._batch_runner(gateway.storage)
-
-    def _batch_runner(self, storage: Storage | None) -> BatchRunner | None:
-        """Return the runner of the batches in the data folder; None without such a folder."""
-        if storage is None:
-            return None
-        requests = AppRequests(
-            self.gateway, self.calls, self.table.routes, lambda: self.is_too_late
-        )
-        meters, names = self.gateway.meters.batches, tenants(self.gateway.settings)
-        runner = BatchRunner(storage, requests, meters, names)
-        storage.on_batch = runner.wake
-        return runner
+        self._batches = batch_runner(gateway, self)
 
     async def run_background(self) -> None:
         """Measure the lag of the app's loop and work on batches, until cancelled, on that loop."""

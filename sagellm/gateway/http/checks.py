@@ -3,8 +3,7 @@
 import hmac
 import ipaddress
 import socket
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from math import inf
 from typing import Literal
@@ -332,20 +331,6 @@ def check_body(scope: Scope, limits: RequestLimits, bodies: OpenBodies) -> None:
             if _length(value) > limits.body_bytes:
                 raise too_large(limits)
             bodies.check(_length(value))
-
-
-_FORM_BYTES = 64 << 10  # of an upload besides the file: its fields, and the heads of its parts
-
-
-def upload_limits(settings: Settings) -> RequestLimits:
-    """Return the limits of bodies that go to the disk, and so take no memory while they come."""
-    storage = settings.storage
-    return replace(
-        settings.limits,
-        body_bytes=storage.upload_bytes + _FORM_BYTES,
-        body_s=storage.upload_s,
-        all_bodies_bytes=sys.maxsize,
-    )
 
 
 def too_large(limits: RequestLimits) -> ApiError:

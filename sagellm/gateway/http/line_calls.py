@@ -1,8 +1,7 @@
 """Requests of batches, answered by the endpoints that answer calls over HTTP."""
 
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import msgspec
@@ -10,12 +9,34 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from sagellm.gateway.api_errors import failure_of
+from sagellm.gateway.batches.batch_runner import BatchRunner
 from sagellm.gateway.batches.batch_work import LineReply
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.http.call import Call, EndpointRoute, OpenCalls
+from sagellm.gateway.http.call import Call, OpenCalls, RouteTable
+from sagellm.gateway.http.checks import tenants
 
 # The paths that a batch may name. A server has those among them that are in its table of routes.
 BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+
+class CallCounter(Protocol):
+    """The app, as requests of batches need it."""
+
+    table: RouteTable
+    calls: OpenCalls
+
+    @property
+    def is_too_late(self) -> bool: ...
+
+
+def batch_runner(gateway: Gateway, app: CallCounter) -> BatchRunner | None:
+    """Return the runner of the batches in the data folder; None without such a folder."""
+    if gateway.stores is None:
+        return None
+    meters, names = gateway.meters.batches, tenants(gateway.settings)
+    runner = BatchRunner(gateway.stores, AppRequests(gateway, app), meters, names)
+    gateway.stores.on_batch = runner.wake
+    return runner
 
 
 class _CodeOf(msgspec.Struct, frozen=True):
@@ -29,19 +50,12 @@ class _ErrorBody(msgspec.Struct, frozen=True):
 class AppRequests:
     """Answers the requests of batches. See `RequestServer`."""
 
-    def __init__(
-        self,
-        gateway: Gateway,
-        calls: OpenCalls,
-        routes: Iterable[EndpointRoute],
-        is_too_late: Callable[[], bool],
-    ) -> None:
+    def __init__(self, gateway: Gateway, app: CallCounter) -> None:
         self._gateway = gateway
-        self._calls = calls
-        self._is_too_late = is_too_late
+        self._app = app
         self._endpoints = {
             route.path: route.endpoint
-            for route in routes
+            for route in app.table.routes
             if route.path in BATCHED and route.method == "POST"
         }
 
@@ -51,14 +65,14 @@ class AppRequests:
 
     @property
     def is_too_late(self) -> bool:
-        return self._is_too_late()
+        return self._app.is_too_late
 
     @property
     def max_body_bytes(self) -> int:
         return self._gateway.settings.limits.body_bytes
 
     def open_call(self) -> AbstractContextManager[None]:
-        return self._calls.open()
+        return self._app.calls.open()
 
     async def answer(self, endpoint: str, body: bytes, tenant: str, request_id: str) -> LineReply:
         """Return what a client would have got. An exception becomes the error that it is there."""
@@ -69,7 +83,7 @@ class AppRequests:
             is_background=True,
         )
         exchange = _Exchange(body)
-        scope = _scope(endpoint, call, self._calls)
+        scope = _scope(endpoint, call, self._app.calls)
         try:
             request = Request(scope, exchange.receive, exchange.send)
             response = await self._endpoints[endpoint](self._gateway, request)

@@ -14,13 +14,12 @@ from sagellm.gateway.answers.stored_objects import (
     DeletedFile,
     StoredBatches,
     StoredFiles,
-    batch_object,
-    file_object,
 )
 from sagellm.gateway.api_errors import ApiError, wrong
-from sagellm.gateway.batches.batch_store import BatchRecord, Storage
+from sagellm.gateway.batches.batch_record import BatchRecord, batch_object
+from sagellm.gateway.batches.batch_store import Stores
 from sagellm.gateway.batches.data_folder import DataFolder
-from sagellm.gateway.batches.file_store import FileRecord
+from sagellm.gateway.batches.file_store import FileRecord, file_object
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.http.endpoints import json_response
 from sagellm.gateway.http.line_calls import BATCHED
@@ -35,44 +34,44 @@ R = TypeVar("R", FileRecord, BatchRecord)
 _PIECE_BYTES = 256 << 10
 
 
-def _storage(gateway: Gateway) -> Storage:
-    if gateway.storage is None:
+def _stores(gateway: Gateway) -> Stores:
+    if gateway.stores is None:
         message = "this server keeps no files; its operator may start it with --data-dir FOLDER"
         raise ApiError(404, message, code="storage_off")
-    return gateway.storage
+    return gateway.stores
 
 
 async def create_file(gateway: Gateway, request: Request) -> Response:
     """Store an uploaded file. The body goes to the disk as it comes."""
-    storage, tenant = _storage(gateway), request.state.call.tenant
+    stores, tenant = _stores(gateway), request.state.call.tenant
     boundary = boundary_of(request.headers.get("content-type", ""))
-    most = storage.folder.limits.upload_bytes
+    most = stores.folder.limits.upload_bytes
     # Without a length, the largest file is reserved until the last byte.
     length = min(int(request.headers.get("content-length", most)), most)
-    with storage.uploading(tenant):
-        upload = await storage.folder.run(storage.files.begin_upload, tenant, length)
+    with stores.uploading(tenant):
+        upload = await stores.folder.run(stores.files.begin_upload, tenant, length)
         try:
             form = UploadForm(boundary, upload, most)
-            fields = await read_upload(request.stream(), form, storage.folder)
-            record = await storage.folder.run(upload.commit, fields.filename, fields.life_s)
+            fields = await read_upload(request.stream(), form, stores.folder)
+            record = await stores.folder.run(upload.commit, fields.filename, fields.life_s)
         finally:
             with anyio.CancelScope(shield=True):
-                await storage.folder.run(upload.discard)
+                await stores.folder.run(upload.discard)
     LOG.info("file_stored", file=record.id, tenant=tenant, num_bytes=record.bytes)
     return json_response(file_object(record))
 
 
 async def list_files(gateway: Gateway, request: Request) -> Response:
     """Answer a page of the tenant's files."""
-    storage, tenant = _storage(gateway), request.state.call.tenant
+    stores, tenant = _stores(gateway), request.state.call.tenant
     known = ("limit", "after", "order", "purpose")
     query = read_page(request.query_params.multi_items(), known=known, default=10_000, most=10_000)
 
     def find() -> Sequence[FileRecord]:
-        records = storage.files.records(tenant, newest_first=query.is_newest_first)
+        records = stores.files.records(tenant, newest_first=query.is_newest_first)
         return _page((one for one in records if query.purpose in (None, one.purpose)), query)
 
-    found = await storage.folder.run(find)
+    found = await stores.folder.run(find)
     data = [file_object(record) for record in found[: query.limit]]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     has_more = len(found) > query.limit
@@ -80,23 +79,23 @@ async def list_files(gateway: Gateway, request: Request) -> Response:
 
 
 async def retrieve_file(gateway: Gateway, request: Request) -> Response:
-    storage, tenant = _storage(gateway), request.state.call.tenant
-    record = await storage.folder.run(storage.files.record, tenant, request.path_params["id"])
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    record = await stores.folder.run(stores.files.record, tenant, request.path_params["id"])
     return json_response(file_object(record))
 
 
 async def delete_file(gateway: Gateway, request: Request) -> Response:
-    storage, tenant = _storage(gateway), request.state.call.tenant
+    stores, tenant = _stores(gateway), request.state.call.tenant
     file_id = request.path_params["id"]
-    await storage.folder.run(storage.files.delete, tenant, file_id)
+    await stores.folder.run(stores.files.delete, tenant, file_id)
     return json_response(DeletedFile(id=file_id))
 
 
 async def file_content(gateway: Gateway, request: Request) -> "FileContent":
     """Answer the bytes of a file."""
-    storage, tenant = _storage(gateway), request.state.call.tenant
-    file = await storage.folder.run(storage.files.open, tenant, request.path_params["id"])
-    return FileContent(file, storage.folder)
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    file = await stores.folder.run(stores.files.open, tenant, request.path_params["id"])
+    return FileContent(file, stores.folder)
 
 
 class FileContent:
@@ -129,15 +128,15 @@ class FileContent:
 
 async def create_batch(gateway: Gateway, request: Request) -> Response:
     """Store a new batch, and begin to work on it."""
-    storage, tenant = _storage(gateway), request.state.call.tenant
+    stores, tenant = _stores(gateway), request.state.call.tenant
     endpoints = [path for path in BATCHED if path in request.scope["paths"]]
     asked = read_batch(await request.body(), gateway.settings.limits, endpoints)
-    file = await storage.folder.run(storage.files.record, tenant, asked.input_file_id)
+    file = await stores.folder.run(stores.files.record, tenant, asked.input_file_id)
     if file.purpose != "batch":
         raise wrong("input_file_id", "is the id of a file of results; upload one for batches")
     after = asked.output_expires_after
-    record = await storage.folder.run(
-        storage.batches.create,
+    record = await stores.folder.run(
+        stores.batches.create,
         tenant,
         endpoint=asked.endpoint,
         input_file_id=file.id,
@@ -145,16 +144,16 @@ async def create_batch(gateway: Gateway, request: Request) -> Response:
         output_life_s=None if after is None else after.seconds,
     )
     LOG.info("batch_created", batch=record.id, tenant=tenant, endpoint=record.endpoint)
-    storage.on_batch()
+    stores.on_batch()
     return json_response(batch_object(record))
 
 
 async def list_batches(gateway: Gateway, request: Request) -> Response:
     """Answer a page of the tenant's batches, newest first."""
-    storage, tenant = _storage(gateway), request.state.call.tenant
+    stores, tenant = _stores(gateway), request.state.call.tenant
     known = ("limit", "after")
     query = read_page(request.query_params.multi_items(), known=known, default=20, most=100)
-    found = await storage.folder.run(lambda: _page(storage.batches.records(tenant), query))
+    found = await stores.folder.run(lambda: _page(stores.batches.records(tenant), query))
     data = [batch_object(record) for record in found[: query.limit]]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     has_more = len(found) > query.limit
@@ -162,15 +161,15 @@ async def list_batches(gateway: Gateway, request: Request) -> Response:
 
 
 async def retrieve_batch(gateway: Gateway, request: Request) -> Response:
-    storage, tenant = _storage(gateway), request.state.call.tenant
-    record = await storage.folder.run(storage.batches.record, tenant, request.path_params["id"])
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    record = await stores.folder.run(stores.batches.record, tenant, request.path_params["id"])
     return json_response(batch_object(record))
 
 
 async def cancel_batch(gateway: Gateway, request: Request) -> Response:
     """Ask the process that works on a batch to cancel it."""
-    storage, tenant = _storage(gateway), request.state.call.tenant
-    record = await storage.folder.run(storage.batches.cancel, tenant, request.path_params["id"])
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    record = await stores.folder.run(stores.batches.cancel, tenant, request.path_params["id"])
     return json_response(batch_object(record))
 
 
