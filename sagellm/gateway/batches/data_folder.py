@@ -108,8 +108,8 @@ class TenantFolder:
         self.open = path / "open"
 
     def make(self) -> None:
-        for folder in (self.files, self.batches, self.open):
-            folder.mkdir(mode=_MODE, parents=True, exist_ok=True)
+        for folder in (self.path, self.files, self.batches, self.open):
+            folder.mkdir(mode=_MODE, exist_ok=True)  # one by one: parents would get another mode
 
     @property
     def num_files(self) -> int:
