@@ -69,19 +69,31 @@ class _AnyUsage(msgspec.Struct, frozen=True):
     output_tokens_details: _TokenDetails | None = None
 
 
+_NO_USAGE = _AnyUsage()
+
+
 class _AnyBody(msgspec.Struct, frozen=True):
     usage: _AnyUsage | None = None
 
 
-class _StoredResponse(msgspec.Struct, frozen=True):
+class _AnyResponse(msgspec.Struct, frozen=True):
     body: _AnyBody = _AnyBody()
 
 
 class _Stored(msgspec.Struct, frozen=True):
-    """What is read again of a stored line."""
+    """What is read again of a stored line. `response` stays JSON text."""
 
     custom_id: str
-    response: _StoredResponse | None = None
+    response: msgspec.Raw = msgspec.Raw(b"null")
+
+    @property
+    def usage(self) -> _AnyUsage | None:
+        """The tokens of the answer; None if it has none, or says them in another way."""
+        try:
+            found = msgspec.json.decode(self.response, type=_AnyResponse | None)
+        except ValueError:
+            return None
+        return None if found is None else found.body.usage
 
 
 @dataclass(slots=True)
@@ -153,9 +165,7 @@ def _tally(path: Path, file: BinaryIO, tally: Tally) -> int:
         while (raw := reading.readline()).endswith(b"\n") and (line := _stored(raw)) is not None:
             num_lines, end = num_lines + 1, end + len(raw)
             tally.done.add(line.custom_id)
-            usage = line.response.body.usage if line.response is not None else None
-            if usage is not None:
-                tally.tokens = _added(tally.tokens, usage)
+            tally.tokens = _added(tally.tokens, line.usage or _NO_USAGE)
     if end < path.stat().st_size:
         LOG.info("batch_line_torn", num_bytes=path.stat().st_size - end)
         file.truncate(end)

@@ -119,6 +119,12 @@ def test_tokens_of_every_api_are_added(claim: BatchClaim) -> None:
     assert read(claim).tokens == BatchTokens(input=12, cached=8, output=7, reasoning=3)
 
 
+@pytest.mark.parametrize("body", [[], "x", None, {"usage": 1}, {"usage": {"prompt_tokens": "x"}}])
+def test_an_answer_of_any_form_is_a_result(claim: BatchClaim, body: Any) -> None:
+    append(claim, line("a", body=body), line("b"))
+    assert (read(claim).completed, read(claim).tokens) == (2, BatchTokens())
+
+
 def test_results_are_published_once_however_often_that_begins(claim: BatchClaim) -> None:
     append(claim, line("a"))
     for _ in range(2):
