@@ -66,12 +66,15 @@ class ScriptedServer:
 
     reply: Callable[[Any], LineReply | None] = lambda body: DONE
     is_draining: bool = False
-    is_too_late: bool = False
     max_body_bytes: int = 1 << 20
     num_open: int = 0
     most_open: int = 0
     asked: list[Any] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
+
+    @property
+    def is_too_late(self) -> bool:
+        return False
 
     @contextmanager
     def open_call(self) -> Iterator[None]:

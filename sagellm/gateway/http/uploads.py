@@ -13,7 +13,6 @@ from sagellm.gateway.protocol.batch_bodies import LIFE_S
 from sagellm.gateway.protocol.json import shown
 from sagellm.graphs.vocabulary import nearest
 
-MAX_PARTS = 8  # more than the fields that there are
 MAX_FIELD_BYTES = 512
 MAX_FILENAME_LEN = 255
 _PIECE_BYTES = 1 << 20  # of the body, in memory for each upload
@@ -41,14 +40,14 @@ def boundary_of(content_type: str) -> bytes:
 class UploadForm:
     """Takes the bytes of one body. `feed` and `finish` block, so they run in a thread.
 
-    The parser bounds the headers of a part: eight, of 4 KiB each.
+    The parser bounds the headers of a part: eight, of 4 KiB each. Each field may come once, so
+    there are at most as many parts as fields.
     """
 
     def __init__(self, boundary: bytes, upload: Upload, max_bytes: int) -> None:
         self._upload = upload
         self._max_bytes = max_bytes
         self._values: dict[str, bytearray] = {}
-        self._num_parts = 0
         self._filename: str | None = None
         self._name = ""  # of the current part
         self._is_whole = False
@@ -102,10 +101,7 @@ class UploadForm:
     # ---- called by the parser ----------------------------------------------------------------
 
     def _begin_part(self) -> None:
-        self._num_parts += 1
         self._headers.clear()
-        if self._num_parts > MAX_PARTS:
-            raise ApiError(400, f"the body has more than {MAX_PARTS} parts")
 
     def _end_header(self) -> None:
         name, value = self._header

@@ -29,7 +29,7 @@ async def asked(gateway: Gateway, body: Any, endpoint: str = COMPLETIONS) -> Any
 
 async def test_an_answer_is_that_of_a_call_at_background_priority() -> None:
     bridge = playing([event("a")], [last("b")])
-    reply = await asked(gateway_before(bridge), {"prompt": "x", "priority": 4})
+    reply = await asked(gateway_before(bridge), {"prompt": "x"})
     assert (reply.status, reply.code) == (200, None)
     assert json.loads(reply.body)["choices"][0]["text"] == "ab"
     [request] = bridge.requests
