@@ -74,7 +74,7 @@ class _WrongLine(Exception):
         self.param = param
         self.is_last = is_last
 
-    def told(self, line: int) -> InputError:
+    def told(self, line: int | None = None) -> InputError:
         return InputError(code=self.code, message=self.message, line=line, param=self.param)
 
 
@@ -103,7 +103,7 @@ def scan_input(
                     scan.pending.append(offset)
     scan.total = len(seen)
     if not seen and not scan.errors:
-        scan.errors.append(InputError(code="empty_file", message="the file has no requests"))
+        scan.errors.append(_WrongLine("empty_file", "the file has no requests").told())
     return scan
 
 
