@@ -5,11 +5,12 @@ Only the frame of a line is checked here. The endpoint reads the body, as it rea
 `Sampling`, and reads from pipes.
 """
 
+import re
 from array import array
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 
@@ -21,25 +22,31 @@ from sagellm.runtime.messages import PRIORITIES
 MAX_CUSTOM_ID_LEN = 512
 MAX_ERRORS = 100  # no more are told of one batch
 _FRAME_BYTES = 8 << 10  # of a line besides its body
-_FIELDS = ("custom_id", "method", "url", "body")
+_LINES_PER_REQUEST = 4  # lines of a file, blank ones too, by the requests that it may have
+_TEXT_BYTES = 8 * MAX_CUSTOM_ID_LEN  # of a text in a frame, with escapes
+_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`", re.DOTALL)
 _BACKGROUND = PRIORITIES["background"]
 
 
-class InputFields(msgspec.Struct, frozen=True):
-    """The fields of one line, before they are checked. The body stays JSON text."""
+_NULL = msgspec.Raw(b"null")
 
-    custom_id: Any = None
-    method: Any = "POST"
-    url: Any = None
-    body: msgspec.Raw = msgspec.Raw(b"null")
+
+# All fields stay JSON text: values of millions of parts would hold the interpreter for long.
+class InputFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of one line, before they are checked."""
+
+    custom_id: msgspec.Raw = _NULL
+    method: msgspec.Raw = msgspec.Raw(b'"POST"')
+    url: msgspec.Raw = _NULL
+    body: msgspec.Raw = _NULL
 
 
 class BodyFields(msgspec.Struct, frozen=True):
     """The fields of a body that a batch restricts."""
 
-    stream: Any = None
-    priority: Any = None
-    slo_ttft_s: Any = None
+    stream: msgspec.Raw = _NULL
+    priority: msgspec.Raw = _NULL
+    slo_ttft_s: msgspec.Raw = _NULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +98,12 @@ def scan_input(
     with path.open("rb") as file:
         for number, offset, raw in _lines(file, max_body_bytes + _FRAME_BYTES):
             try:
+                _check_number(number, len(seen), max_lines)
+                if not raw.strip():
+                    continue
                 name = _checked(raw, endpoint, max_body_bytes).custom_id
-                _check_new(name, seen, max_lines)
+                if name in seen:
+                    raise _WrongLine("duplicate_custom_id", "an earlier line has this custom_id")
             except _WrongLine as error:
                 scan.errors.append(error.told(number))
                 if len(scan.errors) >= MAX_ERRORS or error.is_last:
@@ -107,12 +118,10 @@ def scan_input(
     return scan
 
 
-def _check_new(name: str, seen: Collection[str], max_lines: int) -> None:
-    """Raise _WrongLine for a custom id that an earlier line has, and for one line too many."""
-    if name in seen:
-        raise _WrongLine("duplicate_custom_id", "the custom_id is that of an earlier line")
-    if len(seen) >= max_lines:
-        message = f"the file has more than {max_lines} requests"
+def _check_number(number: int, num_seen: int, max_lines: int) -> None:
+    """Raise _WrongLine for one line too many. Blank lines count too: they also take time."""
+    if num_seen >= max_lines or number > _LINES_PER_REQUEST * max_lines:
+        message = f"the file has more than {max_lines} requests, or too many blank lines"
         raise _WrongLine("too_many_requests", message, is_last=True)
 
 
@@ -121,11 +130,11 @@ def read_input(path: Path, offset: int) -> InputLine:
     with path.open("rb") as file:
         file.seek(offset)
         fields = _decoded(file.readline())
-    return InputLine(fields.custom_id, bytes(fields.body))
+    return InputLine(_custom_id(fields), bytes(fields.body))
 
 
 def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (number, offset, line) for each line that is not blank. Numbers begin at 1.
+    """Yield (number, offset, line) for each line. Numbers begin at 1.
 
     A line that is too long is cut to `max_bytes` + 1 bytes.
     """
@@ -138,8 +147,7 @@ def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
             size += len(rest)  # skip the rest of a line that is too long
             if rest.endswith(b"\n"):
                 break
-        if raw.strip():
-            yield number, offset, raw
+        yield number, offset, raw
         offset += size
 
 
@@ -148,13 +156,10 @@ def _checked(raw: bytes, endpoint: str, max_body_bytes: int) -> InputLine:
     if len(raw) > max_body_bytes + _FRAME_BYTES:
         raise _WrongLine("line_too_long", f"the line is longer than {max_body_bytes} bytes")
     fields = _decoded(raw)
-    name = fields.custom_id
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID_LEN:
-        message = f"custom_id must be a text of 1 to {MAX_CUSTOM_ID_LEN} characters"
-        raise _WrongLine("invalid_custom_id", message, "custom_id")
-    if fields.method != "POST":
+    name = _custom_id(fields)
+    if _text(fields.method) != "POST":
         raise _WrongLine("invalid_method", "method must be POST", "method")
-    if fields.url != endpoint:
+    if _text(fields.url) != endpoint:
         raise _WrongLine("invalid_url", f"url must be {endpoint}, the batch's endpoint", "url")
     body = bytes(fields.body)
     _check_body(body, max_body_bytes)
@@ -163,16 +168,31 @@ def _checked(raw: bytes, endpoint: str, max_body_bytes: int) -> InputLine:
 
 def _decoded(raw: bytes) -> InputFields:
     try:
-        names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        fields = msgspec.json.decode(raw, type=InputFields)
-    except (ValueError, RecursionError):  # deep nesting raises RecursionError
-        raise _WrongLine("invalid_json_line", "the line is no JSON object") from None
-    for name in names:
-        if name not in _FIELDS:
-            close = nearest(name, _FIELDS) if len(name) <= 64 else None
-            hint = f"; did you mean `{close}`?" if close else ""
-            raise _WrongLine("unknown_parameter", f"unknown field {shown(name)}{hint}")
-    return fields
+        return msgspec.json.decode(raw, type=InputFields)
+    except (ValueError, RecursionError) as error:  # deep nesting raises RecursionError
+        unknown = _UNKNOWN.search(str(error))
+    if unknown is None:
+        raise _WrongLine("invalid_json_line", "the line is no JSON object")
+    name = unknown[1]
+    close = nearest(name, InputFields.__struct_fields__) if len(name) <= 64 else None
+    hint = f"; did you mean `{close}`?" if close else ""
+    raise _WrongLine("unknown_parameter", f"unknown field {shown(name)}{hint}")
+
+
+def _text(raw: msgspec.Raw) -> str | None:
+    """Return a short JSON text; None for any other value."""
+    try:
+        return msgspec.json.decode(raw, type=str) if len(bytes(raw)) <= _TEXT_BYTES else None
+    except ValueError:
+        return None
+
+
+def _custom_id(fields: InputFields) -> str:
+    name = _text(fields.custom_id)
+    if name is None or not 0 < len(name) <= MAX_CUSTOM_ID_LEN:
+        message = f"custom_id must be a text of 1 to {MAX_CUSTOM_ID_LEN} characters"
+        raise _WrongLine("invalid_custom_id", message, "custom_id")
+    return name
 
 
 def _check_body(body: bytes, max_bytes: int) -> None:
@@ -183,11 +203,11 @@ def _check_body(body: bytes, max_bytes: int) -> None:
         fields = msgspec.json.decode(body, type=BodyFields)
     except (ValueError, RecursionError):
         raise _WrongLine("invalid_body", "body must be a JSON object", "body") from None
-    if fields.stream not in (None, False):
+    if bytes(fields.stream) not in (b"null", b"false"):
         raise _WrongLine("invalid_body", "an answer of a batch is not streamed", "body.stream")
-    if fields.priority not in (None, _BACKGROUND):
+    if bytes(fields.priority) not in (b"null", b"%d" % _BACKGROUND):
         message = f"a batch runs at priority {_BACKGROUND} (background); leave priority out"
         raise _WrongLine("invalid_body", message, "body.priority")
-    if fields.slo_ttft_s is not None:
+    if bytes(fields.slo_ttft_s) != b"null":
         message = "a batch has no objective for first tokens; leave slo_ttft_s out"
         raise _WrongLine("invalid_body", message, "body.slo_ttft_s")

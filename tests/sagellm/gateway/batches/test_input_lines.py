@@ -1,6 +1,7 @@
 """The input of a batch: each mistake has its line, and hostile lines cost no more than others."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def body(**fields: Any) -> dict[str, Any]:
         (b"{", "invalid_json_line", None),
         (b"[]", "invalid_json_line", None),
         (b'"\xff"', "invalid_json_line", None),
-        (b'{"custom_id": "\xff"}', "invalid_json_line", None),
+        (b'{"custom_id": "\xff"}', "invalid_custom_id", "custom_id"),
         (b"\x00", "invalid_json_line", None),
         (b"[" * 5000, "invalid_json_line", None),
         ({**GOOD, "custom_id": 1}, "invalid_custom_id", "custom_id"),
@@ -100,6 +101,33 @@ def test_the_scan_ends_at_one_line_too_many(tmp_path: Path) -> None:
     [error] = scanned(tmp_path, as_file(lines), max_lines=10).errors
     assert (error.code, error.line) == ("too_many_requests", 11)
     assert scanned(tmp_path, as_file(lines), max_lines=20).errors == []
+
+
+def test_blank_lines_are_bounded_too(tmp_path: Path) -> None:
+    content = b"\n" * 1_000_000 + as_file([GOOD])
+    [error] = scanned(tmp_path, content, max_lines=10).errors
+    assert (error.code, error.line) == ("too_many_requests", 41)
+    assert scanned(tmp_path, b"\n" * 39 + as_file([GOOD]), max_lines=10).errors == []
+
+
+MANY = 1_500_000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"custom_id": [' + b"[]," * MANY + b"[]]}",
+        b'{"url": [' + b"[]," * MANY + b"[]]}",
+        b"{" + b'"a":1,' * MANY + b'"b":1}',
+        as_file([GOOD])[:-3] + b',"stream":[' + b"[]," * MANY + b"[]]}}",
+    ],
+    ids=["custom_id", "url", "fields", "stream"],
+)
+def test_a_line_of_many_values_holds_nothing_up(tmp_path: Path, line: bytes) -> None:
+    began_s = time.thread_time()
+    [error] = scanned(tmp_path, line, max_body_bytes=8 << 20).errors
+    assert time.thread_time() - began_s < 0.5  # built as objects, it takes longer
+    assert error.line == 1
 
 
 def test_a_million_wrong_lines_are_not_all_told(tmp_path: Path) -> None:
