@@ -15,7 +15,7 @@ from random_schemas import random_schema
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.compiler import GrammarCompiler
+from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.grammars.matcher import GrammarMatcher
 from sagellm.runtime.models.pipelines import spelled_bytes
 from sagellm.runtime.models.tokenizer import ByteTokenizer
