@@ -23,7 +23,7 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _SALT_BYTES = 16
-_ANSWER_PREFIXES = ("chatcmpl-", "cmpl-", "msg_")
+_ANSWER_PREFIXES = ("chatcmpl-", "cmpl-", "msg_", "resp_")
 _NUM_BROKEN = 4096  # more calls than can break off while the graph ends the requests of one call
 
 

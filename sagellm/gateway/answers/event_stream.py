@@ -30,6 +30,11 @@ def event(content: bytes) -> bytes:
     return b"data: " + escaped(content) + b"\n\n"
 
 
+def named_event(name: str, content: bytes) -> bytes:
+    """Return the bytes of one event with a name, for APIs whose clients read events by name."""
+    return b"event: " + name.encode() + b"\n" + event(content)
+
+
 def failure(error: ApiError) -> bytes:
     """Return the events that end a failed stream of the OpenAI API."""
     return event(error.encoded) + DONE

@@ -230,10 +230,10 @@ class AnswerWriter:
         """Return the server-sent events of a batch: one for each choice in the batch."""
         joined_batch = self._joined(batch)
         usage = self._counter.usage if self._asked.has_continuous_usage else None
-        events = [self._form.chunk(index, event, usage) for index, event in joined_batch]
-        if not self._is_begun:
-            self._is_begun = True
-            events.insert(0, self._form.opening(usage))
+        # The opening is made first: forms may number their events.
+        events = [] if self._is_begun else [self._form.opening(usage)]
+        self._is_begun = True
+        events += [self._form.chunk(index, event, usage) for index, event in joined_batch]
         return b"".join(events)
 
     def ending(self) -> bytes:

@@ -191,7 +191,6 @@ _ELSEWHERE = {
     "/api/tags": "/v1/models",
     "/generate": _COMPLETIONS,
     "/v1/embeddings": _CHAT,
-    "/v1/responses": _CHAT,
 }
 _UNSAFE = re.compile(rb"[^A-Za-z0-9/._~%{}:@!$&()*+,;=-]")
 

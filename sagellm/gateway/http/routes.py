@@ -39,6 +39,7 @@ from sagellm.gateway.http.endpoints import (
     version,
 )
 from sagellm.gateway.http.messages_endpoints import count_tokens, messages
+from sagellm.gateway.http.responses_call import responses, stored_response
 from sagellm.gateway.protocol.openapi import openapi
 from sagellm.gateway.settings import RequestLimits, Settings
 
@@ -210,6 +211,11 @@ ROUTES = (
     EndpointRoute("GET", "/v1/models/{id:path}", model),
     EndpointRoute("POST", "/v1/completions", completions, generates=True),
     EndpointRoute("POST", "/v1/chat/completions", chat, generates=True),
+    EndpointRoute("POST", "/v1/responses", responses, generates=True),
+    EndpointRoute("GET", "/v1/responses/{id}", stored_response),
+    EndpointRoute("DELETE", "/v1/responses/{id}", stored_response),
+    EndpointRoute("POST", "/v1/responses/{id}/cancel", stored_response),
+    EndpointRoute("GET", "/v1/responses/{id}/input_items", stored_response),
     EndpointRoute("POST", "/v1/messages", messages, generates=True, dialect=ANTHROPIC),
     EndpointRoute("POST", "/v1/messages/count_tokens", count_tokens, dialect=ANTHROPIC),
     EndpointRoute("POST", "/invocations", invocations, generates=True),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sagellm.gateway.answers import anthropic_objects, objects
+from sagellm.gateway.answers.responses_objects import ResponseObject
 from sagellm.gateway.protocol.anthropic_fields import CountTokensRequest, MessagesRequest
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
@@ -14,6 +15,7 @@ from sagellm.gateway.protocol.bodies import (
     TokenizeChat,
     TokenizePrompt,
 )
+from sagellm.gateway.protocol.responses_fields import ResponsesRequest
 from sagellm.gateway.protocol.schemas import Schema, Struct, reference, schemas_of
 from sagellm.gateway.settings import RequestLimits
 
@@ -48,6 +50,12 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/chat/completions": Operation(
         "Answer a conversation", (ChatRequest,), (objects.ChatCompletion,), EVENTS
     ),
+    "/v1/responses": Operation(
+        "Answer a conversation of items", (ResponsesRequest,), (ResponseObject,), EVENTS
+    ),
+    "/v1/responses/{id}": Operation("Nothing: responses are not stored", is_empty=True),
+    "/v1/responses/{id}/cancel": Operation("Nothing: responses are not stored", is_empty=True),
+    "/v1/responses/{id}/input_items": Operation("Nothing: responses are not stored", is_empty=True),
     "/v1/messages": Operation(
         "Answer a conversation, in the Anthropic API",
         (MessagesRequest,),

@@ -41,6 +41,13 @@ from sagellm.gateway.protocol.request import (
     StreamOptions,
     StructuredOutputs,
 )
+from sagellm.gateway.protocol.responses_fields import (
+    RENAMED,
+    SENT,
+    SHARED,
+    InputMessage,
+    ResponsesRequest,
+)
 from sagellm.gateway.protocol.tool_choice import ToolFunction
 from sagellm.gateway.settings import RequestLimits
 
@@ -64,6 +71,7 @@ _SENT: dict[Struct, Foreign] = {
     TextPart: PART,
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
+    **SENT,
     **SENT_OBJECTS,
 }
 # Published names of schemas that differ from the names of the Python types.
@@ -99,6 +107,9 @@ def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Sc
             _open(schemas[_name(struct)], foreign)
     if _name(ConversationMessage) in schemas:
         schemas[_name(ConversationMessage)] |= _HAS_CONTENT
+    if _name(ResponsesRequest) in schemas:
+        _share_chat_fields(schemas)
+        schemas[_name(InputMessage)]["required"].remove("type")
     for schema in schemas.values():
         schema["description"] = cleandoc(str(schema.get("description", schema["title"])))
         _bound(schema.get("properties", {}), limits)
@@ -154,6 +165,14 @@ def _open(schema: Schema, foreign: Foreign) -> None:
     schema["additionalProperties"] = _NULL
 
 
+def _share_chat_fields(schemas: dict[str, Schema]) -> None:
+    """Add the fields of a response's body that are checked as those of a chat."""
+    chat = schemas[_name(ChatRequest)]["properties"]
+    names = {name: name for name in SHARED} | RENAMED
+    more = {name: deepcopy(chat[known]) for name, known in names.items()}
+    schemas[_name(ResponsesRequest)]["properties"] |= more
+
+
 def _or_null(schema: Schema) -> Schema:
     if _NULL in schema.get("anyOf", ()):
         return schema
@@ -166,6 +185,7 @@ def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
     """Add the limits of the settings to the schemas of properties, in place."""
     bounds: dict[str, Schema] = {
         "logit_bias": {"maxProperties": limits.num_logit_bias},
+        "input": {"maxItems": limits.num_messages},
         "messages": {"maxItems": limits.num_messages},
         "content": {"maxItems": MAX_PARTS},
     }

@@ -55,7 +55,7 @@ async def test_a_status_line_has_the_standard_phrase(server: str) -> None:
         ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
         ("/chat/completions", "did you mean /v1/chat/completions?"),
         ("/V1/models", "did you mean /v1/models?"),
-        ("/v1/responses", "/v1/responses is not built; this server has /v1/chat/completions"),
+        ("/api/chat", "/api/chat is not built; this server has /v1/chat/completions"),
         ("/v1/messages/batches", "did you mean /v1/messages?"),
         ("/v1/embeddings/", "this server has /v1/chat/completions"),
         ("/zzzz", "there is no such path: /zzzz"),

@@ -20,6 +20,7 @@ from sagellm.gateway.protocol.bodies import (
     read_tokenize,
 )
 from sagellm.gateway.protocol.openapi import OPERATIONS, openapi
+from sagellm.gateway.protocol.responses_body import read_responses
 from sagellm.gateway.settings import RequestLimits
 
 
@@ -39,6 +40,7 @@ def read_messages(body: bytes, limits: RequestLimits) -> None:
 READERS = {
     "/v1/completions": read_completion,
     "/v1/chat/completions": read_chat,
+    "/v1/responses": read_responses,
     "/v1/messages": read_messages,
     "/v1/messages/count_tokens": read_count_body,
     "/tokenize": read_tokenize,
@@ -114,6 +116,7 @@ def test_the_operators_limits_are_in_it() -> None:
 
 USER = {"role": "user", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+FLAT = {"type": "function", "name": "f", "parameters": None}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "index": 0}
 
 NAMED = {"type": "function", "function": {"name": "f"}}
@@ -150,6 +153,15 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["a", "b"]}}),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {}, "regex": None}}),
     ("/v1/completions", {"prompt": "a", "guided_json": "{}", "ebnf": None}),
+    ("/v1/responses", {"input": "a"}),
+    ("/v1/responses", {"input": [USER, {**USER, "type": "message", "id": None}]}),
+    ("/v1/responses", {"input": "a", "store": True, "background": False, "top_k": 3}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": None, "text": {"format": None}}),
+    ("/v1/responses", {"input": "a", "stream_options": {"include_obfuscation": False}}),
+    (
+        "/v1/responses",
+        {"input": "a", "tools": [FLAT], "tool_choice": {"type": "function", "name": "f"}},
+    ),
     ("/v1/messages", MESSAGES),
     ("/v1/messages", {**MESSAGES, "system": [{"type": "text", "text": "a"}], "tools": None}),
     (
@@ -165,6 +177,13 @@ GOOD: list[tuple[str, Any]] = [
     ("/detokenize", {"tokens": [1]}),
 ]
 BAD: list[tuple[str, Any]] = [
+    ("/v1/responses", {"input": []}),
+    ("/v1/responses", {"input": [{"role": "tool", "content": "a"}]}),
+    ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}]}),
+    ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}),
+    ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}),
+    ("/v1/responses", {"input": "a", "max_tokens": 5}),
     ("/v1/completions", {}),
     ("/v1/completions", {"prompt": ""}),
     ("/v1/completions", {"prompt": ["a", 1]}),
