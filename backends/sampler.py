@@ -8,7 +8,14 @@ from typing import TypeAlias
 import torch
 
 from sagellm.backends.step import LogitsRow, Logprob, Sampled, SamplingParams, Scored
-from sagellm.backends.token_masks import Mask, TokenMasks, allowed_tokens, token_masks
+from sagellm.backends.token_masks import (
+    LargestAllowed,
+    Mask,
+    TokenMasks,
+    allowed_tokens,
+    largest_allowed,
+    token_masks,
+)
 
 Bits: TypeAlias = Mapping[int, Mask]  # a row that follows a grammar -> the bits of its mask
 
@@ -25,14 +32,17 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def sample(
-    logits: torch.Tensor, rows: Sequence[LogitsRow], masks: TokenMasks | None = None
+    logits: torch.Tensor,
+    rows: Sequence[LogitsRow],
+    masks: TokenMasks | None = None,
+    largest: LargestAllowed = largest_allowed,
 ) -> Sampled:
     """Sample one token for each row of `logits` [R, vocab] float32.
 
     Each operation treats one row at a time or all rows alike, so that a row's token does not
     depend on the other rows. Rows whose largest logit is not finite are `broken`; their token is
     sampled as if all logits were zero. `masks`: of the rows that follow a grammar; None: they are
-    computed here.
+    computed here. `largest`: a faster function for the same result.
     """
     if not rows:
         return Sampled([])
@@ -44,8 +54,9 @@ def sample(
         broken = frozenset((~is_finite).nonzero().flatten().tolist())
         logits = logits.where(is_finite.unsqueeze(1), 0.0)
     bits = {} if masks is None else dict(zip(masks.rows, masks.bits, strict=True))
-    none_left = _sample_bound(logits, rows, token_ids, bits)
     special = [index for index, row in enumerate(rows) if not _is_greedy(row)]
+    bound = {index: mask for index, mask in bits.items() if index not in special}
+    none_left = _sample_bound(logits, token_ids, bound, largest)
     if special:
         none_left += _sample_processed(logits, rows, token_ids, bits, special)
     refused = {} if masks is None else masks.refused
@@ -58,26 +69,25 @@ def sample(
 
 
 def _sample_bound(
-    logits: torch.Tensor, rows: Sequence[LogitsRow], token_ids: torch.Tensor, bits: Bits
+    logits: torch.Tensor, token_ids: torch.Tensor, bound: Bits, largest: LargestAllowed
 ) -> list[int]:
-    """Sample the greedy rows that follow a grammar, from `token_ids`, the largest logits of all
-    rows. Returns the rows whose grammar allows no token.
+    """Sample the greedy rows `bound`, from `token_ids`, the largest logits of all rows. Returns the
+    rows whose grammar allows no token.
 
     The model's own choice is most often allowed; then its row of logits is not read again.
     """
     none_left = []
-    for index, mask in bits.items():
-        if not _is_greedy(rows[index]):
-            continue
+    scores = logits.cpu().numpy() if bound else None
+    for index, mask in bound.items():
         token_id = int(token_ids[index])
         if mask[token_id // 32] >> token_id % 32 & 1:
             continue
-        allowed = allowed_tokens(mask, logits.shape[1]).nonzero()[0]
-        if len(allowed):
-            best = logits[index][torch.from_numpy(allowed)].argmax()
-            token_ids[index] = int(allowed[int(best)])
-        else:
+        assert scores is not None
+        best = largest(scores[index], mask)
+        if best is None:
             none_left.append(index)
+        else:
+            token_ids[index] = best
     return none_left
 
 

@@ -1,6 +1,6 @@
 """The tokens that grammars allow in the rows of a launch, computed while the program runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -13,6 +13,11 @@ from sagellm.backends.step import LogitsRow, MatcherError
 Mask: TypeAlias = npt.NDArray[np.int32]  # [ceil(vocab / 32)], a bit for each token, lowest first
 
 _BITS = 32
+# Added to the scores of eight tokens: 0 for those whose bit is set, else -inf. [256, 8]
+_BYTES = np.arange(256, dtype=np.uint8)[:, None]
+_BIAS_OF_BYTE = np.where(
+    np.unpackbits(_BYTES, axis=1, bitorder="little"), np.float32(0), np.float32(-np.inf)
+)
 THREAD_NAME = "sagellm-grammar"
 
 
@@ -32,6 +37,25 @@ class TokenMasks:
 def allowed_tokens(mask: Mask, vocab_size: int) -> npt.NDArray[np.bool_]:
     """Whether a mask allows each token: [vocab_size]."""
     return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
+
+
+LargestAllowed: TypeAlias = Callable[[npt.NDArray[np.float32], Mask], int | None]
+
+
+def largest_allowed(scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
+    """The first of the largest scores [vocab] that a mask allows; None if it allows no token.
+
+    Only words with a token are read: a mask that forbids the likeliest token allows few others.
+    """
+    words = mask.nonzero()[0]
+    if not len(words):
+        return None
+    if missing := -len(scores) % _BITS:
+        scores = np.pad(scores, (0, missing))
+    allowed = scores.reshape(-1, _BITS)[words]
+    allowed += np.take(_BIAS_OF_BYTE, mask[words].view(np.uint8), axis=0).reshape(-1, _BITS)
+    best = int(allowed.argmax())
+    return _BITS * int(words[best // _BITS]) + best % _BITS
 
 
 def token_masks(rows: Sequence[LogitsRow]) -> TokenMasks | None:

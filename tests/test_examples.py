@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOT_PLAIN = {"train_sage_tiny.py", "exercises.py"}  # the one trains for an hour, the other is data
+# One trains for an hour, two are its data, and one has functions for others.
+NOT_PLAIN = {"train_sage_tiny.py", "exercises.py", "tool_exercises.py", "weather_tools.py"}
 EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.name not in NOT_PLAIN)
 
 SAYS = {
@@ -20,10 +21,13 @@ SAYS = {
     "own_transport.py": "transports: memory, tcp, nixl, file",
     "own_policy.py": "[16, 4, 8, 12]",
     "own_strategy.py": "[0, 0, 0, 1, 1, 1]",
+    "own_chat_format.py": """['I add.', '', '{"x"', ': 1}']""",
     "own_backend.py": "(0, 1, 2, 3, 4)",
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',
     "client.py": "400 max_tokens",
+    "structured.py": "Ada will be 32 in Rome",
+    "tools.py": "the model asks for get_weather",
     "two_models.py": "echo reads 23 as (205, 204) and answers '68'",
     "own_server.py": '400 {"error":{"message":"the prompt is longer than 200 characters',
 }
@@ -38,9 +42,22 @@ def test_example(name: str) -> None:
 
 
 def test_the_training_script_starts(tmp_path: Path) -> None:
-    done = run(["examples/train_sage_tiny.py", "--steps", "1", "--out", str(tmp_path)])
-    assert done.returncode == 0, done.stderr
+    train("--steps", "1", "--tool-steps", "1", "--out", str(tmp_path))
     assert (tmp_path / "model.safetensors").stat().st_size < 8 * 2**20
+
+
+def test_the_training_goes_on_from_a_folder(tmp_path: Path) -> None:
+    shipped = ROOT / "runtime" / "models" / "sage_tiny"
+    reported = train("--resume", str(shipped), "--tool-steps", "0", "--out", str(tmp_path))
+    assert "sum 100.0%" in reported
+    for file in shipped.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def train(*options: str) -> str:
+    done = run(["examples/train_sage_tiny.py", *options])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":

@@ -84,7 +84,7 @@ class CpuDevice:
         return program
 
     def open_queue(self, threads: int | None = None) -> Queue:
-        queue: Queue = _module("program").CpuQueue(threads)
+        queue: Queue = _module("program").CpuQueue(threads, is_native=self.backend.native)
         return queue
 
 

@@ -24,7 +24,7 @@ from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress
 from sagellm.backends.sampler import sample, score
 from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Ticket
 from sagellm.backends.step_inputs import feed, step_inputs
-from sagellm.backends.token_masks import MaskThread
+from sagellm.backends.token_masks import LargestAllowed, MaskThread, largest_allowed
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS, KV
 
@@ -237,7 +237,9 @@ class CpuQueue:
     `launch` makes the inputs on the caller's thread, while the previous launch is computed.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, *, is_native: bool = True) -> None:
+        native = native_kernels() if is_native else None
+        self._largest = native.largest_allowed if native else largest_allowed
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masks = MaskThread()
         self._thread = threading.Thread(target=self._work, args=(threads,), name=THREAD_NAME)
@@ -265,7 +267,7 @@ class CpuQueue:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began
             try:
-                sampled = _computed(launch, self._masks)
+                sampled = _computed(launch, self._masks, self._largest)
             except BaseException as error:  # the ticket raises it; the thread serves later launches
                 launch.ticket.set_exception(error)
             else:
@@ -273,7 +275,7 @@ class CpuQueue:
 
 
 @torch.inference_mode()
-def _computed(launch: _Launch, mask_thread: MaskThread) -> Sampled:
+def _computed(launch: _Launch, mask_thread: MaskThread, largest: LargestAllowed) -> Sampled:
     """Run the launch's program, and sample from its logits. Raises the errors of the step."""
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
@@ -285,7 +287,7 @@ def _computed(launch: _Launch, mask_thread: MaskThread) -> Sampled:
     finally:
         found = masks.result()  # matchers belong to one thread: none may work past the step
     num_rows = len(batch.rows)
-    sampled = sample(logits[:num_rows], batch.rows, found)
+    sampled = sample(logits[:num_rows], batch.rows, found, largest)
     if batch.scored:
         sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
     return sampled

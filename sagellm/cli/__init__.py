@@ -44,6 +44,7 @@ CHAOS_COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 BENCH_COMMANDS: Mapping[str, tuple[str, str]] = {
     "decide": ("sagellm.cli.bench:decide", "What a decision costs."),
+    "grammars": ("sagellm.cli.bench:grammars", "What answers bound to a grammar cost."),
     "engine": ("sagellm.cli.bench:engine", "The engine against transformers."),
     "gateway": ("sagellm.cli.bench:gateway", "The gateway beside the bare server."),
     "peers": ("sagellm.cli.bench:peers", "The engine beside other engines."),

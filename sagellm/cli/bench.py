@@ -252,6 +252,12 @@ gateway = _measurement(
     "Measure what the gateway costs a request and an event, beside the bare server.",
     sets_threads=False,
 )
+grammars = _measurement(
+    "grammars",
+    "benchmarks.grammars",
+    "Measure a decode step of answers bound to a JSON schema beside one of free answers.",
+    sets_threads=True,
+)
 peers = _measurement(
     "peers",
     "benchmarks.peers.measure",

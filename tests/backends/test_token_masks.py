@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampled_rows import LOGITS, row, sample_one
 
+from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.sampler import sample
 from sagellm.backends.step import MatcherError
-from sagellm.backends.token_masks import MaskThread, allowed_tokens, token_masks
+from sagellm.backends.token_masks import MaskThread, allowed_tokens, largest_allowed, token_masks
 
 VOCAB = 6
+KERNELS = native_kernels()
 
 
 class Allowing:
@@ -112,6 +114,18 @@ def test_bits_are_read_lowest_first(token_ids, vocab_size):
     for token_id in token_ids:
         mask[token_id // 32] |= np.uint32(1 << token_id % 32).astype(np.int32)
     assert allowed_tokens(mask, vocab_size).nonzero()[0].tolist() == sorted(token_ids)
+
+
+@given(st.lists(st.integers(0, 99), unique=True), st.integers(100, 140), st.integers(0, 9))
+def test_the_largest_allowed_is_the_first_of_the_largest(token_ids, vocab_size, seed):
+    mask = np.zeros(-(-vocab_size // 32) + 8, dtype=np.int32)
+    for token_id in token_ids:
+        mask[token_id // 32] |= np.uint32(1 << token_id % 32).astype(np.int32)
+    scores = np.random.default_rng(seed).integers(-3, 3, vocab_size + 256).astype(np.float32)
+    right = max(sorted(token_ids), key=lambda token_id: scores[token_id], default=None)
+    assert largest_allowed(scores, mask) == right
+    if KERNELS is not None:  # there is a C compiler
+        assert KERNELS.largest_allowed(scores, mask) == right
 
 
 def test_a_matcher_sees_the_output_with_its_drafts():

@@ -10,11 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.interface import Progress, silent
+from sagellm.backends.token_masks import Mask
 from sagellm.graphs.log import get_logger
 
 _log = get_logger(__name__)
@@ -47,6 +50,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_step_run": (_POINTER, _INT),
     "sage_step_close": (_POINTER,),
     "sage_copy_sum": (_LONG, _POINTER, _POINTER, _POINTER),
+    "sage_largest_allowed": (_POINTER, _POINTER, _LONG),
     "sage_quant_make": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
         *(_INT, _LONG, _LONG, _INT),
@@ -96,6 +100,7 @@ class NativeKernels:
             getattr(self._library, name).argtypes = signature
         self._library.sage_packed_bytes.restype = _LONG
         self._library.sage_copy_sum.restype = ctypes.c_uint64
+        self._library.sage_largest_allowed.restype = _LONG
 
     def function(self, name: str) -> int:
         """The address of a C function, for a struct that points to it."""
@@ -250,6 +255,13 @@ class NativeKernels:
             count, pointers(*sources), pointers(*targets), (_LONG * count)(*sizes)
         )
         return sum_
+
+    def largest_allowed(self, scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
+        """As `largest_allowed` of token_masks.py."""
+        found: int = self._library.sage_largest_allowed(
+            scores.ctypes.data, mask.ctypes.data, len(scores)
+        )
+        return None if found < 0 else found
 
     def run_step(self, step: NativeStep) -> None:
         """Run all instructions of a step.

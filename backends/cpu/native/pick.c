@@ -1,0 +1,36 @@
+/* Picks tokens: the largest of the logits that a mask allows. */
+#include <math.h>
+
+#include "vector.h"
+
+enum { BITS = 32 }; /* tokens of one word of a mask */
+
+/* The largest of the 32 floats from `from` whose bits are set, at least one. */
+INLINE float largest_of_word(const float *from, uint32_t bits) {
+    const ivec lanes = {1, 2, 4, 8, 16, 32, 64, 128};
+    vec best = fill(-INFINITY);
+    for (int at = 0; at < BITS; at += LANES) {
+        ivec is_set = ((ivec){0} + (int32_t)(bits >> at & 255) & lanes) == lanes;
+        vec value = choose(is_set, load_float(from + at), best);
+        best = choose(value > best, value, best);
+    }
+    return lanes_max(best);
+}
+
+/* The index of the first of the largest floats of a row [size] whose bits are set in `mask`, the
+ * lowest bit first; -1 if no bit is set. Bits past the row are clear. */
+long sage_largest_allowed(const float *row, const uint32_t *mask, long size) {
+    long place = -1;
+    float best = -INFINITY;
+    for (long word = 0, start = 0; start < size; word++, start += BITS) {
+        uint32_t bits = mask[word];
+        if (!bits) continue;
+        int is_whole = start + BITS <= size;
+        if (is_whole && place >= 0 && !(largest_of_word(row + start, bits) > best)) continue;
+        for (; bits; bits &= bits - 1) {
+            long at = start + __builtin_ctz(bits);
+            if (place < 0 || row[at] > best) best = row[place = at];
+        }
+    }
+    return place;
+}

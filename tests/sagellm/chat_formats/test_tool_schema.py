@@ -1,0 +1,74 @@
+"""What formats read in the JSON schemas of tools."""
+
+from typing import Any
+
+import pytest
+
+from sagellm.chat_formats import ToolSpec, UnboundSchema
+from sagellm.chat_formats.tool_schema import (
+    check_bound,
+    constants,
+    members_of,
+    resolved,
+    schema_of,
+    types_of,
+)
+
+ROOT: dict[str, Any] = {
+    "$defs": {
+        "a": {"$ref": "#/$defs/b"},
+        "b": {"type": "integer"},
+        "circle": {"$ref": "#/$defs/circle"},
+        "self": {"anyOf": [{"$ref": "#/$defs/self"}, {"$ref": "#/$defs/self"}, {"type": "null"}]},
+    }
+}
+
+
+def test_references_are_followed() -> None:
+    assert resolved({"$ref": "#/$defs/a"}, ROOT) == {"type": "integer"}
+    assert resolved({"$ref": "#"}, ROOT) is ROOT
+    for unknown in ("#/$defs/x", "#/$defs/circle", "#/$defs/b/type", "http://x"):
+        assert resolved({"$ref": unknown}, ROOT).get("type") is None
+    assert resolved(True, ROOT) == {}
+
+
+def test_required_members_come_first() -> None:
+    schema = {"properties": {"x": {"type": "null"}, "y": {}, "z": True}, "required": ["z", "w"]}
+    members = [(one.name, one.is_required) for one in members_of(schema, {})]
+    assert members == [("z", True), ("w", True), ("x", False), ("y", False)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [
+        ({"type": "string"}, {"string"}),
+        ({"type": ["integer", "null"]}, {"number", "null"}),
+        ({"enum": [1, 2.5, "a", True, None, [], {}]}, None),
+        ({"const": "a", "type": "number"}, {"string"}),
+        ({"anyOf": [{"type": "array"}, {"$ref": "#/$defs/a"}]}, {"array", "number"}),
+        ({"$ref": "#/$defs/self"}, {"null"}),
+        ({}, None),
+    ],
+)
+def test_types(schema: dict[str, Any], types: set[str] | None) -> None:
+    every = {"string", "number", "boolean", "null", "array", "object"}
+    assert types_of(resolved(schema, ROOT), ROOT) == (every if types is None else types)
+
+
+def test_constants() -> None:
+    assert constants({"const": None}) == [None]
+    assert constants({"enum": [1, 2]}) == [1, 2]
+    assert constants({"type": "string"}) is None
+
+
+def test_only_a_strict_tool_must_have_a_schema_that_can_be_bound() -> None:
+    schema = {"type": "string", "pattern": "a", "description": "b"}
+    check_bound(ToolSpec(name="f"), schema, frozenset({"type"}))
+    check_bound(ToolSpec(name="f", strict=True), schema, frozenset({"type", "pattern"}))
+    with pytest.raises(UnboundSchema, match="'pattern'"):
+        check_bound(ToolSpec(name="f", strict=True), schema, frozenset({"type"}))
+
+
+def test_arguments_are_an_object() -> None:
+    assert schema_of(ToolSpec(name="f")) == {"type": "object"}
+    assert schema_of(ToolSpec(name="f", parameters={"required": ["x"]}))["type"] == "object"
