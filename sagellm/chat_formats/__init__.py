@@ -1,66 +1,87 @@
-"""How models write tool calls and reasoning: the parts of an answer, and the parser contract."""
+"""How models write tool calls and reasoning, and the table of the formats, by name.
 
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
+`chat_format` has the contract. To ship a format, add a file with its `ChatFormat`, and an entry to
+the table below. Users register their own formats with `sagellm.register_chat_format`; packages
+offer formats as entry points `sagellm.chat_formats`.
+"""
 
-import msgspec
+from typing import Any
+
+from sagellm.chat_formats.block_format import PLAIN, THINKING
+from sagellm.chat_formats.chat_format import (
+    NO_SPECIAL_TOKENS,
+    NO_TOOLS,
+    AnswerParser,
+    AnswerPart,
+    ChatFormat,
+    Content,
+    DrawId,
+    OpenParser,
+    PlainParser,
+    Reasoning,
+    SpecialTokens,
+    ToolCallDelta,
+    ToolSpec,
+    ToolUse,
+    open_plain_parser,
+    random_id,
+)
+from sagellm.chat_formats.gemma import FUNCTION_GEMMA, GEMMA4
+from sagellm.chat_formats.harmony import HARMONY
+from sagellm.chat_formats.hermes import HERMES, QWEN3
+from sagellm.chat_formats.llama3 import LLAMA3
+from sagellm.chat_formats.mistral import MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST
+from sagellm.chat_formats.qwen_coder import QWEN3_5, QWEN3_CODER
+from sagellm.runtime.registry import Registry
+
+__all__ = [
+    "FORMATS",
+    "NO_SPECIAL_TOKENS",
+    "NO_TOOLS",
+    "AnswerParser",
+    "AnswerPart",
+    "ChatFormat",
+    "Content",
+    "DrawId",
+    "OpenParser",
+    "PlainParser",
+    "Reasoning",
+    "SpecialTokens",
+    "ToolCallDelta",
+    "ToolSpec",
+    "ToolUse",
+    "format_of",
+    "open_plain_parser",
+    "random_id",
+]
+
+_SHIPPED = (
+    *(HARMONY, GEMMA4, FUNCTION_GEMMA, QWEN3_5, QWEN3_CODER, QWEN3, HERMES, LLAMA3),
+    *(MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST, THINKING, PLAIN),
+)
 
 
-class Content(msgspec.Struct, frozen=True, tag="content", gc=False):
-    """Text of the answer for the user."""
-
-    text: str
-
-
-class Reasoning(msgspec.Struct, frozen=True, tag="reasoning", gc=False):
-    """Text of the model's reasoning before its answer."""
-
-    text: str
+def read_chat_format(name: str, given: Any) -> ChatFormat:
+    """Return the chat format. Raises TypeError for a value that is none."""
+    parts = ("matches", "open_parser", "grammar", "response_grammar", "takes_tools")
+    missing = [part for part in parts if not hasattr(given, part)]
+    if missing:
+        raise TypeError(f"chat format {name!r} has no {missing[0]}; see ChatFormat")
+    format_: ChatFormat = given
+    return format_
 
 
-class ToolCallDelta(msgspec.Struct, frozen=True, tag="tool_call", gc=False):
-    """A piece of one tool call.
+FORMATS: Registry[ChatFormat] = Registry(
+    "chat format", "sagellm.chat_formats", {one.name: one for one in _SHIPPED}, read_chat_format
+)
 
-    `index`: the number of the call in its answer, from 0. `id` and `name` are set in the first
-    piece of a call and empty in later pieces. The `arguments` of all pieces of a call, joined, are
-    the JSON text of an object, unless the answer was cut off.
+
+def format_of(template: str | None) -> ChatFormat:
+    """Return the format of a model from its chat template (None: the model has none).
+
+    The first format that matches counts: formats of users, then those above in their order. PLAIN
+    matches every template. Raises BrokenEntryPoint.
     """
-
-    index: int
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-
-
-AnswerPart: TypeAlias = Content | Reasoning | ToolCallDelta
-
-
-class AnswerParser(Protocol):
-    """Splits the text of one choice into parts. It never fails: text without a known form is
-    content.
-    """
-
-    def push(self, text: str) -> list[AnswerPart]:
-        """Return the parts that the next piece of the text completes. May hold text back."""
-        ...
-
-    def finish(self) -> list[AnswerPart]:
-        """Return the parts of the text that was held back. No text may follow."""
-        ...
-
-
-OpenParser: TypeAlias = Callable[[], AnswerParser]
-
-
-class PlainParser:
-    """The parser of a model without tools and reasoning: all text is content."""
-
-    def push(self, text: str) -> list[AnswerPart]:
-        return [Content(text)] if text else []
-
-    def finish(self) -> list[AnswerPart]:
-        return []
-
-
-def open_plain_parser() -> AnswerParser:
-    return PlainParser()
+    names = [*(name for name in FORMATS if name not in FORMATS.ours), *FORMATS.ours]
+    found = (FORMATS[name] for name in names)
+    return next(one for one in found if one.matches(template or ""))

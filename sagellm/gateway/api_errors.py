@@ -86,9 +86,9 @@ def wrong(param: str, message: str, code: str | None = None) -> ApiError:
 LOG = get_logger("sagellm.gateway")
 
 
-def response_of(error: ApiError) -> Response:
-    """Return the HTTP response with an error's status, headers and body."""
-    return Response(error.encoded, error.status, headers_of(error), "application/json")
+def response_of(error: ApiError, body: bytes) -> Response:
+    """Return the HTTP response with an error's status and headers, and a JSON text."""
+    return Response(body, error.status, headers_of(error), "application/json")
 
 
 def headers_of(error: ApiError) -> dict[str, str]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
+from sagellm.chat_formats import ChatFormat, SpecialTokens, format_of
 from sagellm.gateway.answers.logprobs import TokenTexts
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import Budgets, Counter, LocalCounter
 from sagellm.gateway.encoding import PromptEncoder
+from sagellm.gateway.grammar_checks import GrammarChecker
 from sagellm.gateway.graph_bridge import GraphBridge
 from sagellm.gateway.metrics.meters import Meters
 from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard
@@ -21,21 +23,30 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _SALT_BYTES = 16
+_ANSWER_PREFIXES = ("chatcmpl-", "cmpl-", "msg_", "resp_")
 _NUM_BROKEN = 4096  # more calls than can break off while the graph ends the requests of one call
 
 
 @dataclass(slots=True)
 class HostedModel:
-    """A model that is served over HTTP: its card, its tokenizer and its encoder."""
+    """A model that is served over HTTP: its card, its tokenizer and its encoder.
+
+    `format`: how the model writes tool calls and reasoning, known by its chat template.
+    """
 
     card: ModelCard
     tokenizer: Tokenizer
     encoder: PromptEncoder = field(init=False)
     tokens: TokenTexts = field(init=False)
+    format: ChatFormat = field(init=False)
+    special_tokens: SpecialTokens = field(init=False)
 
     def __post_init__(self) -> None:
         self.encoder = PromptEncoder(self.tokenizer)
         self.tokens = TokenTexts(self.tokenizer)
+        self.format = format_of(self.tokenizer.chat_template)
+        special = self.tokenizer.special_token_ids
+        self.special_tokens = {self.tokenizer.token(token_id): token_id for token_id in special}
 
     @property
     def facts(self) -> ModelBounds:
@@ -66,6 +77,7 @@ class Gateway:
     is_draining: bool = False
     # Open calls, summed over all gateways of the graph.
     num_calls: Counter = field(default_factory=LocalCounter)
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
     _open_ids: dict[str, int] = field(default_factory=dict)  # id of a call -> number of requests
     # The ids of calls that ended with an exception, oldest first.
     _broken_ids: dict[str, None] = field(default_factory=dict)
@@ -117,7 +129,9 @@ class Gateway:
 
 def plain_id(answer_id: str) -> str:
     """Return the id of a call from the id of its answer, which has a prefix."""
-    return answer_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    for prefix in _ANSWER_PREFIXES:
+        answer_id = answer_id.removeprefix(prefix)
+    return answer_id
 
 
 def call_of(request_id: str) -> str:

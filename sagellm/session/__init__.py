@@ -189,6 +189,15 @@ class Session:
         lengths = [engine.facts.max_model_len for engine in every]
         return min(lengths if served.max_model_len is None else [*lengths, served.max_model_len])
 
+    def is_able(self, capability: str, model: str = "") -> bool:
+        """Whether all engines of a model have a capability (`graphs/vocabulary.py`).
+
+        Raises RequestError for an unknown model.
+        """
+        engines = self.executor.engines
+        every = (one for name in self.models.named(model).served.engines for one in engines[name])
+        return all(capability in engine.facts.capabilities for engine in every)
+
     def statistics(self) -> Statistics:
         return statistics_of(self.executor, elapsed_s=trio.current_time() - self._opened_s)
 

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from sagellm.gateway.api_errors import ApiError, note_error
 from sagellm.gateway.settings import Streaming
 
-DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"  # ends every stream of the OpenAI API
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {
     "content-type": "text/event-stream",
@@ -30,6 +30,16 @@ def event(content: bytes) -> bytes:
     return b"data: " + escaped(content) + b"\n\n"
 
 
+def named_event(name: str, content: bytes) -> bytes:
+    """Return the bytes of one event with a name, for APIs whose clients read events by name."""
+    return b"event: " + name.encode() + b"\n" + event(content)
+
+
+def failure(error: ApiError) -> bytes:
+    """Return the events that end a failed stream of the OpenAI API."""
+    return event(error.encoded) + DONE
+
+
 def escaped(content: bytes) -> bytes:
     """Return a JSON text with all Unicode line ends escaped."""
     if not content.isascii():
@@ -39,12 +49,16 @@ def escaped(content: bytes) -> bytes:
 
 
 class EventWriter:
-    """Writes the events of one stream. Sending raises ClientDisconnect if the client has left."""
+    """Writes the events of one stream. Sending raises ClientDisconnect if the client has left.
+
+    `failure_of` makes the last events of an error, in the form of the call's API.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         # While a keep-alive comment is being sent: the event that its end sets.
         self._quiet: anyio.Event | None = None
+        self.failure_of: Callable[[ApiError], bytes] = failure
         self.is_started = False
         self.is_sending = False
         self.since_s = anyio.current_time()  # start of the current send, or end of the last comment
@@ -95,8 +109,8 @@ async def event_stream(
 ) -> AsyncIterator[EventWriter]:
     """Open a stream of events, which the `async with` block writes.
 
-    An ApiError of the block is raised if no event was sent, and otherwise becomes the last event.
-    Any other exception is raised, after it has become the last event of a started stream. Errors
+    An ApiError of the block is raised if no event was sent, and otherwise becomes the last events.
+    Any other exception is raised, after it has become the last events of a started stream. Errors
     that become events are stored in `scope` for the log line.
 
     If the client leaves, or reads nothing for `stall_s` seconds, the block is cancelled, the stream
@@ -123,7 +137,7 @@ async def event_stream(
 
 @asynccontextmanager
 async def _ending(events: EventWriter, scope: Scope) -> AsyncIterator[None]:
-    """Write an exception of the block as the last event, if the stream has started."""
+    """Write an exception of the block as the last events, if the stream has started."""
     try:
         yield
     except ClientDisconnect:
@@ -132,11 +146,11 @@ async def _ending(events: EventWriter, scope: Scope) -> AsyncIterator[None]:
         if not events.is_started:
             raise
         note_error(scope, error)
-        await events.send(event(error.encoded) + DONE, is_last=True)
+        await events.send(events.failure_of(error), is_last=True)
     except Exception:
         if events.is_started:
             note_error(scope, _FAILED)
-            await events.send(event(_FAILED.encoded) + DONE, is_last=True)
+            await events.send(events.failure_of(_FAILED), is_last=True)
         raise
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sagellm.gateway.answers.event_stream import escaped, event
+from sagellm.chat_formats import open_plain_parser
+from sagellm.gateway.answers.event_stream import DONE, escaped, event, failure
 from sagellm.gateway.answers.event_stream import event as sse_event
 from sagellm.gateway.answers.logprobs import (
     CompletionLogprobsWriter,
@@ -15,6 +16,7 @@ from sagellm.gateway.answers.logprobs import (
     prompt_logprobs,
 )
 from sagellm.gateway.answers.objects import (
+    ApiFinishReason,
     ApiUsage,
     ChatChoice,
     ChatChunk,
@@ -22,7 +24,6 @@ from sagellm.gateway.answers.objects import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     Completion,
     CompletionChoice,
     CompletionChunk,
@@ -30,7 +31,9 @@ from sagellm.gateway.answers.objects import (
     Ids,
     PromptLogprobs,
 )
+from sagellm.gateway.answers.parts import ChoiceParts, delta_of, finish_reason, message_of
 from sagellm.gateway.answers.writer import FINISH, AnswerSpec, Indexed
+from sagellm.gateway.api_errors import ApiError
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session.requests import Encoded
 
@@ -78,8 +81,13 @@ class CompletionForm:
         chunk = self._chunk([self._choice(index, event)], usage)
         return sse_event(msgspec.json.encode(chunk))
 
-    def usage(self, usage: ApiUsage) -> bytes:
-        return sse_event(msgspec.json.encode(self._chunk([], usage)))
+    def ending(self, usage: ApiUsage) -> bytes:
+        if not self._asked.has_usage:
+            return DONE
+        return sse_event(msgspec.json.encode(self._chunk([], usage))) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return failure(error)
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
         asked = self._asked
@@ -160,6 +168,8 @@ class ChatForm:
         # Whether the prompt's logprobs were requested and not yet written.
         self._shows_prompt = asked.num_prompt_logprobs is not None
         self._is_plain = not (asked.has_logprobs or asked.has_token_ids or self._shows_prompt)
+        self._is_parsed = asked.open_parser is not open_plain_parser
+        self._parts: dict[int, ChoiceParts] = {}
 
     def opening(self, usage: ApiUsage | None) -> bytes:
         # Clients learn the role of each choice before its text, as in the OpenAI API.
@@ -170,21 +180,48 @@ class ChatForm:
         return b"".join(sse_event(msgspec.json.encode(role)) for role in roles)
 
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
+        if self._is_parsed:
+            return self._parsed_chunk(index, event, usage)
         if self._is_plain and event.finish_reason is None and usage is None:
             return self._frame(index).with_text(event.text)
+        finish = FINISH[event.finish_reason]
+        return self._whole_chunk(index, event, usage, ChatDelta(content=event.text), finish)
+
+    def _parsed_chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
+        parts = self._parts_of(index)
+        piece = parts.push(event)
+        is_usual = self._is_plain and event.finish_reason is None and usage is None
+        if is_usual and piece.has_only_content:
+            return self._frame(index).with_text(piece.content)
+        finish = finish_reason(event, has_calls=parts.has_calls)
+        return self._whole_chunk(index, event, usage, delta_of(piece), finish)
+
+    def _whole_chunk(
+        self,
+        index: int,
+        event: TokenEvent,
+        usage: ApiUsage | None,
+        delta: ChatDelta,
+        finish: ApiFinishReason | None,
+    ) -> bytes:
         choice = ChatChunkChoice(
             index=index,
-            delta=ChatDelta(content=event.text),
+            delta=delta,
             logprobs=self._logprobs(event),
-            finish_reason=FINISH[event.finish_reason],
+            finish_reason=finish,
             stop_reason=event.stop_reason,
             token_ids=self._token_ids(event),
         )
         chunk = self._chunk([choice], usage, prompt_logprobs=self._prompt_logprobs(event))
         return sse_event(msgspec.json.encode(chunk))
 
-    def usage(self, usage: ApiUsage) -> bytes:
-        return sse_event(msgspec.json.encode(self._chunk([], usage)))
+    def ending(self, usage: ApiUsage) -> bytes:
+        if not self._asked.has_usage:
+            return DONE
+        return sse_event(msgspec.json.encode(self._chunk([], usage))) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return failure(error)
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
         asked, told = self._asked, list(choices)
@@ -200,11 +237,13 @@ class ChatForm:
         return msgspec.json.encode(completion)
 
     def _choice(self, index: int, event: TokenEvent) -> ChatChoice:
+        parts = self._parts_of(index)
+        message = message_of(parts.push(event))
         return ChatChoice(
             index=index,
-            message=ChatMessage(content=event.text),
+            message=message,
             logprobs=self._logprobs(event),
-            finish_reason=FINISH[event.finish_reason],
+            finish_reason=finish_reason(event, has_calls=parts.has_calls),
             stop_reason=event.stop_reason,
             token_ids=self._token_ids(event),
         )
@@ -226,6 +265,14 @@ class ChatForm:
             prompt_token_ids=prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _parts_of(self, index: int) -> ChoiceParts:
+        parts = self._parts.get(index)
+        if parts is None:
+            shown = self._asked.shows_reasoning
+            parts = ChoiceParts(self._asked.open_parser, shows_reasoning=shown)
+            self._parts[index] = parts
+        return parts
 
     def _frame(self, index: int) -> ChunkTemplate:
         frame = self._frames.get(index)

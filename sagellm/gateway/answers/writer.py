@@ -6,7 +6,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from sagellm.chat_formats import OpenParser, open_plain_parser
+from sagellm.chat_formats import OpenParser, Reasoning, open_plain_parser
 from sagellm.gateway.answers.logprobs import Texts
 from sagellm.gateway.answers.objects import (
     ApiFinishReason,
@@ -75,9 +75,6 @@ def _cancelled(code: str) -> ApiError:
     return ApiError(503, "the operator ended the request", code="abort", should_retry=False)
 
 
-_NO_REASONING = CompletionTokensDetails()
-
-
 class UsageCounter:
     """Counts the tokens of one call, over all its prompts and choices."""
 
@@ -85,6 +82,7 @@ class UsageCounter:
         self._num_prompt: dict[int, int] = {}  # number of a prompt -> its tokens
         self._num_cached: dict[int, int] = {}
         self._num_completion = 0
+        self.num_reasoning = 0  # tokens of the answer that are reasoning
         self.first_s: float | None = None  # time of the first batch, on the loop's clock
 
     def count(self, prompt: int, event: TokenEvent) -> None:
@@ -107,7 +105,7 @@ class UsageCounter:
             completion_tokens=self._num_completion,
             total_tokens=num_prompt + self._num_completion,
             prompt_tokens_details=PromptTokensDetails(sum(self._num_cached.values())),
-            completion_tokens_details=_NO_REASONING,
+            completion_tokens_details=CompletionTokensDetails(self.num_reasoning),
         )
 
 
@@ -138,6 +136,8 @@ class AnswerSpec:
     is_echo: bool = False
     is_prompt_only: bool = False  # the answer shows no generated tokens
     open_parser: OpenParser = open_plain_parser  # of a choice: content, reasoning and tool calls
+    has_reasoning: bool = False  # there may be reasoning among the parts
+    shows_reasoning: bool = True
 
     @property
     def has_logprobs(self) -> bool:
@@ -157,8 +157,11 @@ class AnswerForm(Protocol):
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
         """Return the event for the next piece of the choice `index`."""
 
-    def usage(self, usage: ApiUsage) -> bytes:
-        """Return the event that ends a stream with the usage of the whole call."""
+    def ending(self, usage: ApiUsage) -> bytes:
+        """Return the events that end a stream. `usage`: that of the whole call."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the events that end a stream whose answer is not whole."""
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
         """Return the JSON text of a whole answer that is not streamed."""
@@ -166,6 +169,35 @@ class AnswerForm(Protocol):
 
 class MakeAnswerForm(Protocol):
     def __call__(self, asked: AnswerSpec, texts: Texts) -> AnswerForm: ...
+
+
+class ReasoningCounter:
+    """Counts the tokens of one choice that are reasoning, without the marks around it."""
+
+    def __init__(self, open_parser: OpenParser) -> None:
+        self._parser = open_parser()
+        self._is_inside = False
+        self._is_over = False  # the answer has begun, and no reasoning follows
+        self._num_pending = 0  # tokens inside that completed no part: reasoning, or its end
+
+    def count(self, event: TokenEvent) -> int:
+        """Return the number of tokens that the event shows to be reasoning."""
+        if self._is_over:
+            return 0
+        parts = self._parser.push(event.text)
+        if event.is_last:
+            parts = parts + self._parser.finish()
+        if not parts:
+            self._num_pending += event.num_tokens if self._is_inside else 0
+            return 0
+        inside = sum(len(part.text) for part in parts if isinstance(part, Reasoning))
+        self._is_over = not isinstance(parts[-1], Reasoning)
+        if not inside:
+            return 0
+        before, self._num_pending, self._is_inside = self._num_pending, 0, True
+        # Only if several tokens share an event may some of them be no reasoning.
+        share = inside / max(inside, len(event.text)) if self._is_over else 1.0
+        return before + round(event.num_tokens * share)
 
 
 class AnswerWriter:
@@ -182,6 +214,7 @@ class AnswerWriter:
         self._num_unfinished = asked.num_indices
         self._is_begun = False
         self._parts: dict[int, list[TokenEvent]] = {}
+        self._reasoning: dict[int, ReasoningCounter] = {}  # by choice
 
     @property
     def is_finished(self) -> bool:
@@ -197,15 +230,19 @@ class AnswerWriter:
         """Return the server-sent events of a batch: one for each choice in the batch."""
         joined_batch = self._joined(batch)
         usage = self._counter.usage if self._asked.has_continuous_usage else None
-        events = [self._form.chunk(index, event, usage) for index, event in joined_batch]
-        if not self._is_begun:
-            self._is_begun = True
-            events.insert(0, self._form.opening(usage))
+        # The opening is made first: forms may number their events.
+        events = [] if self._is_begun else [self._form.opening(usage)]
+        self._is_begun = True
+        events += [self._form.chunk(index, event, usage) for index, event in joined_batch]
         return b"".join(events)
 
     def ending(self) -> bytes:
-        """Return the events after the last chunk: the usage, if the client asked for it."""
-        return self._form.usage(self._counter.usage) if self._asked.has_usage else b""
+        """Return the events after the last chunk."""
+        return self._form.ending(self._counter.usage)
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the events that end a stream whose answer is not whole."""
+        return self._form.failure(error)
 
     def add(self, batch: EventBatch) -> None:
         """Add a batch to the whole answer."""
@@ -226,8 +263,17 @@ class AnswerWriter:
             self._counter.count(prompt, event)
             self._num_unfinished -= event.is_last
             index = prompt * self._asked.num_choices + event.choice
+            if self._asked.has_reasoning:
+                self._count_reasoning(index, event)
             parts.setdefault(index, []).append(event)
         return [(index, joined(events)) for index, events in parts.items()]
+
+    def _count_reasoning(self, index: int, event: TokenEvent) -> None:
+        # Here and not in the form: a form sees a whole answer as one event, without its tokens.
+        counter = self._reasoning.get(index)
+        if counter is None:
+            counter = self._reasoning[index] = ReasoningCounter(self._asked.open_parser)
+        self._counter.num_reasoning += counter.count(event)
 
 
 def _ungenerated(event: TokenEvent) -> TokenEvent:

@@ -40,6 +40,7 @@ from sagellm.gateway.http.checks import (
     check_body,
     check_headers,
 )
+from sagellm.gateway.http.dialects import ApiDialect
 from sagellm.gateway.http.routes import routes_of
 from sagellm.graphs.log import get_logger
 
@@ -55,8 +56,8 @@ def build_app(gateway: Gateway) -> "App":
 class App:
     """The ASGI app. It answers HTTP and refuses WebSockets. All calls pass the same checks.
 
-    `calls`: the open calls, for which a drain waits. `generating`: the paths of routes that
-    generate, by their bytes.
+    `calls`: the open calls, for which a drain waits. `generating`: the routes that generate, by the
+    bytes of their paths.
     """
 
     def __init__(self, gateway: Gateway, routes: Iterable[EndpointRoute]) -> None:
@@ -68,7 +69,7 @@ class App:
         self._keys = ApiKeys(gateway.settings)
         self.objective_s = objective_of(gateway.graph)
         self.generating = {
-            route.path.encode(): route.path
+            route.path.encode(): route
             for route in self.table.routes
             if route.generates and route.method == "POST"
         }
@@ -97,7 +98,7 @@ class App:
         route = self.table.find(scope)
         limits = self.gateway.settings.limits
         body = RequestBody(scope, receive, limits, call.started_s, self.bodies)
-        sending = _Sending(send, call, body)
+        sending = _Sending(send, call, body, route.dialect)
         scope["state"] = {"call": call, "calls": self.calls, "body": body}
         self.gateway.meters.request_started(route.path, scope["method"])
         try:
@@ -123,7 +124,8 @@ class App:
             body.drop()  # free its memory before the answer, whose sending may take long
             if refusal is not None and not sending.status:
                 note_error(scope, refusal)
-                await response_of(refusal)(scope, body.receive, sending.send)
+                content = route.dialect.error_body(refusal, sending.call.request_id)
+                await response_of(refusal, content)(scope, body.receive, sending.send)
         finally:
             body.drop()
 
@@ -132,7 +134,7 @@ class App:
         settings = self.gateway.settings
         check_headers(scope, settings.limits)
         self._hosts.check(scope)
-        caller = self._keys.caller(scope, route.access)
+        caller = self._keys.caller(scope, route.access, route.dialect.key_header)
         state = scope["state"]
         state["call"] = replace(state["call"], tenant=caller.tenant, is_admin=caller.is_admin)
         if self.gateway.is_draining and not route.while_draining:
@@ -160,9 +162,10 @@ class _Sending:
     `status` is 0 until the response has started.
     """
 
-    def __init__(self, send: Send, call: Call, body: RequestBody) -> None:
+    def __init__(self, send: Send, call: Call, body: RequestBody, dialect: ApiDialect) -> None:
         self._send = send
         self._body = body
+        self._dialect = dialect
         self._is_whole = False
         self.call = call
         self.status = 0
@@ -174,7 +177,7 @@ class _Sending:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), *echo(self.call)]
+            message["headers"] = [*message.get("headers", ()), *echo(self.call, self._dialect)]
             await self._send(message)
             return
         *parts, last = _parts(message)
@@ -284,21 +287,21 @@ class Overflow:
             sent = sock.recv(_MOST_BYTES, MSG_PEEK)
         except OSError:  # no bytes have come yet
             return False
-        path = self._path_of(sent)
-        if path is None:
+        route = self._route_of(sent)
+        if route is None:
             return False
         with suppress(OSError):  # the client may have left
             sock.recv(_MOST_BYTES)  # the kernel drops the answer if unread bytes are left
-            sock.send(self._answer(sent))
+            sock.send(self._answer(sent, route.dialect))
             sock.shutdown(SHUT_WR)
         sock.close()
         meters = self._app.gateway.meters
-        meters.request_started(path, "POST")
-        meters.request_ended(path, "POST", 503, 0.0)
+        meters.request_started(route.path, "POST")
+        meters.request_ended(route.path, "POST", 503, 0.0)
         return True
 
-    def _path_of(self, sent: bytes) -> str | None:
-        """Return the path of a complete call to a generating route; None for any other bytes."""
+    def _route_of(self, sent: bytes) -> EndpointRoute | None:
+        """Return the generating route of a complete call; None for any other bytes."""
         head, end, body = sent.partition(b"\r\n\r\n")
         line = head.partition(b"\r\n")[0].split(b" ")
         length = _LENGTH.search(head + b"\r\n")
@@ -309,7 +312,7 @@ class Overflow:
             return None
         return self._app.generating.get(target.partition(b"?")[0])
 
-    def _answer(self, sent: bytes) -> bytes:
+    def _answer(self, sent: bytes, dialect: ApiDialect) -> bytes:
         """Return a whole HTTP response with a 503. `sent`: the bytes of the call.
 
         The response repeats the call's x-request-id.
@@ -317,13 +320,15 @@ class Overflow:
         error = shed(self._app.lag_s, should_retry=False)
         given = _ID.search(sent.partition(b"\r\n\r\n")[0] + b"\r\n")
         request_id = read_request_id([(b"x-request-id", given[1])] if given else [])
+        body = dialect.error_body(error, request_id)
         lines = (
             "HTTP/1.1 503 Service Unavailable",
             "content-type: application/json",
-            f"content-length: {len(error.encoded)}",
+            f"content-length: {len(body)}",
             *(f"{name}: {value}" for name, value in headers_of(error).items()),
             f"x-request-id: {request_id}",
+            *(f"{name.decode()}: {request_id}" for name in dialect.id_headers),
             "openai-processing-ms: 0",
             "connection: close",
         )
-        return "\r\n".join((*lines, "", "")).encode() + error.encoded
+        return "\r\n".join((*lines, "", "")).encode() + body

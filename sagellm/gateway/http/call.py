@@ -4,7 +4,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TypeAlias
 from urllib.parse import unquote
@@ -19,6 +19,7 @@ from sagellm.gateway.api_errors import ApiError, response_of
 from sagellm.gateway.budgets import Counter
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.http.checks import Access
+from sagellm.gateway.http.dialects import OPENAI, ApiDialect
 
 Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
@@ -32,7 +33,7 @@ class EndpointRoute:
 
     In a path, `{name}` matches one segment, and `{name:path}` may match slashes. `while_draining`:
     the route still answers during a drain. `generates`: the route makes tokens, so an overloaded
-    server refuses its calls.
+    server refuses its calls. `dialect`: the API whose clients call the route.
     """
 
     method: str
@@ -41,6 +42,7 @@ class EndpointRoute:
     access: Access = "user"
     while_draining: bool = False
     generates: bool = False
+    dialect: ApiDialect = OPENAI
 
 
 async def not_found(gateway: Gateway, request: Request) -> Response:
@@ -52,7 +54,8 @@ async def not_allowed(gateway: Gateway, request: Request) -> Response:
     """Answer 405 for a known path with another method."""
     allowed, path = ", ".join(request.scope["allowed_methods"]), shown(request.scope["raw_path"])
     message = f"{path} does not answer to {_word(request.method)}; it answers to {allowed}"
-    response = response_of(ApiError(405, message))
+    error, dialect = ApiError(405, message), request.scope["dialect"]
+    response = response_of(error, dialect.error_body(error, request.state.call.request_id))
     response.headers["allow"] = allowed
     return response
 
@@ -101,10 +104,16 @@ class RouteTable:
         route = methods.get(scope["method"])
         if route is not None:
             return route
-        scope["allowed_methods"] = tuple(methods)
         # The 405 needs the same key as the path's routes, so it reveals no admin path.
         any_route = next(iter(methods.values()))
-        return EndpointRoute(scope["method"], any_route.path, not_allowed, any_route.access, True)
+        scope["allowed_methods"], scope["dialect"] = tuple(methods), any_route.dialect
+        return replace(
+            any_route,
+            method=scope["method"],
+            endpoint=not_allowed,
+            while_draining=True,
+            generates=False,
+        )
 
     def _without_slash(self, scope: Scope) -> EndpointRoute | None:
         """Return a redirect if the path is the path of a route with one slash at its end.
@@ -167,9 +176,6 @@ _ELSEWHERE = {
     "/api/tags": "/v1/models",
     "/generate": _COMPLETIONS,
     "/v1/embeddings": _CHAT,
-    "/v1/messages": _CHAT,
-    "/v1/messages/count_tokens": "/tokenize",
-    "/v1/responses": _CHAT,
 }
 _UNSAFE = re.compile(rb"[^A-Za-z0-9/._~%{}:@!$&()*+,;=-]")
 
@@ -275,12 +281,14 @@ def new_call(scope: Scope) -> Call:
     )
 
 
-def echo(call: Call) -> list[tuple[bytes, bytes]]:
+def echo(call: Call, dialect: ApiDialect = OPENAI) -> list[tuple[bytes, bytes]]:
     """Return the headers that every response carries: the request id and the processing time."""
     processing_ms = round((anyio.current_time() - call.started_s) * 1000)
+    request_id = call.request_id.encode()
     return [
-        (b"x-request-id", call.request_id.encode()),
+        (b"x-request-id", request_id),
         (b"openai-processing-ms", b"%d" % processing_ms),
+        *((name, request_id) for name in dialect.id_headers),
     ]
 
 

@@ -1,13 +1,20 @@
 """Chats of any API: from a checked conversation to the call that generates its answer."""
 
+from functools import partial
+
+import msgspec
+
+from sagellm.chat_formats import OpenParser, ToolUse, open_plain_parser
 from sagellm.gateway.answers.forms import ChatForm
 from sagellm.gateway.answers.writer import MakeAnswerForm
 from sagellm.gateway.api_errors import wrong
 from sagellm.gateway.gateway import Gateway, HostedModel, served_model
+from sagellm.gateway.http.bound_answers import chat_grammar, check_tool_use
 from sagellm.gateway.http.generation import GenerationCall, encoded, samplings_of
 from sagellm.gateway.protocol.bodies import ChatRequest, read_chat
 from sagellm.gateway.protocol.chat_messages import rendering_of
 from sagellm.gateway.protocol.sampling_params import kept_ids
+from sagellm.gateway.protocol.tool_choice import tool_use_of
 from sagellm.runtime.models.chat import DEFAULT_RENDERING, Rendering
 from sagellm.session.requests import Encoded
 
@@ -26,15 +33,31 @@ async def chat_call(
     `make_form`: writes the answer in that API. `prefix`: the start of the answer's id.
     """
     served = served_model(gateway, asked.model)
-    prompt = await _chat_prompt(served, asked)
+    use = tool_use_of(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
+    check_tool_use(served, asked, use)
+    prompt = await chat_prompt(served, asked)
+    grammar = await chat_grammar(gateway, served, asked, use, prompt.text)
+    (sampling,) = await samplings_of(served, asked, (prompt,), grammar)
+    is_plain = not (use.allowed or served.format.has_reasoning)
+    if not is_plain and served.format.keeps_special_tokens:
+        sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
     return GenerationCall(
         request=asked,
         served=served,
         prompts=(prompt,),
-        samplings=await samplings_of(served, asked, (prompt,)),
+        samplings=(sampling,),
         make_form=make_form,
         prefix=prefix,
+        open_parser=open_plain_parser if is_plain else _parsers(served, asked, use, prompt.text),
+        has_reasoning=served.format.has_reasoning,
     )
+
+
+def _parsers(served: HostedModel, asked: ChatRequest, use: ToolUse, prompt: str) -> OpenParser:
+    """Return what opens the parser of one choice."""
+    # The parser drops special tokens, which the text has for it, as the engine would have.
+    dropped = served.special_tokens if asked.skip_special_tokens else {}
+    return partial(served.format.open_parser, use, prompt, special_tokens=dropped)
 
 
 def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
@@ -47,9 +70,9 @@ def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
     return Encoded("", (), tuple(asked.conversation))
 
 
-async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
+async def chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
     """Return the prompt of a chat: rendered by the model's template, and truncated."""
-    how = rendering_of(asked, await served.encoder.variables())
+    how = rendering_of(asked, await served.encoder.variables(), asked.reasoning_effort)
     if served.facts.takes_text:
         return _unrendered(asked, how)
     text = await served.encoder.render(asked.conversation, how)

@@ -174,6 +174,7 @@ class Caller:
     is_admin: bool = False
 
 
+AUTHORIZATION = b"authorization"
 ANONYMOUS = Caller("anonymous")
 ADMIN = Caller("admin", is_admin=True)
 
@@ -190,14 +191,15 @@ class ApiKeys:
         self._admin = settings.admin_key and _digest(settings.admin_key)
         self._open_metrics = settings.open_metrics
 
-    def caller(self, scope: Scope, access: Access) -> Caller:
+    def caller(self, scope: Scope, access: Access, key_header: bytes = AUTHORIZATION) -> Caller:
         """Return the caller of a call to a route with the given `access`.
 
-        Raises ApiError 401 without a known key, and 403 for a user's key on an admin route.
+        `key_header`: a header that may hold the key, besides Authorization. Raises ApiError 401
+        without a known key, and 403 for a user's key on an admin route.
         """
         if access == "open" or (access == "metrics" and self._open_metrics):
             return ANONYMOUS
-        caller = self._known(_digest_of(scope))
+        caller = self._known(_digest_of(scope, key_header))
         if caller is None:
             raise ApiError(401, "a valid API key is needed", code="invalid_api_key")
         if access == "admin" and not caller.is_admin:
@@ -224,11 +226,19 @@ def _digest(key: str) -> bytes:
     return sha256(key.encode()).digest()
 
 
-def _digest_of(scope: Scope) -> bytes:
+def _digest_of(scope: Scope, key_header: bytes) -> bytes:
     """Return the hash of a call's key. Without exactly one key, the hash matches no known key."""
-    given = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-    return sha256(key.strip()).digest() if scheme.lower() == b"bearer" else bytes(32)
+    given = [pair for pair in scope["headers"] if pair[0] in (AUTHORIZATION, key_header)]
+    keys = {_bearer(value) if name == AUTHORIZATION else value.strip() for name, value in given}
+    if len(keys) != 1 or len(given) != len(dict(given)):  # both headers may hold the same key
+        return bytes(32)
+    return sha256(keys.pop()).digest()
+
+
+def _bearer(value: bytes) -> bytes:
+    """Return the key in an Authorization header; another scheme has the empty key."""
+    scheme, _, key = value.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
 
 
 BODIES_RETRY_S = 1.0

@@ -18,6 +18,7 @@ from sagellm.gateway.answers.objects import (
 )
 from sagellm.gateway.api_errors import ApiError, draining, wrong
 from sagellm.gateway.gateway import Gateway, HostedModel, plain_id, served_model
+from sagellm.gateway.http.bound_answers import response_grammar
 from sagellm.gateway.http.chats import read_chat_call
 from sagellm.gateway.http.generation import (
     GenerationCall,
@@ -154,7 +155,9 @@ async def _completion_call(gateway: Gateway, body: bytes) -> GenerationCall:
         request=asked,
         served=served,
         prompts=tuple(prompts),
-        samplings=await samplings_of(served, asked, prompts),
+        samplings=await samplings_of(
+            served, asked, prompts, await response_grammar(gateway, served, asked)
+        ),
         make_form=CompletionForm,
         prefix="cmpl-",
         is_echo=asked.echo,

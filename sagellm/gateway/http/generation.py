@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sagellm.chat_formats import OpenParser, open_plain_parser
-from sagellm.gateway.answers.event_stream import DONE, EventWriter, attended, event_stream
+from sagellm.gateway.answers.event_stream import EventWriter, attended, event_stream
 from sagellm.gateway.answers.logprobs import TokenNames
 from sagellm.gateway.answers.writer import (
     AnswerSpec,
@@ -33,7 +33,7 @@ from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.sampling_params import far_too_long, fitted, num_logprobs, sampling_of
 from sagellm.runtime.messages import NORMAL
 from sagellm.runtime.messages import Request as GraphRequest
-from sagellm.runtime.sampling import Sampling
+from sagellm.runtime.sampling import Grammar, Sampling
 from sagellm.session.requests import Encoded, Timing
 
 
@@ -42,7 +42,8 @@ class GenerationCall:
     """A checked and encoded call. `samplings` has one entry for each prompt.
 
     `prefix`: the start of the answer's id. `is_prompt_only`: the answer is an echo of the prompt.
-    `open_parser`: opens the parser of one choice of a chat.
+    `open_parser`: opens the parser of one choice of a chat. `has_reasoning`: there may be
+    reasoning among its parts.
     """
 
     request: CompletionRequest | ChatRequest
@@ -54,6 +55,7 @@ class GenerationCall:
     is_echo: bool = False
     is_prompt_only: bool = False
     open_parser: OpenParser = open_plain_parser
+    has_reasoning: bool = False
 
 
 # Reads the body of a call. Raises ApiError.
@@ -77,12 +79,17 @@ async def encoded(
 
 
 async def samplings_of(
-    served: HostedModel, asked: CompletionRequest | ChatRequest, prompts: Sequence[Encoded]
+    served: HostedModel,
+    asked: CompletionRequest | ChatRequest,
+    prompts: Sequence[Encoded],
+    grammar: Grammar | None = None,
 ) -> tuple[Sampling, ...]:
     """Return the sampling of each prompt, with bad words as token ids. Raises ApiError."""
     # All samplings share ids and texts, checked once: a request may have 262,144 token ids.
     facts = served.facts
     sampling = sampling_of(asked, facts, len(prompts[0].token_ids))
+    if grammar is not None:
+        sampling = msgspec.structs.replace(sampling, grammar=grammar)
     if asked.bad_words and not facts.takes_text:
         banned = await served.encoder.banned(asked.bad_words)
         sampling = msgspec.structs.replace(sampling, bad_words=(), bad_words_token_ids=banned)
@@ -134,6 +141,7 @@ class GenerationResponse:
         the status of the error.
         """
         with self._started(work, hold) as (requests, answer):
+            events.failure_of = answer.failure
             async with open_streams(self._gateway.bridge, requests, self._timing(work)) as batches:
                 last = b""  # held back, to send the last chunk and the ending together
                 async for batch in batches:
@@ -147,7 +155,7 @@ class GenerationResponse:
                     if error is not None:
                         raise error
             answer.check_finished()
-            await events.send(last + answer.ending() + DONE, is_last=True)
+            await events.send(last + answer.ending(), is_last=True)
 
     async def _whole(self, work: GenerationCall, hold: BudgetHold) -> bytes:
         """Return the JSON text of the whole answer. Raises ApiError if a choice is not served."""
@@ -182,7 +190,7 @@ class GenerationResponse:
 
     def _requests(self, work: GenerationCall, ids: Sequence[str]) -> list[GraphRequest]:
         asked, call, card = work.request, self._call, work.served.card
-        tags = {"operation": "chat" if work.prefix == "chatcmpl-" else "text_completion"}
+        tags = {"operation": "chat" if isinstance(asked, ChatRequest) else "text_completion"}
         if call.traceparent:
             tags["traceparent"] = call.traceparent
         salt = self._gateway.salt_of(call.tenant, asked.cache_salt)
@@ -249,4 +257,6 @@ def _answer_spec(work: GenerationCall, claimed_id: str) -> AnswerSpec:
         is_echo=work.is_echo,
         is_prompt_only=work.is_prompt_only,
         open_parser=work.open_parser,
+        has_reasoning=work.has_reasoning,
+        shows_reasoning=not isinstance(asked, ChatRequest) or asked.include_reasoning,
     )

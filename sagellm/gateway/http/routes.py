@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.http.call import EndpointRoute
+from sagellm.gateway.http.dialects import ANTHROPIC
 from sagellm.gateway.http.endpoints import (
     VERSION,
     cancel,
@@ -37,10 +38,12 @@ from sagellm.gateway.http.endpoints import (
     tokenizer_info,
     version,
 )
+from sagellm.gateway.http.messages_endpoints import count_tokens, messages
+from sagellm.gateway.http.responses_call import responses, stored_response
 from sagellm.gateway.protocol.openapi import openapi
 from sagellm.gateway.settings import RequestLimits, Settings
 
-_KEYS = {"user": "an API key", "admin": "the admin key"}
+_KEYS = {"user": "an API key", "admin": "the admin key", "x_api_key": "a key in x-api-key"}
 
 
 def docs_page(document: dict[str, Any]) -> Response:
@@ -208,6 +211,13 @@ ROUTES = (
     EndpointRoute("GET", "/v1/models/{id:path}", model),
     EndpointRoute("POST", "/v1/completions", completions, generates=True),
     EndpointRoute("POST", "/v1/chat/completions", chat, generates=True),
+    EndpointRoute("POST", "/v1/responses", responses, generates=True),
+    EndpointRoute("GET", "/v1/responses/{id}", stored_response),
+    EndpointRoute("DELETE", "/v1/responses/{id}", stored_response),
+    EndpointRoute("POST", "/v1/responses/{id}/cancel", stored_response),
+    EndpointRoute("GET", "/v1/responses/{id}/input_items", stored_response),
+    EndpointRoute("POST", "/v1/messages", messages, generates=True, dialect=ANTHROPIC),
+    EndpointRoute("POST", "/v1/messages/count_tokens", count_tokens, dialect=ANTHROPIC),
     EndpointRoute("POST", "/invocations", invocations, generates=True),
     EndpointRoute("POST", "/tokenize", tokenize),
     EndpointRoute("POST", "/detokenize", detokenize),

@@ -10,10 +10,7 @@ from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.chat_messages import (
     ConversationMessage,
     Role,
-    ToolChoice,
-    Tools,
     Variables,
-    check_choice,
     check_conversation,
     plain_messages,
     read_messages,
@@ -31,6 +28,15 @@ from sagellm.gateway.protocol.request import (
     check_model_name,
     read_fields,
 )
+from sagellm.gateway.protocol.structured_outputs import check_constraints
+from sagellm.gateway.protocol.tool_choice import (
+    AllowedTools,
+    ToolChoice,
+    ToolMode,
+    Tools,
+    allowed_only,
+    check_tools,
+)
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.sampling import MAX_LOGPROBS, RANGES
 
@@ -43,7 +49,10 @@ _CHOICES = {
     "reasoning_effort": get_args(Effort),
     "truncation_side": get_args(TruncationSide),
     "type": ("text",),
-    "tool_choice": get_args(ToolChoice),
+    "tool_choice": get_args(ToolMode),
+    "tool_choice.type": ("function", "allowed_tools"),
+    "tool_choice.allowed_tools.mode": ("auto", "required"),
+    "response_format.type": ("text", "json_object", "json_schema"),
 }
 _STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
 
@@ -70,7 +79,7 @@ def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
     if missing:
         param = f"{param}.{missing.group(1)}".lstrip(".")
         return wrong(param, "is missing", "missing_required_parameter")
-    if what.startswith("Invalid enum value"):
+    if what.startswith(("Invalid enum value", "Invalid value")):
         # msgspec's message ends with the value, which is the client's text: do not show it.
         return wrong(param, f"must be one of {', '.join(_choices(param))}")
     return wrong(param, _number(param, plain) + what[:1].lower() + what[1:])
@@ -79,7 +88,9 @@ def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
 def _choices(param: str) -> tuple[str, ...]:
     """Return the allowed values of a field that takes one of several words."""
     leaf = param.rpartition(".")[2]
-    return ("function",) if leaf == "type" and "tool" in param else _CHOICES[leaf]
+    if param in _CHOICES or leaf != "type" or "tool" not in param:
+        return _CHOICES.get(param) or _CHOICES[leaf]
+    return ("function",)
 
 
 def _number(param: str, plain: Any) -> str:
@@ -140,6 +151,7 @@ def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
     """Read a completion's body. Raises ApiError (400). The model's limits are checked later."""
     request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
     check_generation(request, limits)
+    check_constraints(request)
     _check_prompt(request.prompt, limits)
     if request.asked_tokens == 0 and not request.echo:
         raise wrong("max_tokens", "is 0; it must be 1 or more, or `echo` must be true")
@@ -164,8 +176,9 @@ def _check_prompt(prompt: str | list[Any], limits: RequestLimits) -> None:
 
 class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
-    those of the k most likely as well. `reasoning_effort` is a hint. `tools` are shown to the
-    model where `tool_choice` is "none", as vLLM shows them; no tool is ever called.
+    those of the k most likely as well. `tools` are shown to the model also where `tool_choice` is
+    "none", as in vLLM. In a request that was read, `tools` are those that the model sees, and
+    `tool_choice` is no `AllowedTools`. Without `include_reasoning`, the answer has no reasoning.
     """
 
     messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
@@ -175,6 +188,8 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
     reasoning_effort: Effort | None = None
     tools: Tools = msgspec.field(default_factory=list)
     tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
     add_generation_prompt: bool | None = None  # None: unless the final message goes on
     continue_final_message: bool = False
     chat_template_kwargs: Variables = msgspec.field(default_factory=dict)
@@ -190,12 +205,16 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
     said = read_fields(body, ChatRequest, limits)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
-    check_choice(said)
     request = convert(said, ChatRequest)
     check_generation(request, limits)
+    check_constraints(request)
     check_conversation(request, limits)
     if request.top_logprobs and not request.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")
+    check_tools(request.tools, request.tool_choice)
+    if isinstance(request.tool_choice, AllowedTools):
+        tools, choice = allowed_only(request.tools, request.tool_choice)
+        request = msgspec.structs.replace(request, tools=tools, tool_choice=choice)
     return request
 
 

@@ -1,4 +1,4 @@
-"""The messages and tools of a conversation: their types, their checks, and their rendering."""
+"""The messages of a conversation: their types, their checks, and their rendering."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
@@ -10,33 +10,9 @@ from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.json import fields_of, read_json, shown
 from sagellm.gateway.protocol.other_apis import FUNCTION_CALL, MESSAGE, PART, TOOL_CALL
 from sagellm.gateway.protocol.request import at_most
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS, Tool
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.models.chat import RESERVED_VARIABLES, Rendering
-
-MAX_TOOLS = 128  # as in the OpenAI API; also the most tool calls in one message
-ToolChoice: TypeAlias = Literal["none", "auto"]
-
-
-class ToolFunction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a tool does. `parameters` is a JSON schema, which is shown and not read."""
-
-    name: Annotated[str, Meta(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model may be told of. Further fields are dropped."""
-
-    type: Literal["function"]
-    function: ToolFunction
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """The tool in the form that chat templates take."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
-        return plain
 
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,7 +43,6 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return arguments
 
 
-Tools: TypeAlias = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
 ToolCalls: TypeAlias = Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)]
 
 
@@ -83,20 +58,6 @@ def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
         is_object = False
     if not is_object:
         raise wrong(param, "must be the JSON text of an object")
-
-
-def check_choice(said: dict[str, Any]) -> None:
-    """Raise ApiError (400) if the request allows tool calls, which are not supported."""
-    choice = said.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise _unsupported("tool_choice", "this server makes no tool calls; send `none`")
-    if said.get("tools") and choice != "none":
-        cure = "leave them out, or show them to the model with `tool_choice`: `none`"
-        raise _unsupported("tools", f"this server makes no tool calls; {cure}")
-
-
-def _unsupported(param: str, message: str) -> ApiError:
-    return wrong(param, message, "unsupported_parameter")
 
 
 MAX_PARTS = 1024  # parts of one message
@@ -261,25 +222,35 @@ def plain_messages(asked: Conversation) -> list[dict[str, Any]]:
     return [message.plain for message in asked.messages]
 
 
-def rendering_of(asked: Conversation, read: frozenset[str]) -> Rendering:
+def rendering_of(asked: Conversation, read: frozenset[str], effort: str | None = None) -> Rendering:
     """Return the options with which the model's template renders the conversation.
 
-    `read`: the names of variables that the template reads. Raises ApiError (400) for a variable
-    that the template does not read, or that clients may not set.
+    `read`: the names of variables that the template reads. `effort`: a `reasoning_effort`. Raises
+    ApiError (400) for a variable that the template does not read, or that clients may not set.
     """
     for name in asked.chat_template_kwargs:
         _check_variable(name, read)
     add = asked.add_generation_prompt
+    given = {name: value for name, value in asked.chat_template_kwargs.items() if value is not None}
     return Rendering(
         add_generation_prompt=not asked.continue_final_message if add is None else add,
         continue_final_message=asked.continue_final_message,
         tools=tuple(tool.plain for tool in asked.tools),
         variables={
             name: value
-            for name, value in asked.chat_template_kwargs.items()
-            if value is not None and name in read
+            for name, value in {**_effort_variables(effort), **given}.items()
+            if name in read
         },
     )
+
+
+def _effort_variables(effort: str | None) -> dict[str, bool | int | float | str]:
+    """Return the variables in which templates read how much the model reasons."""
+    if effort is None:
+        return {}
+    # Templates with a switch have no degrees: only "none" says that the switch is off.
+    switches = dict.fromkeys(_SWITCHES, False) if effort == "none" else {}
+    return {"reasoning_effort": effort, **switches}
 
 
 def _check_variable(name: str, read: frozenset[str]) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sagellm.gateway.answers import objects
+from sagellm.gateway.answers import anthropic_objects, objects
+from sagellm.gateway.answers.responses_objects import ResponseObject
+from sagellm.gateway.protocol.anthropic_fields import CountTokensRequest, MessagesRequest
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -13,6 +15,7 @@ from sagellm.gateway.protocol.bodies import (
     TokenizeChat,
     TokenizePrompt,
 )
+from sagellm.gateway.protocol.responses_fields import ResponsesRequest
 from sagellm.gateway.protocol.schemas import Schema, Struct, reference, schemas_of
 from sagellm.gateway.settings import RequestLimits
 
@@ -26,7 +29,8 @@ class Operation:
     """The description of one path.
 
     `takes`: the alternative types of the body. `gives`: those of the JSON answer. `also`: another
-    media type of the answer. `is_empty`: the answer has no body.
+    media type of the answer. `is_empty`: the answer has no body. `is_anthropic`: keys and errors
+    are those of the Anthropic API.
     """
 
     summary: str
@@ -34,6 +38,7 @@ class Operation:
     gives: tuple[Struct, ...] = ()
     also: str = ""
     is_empty: bool = False
+    is_anthropic: bool = False
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -44,6 +49,25 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "/v1/chat/completions": Operation(
         "Answer a conversation", (ChatRequest,), (objects.ChatCompletion,), EVENTS
+    ),
+    "/v1/responses": Operation(
+        "Answer a conversation of items", (ResponsesRequest,), (ResponseObject,), EVENTS
+    ),
+    "/v1/responses/{id}": Operation("Nothing: responses are not stored", is_empty=True),
+    "/v1/responses/{id}/cancel": Operation("Nothing: responses are not stored", is_empty=True),
+    "/v1/responses/{id}/input_items": Operation("Nothing: responses are not stored", is_empty=True),
+    "/v1/messages": Operation(
+        "Answer a conversation, in the Anthropic API",
+        (MessagesRequest,),
+        (anthropic_objects.AnsweredMessage,),
+        EVENTS,
+        is_anthropic=True,
+    ),
+    "/v1/messages/count_tokens": Operation(
+        "Count the tokens of a conversation, in the Anthropic API",
+        (CountTokensRequest,),
+        (anthropic_objects.CountedTokens,),
+        is_anthropic=True,
     ),
     "/invocations": Operation(
         "A completion or a chat, by what the body holds",
@@ -96,6 +120,7 @@ _ALSO: dict[str, Schema] = {
     HTML: {"schema": {"type": "string"}},
 }
 _WAITS = (429, 503)
+_ANTHROPIC = "Anthropic"  # before the status, in the names of this API's errors
 _PARAMETER = re.compile(r"{(\w+)(?::path)?}")
 _ERROR = {
     "type": "object",
@@ -116,6 +141,12 @@ _ERROR = {
 _KEYS = {
     "user": "an API key",
     "admin": "the admin key",
+}
+_X_API_KEY = {
+    "type": "apiKey",
+    "in": "header",
+    "name": "x-api-key",
+    "description": "an API key, or the admin key",
 }
 
 
@@ -143,6 +174,7 @@ def openapi(
 ) -> dict[str, Any]:
     """Return the OpenAPI document of routes. `needs_key`: users need a key."""
     structs = [one for known in OPERATIONS.values() for one in (*known.takes, *known.gives)]
+    structs.append(anthropic_objects.AnthropicFailure)
     # `dict.fromkeys` removes repeated types and keeps their order.
     schemas = schemas_of(dict.fromkeys(structs), limits or RequestLimits())
     paths: dict[str, Schema] = {}
@@ -169,7 +201,7 @@ def _operation(route: DescribedRoute, path: str, needs_key: bool) -> Schema:
         "summary": known.summary,
         "operationId": f"{route.method.lower()}{re.sub(r'[^a-zA-Z0-9]+', '_', path)}",
         "responses": {"200": _answer(known)} | _refusal_references(known),
-        "security": _security(route, needs_key),
+        "security": _security(route, known, needs_key),
     }
     if parameters:
         operation["parameters"] = parameters
@@ -200,17 +232,20 @@ def _parameter(name: str) -> Schema:
 
 def _refusal_references(known: Operation) -> Schema:
     codes = [*_REFUSALS, *(_BODY_REFUSALS if known.takes else ())]
-    return {str(code): {"$ref": f"#/components/responses/{code}"} for code in sorted(codes)}
+    api = _ANTHROPIC if known.is_anthropic else ""
+    return {str(code): {"$ref": f"#/components/responses/{api}{code}"} for code in sorted(codes)}
 
 
 def _refusals() -> Schema:
-    return {
-        str(code): _refusal(code, why) for code, why in sorted((_REFUSALS | _BODY_REFUSALS).items())
-    }
+    """Return the descriptions of errors, for each API under names of its own."""
+    reasons = sorted((_REFUSALS | _BODY_REFUSALS).items())
+    plain = {str(code): _refusal(code, why, "Error") for code, why in reasons}
+    name = anthropic_objects.AnthropicFailure.__name__
+    return plain | {f"{_ANTHROPIC}{code}": _refusal(code, why, name) for code, why in reasons}
 
 
-def _refusal(code: int, why: str) -> Schema:
-    error = {"schema": {"$ref": "#/components/schemas/Error"}}
+def _refusal(code: int, why: str, schema: str) -> Schema:
+    error = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
     refusal: Schema = {"description": why, "content": {"application/json": error}}
     if code in _WAITS:
         seconds = {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}
@@ -219,16 +254,18 @@ def _refusal(code: int, why: str) -> Schema:
 
 
 def _security_schemes() -> Schema:
-    return {
+    bearers = {
         name: {"type": "http", "scheme": "bearer", "description": what}
         for name, what in _KEYS.items()
     }
+    return {**bearers, "x_api_key": _X_API_KEY}
 
 
-def _security(route: DescribedRoute, needs_key: bool) -> list[Schema]:
+def _security(route: DescribedRoute, known: Operation, needs_key: bool) -> list[Schema]:
     """Return the alternative keys of a route; an empty list if no key is needed."""
     if route.access == "admin":
         return [{"admin": []}]
     if route.access == "open" or not needs_key:
         return []
-    return [{"user": []}, {"admin": []}]
+    more: list[Schema] = [{"x_api_key": []}] if known.is_anthropic else []
+    return [{"user": []}, {"admin": []}, *more]

@@ -41,8 +41,7 @@ REQUEST = Foreign(
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),  # there are no tool calls
-        "response_format": ({"type": "text"},),
+        "parallel_tool_calls": (True, False),  # completions make no tool calls
         "suffix": (),
         "tool_choice": ("none",),
         "tools": ([],),
@@ -54,11 +53,7 @@ REQUEST = Foreign(
         "continue_final_message": (False,),
         "documents": ([],),
         "ec_transfer_params": (),
-        "guided_choice": (),
         "guided_decoding_backend": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
         "guided_whitespace_pattern": (),
         "include_reasoning": (True,),
         "kv_transfer_params": (),
@@ -76,17 +71,13 @@ REQUEST = Foreign(
         "session_id": (),
         "spaces_between_special_tokens": (True,),
         "stream_interval": (1,),
-        "structured_outputs": (),
         "thinking_token_budget": (-1,),
         "trust_remote_code": (False,),
         "use_beam_search": (False,),
         "vllm_xargs": ({},),
         "watermarking": (False,),
         # SGLang
-        "ebnf": (),
-        "json_schema": (),
         "lora_path": (),
-        "regex": (),
     },
     taken={
         "metadata": IgnoredField("object", "labels for the caller's own records"),
@@ -103,16 +94,32 @@ REQUEST = Foreign(
     },
 )
 STREAM_OPTIONS = Foreign(unbuilt={"include_obfuscation": (False,)}, taken={})
+RESPONSE_FORMAT = Foreign({}, {})
+JSON_SCHEMA = Foreign({}, {})
+STRUCTURED_OUTPUTS = Foreign(
+    unbuilt={
+        "disable_additional_properties": (False,),
+        "disable_any_whitespace": (False,),
+        "disable_fallback": (False,),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+    },
+    taken={},
+)
 MESSAGE = Foreign(
     unbuilt={
         "annotations": ([],),
         "audio": (),
         "function_call": (),
+        "images": ([],),
         "refusal": (),
     },
     taken={
         "cache_control": IgnoredField("object", "prefixes are kept in any case"),
         "id": IgnoredField("string", "no template reads it"),
+        "provider_specific_fields": IgnoredField("object", "LiteLLM adds it to answers"),
+        "reasoning_details": IgnoredField("array", "`reasoning` has the text"),
+        "thinking_blocks": IgnoredField("array", "`reasoning_content` has the text"),
     },
 )
 PART = Foreign(
@@ -134,10 +141,12 @@ TOOL_CALL = Foreign(
     unbuilt={},
     taken={
         "index": IgnoredField("integer", "the place of a call in its list says the same"),
+        "provider_specific_fields": IgnoredField("object", "LiteLLM adds it to answers"),
     },
 )
 FUNCTION_CALL = Foreign({}, {})
 _TYPES: dict[str, tuple[type, ...]] = {
+    "array": (list,),
     "boolean": (bool,),
     "integer": (int,),
     "number": (int, float),

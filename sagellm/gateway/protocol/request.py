@@ -1,13 +1,22 @@
 """The fields that the bodies of completions and chats share, and their checks."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.json import fields_of, read_json
-from sagellm.gateway.protocol.other_apis import REQUEST, STREAM_OPTIONS
+from sagellm.gateway.protocol.other_apis import (
+    JSON_SCHEMA,
+    REQUEST,
+    RESPONSE_FORMAT,
+    STREAM_OPTIONS,
+    STRUCTURED_OUTPUTS,
+    Foreign,
+)
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.messages import PRIORITIES
 from sagellm.runtime.sampling import RANGES
@@ -25,11 +34,15 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LEN = 256
 MAX_SALT_LEN = 64
 MAX_HINT_LEN = 512
+MAX_LABEL_LEN = 64  # as in the OpenAI API
 MAX_WAIT_S = 86_400.0
 
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 31)]
 NonEmptyText: TypeAlias = Annotated[str, Meta(min_length=1)]
 BadWord: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_LEN)]
+Label: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LABEL_LEN)]
+SchemaField: TypeAlias = dict[str, Any] | NonEmptyText
+Choices: TypeAlias = Annotated[list[NonEmptyText], Meta(min_length=1)]
 Hint: TypeAlias = Annotated[str, Meta(max_length=MAX_HINT_LEN)]
 WaitSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_WAIT_S)]
 TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,9})$(?!\n)")]
@@ -45,6 +58,41 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON schema. `name` and `description` are labels.
+
+    The answer obeys the schema whether `strict` is true, false or absent.
+    """
+
+    schema: dict[str, Any]
+    name: Label | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The form of the answer, as in the OpenAI API: any text, any JSON object, or the JSON of a
+    schema.
+    """
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The form of the answer, as in vLLM. Exactly one field is given.
+
+    `json`: a JSON schema, or its text. `choice`: all answers that are allowed. `grammar`: a
+    context-free grammar.
+    """
+
+    json: SchemaField | None = None
+    regex: NonEmptyText | None = None
+    choice: Choices | None = None
+    grammar: NonEmptyText | None = None
+    json_object: bool | None = None
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,6 +115,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stop: NonEmptyText | list[NonEmptyText] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     # vLLM
     top_k: Annotated[int, Meta(ge=-1, le=int(RANGES["top_k"][1]))] = 0  # -1 and 0: all
     min_p: Annotated[float, within("min_p")] = 0.0
@@ -88,6 +137,15 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     priority: Annotated[int, Meta(ge=0, le=max(PRIORITIES.values()))] | None = None
     request_id: RequestId | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_LEN)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaField | None = None
+    guided_regex: NonEmptyText | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: NonEmptyText | None = None
+    # SGLang
+    json_schema: SchemaField | None = None
+    regex: NonEmptyText | None = None
+    ebnf: NonEmptyText | None = None
     # ours
     slo_ttft_s: WaitSeconds | None = None
     timeout_s: WaitSeconds | None = None
@@ -161,10 +219,39 @@ def read_fields(body: bytes, struct: type[msgspec.Struct], limits: RequestLimits
     Raises ApiError (400) for invalid JSON and for unknown or unsupported fields.
     """
     value = read_json(body, max_depth=limits.json_depth)
-    said = fields_of(value, struct.__struct_fields__, REQUEST)
-    if "stream_options" in said:
-        options = StreamOptions.__struct_fields__
-        said["stream_options"] = fields_of(
-            said["stream_options"], options, STREAM_OPTIONS, "stream_options"
-        )
-    return said
+    return read_nested(fields_of(value, struct.__struct_fields__, REQUEST), NESTED)
+
+
+class NestedObject(NamedTuple):
+    """An object in a body: its type, the fields of other APIs that it may have, objects in it."""
+
+    struct: type[msgspec.Struct]
+    foreign: Foreign
+    inner: "Mapping[str, NestedObject]" = MappingProxyType({})
+
+
+NESTED = {
+    "stream_options": NestedObject(StreamOptions, STREAM_OPTIONS),
+    "response_format": NestedObject(
+        ResponseFormat,
+        RESPONSE_FORMAT,
+        {"json_schema": NestedObject(JsonSchemaFormat, JSON_SCHEMA)},
+    ),
+    "structured_outputs": NestedObject(StructuredOutputs, STRUCTURED_OUTPUTS),
+}
+
+
+def read_nested(
+    said: dict[str, Any], nested: Mapping[str, NestedObject], prefix: str = ""
+) -> dict[str, Any]:
+    """Return the fields of an object, where the objects in it have their known fields only.
+
+    Raises ApiError (400) with the place of the first unknown or unsupported field.
+    """
+    found = dict(said)
+    for name, (struct, foreign, inner) in nested.items():
+        if name in found:
+            where = prefix + name
+            fields = fields_of(found[name], struct.__struct_fields__, foreign, where)
+            found[name] = read_nested(fields, inner, f"{where}.")
+    return found

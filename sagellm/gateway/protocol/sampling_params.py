@@ -11,6 +11,7 @@ from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.request import Generation
 from sagellm.gateway.settings import Settings
+from sagellm.graphs.vocabulary import GRAMMARS
 from sagellm.runtime.sampling import RANGES, Sampling, sampling_fault
 from sagellm.session import Session
 
@@ -194,6 +195,7 @@ class ModelCard:
     max_model_len: int
     vocab_size: int
     created: int  # seconds since 1970, as in the OpenAI API
+    takes_grammars: bool = False  # whether the engines bind an answer to a grammar
 
     @property
     def id(self) -> str:
@@ -222,6 +224,7 @@ def model_cards(session: Session, settings: Settings) -> tuple[ModelCard, ...]:
                 max_model_len=session.max_model_len_of(model.key),
                 vocab_size=model.tokenizer.vocab_size,
                 created=created,
+                takes_grammars=session.is_able(GRAMMARS, model.key),
             )
         )
     return tuple(cards)

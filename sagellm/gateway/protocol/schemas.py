@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from sagellm.gateway.answers.objects import ApiUsage, ModelEntry, ModelList, TokenizeAnswer
+from sagellm.gateway.protocol.anthropic_fields import SENT_OBJECTS
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -21,18 +22,33 @@ from sagellm.gateway.protocol.chat_messages import (
     FunctionCall,
     TextPart,
     ToolCall,
-    ToolFunction,
 )
 from sagellm.gateway.protocol.other_apis import (
     FUNCTION_CALL,
+    JSON_SCHEMA,
     MESSAGE,
     PART,
     REQUEST,
+    RESPONSE_FORMAT,
     STREAM_OPTIONS,
+    STRUCTURED_OUTPUTS,
     TOOL_CALL,
     Foreign,
 )
-from sagellm.gateway.protocol.request import StreamOptions
+from sagellm.gateway.protocol.request import (
+    JsonSchemaFormat,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+)
+from sagellm.gateway.protocol.responses_fields import (
+    RENAMED,
+    SENT,
+    SHARED,
+    InputMessage,
+    ResponsesRequest,
+)
+from sagellm.gateway.protocol.tool_choice import ToolFunction
 from sagellm.gateway.settings import RequestLimits
 
 Schema: TypeAlias = dict[str, Any]
@@ -48,10 +64,15 @@ _SENT: dict[Struct, Foreign] = {
     TokenizeChat: REQUEST,
     DetokenizeRequest: REQUEST,
     StreamOptions: STREAM_OPTIONS,
+    ResponseFormat: RESPONSE_FORMAT,
+    JsonSchemaFormat: JSON_SCHEMA,
+    StructuredOutputs: STRUCTURED_OUTPUTS,
     ConversationMessage: MESSAGE,
     TextPart: PART,
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
+    **SENT,
+    **SENT_OBJECTS,
 }
 # Published names of schemas that differ from the names of the Python types.
 _PUBLISHED: dict[Struct, str] = {
@@ -86,6 +107,9 @@ def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Sc
             _open(schemas[_name(struct)], foreign)
     if _name(ConversationMessage) in schemas:
         schemas[_name(ConversationMessage)] |= _HAS_CONTENT
+    if _name(ResponsesRequest) in schemas:
+        _share_chat_fields(schemas)
+        schemas[_name(InputMessage)]["required"].remove("type")
     for schema in schemas.values():
         schema["description"] = cleandoc(str(schema.get("description", schema["title"])))
         _bound(schema.get("properties", {}), limits)
@@ -141,6 +165,14 @@ def _open(schema: Schema, foreign: Foreign) -> None:
     schema["additionalProperties"] = _NULL
 
 
+def _share_chat_fields(schemas: dict[str, Schema]) -> None:
+    """Add the fields of a response's body that are checked as those of a chat."""
+    chat = schemas[_name(ChatRequest)]["properties"]
+    names = {name: name for name in SHARED} | RENAMED
+    more = {name: deepcopy(chat[known]) for name, known in names.items()}
+    schemas[_name(ResponsesRequest)]["properties"] |= more
+
+
 def _or_null(schema: Schema) -> Schema:
     if _NULL in schema.get("anyOf", ()):
         return schema
@@ -153,6 +185,7 @@ def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
     """Add the limits of the settings to the schemas of properties, in place."""
     bounds: dict[str, Schema] = {
         "logit_bias": {"maxProperties": limits.num_logit_bias},
+        "input": {"maxItems": limits.num_messages},
         "messages": {"maxItems": limits.num_messages},
         "content": {"maxItems": MAX_PARTS},
     }
@@ -165,6 +198,8 @@ def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
             schema["maximum"] = min(schema["maximum"], limits.num_choices)
     if "stop" in properties:
         properties["stop"] = _stop(limits)
+    if "stop_sequences" in properties:
+        properties["stop_sequences"] = {"anyOf": _stop(limits)["anyOf"][1:], "default": []}
 
 
 def _branches(schema: Schema) -> Iterator[Schema]:

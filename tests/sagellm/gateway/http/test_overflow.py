@@ -38,7 +38,9 @@ class LateMeters(NoMeters):
 
 
 def app_with(objective_s: float | None) -> App:
-    app = build_app(gateway_before(playing([]), meters=HttpMeters(("/v1/completions",))))
+    app = build_app(
+        gateway_before(playing([]), meters=HttpMeters(("/v1/completions", "/v1/messages")))
+    )
     app.objective_s = objective_s
     return app
 
@@ -121,6 +123,17 @@ async def test_connections_may_wait_for_a_tenth_of_the_objective() -> None:
 def test_without_an_objective_nothing_is_refused() -> None:
     overflow = Overflow(app_with(None))
     assert not any(overflow.is_over(now) for now in (0.0, 1000.0))
+
+
+async def test_a_refusal_has_the_form_of_its_api() -> None:
+    app, (client, server) = app_with(1.0), socketpair()
+    with client, server:
+        client.sendall(post("/v1/messages", {}, "X-Request-ID: mine"))
+        assert Overflow(app).refuse(server)
+        reply = await reply_of(client)
+    assert reply.is_whole
+    assert (reply.status, reply.error["type"]) == (503, "overloaded_error")
+    assert reply.headers["request-id"] == "mine"
 
 
 async def test_a_refusal_is_as_the_app_would_write_it() -> None:

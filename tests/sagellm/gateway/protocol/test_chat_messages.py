@@ -52,23 +52,10 @@ def test_no_tools_are_a_plain_chat(tools: Any, choice: Any) -> None:
     assert rendering_of(read(tools=tools, tool_choice=choice), frozenset()) == Rendering()
 
 
-def test_tools_that_may_not_be_called_are_shown_as_vllm_shows_them() -> None:
-    asked = read(tools=[TOOL], tool_choice="none", parallel_tool_calls=False)
+@pytest.mark.parametrize("choice", ["none", "auto", "required", None])
+def test_tools_are_shown_whether_they_may_be_called_or_not(choice: Any) -> None:
+    asked = read(tools=[TOOL], tool_choice=choice, parallel_tool_calls=False)
     assert rendering_of(asked, frozenset()).tools == (TOOL,)
-
-
-@pytest.mark.parametrize("choice", [None, "auto"])
-def test_tools_that_might_be_called_are_refused(choice: Any) -> None:
-    error = refusal(tools=[TOOL], tool_choice=choice)
-    assert (error.param, error.code) == ("tools", "unsupported_parameter")
-    assert "`tool_choice`: `none`" in error.message
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}, 5])
-@pytest.mark.parametrize("tools", [None, [TOOL]])
-def test_a_call_that_must_be_made_is_refused(tools: Any, choice: Any) -> None:
-    error = refusal(tools=tools, tool_choice=choice)
-    assert (error.param, error.code) == ("tool_choice", "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +68,10 @@ def test_a_call_that_must_be_made_is_refused(tools: Any, choice: Any) -> None:
             [{"type": "function", "function": {"name": "f", "parameters": 5}}],
             "tools[0].function.parameters",
         ),
+        ([TOOL, {"type": "function", "function": {"name": "a b"}}], "tools[1].function.name"),
+        ([{"type": "function", "function": {"name": "x" * 65}}], "tools[0].function.name"),
+        ([{"type": "function", "function": {"name": "f\n"}}], "tools[0].function.name"),
+        ([TOOL, TOOL], "tools[1].function.name"),
         ([TOOL] * 129, "tools"),
         ("f", "tools"),
     ],
@@ -147,6 +138,29 @@ def variables(read_by_template: set[str], **given: Any) -> Any:
 def test_variables_that_the_template_reads_are_passed_on() -> None:
     given = {"enable_thinking": False, "effort": "low", "budget": 512, "rate": 0.5}
     assert variables({*given, "other"}, **given) == given
+
+
+@pytest.mark.parametrize(
+    ("effort", "known", "passed"),
+    [
+        ("high", {"reasoning_effort"}, {"reasoning_effort": "high"}),
+        ("none", {"enable_thinking"}, {"enable_thinking": False}),
+        ("none", {"thinking"}, {"thinking": False}),
+        ("low", {"enable_thinking"}, {}),
+        ("none", {"other"}, {}),
+        (None, {"reasoning_effort", "enable_thinking"}, {}),
+    ],
+)
+def test_the_effort_reaches_the_variables_of_the_template(
+    effort: str | None, known: set[str], passed: Any
+) -> None:
+    assert rendering_of(read(), frozenset(known), effort).variables == passed
+
+
+def test_a_variable_that_is_said_goes_before_the_effort() -> None:
+    asked = read(chat_template_kwargs={"enable_thinking": True})
+    how = rendering_of(asked, frozenset({"enable_thinking"}), "none")
+    assert how.variables == {"enable_thinking": True}
 
 
 def test_switches_that_clients_send_to_any_model_have_no_effect_on_others() -> None:

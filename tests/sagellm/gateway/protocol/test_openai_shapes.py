@@ -4,6 +4,7 @@ import json
 from typing import Any, get_type_hints
 
 import httpx2
+import msgspec
 import openai
 import pytest
 from hypothesis import given, settings
@@ -85,6 +86,7 @@ MESSAGES = st.fixed_dictionaries(
     },
     optional={"name": TEXT},
 )
+FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
 COMPLETIONS = st.fixed_dictionaries(
     {"model": TEXT, "prompt": PROMPTS},
     optional={
@@ -100,8 +102,9 @@ CHATS = st.fixed_dictionaries(
         **GENERATION,
         "logprobs": st.just(True),
         "reasoning_effort": st.sampled_from(["low", "high", None]),
-        "response_format": st.just({"type": "text"}),
-        "tool_choice": st.just("none"),
+        "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}, FORMAT]),
+        "tool_choice": st.sampled_from(["none", "auto"]),
+        "parallel_tool_calls": st.booleans(),
         "modalities": st.just(["text"]),
     },
 )
@@ -111,7 +114,14 @@ def same(request: Any, fields: dict[str, Any]) -> bool:
     """Whether the request says what the fields said, leaving out what is not built."""
     names = {*request.__struct_fields__} - {"messages"}
     built = {name: value for name, value in fields.items() if name in names}
-    return all(getattr(request, name) == value for name, value in built.items())
+    said = msgspec.to_builtins(request)
+    return all(_without_nulls(said[name]) == value for name, value in built.items())
+
+
+def _without_nulls(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_nulls(each) for name, each in value.items() if each is not None}
 
 
 def texts_of(message: dict[str, Any]) -> str:

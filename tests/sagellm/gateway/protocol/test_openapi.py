@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.anthropic_body import read_count_body, read_messages_body
+from sagellm.gateway.protocol.anthropic_chat import chat_of
 from sagellm.gateway.protocol.bodies import (
     read_chat,
     read_completion,
@@ -18,6 +20,7 @@ from sagellm.gateway.protocol.bodies import (
     read_tokenize,
 )
 from sagellm.gateway.protocol.openapi import OPERATIONS, openapi
+from sagellm.gateway.protocol.responses_body import read_responses
 from sagellm.gateway.settings import RequestLimits
 
 
@@ -28,9 +31,18 @@ class Route:
     access: str = "user"
 
 
+def read_messages(body: bytes, limits: RequestLimits) -> None:
+    chat = chat_of(read_messages_body(body, limits))
+    with chat.naming():
+        chat.read(limits)
+
+
 READERS = {
     "/v1/completions": read_completion,
     "/v1/chat/completions": read_chat,
+    "/v1/responses": read_responses,
+    "/v1/messages": read_messages,
+    "/v1/messages/count_tokens": read_count_body,
     "/tokenize": read_tokenize,
     "/detokenize": read_detokenize,
 }
@@ -104,8 +116,18 @@ def test_the_operators_limits_are_in_it() -> None:
 
 USER = {"role": "user", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+FLAT = {"type": "function", "name": "f", "parameters": None}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "index": 0}
 
+NAMED = {"type": "function", "function": {"name": "f"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
+FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+}
+
+MESSAGES = {"max_tokens": 5, "messages": [USER]}
+USE = {"type": "tool_use", "id": "c", "name": "f", "input": {}, "caller": {"type": "direct"}}
 GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a"}),
     ("/v1/completions", {"prompt": ["a", "b"], "n": 16, "stop": None}),
@@ -123,12 +145,45 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": [CALL]}, USER]}),
     ("/v1/chat/completions", {"messages": [{**USER, "id": "m1", "reasoning_content": "so"}]}),
     ("/v1/chat/completions", {"messages": [USER], "chat_template_kwargs": {"thinking": True}}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL], "tool_choice": "required"}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL], "tool_choice": NAMED}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL], "tool_choice": ALLOWED}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": {"type": "json_object"}}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": FORMAT}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["a", "b"]}}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {}, "regex": None}}),
+    ("/v1/completions", {"prompt": "a", "guided_json": "{}", "ebnf": None}),
+    ("/v1/responses", {"input": "a"}),
+    ("/v1/responses", {"input": [USER, {**USER, "type": "message", "id": None}]}),
+    ("/v1/responses", {"input": "a", "store": True, "background": False, "top_k": 3}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": None, "text": {"format": None}}),
+    ("/v1/responses", {"input": "a", "stream_options": {"include_obfuscation": False}}),
+    (
+        "/v1/responses",
+        {"input": "a", "tools": [FLAT], "tool_choice": {"type": "function", "name": "f"}},
+    ),
+    ("/v1/messages", MESSAGES),
+    ("/v1/messages", {**MESSAGES, "system": [{"type": "text", "text": "a"}], "tools": None}),
+    (
+        "/v1/messages",
+        {**MESSAGES, "messages": [USER, {"role": "assistant", "content": [USE]}, USER]},
+    ),
+    ("/v1/messages", {**MESSAGES, "tools": [{"name": "f", "input_schema": {}}], "container": None}),
+    ("/v1/messages", {**MESSAGES, "thinking": {"type": "disabled", "display": None}}),
+    ("/v1/messages/count_tokens", {"messages": [USER], "speed": "standard"}),
     ("/tokenize", {"prompt": "a"}),
     ("/tokenize", {"messages": [USER], "tools": [TOOL], "add_generation_prompt": False}),
     ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": None}),
     ("/detokenize", {"tokens": [1]}),
 ]
 BAD: list[tuple[str, Any]] = [
+    ("/v1/responses", {"input": []}),
+    ("/v1/responses", {"input": [{"role": "tool", "content": "a"}]}),
+    ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}]}),
+    ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}),
+    ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}),
+    ("/v1/responses", {"input": "a", "max_tokens": 5}),
     ("/v1/completions", {}),
     ("/v1/completions", {"prompt": ""}),
     ("/v1/completions", {"prompt": ["a", 1]}),
@@ -145,7 +200,12 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "tools": [TOOL]}),
     ("/v1/chat/completions", {"messages": [USER], "echo": True}),
     ("/v1/chat/completions", {"messages": [USER], "max_tokens": 0}),
-    ("/v1/chat/completions", {"messages": [USER], "tool_choice": "required"}),
+    ("/v1/chat/completions", {"messages": [USER], "tool_choice": "any"}),
+    ("/v1/chat/completions", {"messages": [USER], "tool_choice": {"type": "custom"}}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": {"type": "xml"}}),
+    ("/v1/chat/completions", {"messages": [USER], "response_format": {"type": "text", "a": 1}}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regexp": "a"}}),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"whitespace_pattern": " "}}),
     ("/v1/chat/completions", {"messages": [USER], "chat_template_kwargs": {"a": []}}),
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": None}]}),
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": []}]}),
@@ -159,6 +219,14 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", {"messages": [{"role": "function", "content": "a"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}),
+    ("/v1/messages", {"messages": [USER]}),
+    ("/v1/messages", {**MESSAGES, "messages": [{"role": "user", "content": [USE]}]}),
+    ("/v1/messages", {**MESSAGES, "messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+    ("/v1/messages", {**MESSAGES, "tools": [{"type": "bash_20250124", "name": "bash"}]}),
+    ("/v1/messages", {**MESSAGES, "thinking": {"type": "often"}}),
+    ("/v1/messages", {**MESSAGES, "stop_sequences": ["x"] * 17}),
+    ("/v1/messages", {**MESSAGES, "top_k": -1}),
+    ("/v1/messages/count_tokens", MESSAGES),
     ("/tokenize", {"prompt": 5}),
     ("/detokenize", {"tokens": [-1]}),
 ]
@@ -184,11 +252,22 @@ UNSAID = (
     "truncate_prompt_tokens: is 0",
     "bytes in one string",
     "max_tokens: is 0",
-    "tools: this server makes no tool calls",
+    "is the name of an earlier tool",
+    "but there are no `tools`",
+    "is none of the",
+    "must have exactly one of",
+    "; give one of them",
+    "json_schema: is missing",
+    "is only for the type `json_schema`",
     "arguments: must be the JSON text of an object",
     "stands beside continue_final_message",
     "continue_final_message: needs",
     "there is none with a name",
+    "budget_tokens: is missing",
+    "tool_choice.name: is",
+    "tool_choice: wants a call",
+    "is a call without an answer",
+    "stands beside `output_config.format`",
     "has a NUL",
     "lone surrogate",
     "integer -0",

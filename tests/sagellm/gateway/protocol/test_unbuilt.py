@@ -22,15 +22,14 @@ LIMITS = RequestLimits()
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 ASKED: dict[str, Any] = {
-    "response_format": {"type": "json_object"},
     "chat_template": "{{ ''.__class__ }}",
     "trust_remote_code": True,
     "mm_processor_kwargs": {"code_revision": "x"},
     "prompt_embeds": "AAAA",
     "kv_transfer_params": {"do_remote_decode": True},
-    "structured_outputs": {"regex": "(a+)+b"},
-    "guided_json": {"$ref": "#"},
-    "guided_regex": "a{1,1000}{1,1000}",
+    "guided_whitespace_pattern": " *",
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
     "logits_processors": ["os.system"],
     "lora_request": {"lora_path": "/etc"},
     "use_beam_search": True,
@@ -64,6 +63,7 @@ OF_CHATS = {
     "add_generation_prompt": False,
     "chat_template_kwargs": {"thinking": True},
     "continue_final_message": True,
+    "include_reasoning": False,
     "tool_choice": "auto",
     "tools": [{"type": "function", "function": {"name": "f"}}],
 }
@@ -162,6 +162,33 @@ def test_no_field_is_both_built_and_unbuilt() -> None:
     assert not (chat_fields | completion_fields | set(REQUEST.unbuilt)) & set(REQUEST.taken)
     assert not set(MESSAGE.unbuilt) & {*ConversationMessage.__struct_fields__, *MESSAGE.taken}
     assert not set(PART.unbuilt) & {*TextPart.__struct_fields__, *PART.taken}
+
+
+# What one API or another adds to an answer, which clients send back.
+ECHOED: dict[str, Any] = {
+    "openai-python": {
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    },
+    "LiteLLM": {
+        "function_call": None,
+        "provider_specific_fields": {"refusal": None},
+        "thinking_blocks": [{"type": "thinking", "thinking": "x", "signature": ""}],
+        "images": [],
+        "annotations": [],
+    },
+    "OpenRouter": {"reasoning": "so", "reasoning_details": [{"type": "reasoning.text"}]},
+    "vLLM": {"reasoning": None, "reasoning_content": None, "tool_calls": []},
+}
+
+
+@pytest.mark.parametrize("api", ECHOED)
+def test_an_answer_of_another_api_may_be_sent_back(api: str) -> None:
+    asked = chat(messages=[{"role": "assistant", "content": "hi", **ECHOED[api]}])
+    assert asked.messages[0].content == "hi"
 
 
 VALUES: dict[str, Any] = {"object": {"a": "b"}, "string": "x", "boolean": True, "number": 2.5}

@@ -1,0 +1,100 @@
+"""Texts of grammars in llguidance's dialect of Lark.
+
+Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sagellm.chat_formats.answer_readers import ReasoningTags
+from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
+from sagellm.runtime.sampling import Grammar
+
+ANY_TEXT = "/(?s:.*)/"
+# Models write JSON with or without one space after `,` and `:`. With free white space, a weak model
+# may write spaces without end.
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+
+def literal(text: str) -> str:
+    """A text that the answer has as it is; "" for no text."""
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def marker(text: str, special_tokens: SpecialTokens) -> str:
+    """A tag: the special token of that text, or the text if the tokenizer has no such token."""
+    token_id = special_tokens.get(text)
+    return literal(text) if token_id is None else f"<[{token_id}]>"
+
+
+def arguments(tool: ToolSpec) -> str:
+    """The arguments of a tool as JSON."""
+    return inline_json({"type": "object", **(tool.parameters or {})}, is_strict=tool.strict)
+
+
+def inline_json(schema: Mapping[str, Any], *, is_strict: bool) -> str:
+    """A JSON value. If not `is_strict`, keywords that a grammar cannot express are left out."""
+    options = _JSON_OPTIONS if is_strict else {**_JSON_OPTIONS, "lenient": True}
+    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+
+
+def json_call(tool: ToolSpec, member: str) -> str:
+    """The JSON object of a call; `member` has the arguments."""
+    head = f'{{"name": {literal(tool.name)}, "{member}": '
+    return f"{literal(head)} {arguments(tool)} {literal('}')}"
+
+
+def one_of(use: ToolUse, call: Callable[[ToolSpec], str]) -> str:
+    """The rule `call`: a call of any allowed tool. `call`: the text of the call of one tool."""
+    rules = [f"call_{number}: {call(tool)}" for number, tool in enumerate(use.allowed)]
+    one = " | ".join(f"call_{number}" for number in range(len(rules)))
+    return "\n".join([f"call: {one}", *rules])
+
+
+def start_rules(
+    then: str, tags: ReasoningTags | None, prompt: str, special_tokens: SpecialTokens
+) -> str:
+    """The rule `start`: reasoning if the model may write some, then the rule `then`."""
+    if tags is None or tags.is_closed(prompt):
+        return f"start: {then}"
+    thought = text_up_to("thought_text", tags.closing, special_tokens)
+    opening = f"{marker(tags.opening, special_tokens)} {literal(tags.title)}"
+    begin = "thought" if tags.is_open(prompt) else f"({opening} thought)?"
+    return f"start: {begin} {then}\nthought: thought_text GAP\n{thought}\nGAP: /\\n{{0,2}}/"
+
+
+def text_up_to(name: str, tag: str, special_tokens: SpecialTokens) -> str:
+    """A rule of that name: any text, and the tag that ends it, which the text does not contain."""
+    if tag in special_tokens:
+        return f"{name}: {ANY_TEXT} {marker(tag, special_tokens)}"
+    return f"{name}[suffix={literal(tag)}]: {ANY_TEXT}"
+
+
+def bounded_text_up_to(
+    name: str, tag: str, special_tokens: SpecialTokens, bounds: tuple[int, int | None], end: str
+) -> str:
+    """As `text_up_to`, with a least and a greatest number of characters, which `end` follows."""
+    least, most = bounds
+    text = f"/(?s:.{{{least},{'' if most is None else most}}})/ {literal(end)}"
+    if tag in special_tokens:
+        return f"{name}: {text} {marker(tag, special_tokens)}"
+    terminal = name.upper()
+    without_tag = f"~(/(?s:.*)/ {literal(tag)} /(?s:.*)/)"
+    return f"{name}[suffix={literal(tag)}]: {terminal}\n{terminal}: ({text}) & {without_tag}"
+
+
+def response_rules(grammar: Grammar) -> str:
+    """The rule `response`: a text of the grammar."""
+    if grammar.kind == "json_schema":
+        return f"response: %json {grammar.text}"
+    if grammar.kind == "regex":
+        return f"response: /{_escaped(grammar.text)}/"
+    return f"response: %lark {{\n{grammar.text}\n}}"
+
+
+def _escaped(regex: str) -> str:
+    """A regular expression without bare slashes and newlines, which would end it in Lark."""
+    bare = {"/": r"\/", "\n": r"\n"}
+    return re.sub(r"\\.|[/\n]", lambda found: bare.get(found.group(), found.group()), regex)

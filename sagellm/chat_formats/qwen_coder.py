@@ -1,0 +1,186 @@
+"""The format of Qwen3-Coder, and of Qwen3.5: arguments between tags, one tag for each.
+
+    <tool_call>
+    <function=f>
+    <parameter=x>
+    text as it is, or JSON
+    </parameter>
+    </function>
+    </tool_call>
+
+The schema of the tool says which arguments are strings. Other arguments are JSON.
+
+Source: the chat template of Qwen/Qwen3-Coder-30B-A3B-Instruct.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+from sagellm.chat_formats.answer_readers import THINK
+from sagellm.chat_formats.block_format import BlockFormat
+from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
+from sagellm.chat_formats.hermes import CLOSING, OPENING
+from sagellm.chat_formats.lark_text import (
+    bounded_text_up_to,
+    inline_json,
+    literal,
+    marker,
+    one_of,
+    text_up_to,
+)
+from sagellm.chat_formats.markers import MarkerFinder
+from sagellm.chat_formats.part_writer import PartWriter
+from sagellm.chat_formats.text_source import Reading, TextSource, Write
+from sagellm.chat_formats.tool_schema import (
+    Schema,
+    check_bound,
+    constants,
+    length_bounds,
+    members_of,
+    schema_of,
+    type_of,
+    types_of,
+)
+
+FUNCTION, PARAMETER, END_PARAMETER = "<function=", "<parameter=", "</parameter>"
+NEWLINE = "\n"
+_AFTER_NAME = re.compile(r"[<>\s]")
+_PYTHON = {"True": "true", "False": "false", "None": "null"}  # as models write them by mistake
+
+
+def read_xml_block(source: TextSource, writer: PartWriter, opening: str) -> Reading[bool]:
+    if opening != FUNCTION:  # some models forget <tool_call>
+        yield from source.space()
+        if not (yield from source.accept(FUNCTION)):
+            return False
+    tool = writer.begin_call((yield from _read_name(source)))
+    if tool is None:
+        return False
+    source.stop_record()
+    yield from source.space()
+    between = "{"
+    while (yield from source.accept(PARAMETER)):
+        name = yield from _read_name(source)
+        writer.arguments(f"{between}{literal(name)}: ")
+        yield from _read_value(source, writer.arguments, _schema_of(tool, name), tool)
+        yield from source.space()
+        between = ", "
+    if not (yield from source.accept("</function>")):
+        return False
+    writer.arguments("{}" if between == "{" else "}")
+    yield from source.space()
+    yield from source.accept(CLOSING)
+    return True
+
+
+def _read_name(source: TextSource) -> Reading[str]:
+    """Read a name and the end of its tag. Return "" if the tag does not end after the name."""
+    pieces: list[str] = []
+    yield from source.before(_AFTER_NAME, pieces.append)
+    return "".join(pieces) if (yield from source.accept(">")) else ""
+
+
+def _schema_of(tool: ToolSpec, name: str) -> Schema:
+    members = {
+        member.name: member.schema for member in members_of(schema_of(tool), schema_of(tool))
+    }
+    return members.get(name, {"type": "string"})
+
+
+def _read_value(source: TextSource, write: Write, schema: Schema, tool: ToolSpec) -> Reading[None]:
+    """Read an argument, and write it as JSON. A newline at each end belongs to the tags."""
+    yield from source.accept("\n")
+    types = types_of(schema, schema_of(tool))
+    finder = MarkerFinder((END_PARAMETER,))
+    if types == {"string"}:
+        write('"')
+        text = _WithoutLastNewline(lambda piece: write(json.dumps(piece, ensure_ascii=False)[1:-1]))
+        if (yield from source.until(finder, text.write)):
+            write('"')
+        return
+    pieces: list[str] = []
+    if (yield from source.until(finder, pieces.append)):
+        write(_json_of("".join(pieces).removesuffix("\n"), types))
+
+
+class _WithoutLastNewline:
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._held = ""
+
+    def write(self, text: str) -> None:
+        text = self._held + text
+        kept = text.removesuffix("\n")
+        self._held = text[len(kept) :]
+        if kept:
+            self._write(kept)
+
+
+def _json_of(text: str, types: frozenset[str]) -> str:
+    """The JSON text of an argument: the text itself if it is JSON of such a type, else a string."""
+    given = _PYTHON.get(text.strip(), text.strip())
+    try:
+        value = json.loads(given)
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    return given if type_of(value) in types else json.dumps(text, ensure_ascii=False)
+
+
+_OBJECT = frozenset({"type", "properties", "required", "additionalProperties"})
+_STRING = frozenset({"type", "enum", "const", "minLength", "maxLength", "anyOf", "oneOf"})
+
+
+def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
+    closing = marker(CLOSING, special_tokens)
+    values: list[str] = []
+    calls = one_of(use, lambda tool: _call(tool, values))
+    return "\n".join([f'block: "\\n" call "</function>\\n" {closing}', calls, *values])
+
+
+def _call(tool: ToolSpec, values: list[str]) -> str:
+    """The text of a call. Adds the rules of its arguments to `values`."""
+    root = schema_of(tool)
+    check_bound(tool, root, _OBJECT)
+    parts = [literal(f"{FUNCTION}{tool.name}>\n")]
+    for member in members_of(root, root):
+        name = f"value_{len(values)}"
+        values.append(_value(name, tool, member.schema))
+        argument = f'{literal(f"{PARAMETER}{member.name}>" + NEWLINE)} {name} "\\n"'
+        parts.append(argument if member.is_required else f"({argument})?")
+    return " ".join(parts)
+
+
+def _value(name: str, tool: ToolSpec, schema: Schema) -> str:
+    """The rule of an argument, with the tag that ends it."""
+    root = schema_of(tool)
+    types = types_of(schema, root)
+    if "string" not in types:
+        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        value = inline_json({**shared, **schema}, is_strict=tool.strict)
+        return f"{name}: {value} {literal(NEWLINE + END_PARAMETER)}"
+    check_bound(tool, schema, _STRING)
+    texts = constants(schema)
+    if texts is not None:
+        shown = (text if isinstance(text, str) else json.dumps(text) for text in texts)
+        one = " | ".join(literal(text + NEWLINE + END_PARAMETER) for text in shown)
+        return f"{name}: {one}"
+    bounds = length_bounds(schema)
+    if bounds is None:
+        return text_up_to(name, END_PARAMETER, {})
+    return bounded_text_up_to(name, END_PARAMETER, {}, bounds, NEWLINE)
+
+
+QWEN3_CODER = BlockFormat(
+    name="qwen3_coder",
+    signs=(OPENING, FUNCTION),
+    opening=OPENING,
+    other_openings=(FUNCTION,),
+    inner=(CLOSING,),
+    between=NEWLINE,
+    read_block=read_xml_block,
+    block_rules=_rules,
+)
+QWEN3_5 = replace(
+    QWEN3_CODER, name="qwen3_5", signs=(*QWEN3_CODER.signs, THINK.closing), tags=THINK
+)

@@ -1,0 +1,115 @@
+"""The text of an answer, for readers that are generators.
+
+A reader yields where it needs more text, and goes on when the text has come:
+
+    yield from source.space()
+    if (yield from source.accept("{")):
+        ...
+
+So a reader is written as if the whole text was there, and reads each character once.
+"""
+
+import re
+from collections.abc import Callable, Generator
+from typing import TypeAlias, TypeVar
+
+from sagellm.chat_formats.markers import MarkerFinder
+
+T = TypeVar("T")
+Reading: TypeAlias = Generator[None, None, T]  # a reader with a result
+Write: TypeAlias = Callable[[str], None]
+
+_NO_SPACE = re.compile(r"\S")
+
+
+class TextSource:
+    """The text that has come and was not read. Only what may begin a marker stays unread.
+
+    After `end`, readers do not yield: what they wait for does not come.
+    """
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._at = 0
+        self._is_ended = False
+        self._record: list[str] | None = None
+
+    def add(self, text: str) -> None:
+        self._text = self._text[self._at :] + text
+        self._at = 0
+
+    def end(self) -> None:
+        self._is_ended = True
+
+    def start_record(self, *texts: str) -> None:
+        """Note all text that is read from now on. `texts`: what the record begins with."""
+        self._record = list(texts)
+
+    def stop_record(self) -> str:
+        """Return the recorded text, and forget it."""
+        record, self._record = self._record, None
+        return "".join(record or ())
+
+    def peek(self) -> Reading[str]:
+        """Return the next character; "" at the end."""
+        while self._at == len(self._text) and not self._is_ended:
+            yield
+        return self._text[self._at : self._at + 1]
+
+    def accept(self, text: str) -> Reading[bool]:
+        """Read the text if it comes next."""
+        while not self._text.startswith(text, self._at):
+            rest = self._text[self._at : self._at + len(text)]
+            if self._is_ended or not text.startswith(rest):
+                return False
+            yield
+        self._take(len(text))
+        return True
+
+    def space(self) -> Reading[str]:
+        """Read white space, and return it."""
+        pieces: list[str] = []
+        yield from self.before(_NO_SPACE, pieces.append)
+        return "".join(pieces)
+
+    def before(self, pattern: re.Pattern[str], write: Write) -> Reading[str]:
+        """Read up to a character of `pattern`, and write what was read. Return that character,
+        which stays unread; "" at the end.
+        """
+        while True:
+            found = pattern.search(self._text, self._at)
+            place = found.start() if found else len(self._text)
+            self._write(place - self._at, write)
+            if found or self._is_ended:
+                return found.group() if found else ""
+            yield
+
+    def until(self, finder: MarkerFinder, write: Write) -> Reading[str]:
+        """Read up to a marker, and write what comes before it. Return the marker, which is read
+        too; "" at the end.
+        """
+        while True:
+            place, marker = finder.find(self._text, self._at)
+            is_last = self._is_ended and not marker
+            self._write((len(self._text) if is_last else place) - self._at, write)
+            self._take(len(marker))
+            if marker or is_last:
+                return marker
+            yield
+
+    def take(self, write: Write) -> Reading[str]:
+        """Read and write the next character, and return it; "" at the end."""
+        character = yield from self.peek()
+        self._write(len(character), write)
+        return character
+
+    def _write(self, length: int, write: Write) -> None:
+        if text := self._take(length):
+            write(text)
+
+    def _take(self, length: int) -> str:
+        text = self._text[self._at : self._at + length]
+        self._at += length
+        if self._record is not None and text:
+            self._record.append(text)
+        return text

@@ -1,0 +1,119 @@
+"""What formats whose arguments are not JSON read in the JSON schema of a tool's arguments."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from sagellm.chat_formats.chat_format import ToolSpec, UnboundSchema
+
+Schema: TypeAlias = Mapping[str, Any]
+
+_MAX_REFERENCES = 32  # a longer chain of `$ref` may be a circle
+_DOCUMENTS = frozenset(
+    {"$schema", "$id", "$defs", "definitions", "title", "description", "default"}
+)
+_ANY_TYPE = frozenset({"string", "number", "boolean", "null", "array", "object"})
+
+
+class Member(NamedTuple):
+    """A property of an object. `schema` has no `$ref` at its top."""
+
+    name: str
+    schema: Schema
+    is_required: bool
+
+
+def schema_of(tool: ToolSpec) -> Schema:
+    return {"type": "object", **(tool.parameters or {})}
+
+
+def members_of(schema: Schema, root: Schema) -> list[Member]:
+    """The properties of an object schema, required ones first. `root`: where `$ref` leads to."""
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    members = [
+        Member(name, resolved(properties.get(name, {}), root), name in required)
+        for name in (*properties, *(name for name in required if name not in properties))
+    ]
+    return sorted(members, key=lambda member: not member.is_required)
+
+
+def resolved(schema: Any, root: Schema) -> Schema:
+    """The schema that `$ref` leads to. An unknown or circular reference allows any value, as does
+    the schema true.
+    """
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping):
+            return {}
+        if "$ref" not in schema:
+            return schema
+        schema = _target(str(schema["$ref"]), root)
+    return {}
+
+
+def _target(reference: str, root: Schema) -> Any:
+    found: Any = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def alternatives(schema: Schema, root: Schema) -> list[Schema]:
+    """The schemas of which a value may satisfy one: those of `anyOf` or `oneOf`, or itself."""
+    given = schema.get("anyOf", schema.get("oneOf"))
+    return [resolved(one, root) for one in given] if given else [schema]
+
+
+def constants(schema: Schema) -> list[Any] | None:
+    """The values of `enum` or `const`, or None."""
+    if "const" in schema:
+        return [schema["const"]]
+    given = schema.get("enum")
+    return list(given) if given is not None else None
+
+
+def types_of(schema: Schema, root: Schema) -> frozenset[str]:
+    """The JSON types that a value may have; "number" includes integers."""
+    types: set[str] = set()
+    found: list[Schema] = [schema]
+    for one in found:
+        options = alternatives(one, root)
+        if options == [one]:
+            types.update(_own_types(one))
+        else:  # a schema may lead to itself
+            found += [option for option in options if not any(option is old for old in found)]
+    return frozenset(types)
+
+
+def _own_types(schema: Schema) -> Iterable[str]:
+    values, given = constants(schema), schema.get("type")
+    if values is not None:
+        return map(type_of, values)
+    if given is None:
+        return _ANY_TYPE
+    names = [given] if isinstance(given, str) else given
+    return ("number" if name == "integer" else name for name in names)
+
+
+def length_bounds(schema: Schema) -> tuple[int, int | None] | None:
+    """The least and the greatest length of a text (None: any), or None if it has any length."""
+    least, most = schema.get("minLength", 0), schema.get("maxLength")
+    return None if (least, most) == (0, None) else (least, most)
+
+
+def type_of(value: Any) -> str:
+    """The JSON type of a value."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    names = {str: "string", type(None): "null", list: "array", dict: "object"}
+    return names.get(type(value), "object")
+
+
+def check_bound(tool: ToolSpec, schema: Schema, known: frozenset[str]) -> None:
+    """Raise UnboundSchema if a strict tool has a keyword in a schema that is not `known`."""
+    unknown = sorted(set(schema) - known - _DOCUMENTS)
+    if tool.strict and unknown:
+        raise UnboundSchema(
+            f"the schema of a strict tool has {unknown[0]!r}, which this model's form of arguments "
+            "cannot bind; leave it out, or leave `strict` out"
+        )

@@ -1,0 +1,80 @@
+"""Makes and checks the grammars of requests without stalling the event loop."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import anyio
+import msgspec
+
+from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolUse
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
+from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.sampling import Grammar
+
+CHECK_S = 0.25  # CPU time for the grammar of one request; more is refused as its fault
+WAIT_S = 10.0  # wall time with the wait for a thread; more means an overloaded server
+RETRY_S = 1.0
+_NUM_THREADS = 2  # late work keeps its thread
+T = TypeVar("T")
+
+
+class GrammarChecker:
+    """Checks grammars in worker threads. Works on trio and on asyncio."""
+
+    def __init__(self) -> None:
+        self._threads = WorkerThreads(_NUM_THREADS)
+
+    async def run(self, param: str, work: Callable[[], T]) -> T:
+        """Return what `work` returns, which makes and checks one grammar.
+
+        `param`: the field of the request that errors name. Raises ApiError: 400 if the work raises
+        GrammarError or takes too long, and what the work raises.
+        """
+        try:
+            with anyio.fail_after(WAIT_S):
+                return await self._threads.run_within(CHECK_S, work)
+        except GrammarError as error:
+            raise invalid_grammar(param, str(error)) from None
+        except Overrun:
+            late = f"it takes more than {CHECK_S:g} s of CPU time to compile"
+            raise invalid_grammar(param, late) from None
+        except (NoThread, TimeoutError):
+            late = "the grammar could not be checked in time"
+            raise ApiError(503, late, code="grammar_busy", retry_after_s=RETRY_S) from None
+
+
+def invalid_grammar(param: str, reason: str) -> ApiError:
+    return wrong(param, reason, "invalid_grammar")
+
+
+def call_grammar(
+    form: ChatFormat, use: ToolUse, prompt: str, special_tokens: SpecialTokens
+) -> Grammar | None:
+    """Return the grammar of answers that call tools; None if any text may be an answer.
+
+    Raises ApiError (400) that names the first tool whose parameters cannot be a grammar. Blocks the
+    thread.
+    """
+    grammar = form.grammar(use, prompt, special_tokens=special_tokens)
+    if grammar is None:
+        return None
+    try:
+        check_grammar(grammar)
+    except GrammarError as error:
+        reason = str(error)
+    else:
+        return grammar
+    for index, tool in enumerate(use.tools):
+        alone = msgspec.structs.replace(use, tools=(tool,))
+        if (only := form.grammar(alone, prompt, special_tokens=special_tokens)) is not None:
+            _check_tool(only, f"tools[{index}].function.parameters")
+    raise invalid_grammar("tools", reason)
+
+
+def _check_tool(grammar: Grammar, param: str) -> None:
+    try:
+        check_grammar(grammar)
+    except GrammarError as error:
+        raise invalid_grammar(param, str(error)) from None

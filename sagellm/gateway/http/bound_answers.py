@@ -1,0 +1,85 @@
+"""The grammar of an answer: from the tools and the structured output of a request."""
+
+from sagellm.chat_formats import ToolUse
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.gateway import Gateway, HostedModel
+from sagellm.gateway.grammar_checks import call_grammar
+from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
+from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
+from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.sampling import Grammar
+
+
+async def response_grammar(
+    gateway: Gateway,
+    served: HostedModel,
+    asked: CompletionRequest | ChatRequest,
+    prompt: str | None = None,
+) -> Grammar | None:
+    """Return the checked grammar that the fields of structured output give; None: they give none.
+
+    `prompt`: that of a chat, whose answer may begin with reasoning. Raises ApiError.
+    """
+    constraint = constraint_of(asked)
+    if constraint is None:
+        return None
+    _check_able(served, constraint.param)
+    max_depth = gateway.settings.limits.json_depth
+
+    def make() -> Grammar:
+        grammar = grammar_of(constraint, max_depth)
+        if prompt is not None:
+            special = served.special_tokens
+            grammar = served.format.response_grammar(grammar, prompt, special_tokens=special)
+        check_grammar(grammar)
+        return grammar
+
+    return await gateway.grammars.run(constraint.param, make)
+
+
+async def chat_grammar(
+    gateway: Gateway, served: HostedModel, asked: ChatRequest, use: ToolUse, prompt: str
+) -> Grammar | None:
+    """Return the checked grammar of a chat's answer, which calls tools as `use` says.
+
+    `check_tool_use` has passed. Raises ApiError.
+    """
+    if not _binds(use):
+        return await response_grammar(gateway, served, asked, prompt)
+    # An answer that must be calls is no text of a response format.
+    special = served.special_tokens
+    return await gateway.grammars.run(
+        "tools", lambda: call_grammar(served.format, use, prompt, special)
+    )
+
+
+def check_tool_use(served: HostedModel, asked: ChatRequest, use: ToolUse) -> None:
+    """Raise ApiError (400) for tools that the model or its engine cannot be given."""
+    if not use.allowed:
+        return
+    if not served.format.takes_tools:
+        cure = "leave them out, or send `tool_choice`: `none`"
+        raise _unsupported("tools", f"the chat template of this model knows no tools; {cure}")
+    if _binds(use):
+        _check_able(served, "tool_choice" if use.must_call else "tools")
+    constraint = constraint_of(asked)
+    if constraint is not None and not use.must_call:
+        first = constraint.param.partition(".")[0]
+        cure = "leave one of them out, or send `tool_choice`: `none` or `required`"
+        raise wrong(first, f"stands beside `tools` that the model may call or not; {cure}")
+
+
+def _binds(use: ToolUse) -> bool:
+    """Whether a grammar binds the calls."""
+    return use.must_call or any(tool.strict for tool in use.allowed)
+
+
+def _check_able(served: HostedModel, param: str) -> None:
+    """Raise ApiError (400) if an engine of the model binds no answer to a grammar."""
+    if not served.card.takes_grammars:
+        why = "an engine of this model binds no answer to a grammar; leave it out"
+        raise _unsupported(param, why)
+
+
+def _unsupported(param: str, message: str) -> ApiError:
+    return wrong(param, message, "unsupported_parameter")

@@ -1,0 +1,125 @@
+"""The tools of a chat, and which of them the model may or must call."""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from sagellm.chat_formats import ToolSpec, ToolUse
+from sagellm.gateway.api_errors import wrong
+from sagellm.graphs.vocabulary import nearest
+
+MAX_TOOLS = 128  # as in the OpenAI API; also the most tool calls in one message
+# The lookahead excludes a line end, which "$" alone would allow.
+ToolName: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$(?!\n)")]
+
+
+class ToolFunction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a tool does. `parameters` is a JSON schema of its arguments.
+
+    The arguments of a call obey the schema if the call is required, or if `strict` is true.
+    """
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may call. Further fields are dropped."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The tool in the form that chat templates take."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+
+class FunctionName(msgspec.Struct, frozen=True, kw_only=True):
+    """The name of one of the tools."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="function"):
+    """The tool that the model must call."""
+
+    function: FunctionName
+
+
+class AllowedTool(msgspec.Struct, frozen=True, kw_only=True):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedToolList(msgspec.Struct, frozen=True, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="allowed_tools"
+):
+    """Some of the tools. The model sees no others."""
+
+    allowed_tools: AllowedToolList
+
+
+Tools: TypeAlias = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+ToolMode: TypeAlias = Literal["none", "auto", "required"]
+ToolChoice: TypeAlias = ToolMode | NamedTool | AllowedTools
+
+
+def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
+    """Raise ApiError (400) for a name that two tools have, and for a choice that has no tool."""
+    names = [tool.function.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise wrong(f"tools[{index}].function.name", "is the name of an earlier tool, too")
+    if isinstance(choice, NamedTool):
+        _check_name("tool_choice.function.name", choice.function.name, names)
+    elif isinstance(choice, AllowedTools):
+        for index, tool in enumerate(choice.allowed_tools.tools):
+            place = f"tool_choice.allowed_tools.tools[{index}].function.name"
+            _check_name(place, tool.function.name, names)
+    elif choice == "required" and not names:
+        raise wrong("tool_choice", "is `required`, but there are no `tools`")
+
+
+def _check_name(place: str, name: str, names: list[str]) -> None:
+    if name in names:
+        return
+    if not names:
+        raise wrong(place, "names a tool, but there are no `tools`")
+    # A name longer than any tool's is no typo, and comparing it would take long.
+    close = nearest(name, names) if len(name) <= 64 else None
+    hint = f"; did you mean `{close}`?" if close else ""
+    raise wrong(place, f"is none of the {len(names)} tools{hint}")
+
+
+def allowed_only(tools: list[Tool], choice: AllowedTools) -> tuple[list[Tool], ToolMode]:
+    """Return the allowed tools, and how the model may call them. Both have been checked."""
+    allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+    kept = [tool for tool in tools if tool.function.name in allowed]
+    return kept, choice.allowed_tools.mode
+
+
+def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse:
+    """Return the tools of a request that was read, in the form that chat formats take."""
+    specs = tuple(
+        ToolSpec(
+            name=tool.function.name,
+            description=tool.function.description or "",
+            parameters=tool.function.parameters,
+            strict=tool.function.strict or False,
+        )
+        for tool in tools
+    )
+    if isinstance(choice, NamedTool):
+        return ToolUse(tools=specs, named=choice.function.name, parallel=parallel)
+    assert not isinstance(choice, AllowedTools), "`read_chat` has replaced it"
+    return ToolUse(tools=specs, choice=choice or "auto", parallel=parallel)
