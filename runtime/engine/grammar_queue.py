@@ -4,15 +4,22 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from typing import TypeAlias
 
 import trio
 
 from sagellm.backends.step import Matcher
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.compiler import GrammarCompiler
+from sagellm.runtime.messages import FinishReason
+
+log = get_logger("sagellm.engine")
 
 _NUM_THREADS = 2  # a slow grammar leaves a thread to the others
-Compiled = Callable[[Sequence, "Future[Matcher]"], None]
+# Called with the sequence, whose `matcher` is set, or with why it ends: a reason and a message.
+Compiled: TypeAlias = Callable[[Sequence, tuple[FinishReason, str] | None], None]
 
 
 class GrammarQueue:
@@ -32,7 +39,7 @@ class GrammarQueue:
 
         def hand_over(compiled: "Future[Matcher]") -> None:
             with suppress(trio.RunFinishedError):  # the engine ended first
-                token.run_sync_soon(done, sequence, compiled)
+                token.run_sync_soon(_finish, sequence, compiled, done)
 
         compile_ = partial(self._compile, sequence)
         self._threads.submit(compile_).add_done_callback(hand_over)
@@ -49,3 +56,17 @@ class GrammarQueue:
         return self._compiler.compile(
             sampling.grammar, sequence.state.salt, ignores_eos=sampling.ignore_eos
         )
+
+
+def _finish(sequence: Sequence, compiled: "Future[Matcher]", done: Compiled) -> None:
+    if compiled.cancelled():
+        return  # the engine is being closed
+    error = compiled.exception()
+    if error is None:
+        sequence.matcher = compiled.result()
+        done(sequence, None)
+    elif isinstance(error, GrammarError):
+        done(sequence, ("refused", str(error)))
+    else:
+        log.error("grammar_failed", exc_info=error)
+        done(sequence, ("failed", "the engine could not compile the grammar"))

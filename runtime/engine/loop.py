@@ -1,14 +1,12 @@
 """The engine's loop: schedule, launch, collect, emit."""
 
 import heapq
-from concurrent.futures import Future
 from contextlib import suppress
 
 import msgspec
 import trio
 
 from sagellm.backends import Sampled
-from sagellm.backends.step import Matcher
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.engine.batch import Batch
@@ -19,8 +17,7 @@ from sagellm.runtime.engine.runner import EngineResources, StepLaunch, Watchdog
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
 from sagellm.runtime.engine.speculation import verified
-from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
+from sagellm.runtime.kv.lease import EVENT_AT_END, Fence, Lease, LeaseEvent
 from sagellm.runtime.kv.transfer import PoolTransfers
 from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, LeaseRef, Stamps, TokenLogprob
 from sagellm.runtime.port import PrefillDone
@@ -31,14 +28,6 @@ STEP_TOKENS = (1, *(8 << power for power in range(12)))  # 8 ... 16384, the buck
 
 _BROKEN_LOGITS = "its logits are not finite; the weights or their dtype are wrong"
 _CODE: dict[FinishReason, str] = {"failed": ENGINE_FAILED, "refused": "bad_request"}
-_LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
-    "stop": "finish",
-    "length": "finish",
-    "cancelled": "cancel",
-    "expired": "expire",
-    "refused": "refuse",
-    "failed": "crash",
-}
 
 
 class EngineLoop:
@@ -117,26 +106,22 @@ class EngineLoop:
         if expires_s is not None:
             heapq.heappush(self._expiries, (expires_s, sequence.arrival, sequence.fence))
         if sequence.sampling.grammar is None:
-            self._scheduler.add(sequence)
-            self.notify()
+            self._compiled(sequence)
         else:
-            assert self._grammars is not None, "operators check the capability"
+            assert self._grammars is not None, "submit checks that there is a compiler"
             self._grammars.put(sequence, self._compiled)
 
-    def _compiled(self, sequence: Sequence, compiled: "Future[Matcher]") -> None:
-        """Schedule a sequence whose grammar is compiled, unless it has ended meanwhile."""
+    def _compiled(
+        self, sequence: Sequence, failure: tuple[FinishReason, str] | None = None
+    ) -> None:
+        """Schedule a sequence whose grammar is there, unless it has ended meanwhile."""
         if self.sequences.get(sequence.fence) is not sequence:
             return
-        error = compiled.exception()
-        if error is None:
-            sequence.matcher = compiled.result()
-            self._scheduler.add(sequence)
-            self.notify()
-        elif isinstance(error, GrammarError):
-            self._end(sequence, "refused", str(error))
-        else:
-            log.error("grammar_failed", engine=self._name, replica=self._replica, exc_info=error)
-            self._end(sequence, "failed", "the engine could not compile the grammar")
+        if failure is not None:
+            self._end(sequence, *failure)
+            return
+        self._scheduler.add(sequence)
+        self.notify()
 
     def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence now, or after the launched step if that step still writes its blocks."""
@@ -352,7 +337,7 @@ class EngineLoop:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """Forget a sequence, and post its last event, which has no token."""
-        self._forget(sequence, _LEASE_EVENT[reason])
+        self._forget(sequence, EVENT_AT_END[reason])
         last = sequence.last_event(trio.current_time(), reason)
         if reason in _CODE:
             last = msgspec.structs.replace(last, error=error, code=_CODE[reason])

@@ -1,10 +1,12 @@
 """Grammars that are made here: any JSON object, and a choice of texts."""
 
+import re
 from collections.abc import Sequence
 
-import msgspec
-
 from sagellm.runtime.sampling import Grammar
+
+# What has a meaning in a regular expression. Characters of other scripts must not be escaped.
+_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/\x00-\x20]")
 
 
 def json_object_grammar() -> Grammar:
@@ -16,5 +18,8 @@ def choice_grammar(texts: Sequence[str]) -> Grammar:
     """The grammar of an answer that is one of `texts`. Raises ValueError without any text."""
     if not texts:
         raise ValueError("a choice needs at least one text")
-    options = " | ".join(msgspec.json.encode(text).decode() for text in texts)
-    return Grammar(kind="lark", text=f"start: {options}\n")
+    return Grammar(kind="regex", text="|".join(map(_quoted, texts)))
+
+
+def _quoted(text: str) -> str:
+    return _SPECIAL.sub(lambda found: f"\\x{ord(found[0]):02X}", text)

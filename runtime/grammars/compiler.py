@@ -1,38 +1,55 @@
 """The compiler of an engine: grammars are checked, compiled and kept."""
 
+import functools
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
+from typing import TypeAlias
 
 from llguidance import LLMatcher, LLTokenizer
 
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.llguidance_text import LIMITS, llguidance_text
+from sagellm.runtime.grammars.compiled_grammar import LIMITS, CompiledGrammar
+from sagellm.runtime.grammars.lark_text import special_tokens
+from sagellm.runtime.grammars.llguidance_text import llguidance_text
 from sagellm.runtime.grammars.matcher import GrammarMatcher
-from sagellm.runtime.grammars.token_bytes import open_vocabulary
+from sagellm.runtime.grammars.reasons import reason
+from sagellm.runtime.grammars.token_bytes import open_vocabulary, vocabulary_of
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.sampling import Grammar
 
-_MAX_KEPT, _MAX_KEPT_BYTES = 256, 4 << 20
-_Key = tuple[str, Grammar]
+MAX_KEPT = 64  # compiled grammars of one engine: a lexer takes up to 30 MB
+MAX_KEPT_BYTES = 4 << 20  # of their texts
+_Key: TypeAlias = tuple[str, Grammar]
+_BYTES = [bytes([value]) for value in range(256)]
 
 
 def check_grammar(grammar: Grammar) -> None:
-    """Raise GrammarError if a grammar cannot be used. Needs no tokenizer. Blocks the thread for
-    milliseconds.
+    """Raise GrammarError if a grammar cannot be used.
+
+    Needs no tokenizer: a model may turn out to lack a special token that the grammar names. Blocks
+    the thread for milliseconds, for the largest grammars tenths of a second, mostly without
+    Python's lock.
     """
-    if fault := LLMatcher.validate_grammar(llguidance_text(grammar), limits=LIMITS):
-        raise GrammarError(_reason(fault))
+    source = llguidance_text(grammar)
+    special = sorted(special_tokens(source.text)) if grammar.kind == "lark" else []
+    if not any(name.startswith("[") for name in special):
+        CompiledGrammar(_byte_vocabulary(*special), source)
+    elif fault := LLMatcher.validate_grammar(source.text, limits=LIMITS):  # tokens by number
+        raise GrammarError(reason(fault, has_lines=source.has_lines))
 
 
-def _reason(fault: str) -> str:
-    return "the grammar cannot be compiled"
+@functools.lru_cache(8)
+def _byte_vocabulary(*special: str) -> LLTokenizer:
+    """A token for each byte, and special tokens."""
+    tokens = [*_BYTES, *(f"<{name}>".encode() for name in special)]
+    return vocabulary_of(tokens, range(len(_BYTES), len(tokens)))
 
 
 class GrammarCompiler:
-    """Compiles grammars for one engine, and keeps the latest.
+    """Compiles grammars for one engine, and keeps those that were used last.
 
-    `vocab_size`: the number of logits of the model.
+    `vocab_size`: the number of logits of the model. Any thread may call `compile`.
     """
 
     def __init__(
@@ -40,65 +57,74 @@ class GrammarCompiler:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_token_ids = frozenset(one for one in eos_token_ids if 0 <= one < vocab_size)
+        self._end_ids = frozenset(one for one in eos_token_ids if 0 <= one < vocab_size)
         self._vocabulary: LLTokenizer | None = None
         self._vocabulary_lock = threading.Lock()
         self._lock = threading.Lock()
-        self._kept: OrderedDict[_Key, Future[LLMatcher]] = OrderedDict()
+        self._kept: OrderedDict[_Key, Future[CompiledGrammar]] = OrderedDict()
         self._num_bytes = 0
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
 
     def compile(self, grammar: Grammar, salt: str, *, ignores_eos: bool) -> GrammarMatcher:
         """A matcher of a grammar. Blocks the thread. Raises GrammarError.
 
         `salt`: the tenant's. Tenants share no compiled grammar, because the time of a call would
-        tell one what another uses. `ignores_eos`: the end of the text is never allowed.
+        tell one what another uses. `ignores_eos`: the model's end tokens are never allowed; a
+        finished answer then has an empty mask.
         """
-        start = self._compiled((salt, grammar))
-        end_ids = frozenset() if ignores_eos else self._eos_token_ids
-        return GrammarMatcher(start, self._vocab_size, end_ids)
+        compiled = self._compiled((salt, grammar))
+        end_ids = frozenset[int]() if ignores_eos else self._end_ids
+        return GrammarMatcher(compiled, self._vocab_size, end_ids)
 
-    def _compiled(self, key: _Key) -> LLMatcher:
+    def _compiled(self, key: _Key) -> CompiledGrammar:
+        """The grammar of a key. The first caller compiles it, and the others wait."""
         with self._lock:
             found = self._kept.get(key)
-            if found is not None:
+            if found is not None and not _is_exhausted(found):
                 self._kept.move_to_end(key)
+                mine = None
             else:
-                mine = self._kept[key] = Future()
-                self._num_bytes += _num_bytes(key)
-                self._shrink()
-        if found is not None:
+                mine = self._keep(key)
+        if mine is None:
+            assert found is not None
             return found.result()
         try:
-            mine.set_result(self._compile(key[1]))
+            mine.set_result(CompiledGrammar(self._open_vocabulary(), llguidance_text(key[1])))
         except BaseException as error:
             self._forget(key, mine)
             mine.set_exception(error)
+            raise
         return mine.result()
-
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        text = llguidance_text(grammar)
-        matcher = LLMatcher(self._open_vocabulary(), text, log_level=0, limits=LIMITS)
-        if matcher.is_error():
-            raise GrammarError(_reason(matcher.get_error()))
-        return matcher
 
     def _open_vocabulary(self) -> LLTokenizer:
         with self._vocabulary_lock:
             if self._vocabulary is None:
-                self._vocabulary = open_vocabulary(self._tokenizer, self._vocab_size)
+                self._vocabulary = open_vocabulary(self._tokenizer, self._vocab_size, self._end_ids)
             return self._vocabulary
 
-    def _shrink(self) -> None:
-        """Forget the grammars that were used longest ago, if there are too many. Needs the lock."""
-        while len(self._kept) > _MAX_KEPT or self._num_bytes > _MAX_KEPT_BYTES:
-            key, _ = self._kept.popitem(last=False)
-            self._num_bytes -= _num_bytes(key)
+    def _keep(self, key: _Key) -> "Future[CompiledGrammar]":
+        """Make room for a grammar. The caller holds the lock."""
+        if key not in self._kept:
+            self._num_bytes += _num_bytes(key)
+        mine = self._kept[key] = Future[CompiledGrammar]()
+        self._kept.move_to_end(key)
+        while len(self._kept) > MAX_KEPT or self._num_bytes > MAX_KEPT_BYTES:
+            oldest, _ = self._kept.popitem(last=False)
+            self._num_bytes -= _num_bytes(oldest)
+        return mine
 
-    def _forget(self, key: _Key, future: "Future[LLMatcher]") -> None:
+    def _forget(self, key: _Key, failed: "Future[CompiledGrammar]") -> None:
         with self._lock:
-            if self._kept.get(key) is future:
+            if self._kept.get(key) is failed:
                 del self._kept[key]
                 self._num_bytes -= _num_bytes(key)
+
+
+def _is_exhausted(future: "Future[CompiledGrammar]") -> bool:
+    return future.done() and future.exception() is None and future.result().is_exhausted
 
 
 def _num_bytes(key: _Key) -> int:

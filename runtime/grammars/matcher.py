@@ -1,99 +1,111 @@
 """Matchers: which tokens may follow the output of one sequence."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from itertools import compress, count
 from operator import ne
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
 
 from sagellm.backends.step import MatcherError
+from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
+from sagellm.runtime.grammars.reasons import reason
 
 Mask = npt.NDArray[np.int32]
-
-
-def num_words(num_bits: int) -> int:
-    return (num_bits + 31) // 32
+_BITS = 32
+_DEAD_END = "NoExtensionBias"  # how llguidance says that no token may follow
 
 
 class GrammarMatcher:
     """Follows the grammar of one sequence. Implements `sagellm.backends.step.Matcher`.
 
-    `start`: a matcher of llguidance that has consumed nothing; it is copied. `end_ids`: the tokens
-    that are allowed where the grammar may end. A token of `end_ids` in an output leaves the grammar
-    unless the grammar names it: all tokens may follow.
+    `end_ids`: the tokens that are allowed where the grammar may end, and, unless the grammar names
+    them, nowhere else. An output with such a token has left the grammar: all tokens may follow.
     """
 
-    def __init__(self, start: LLMatcher, vocab_size: int, end_ids: frozenset[int]) -> None:
-        self._start = start
-        self._matcher = start.deep_copy()
-        self._vocab_size = vocab_size
-        self._end_ids = tuple(end_ids)
+    def __init__(self, grammar: CompiledGrammar, vocab_size: int, end_ids: frozenset[int]) -> None:
+        self._grammar = grammar
+        self._age, self._matcher = grammar.copy()
+        self.vocab_size = vocab_size
         self._consumed: list[int] = []
-        self._words: Mask = np.zeros(num_words(vocab_size + 1), np.int32)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        # One more token than the model has: see `open_vocabulary`.
+        self._words: Mask = np.zeros(vocab_size // _BITS + 1, np.int32)
+        self._end_bits = _bits(end_ids)
+        self._extra_bit = _bits([vocab_size])
 
     def fill(self, output: Sequence[int], mask: Mask) -> None:
-        if self._advance(output):
-            self._fill(mask)
+        begin_s = time.thread_time()
+        if not self._advance(output):
+            self._allow_all(mask)
+        elif self._compute():
+            mask[:] = self._words[: len(mask)]
+            if self._end_bits and self._matcher.is_accepting():
+                for word, bit in self._end_bits:
+                    mask[word] |= bit
         else:
-            _allow_all(mask, self._vocab_size)
+            mask[:] = 0
+        self._grammar.account(time.thread_time() - begin_s)
 
     def _advance(self, output: Sequence[int]) -> bool:
-        """Consume `output`. Returns whether the grammar has it."""
+        """Consume `output`, or its beginning that belongs to the grammar. Returns whether all of it
+        does.
+        """
         consumed = self._consumed
-        num_same = len(consumed)
-        if output[:num_same] != consumed:
-            shorter = min(num_same, len(output))
-            num_same = next(compress(count(), map(ne, output, consumed)), shorter)
-            self._roll_back(num_same)
-        rest = list(output[num_same:])
-        if rest:
-            num_taken = self._matcher.try_consume_tokens(rest)
+        num_kept = len(consumed)
+        if output[:num_kept] != consumed:
+            shorter = min(num_kept, len(output))
+            num_kept = next(compress(count(), map(ne, output, consumed)), shorter)
+            self._roll_back(num_kept)
+        if rest := output[num_kept:]:
+            num_taken = self._matcher.try_consume_tokens(list(rest))
             consumed += rest[:num_taken]
-            self._check()
+            if self._matcher.is_error():
+                self._restart(self._matcher.get_error())
         return len(consumed) == len(output)
 
     def _roll_back(self, num_kept: int) -> None:
-        ok = self._matcher.rollback(len(self._consumed) - num_kept)
+        num_dropped = len(self._consumed) - num_kept
         del self._consumed[num_kept:]
-        if not ok:
-            self._matcher = self._start.deep_copy()
-            self._matcher.try_consume_tokens(self._consumed)
-            self._check()
+        if not self._matcher.rollback(num_dropped):  # after a dead end, for instance
+            self._age, self._matcher = self._grammar.copy()
+            self._replay()
 
-    def _fill(self, mask: Mask) -> None:
+    def _compute(self) -> bool:
+        """Compute the words of the mask. Returns whether a token may follow."""
+        if self._is_computed():
+            return True
+        if (fault := self._matcher.get_error()).startswith(_DEAD_END):
+            return False
+        self._restart(fault)
+        if self._is_computed():
+            return True
+        raise MatcherError(reason(self._matcher.get_error()))
+
+    def _is_computed(self) -> bool:
         words = self._words
-        matcher = self._matcher
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if matcher.is_error():
-            if matcher.get_error().startswith("NoExtensionBias"):
-                mask[:] = 0
-                return
-            raise MatcherError("the grammar exceeds its limits")
-        mask[:] = words[: len(mask)]
-        _set_bits(mask, self._vocab_size, (self._vocab_size,), False)
-        if self._end_ids and matcher.is_accepting():
-            _set_bits(mask, self._vocab_size, self._end_ids, True)
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        for word, bit in self._extra_bit:
+            words[word] &= ~bit
+        return not self._matcher.is_error()
 
-    def _check(self) -> None:
+    def _restart(self, fault: str) -> None:
+        """Go on with another lexer. Raises MatcherError."""
+        self._age, self._matcher = self._grammar.renewed(self._age, fault)
+        self._replay()
+
+    def _replay(self) -> None:
+        """Let a new matcher consume what the last one had consumed. Raises MatcherError."""
+        self._matcher.try_consume_tokens(self._consumed)
         if self._matcher.is_error():
-            raise MatcherError("the grammar exceeds its limits")
+            raise MatcherError(reason(self._matcher.get_error()))
+
+    def _allow_all(self, mask: Mask) -> None:
+        mask[:] = -1
+        if spare := self.vocab_size % _BITS:
+            mask[-1] = (1 << spare) - 1
 
 
-def _set_bits(mask: Mask, vocab_size: int, ids: Sequence[int], on: bool) -> None:
-    words = mask.view(np.uint32)
-    for index in ids:
-        word, bit = index // 32, np.uint32(1 << index % 32)
-        if word < len(words):
-            words[word] = words[word] | bit if on else words[word] & ~bit
-
-
-def _allow_all(mask: Mask, vocab_size: int) -> None:
-    mask[:] = -1
-    if vocab_size % 32:
-        mask[-1] = (1 << vocab_size % 32) - 1
+def _bits(token_ids: Iterable[int]) -> list[tuple[int, np.int32]]:
+    """The words of tokens in a mask, and their bits."""
+    return [(token // _BITS, np.uint32(1 << token % _BITS).view(np.int32)) for token in token_ids]

@@ -1,37 +1,65 @@
 """The vocabulary of a model as llguidance reads it: the bytes of each token."""
 
+from collections.abc import Iterable
+
 from llguidance import LLTokenizer, TokenizerWrapper
 
+from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _MARKER = b"\xff"  # llguidance marks special tokens with it; no UTF-8 text has this byte
+_NUM_TRIED = 64
 
 
-def open_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
+def open_vocabulary(
+    tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
+) -> LLTokenizer:
     """The tokens of a model with `vocab_size` logits. Takes about a second for 150,000 tokens.
 
     The id `vocab_size` is a token that no model has. It ends a text for llguidance, so that the
-    model's own end tokens can be allowed or not.
+    model's own end tokens can be allowed or not. Raises GrammarError if the tokens have no bytes of
+    their own, as those of WordPiece.
     """
-    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)), slices=None)
+    special = tokenizer.special_token_ids | eos_token_ids
+    known = range(min(tokenizer.vocab_size, vocab_size))
+    tokens = [
+        tokenizer.token(index).encode() if index in special else tokenizer.token_bytes(index)
+        for index in known
+    ]
+    _check_spelling(tokenizer, [index for index in known if index not in special], tokens)
+    tokens += [b""] * (vocab_size - len(tokens))
+    return vocabulary_of(tokens, [index for index in special if index < vocab_size])
+
+
+def vocabulary_of(tokens: list[bytes], special: Iterable[int]) -> LLTokenizer:
+    """The vocabulary of `tokens`, and a last one that ends a text. An empty token is never allowed.
+    Only grammars that name them allow the tokens `special`.
+    """
+    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokens, special)))
 
 
 class _Vocabulary:
-    """What TokenizerWrapper reads. An empty token is never allowed."""
+    """What TokenizerWrapper reads."""
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        num_tokens = min(tokenizer.vocab_size, vocab_size)
-        special = tokenizer.special_token_ids
-        known = [
-            tokenizer.token(index).encode() if index in special else tokenizer.token_bytes(index)
-            for index in range(num_tokens)
-        ]
-        known = [b"" if _MARKER in token else token for token in known]
-        self.tokens = [*known, *[b""] * (vocab_size - num_tokens), b"<end>"]
-        self.eos_token_id = vocab_size
-        self.special_token_ids = [*(index for index in special if index < vocab_size), vocab_size]
+    def __init__(self, tokens: list[bytes], special: Iterable[int]) -> None:
+        self.eos_token_id = len(tokens)
+        self.tokens = [*(b"" if _MARKER in token else token for token in tokens), b"<end>"]
+        self.special_token_ids = [*special, self.eos_token_id]
 
     def __call__(self, text: str) -> list[int]:
         raise NotImplementedError("no text is forced, so none is encoded")
+
+
+def _check_spelling(tokenizer: Tokenizer, plain: list[int], tokens: list[bytes]) -> None:
+    """Raise GrammarError if the decoder makes other texts of tokens than their bytes."""
+    tried = plain[:: len(plain) // _NUM_TRIED + 1]
+    texts = {index: tokens[index].decode(errors="ignore") * 2 for index in tried}
+    wrong = [
+        index
+        for index, text in texts.items()
+        if text.strip() and tokenizer.decode([index, index]).strip() != text.strip()
+    ]
+    if 2 * len(wrong) > len(texts):
+        raise GrammarError("the tokenizer of this model writes tokens that no grammar can follow")

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from sagellm.runtime.kv.prefix_tree import GroupBlocks, PrefixNode
 from sagellm.runtime.lease_shape import LeaseShape
-from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.messages import FinishReason, LeaseRef
 from sagellm.runtime.port import StaleLease
 
 LeaseState: TypeAlias = Literal["reserved", "receiving", "filled", "sending", "released"]
@@ -15,6 +15,16 @@ LeaseEvent: TypeAlias = Literal[
     "finish", "preempt", "cancel", "expire", "refuse", "crash",
 ]  # fmt: skip
 LeaseOwner: TypeAlias = Literal["sequence", "transfer"]
+
+# The event of a sequence's lease when the sequence ends.
+EVENT_AT_END: dict[FinishReason, LeaseEvent] = {
+    "stop": "finish",
+    "length": "finish",
+    "cancelled": "cancel",
+    "expired": "expire",
+    "refused": "refuse",
+    "failed": "crash",
+}
 
 FREED = -1  # in a block table: the block has left the window, and was freed
 

@@ -1,0 +1,112 @@
+"""JSON schemas: what is checked and changed before llguidance compiles one."""
+
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from math import lcm
+from typing import Any
+
+from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.one_of import Disjointness
+from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
+
+# Between the tokens of JSON: one line break with indentation, or up to two blanks. json.dumps and
+# pretty-printers write no more; a model that likes blanks would write them for ever.
+WHITESPACE = r"\r?\n[ \t]{0,40}|[ \t]{1,2}"
+_OPTIONS = {"whitespace_pattern": WHITESPACE}  # all others have their default
+_OPTIONS_KEY = "x-guidance"
+
+MAX_PROPERTIES = 1000  # of one object: llguidance takes time quadratic in their number
+# llguidance builds a state for each remainder, without a limit of its own.
+MAX_MULTIPLE = 10_000
+
+_ONE = ("additionalProperties", "items", "additionalItems", "contains", "not", "if", "then", "else",
+        "propertyNames", "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def read_schema(text: str) -> dict[str, Any]:
+    """The JSON object in `text`. Raises GrammarError."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    except ValueError:
+        raise GrammarError("the schema is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise GrammarError("the schema is not a JSON object")
+    return found
+
+
+def schema_text(schema: dict[str, Any]) -> str:
+    """The JSON text for llguidance. Changes `schema`. Raises GrammarError if it is too expensive.
+
+    Options for llguidance in the schema are replaced. `oneOf` becomes `anyOf` where no value can
+    match two options; llguidance itself does not look into references, and refuses the rest.
+    """
+    _check_cost(schema)
+    disjointness = Disjointness(schema)
+    for node in _subschemas(schema):
+        if node.get("uniqueItems") is False:
+            del node["uniqueItems"]  # the default, which llguidance does not know
+        if "anyOf" not in node and disjointness.holds(node.get("oneOf")):
+            renamed = [("anyOf" if key == "oneOf" else key, node[key]) for key in node]
+            node.clear()
+            node.update(renamed)  # in the order that they had: it is that of the properties
+    schema[_OPTIONS_KEY] = _OPTIONS
+    return json.dumps(schema)
+
+
+def _check_cost(schema: dict[str, Any]) -> None:
+    """Raise GrammarError if llguidance would take too long: it has no limit of its own here."""
+    cost, multiple = 0, 1
+    for node in _subschemas(schema):
+        properties = node.get("properties")
+        if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
+            raise GrammarError(f"properties: an object has more than {MAX_PROPERTIES}")
+        patterns = node.get("patternProperties")
+        regexes = [node.get("pattern"), *(patterns if isinstance(patterns, dict) else ())]
+        cost += sum(regex_cost(regex) for regex in regexes if isinstance(regex, str))
+        multiple = lcm(multiple, _digits(node.get("multipleOf")))
+        if multiple > MAX_MULTIPLE:
+            cause = f"the values, without zeros, have a common multiple above {MAX_MULTIPLE}"
+            raise GrammarError(f"multipleOf: {cause}")
+    check_regex_cost(cost)
+
+
+def _digits(multiple: object) -> int:
+    """The digits of a value of `multipleOf`: 5 for 0.05 and 500. llguidance judges the type."""
+    if isinstance(multiple, bool) or not isinstance(multiple, int | float):
+        return 1
+    try:
+        digits = Fraction(repr(multiple))
+    except ValueError:  # infinite
+        return 1
+    while digits.denominator > 1:
+        digits *= 10
+    number = abs(digits.numerator) or 1
+    while number % 10 == 0:
+        number //= 10
+    return number
+
+
+def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema itself and all schemas in it. Data, as in `const` or `examples`, is none."""
+    waiting: list[object] = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += _children(node)
+            yield node
+
+
+def _children(node: dict[str, Any]) -> Iterator[object]:
+    for key in _ONE:
+        yield node.get(key)
+    for key in _LISTS:
+        if isinstance(options := node.get(key), list):
+            yield from options
+    for key in _MAPS:
+        if isinstance(named := node.get(key), dict):
+            yield from named.values()
