@@ -21,7 +21,7 @@ from sagellm.chat_formats.chat_format import (
     ToolUse,
     random_id,
 )
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     ANY_TEXT,
     literal,
     marker,

@@ -23,7 +23,7 @@ from sagellm.chat_formats.chat_format import (
     random_id,
 )
 from sagellm.chat_formats.json_call import read_json
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     ANY_TEXT,
     arguments,
     literal,

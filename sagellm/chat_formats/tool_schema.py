@@ -1,4 +1,4 @@
-"""What formats whose arguments are not JSON read in the JSON schema of a tool's arguments."""
+"""What the grammars of tools read in the JSON schemas of arguments."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -117,3 +117,48 @@ def check_bound(tool: ToolSpec, schema: ToolSchema, known: frozenset[str]) -> No
             f"the schema of a strict tool has {unknown[0]!r}, which this model's form of arguments "
             "cannot bind; leave it out, or leave `strict` out"
         )
+
+
+_SCHEMA_KEYS = ("items", "additionalProperties")
+_LIST_KEYS = ("anyOf", "allOf", "prefixItems")
+_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions")
+# The keywords that llguidance 1.9 implements; it refuses schemas with others.
+_IMPLEMENTED = frozenset(
+    {
+        *(*_SCHEMA_KEYS, *_LIST_KEYS, *_MAP_KEYS, *_DOCUMENTS),
+        *("type", "enum", "const", "$ref", "required", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    }
+)
+_FORMATS = frozenset(
+    {
+        *("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
+        *("uri",),
+    }
+)
+
+
+def loosened(schema: ToolSchema) -> dict[str, Any]:
+    """The schema without keywords that no grammar can express. It allows at least the same values.
+
+    `oneOf` becomes `anyOf`: a grammar cannot count the options that a value satisfies.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in schema.items():
+        key = "anyOf" if name == "oneOf" and "anyOf" not in schema else name
+        if key in _IMPLEMENTED and (key != "format" or value in _FORMATS):
+            kept[key] = _loosened_at(key, value)
+    return kept
+
+
+def _loosened_at(key: str, value: Any) -> Any:
+    if key in _SCHEMA_KEYS and isinstance(value, Mapping):
+        return loosened(value)
+    if key in _LIST_KEYS and isinstance(value, list | tuple):
+        return [loosened(one) if isinstance(one, Mapping) else one for one in value]
+    if key in _MAP_KEYS and isinstance(value, Mapping):
+        return {
+            name: loosened(one) if isinstance(one, Mapping) else one for name, one in value.items()
+        }
+    return value

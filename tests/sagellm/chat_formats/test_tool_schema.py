@@ -3,11 +3,14 @@
 from typing import Any
 
 import pytest
+from answer_parsing import ByteTokens
+from llguidance import LLMatcher
 
-from sagellm.chat_formats import ToolSpec, UnboundSchema
+from sagellm.chat_formats import FORMATS, ToolSpec, ToolUse, UnboundSchema
 from sagellm.chat_formats.tool_schema import (
     check_bound,
     constants,
+    loosened,
     members_of,
     resolved,
     schema_of,
@@ -72,3 +75,42 @@ def test_only_a_strict_tool_must_have_a_schema_that_can_be_bound() -> None:
 def test_arguments_are_an_object() -> None:
     assert schema_of(ToolSpec(name="f")) == {"type": "object"}
     assert schema_of(ToolSpec(name="f", parameters={"required": ["x"]}))["type"] == "object"
+
+
+LOOSE: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "not": {"type": "string", "not": {"const": "a"}, "format": "odd", "minLength": 1},
+        "list": {"type": "array", "items": {"contains": {}, "type": "null"}, "uniqueItems": True},
+        "one": {"oneOf": [{"type": "string", "if": {}}, True]},
+        "date": {"format": "date"},
+    },
+    "minProperties": 2,
+    "additionalProperties": {"propertyNames": {}},
+    "$defs": {"a": {"not": {}}, "b": True},
+}
+
+
+def test_keywords_that_no_grammar_can_express_are_left_out() -> None:
+    assert loosened(LOOSE) == {
+        "type": "object",
+        "properties": {
+            "not": {"type": "string", "minLength": 1},
+            "list": {"type": "array", "items": {"type": "null"}},
+            "one": {"anyOf": [{"type": "string"}, True]},
+            "date": {"format": "date"},
+        },
+        "additionalProperties": {},
+        "$defs": {"a": {}, "b": True},
+    }
+
+
+def test_a_loose_schema_is_one_that_llguidance_takes() -> None:
+    tool = ToolSpec(name="f", parameters=LOOSE)
+    grammar = FORMATS["hermes"].grammar(ToolUse(tools=(tool,), choice="required"), "")
+    assert grammar is not None
+    ByteTokens().matcher(grammar)
+    strict = ToolUse(tools=(ToolSpec(name="f", parameters=LOOSE, strict=True),), named="f")
+    bound = FORMATS["hermes"].grammar(strict, "")
+    assert bound is not None
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(bound.text))
