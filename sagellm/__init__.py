@@ -18,6 +18,7 @@ _NAMES = {
     "RequestFailed": "sagellm.session.requests",
     "function": "sagellm.extensions",
     "register_backend": "sagellm.backends.interface",
+    "register_chat_format": "sagellm.extensions",
     "register_engine_kind": "sagellm.extensions",
     "register_function": "sagellm.extensions",
     "register_model_family": "sagellm.graphs.models",

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, overload
 
+from sagellm.chat_formats import FORMATS, ChatFormat, read_chat_format
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, locate
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import OpSpec
@@ -116,6 +117,16 @@ def register_transport(name: str, kind: TransportKind) -> None:
     no transport.
     """
     TRANSPORTS.register(name, read_transport(name, kind))
+
+
+def register_chat_format(name: str, chat_format: ChatFormat) -> None:
+    """Use this format for models whose chat templates it matches, before the formats that ship.
+
+    Gateways in processes of their own do not know it: for them, a package must declare the format
+    as an entry point of the group `sagellm.chat_formats`. Raises ValueError for a name that is
+    taken, TypeError for a value that is no chat format.
+    """
+    FORMATS.register(name, read_chat_format(name, chat_format))
 
 
 @dataclass

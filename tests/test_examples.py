@@ -20,6 +20,7 @@ SAYS = {
     "own_transport.py": "transports: memory, tcp, nixl, file",
     "own_policy.py": "[16, 4, 8, 12]",
     "own_strategy.py": "[0, 0, 0, 1, 1, 1]",
+    "own_chat_format.py": """['I add.', '', '{"x"', ': 1}']""",
     "own_backend.py": "(0, 1, 2, 3, 4)",
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',

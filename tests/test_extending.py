@@ -1,4 +1,4 @@
-"""The six parts of docs/extending.md come from outside the tree: registered, and as a package."""
+"""The seven parts of docs/extending.md come from outside the tree: registered, and as a package."""
 
 import os
 import re
@@ -27,6 +27,8 @@ counting = own_backend:BACKEND
 file = own_transport
 [sagellm.engines]
 roofline = own_engine_kind:KIND
+[sagellm.chat_formats]
+bars = own_chat_format:BARS
 """
 PLAIN = """\
 sagellm: 1
@@ -67,7 +69,7 @@ executor: {kind: processes, kv: file, num_spares: 0}
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of packages with the six examples as one package, outside the source tree."""
+    """A folder of packages with the seven examples as one package, outside the source tree."""
     folder = tmp_path_factory.mktemp("site")
     for program in PROGRAMS:
         (folder / program).write_bytes((EXAMPLES / program).read_bytes())
@@ -80,9 +82,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(site: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """`sagellm` in a process that finds the package, as after `pip install`."""
+    return python(site, "-m", "sagellm", *arguments)
+
+
+def python(site: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     path = os.pathsep.join((str(site), *filter(None, [os.environ.get("PYTHONPATH")])))
     return subprocess.run(
-        [sys.executable, "-m", "sagellm", *arguments],
+        [sys.executable, *arguments],
         cwd=site,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
@@ -105,9 +111,9 @@ def own_folder(site: Path) -> Path:
     return folder
 
 
-def test_there_are_six_programs() -> None:
-    assert len(PROGRAMS) == 6
-    assert len(ENTRY_POINTS.splitlines()) == 12
+def test_there_are_seven_programs() -> None:
+    assert len(PROGRAMS) == 7
+    assert len(ENTRY_POINTS.splitlines()) == 14
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -137,6 +143,12 @@ def test_a_package_brings_a_transport_to_worker_processes(site: Path) -> None:
     done = run(site, "run", str(graph), "--chat", "--prompt", "What is 23 + 45?")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "68"
+
+
+def test_a_package_brings_a_chat_format(site: Path) -> None:
+    program = "from sagellm.chat_formats import format_of; print(format_of('|@ <tool_call>').name)"
+    assert python(site, "-c", program).stdout.strip() == "bars"
+    assert python(EXAMPLES.parent, "-c", program).stdout.strip() == "hermes"
 
 
 REFUSED = {

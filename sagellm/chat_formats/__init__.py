@@ -23,6 +23,7 @@ from sagellm.chat_formats.chat_format import (
     ToolCallDelta,
     ToolSpec,
     ToolUse,
+    UnboundSchema,
     open_plain_parser,
     random_id,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolSpec",
     "ToolUse",
+    "UnboundSchema",
     "format_of",
     "open_plain_parser",
     "random_id",
@@ -61,10 +63,15 @@ _SHIPPED = (
 )
 
 
+_PARTS = (
+    *("name", "takes_tools", "has_reasoning", "keeps_special_tokens", "matches", "open_parser"),
+    *("grammar", "response_grammar"),
+)
+
+
 def read_chat_format(name: str, given: Any) -> ChatFormat:
     """Return the chat format. Raises TypeError for a value that is none."""
-    parts = ("matches", "open_parser", "grammar", "response_grammar", "takes_tools")
-    missing = [part for part in parts if not hasattr(given, part)]
+    missing = [part for part in _PARTS if not hasattr(given, part)]
     if missing:
         raise TypeError(f"chat format {name!r} has no {missing[0]}; see ChatFormat")
     format_: ChatFormat = given

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from sagellm.chat_formats.chat_format import AnswerPart
 from sagellm.chat_formats.markers import MarkerFilter, MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource, Write
+from sagellm.chat_formats.text_source import TextReading, TextSource, Write
 
 
 class ReadingParser:
@@ -18,7 +18,7 @@ class ReadingParser:
 
     def __init__(
         self,
-        read: Callable[[TextSource, PartWriter], Reading[None]],
+        read: Callable[[TextSource, PartWriter], TextReading[None]],
         writer: PartWriter,
         dropped: Iterable[str],
     ) -> None:
@@ -62,7 +62,7 @@ THINK = ReasoningTags("<think>", "</think>")
 
 def read_reasoning(
     source: TextSource, writer: PartWriter, tags: ReasoningTags, *, is_open: bool
-) -> Reading[str]:
+) -> TextReading[str]:
     """Read the reasoning at the beginning of an answer, if there is some.
 
     White space at the ends of the reasoning, and after it, is dropped, because templates add it.
@@ -94,7 +94,7 @@ class _Trimmed:
         self._space.append(text[len(stripped) :])
 
 
-def read_content(source: TextSource, writer: PartWriter, space: str) -> Reading[None]:
+def read_content(source: TextSource, writer: PartWriter, space: str) -> TextReading[None]:
     """Read text that is all content. `space`: white space that comes before it."""
     writer.content(space)
     yield from source.until(MarkerFinder(()), writer.content)
@@ -102,7 +102,7 @@ def read_content(source: TextSource, writer: PartWriter, space: str) -> Reading[
 
 # Reads a block of calls from after its opening. Returns whether the block is complete. If it is
 # not, the text that became no call is content.
-ReadBlock: TypeAlias = Callable[[TextSource, PartWriter, str], Reading[bool]]
+ReadBlock: TypeAlias = Callable[[TextSource, PartWriter, str], TextReading[bool]]
 
 
 class _Content:
@@ -125,7 +125,7 @@ def read_blocks(
     *,
     first: str = "",
     space: str = "",
-) -> Reading[None]:
+) -> TextReading[None]:
     """Read content and blocks of calls.
 
     `first`: an opening that counts only where no content comes before it: at the beginning of the

@@ -21,7 +21,7 @@ from sagellm.chat_formats.chat_format import (
     ToolUse,
     random_id,
 )
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     ANY_TEXT,
     literal,
     marker,
@@ -31,7 +31,7 @@ from sagellm.chat_formats.lark_text import (
 )
 from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource
+from sagellm.chat_formats.text_source import TextReading, TextSource
 from sagellm.runtime.sampling import Grammar
 
 
@@ -107,7 +107,7 @@ class BlockFormat:
     ) -> AnswerParser:
         is_open = self.tags is not None and self.tags.is_open(prompt)
 
-        def read(source: TextSource, writer: PartWriter) -> Reading[None]:
+        def read(source: TextSource, writer: PartWriter) -> TextReading[None]:
             return self._read(source, writer, is_open=is_open, has_calls=bool(use.allowed))
 
         writer = PartWriter(use, lambda: self.call_id(draw_id))
@@ -115,7 +115,7 @@ class BlockFormat:
 
     def _read(
         self, source: TextSource, writer: PartWriter, *, is_open: bool, has_calls: bool
-    ) -> Reading[None]:
+    ) -> TextReading[None]:
         space = ""
         if self.tags is not None:
             space = yield from read_reasoning(source, writer, self.tags, is_open=is_open)

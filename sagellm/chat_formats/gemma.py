@@ -19,7 +19,7 @@ from sagellm.chat_formats.gemma_rules import gemma_rules
 from sagellm.chat_formats.json_call import read_json
 from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource, Write
+from sagellm.chat_formats.text_source import TextReading, TextSource, Write
 
 _AFTER_NAME = re.compile(r"[^\w.-]")
 _AFTER_KEY = re.compile(r"[:,{}\[\]<]")
@@ -32,7 +32,7 @@ _JSON_SCALAR = re.compile(
 
 def read_gemma_block(
     source: TextSource, writer: PartWriter, opening: str, *, quote: str, closing: str
-) -> Reading[bool]:
+) -> TextReading[bool]:
     yield from source.space()
     if not (yield from source.accept("call:")):
         return False
@@ -44,11 +44,12 @@ def read_gemma_block(
     if not (yield from _read_value(source, writer.arguments, quote)):
         return False
     yield from source.space()
-    yield from source.accept(closing)
+    if not (yield from source.accept(closing)):
+        source.skip_cut(closing)
     return True
 
 
-def _read_value(source: TextSource, write: Write, quote: str) -> Reading[bool]:
+def _read_value(source: TextSource, write: Write, quote: str) -> TextReading[bool]:
     """Read a value, and write it as JSON. Return whether it is complete.
 
     The brackets that are open are a list, not calls in calls: a model may open very many.
@@ -78,14 +79,14 @@ def _read_value(source: TextSource, write: Write, quote: str) -> Reading[bool]:
             return False
 
 
-def _accept_bracket(source: TextSource) -> Reading[str]:
+def _accept_bracket(source: TextSource) -> TextReading[str]:
     for bracket in "{[":
         if (yield from source.accept(bracket)):
             return bracket
     return ""
 
 
-def _read_key(source: TextSource, write: Write, quote: str) -> Reading[bool]:
+def _read_key(source: TextSource, write: Write, quote: str) -> TextReading[bool]:
     yield from source.space()
     if not (yield from _read_text(source, write, quote)):
         name: list[str] = []
@@ -98,7 +99,7 @@ def _read_key(source: TextSource, write: Write, quote: str) -> Reading[bool]:
     return True
 
 
-def _read_text(source: TextSource, write: Write, quote: str) -> Reading[bool]:
+def _read_text(source: TextSource, write: Write, quote: str) -> TextReading[bool]:
     """Read a text between quotes, or a JSON string. Return whether there was one."""
     if (yield from source.peek()) == '"':
         return (yield from read_json(source, write))
@@ -111,7 +112,7 @@ def _read_text(source: TextSource, write: Write, quote: str) -> Reading[bool]:
     return True
 
 
-def _read_scalar(source: TextSource, write: Write, quote: str) -> Reading[bool]:
+def _read_scalar(source: TextSource, write: Write, quote: str) -> TextReading[bool]:
     """Read a text, a number, true, false or null. A bare word is a text."""
     if (yield from _read_text(source, write, quote)):
         return True

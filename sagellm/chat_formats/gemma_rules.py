@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     bounded_text_up_to,
     inline_json,
     literal,
@@ -14,7 +14,7 @@ from sagellm.chat_formats.lark_text import (
     text_up_to,
 )
 from sagellm.chat_formats.tool_schema import (
-    Schema,
+    ToolSchema,
     alternatives,
     check_bound,
     constants,
@@ -46,7 +46,7 @@ class _Notation:
     def __init__(self, quote: str, special_tokens: SpecialTokens) -> None:
         self._quote = quote
         self._special_tokens = special_tokens
-        self._named: dict[int, tuple[Schema, str]] = {}  # id of a schema -> it, and its rule
+        self._named: dict[int, tuple[ToolSchema, str]] = {}  # id of a schema -> it, and its rule
         self.rules = [
             f"text: {marker(quote, special_tokens)} text_end",
             text_up_to("text_end", quote, special_tokens),
@@ -68,7 +68,7 @@ class _Notation:
         self.rules.append(f"{name}: {right}")
         return name
 
-    def _value(self, schema: Schema, tool: ToolSpec, root: Schema) -> str:
+    def _value(self, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
         """The name of the rule for the values of a schema. `root`: the schema of all arguments."""
         if id(schema) not in self._named:
             name = f"value_{len(self._named)}"
@@ -76,7 +76,7 @@ class _Notation:
             self.rules.append(f"{name}: {self._values(schema, tool, root)}")
         return self._named[id(schema)][1]
 
-    def _values(self, schema: Schema, tool: ToolSpec, root: Schema) -> str:
+    def _values(self, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
         options = alternatives(schema, root)
         if options != [schema]:
             check_bound(tool, schema, frozenset({"anyOf"}))
@@ -91,7 +91,7 @@ class _Notation:
         types = [given] if isinstance(given, str) else given
         return " | ".join(self._of_type(one, schema, tool, root) for one in types)
 
-    def _of_type(self, name: str, schema: Schema, tool: ToolSpec, root: Schema) -> str:
+    def _of_type(self, name: str, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
         if name in _SCALARS:
             return inline_json({**schema, "type": name}, is_strict=tool.strict)
         if isinstance(schema.get("type"), str):  # else a keyword may belong to another type
@@ -108,7 +108,7 @@ class _Notation:
             return f"{quote} {literal(value)} {quote}"
         return literal(json.dumps(value))
 
-    def _text(self, schema: Schema) -> str:
+    def _text(self, schema: ToolSchema) -> str:
         bounds = length_bounds(schema)
         if bounds is None:
             return "text"
@@ -117,7 +117,7 @@ class _Notation:
         self.rules += [f"{name}: {marker(self._quote, self._special_tokens)} {name}_end", rule]
         return name
 
-    def _list(self, schema: Schema, tool: ToolSpec, root: Schema) -> str:
+    def _list(self, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
         item = self._value(resolved(schema.get("items", {}), root), tool, root)
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         if most == 0:
@@ -126,7 +126,7 @@ class _Notation:
         items = f"{item} {more}" if least else f"({item} {more})?"
         return f'"[" {items} "]"'
 
-    def _object(self, schema: Schema, tool: ToolSpec, root: Schema) -> str:
+    def _object(self, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
         """The rule of an object. Members come in the order of the schema, required ones first."""
         if not schema.get("properties") and schema.get("additionalProperties") is not False:
             return "any_object"

@@ -22,7 +22,8 @@ from sagellm.chat_formats.chat_format import (
     ToolUse,
     random_id,
 )
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.json_call import read_json
+from sagellm.chat_formats.lark_rules import (
     ANY_TEXT,
     arguments,
     literal,
@@ -33,7 +34,7 @@ from sagellm.chat_formats.lark_text import (
 )
 from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource
+from sagellm.chat_formats.text_source import TextReading, TextSource
 from sagellm.runtime.sampling import Grammar
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -54,7 +55,7 @@ class _Message:
         self.is_reasoning = channel is not None and channel.group(1) == "analysis"
 
 
-def _read_messages(source: TextSource, writer: PartWriter, header: str) -> Reading[None]:
+def _read_messages(source: TextSource, writer: PartWriter, header: str) -> TextReading[None]:
     """Read all messages. `header`: that of the first message, as far as the prompt has it."""
     had_content = had_reasoning = False
     while True:
@@ -85,18 +86,16 @@ def _read_messages(source: TextSource, writer: PartWriter, header: str) -> Readi
             return
 
 
-def _read_arguments(source: TextSource, writer: PartWriter) -> Reading[None]:
+def _read_arguments(source: TextSource, writer: PartWriter) -> TextReading[None]:
     """Read the arguments of a call. A call without arguments gets "{}"."""
     yield from source.space()
-    is_empty = True
-
-    def write(text: str) -> None:
-        nonlocal is_empty
-        is_empty = False
-        writer.arguments(text)
-
-    yield from source.until(_BODY_ENDS, write)
-    writer.arguments("{}" if is_empty else "")
+    if (yield from source.peek()) == "{":  # a text in it may look like a marker
+        yield from read_json(source, writer.arguments)
+        yield from source.until(_BODY_ENDS, lambda text: None)
+        return
+    pieces: list[str] = []
+    yield from source.until(_BODY_ENDS, pieces.append)
+    writer.arguments("".join(pieces) or "{}")
 
 
 def _begun(prompt: str) -> str:
@@ -125,7 +124,7 @@ class HarmonyFormat:
         special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
         draw_id: DrawId = random_id,
     ) -> AnswerParser:
-        def read(source: TextSource, writer: PartWriter) -> Reading[None]:
+        def read(source: TextSource, writer: PartWriter) -> TextReading[None]:
             return _read_messages(source, writer, _begun(prompt))
 
         writer = PartWriter(use, lambda: draw_call_id(draw_id))

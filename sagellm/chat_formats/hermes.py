@@ -13,19 +13,20 @@ from sagellm.chat_formats.answer_readers import THINK
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolUse
 from sagellm.chat_formats.json_call import read_call
-from sagellm.chat_formats.lark_text import json_call, marker, one_of
+from sagellm.chat_formats.lark_rules import json_call, marker, one_of
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource
+from sagellm.chat_formats.text_source import TextReading, TextSource
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
 
-def read_hermes_block(source: TextSource, writer: PartWriter, opening: str) -> Reading[bool]:
+def read_hermes_block(source: TextSource, writer: PartWriter, opening: str) -> TextReading[bool]:
     yield from source.space()
     if not (yield from read_call(source, writer)):
         return False
     yield from source.space()
-    yield from source.accept(CLOSING)  # some models forget it
+    if not (yield from source.accept(CLOSING)):  # some models forget it
+        source.skip_cut(CLOSING)
     return True
 
 

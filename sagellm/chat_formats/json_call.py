@@ -4,7 +4,7 @@ import json
 import re
 
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource, Write
+from sagellm.chat_formats.text_source import TextReading, TextSource, Write
 
 _IN_STRING = re.compile(r'["\\]')
 _IN_CONTAINER = re.compile(r'["{}\[\]]')
@@ -13,7 +13,7 @@ _ARGUMENTS = ("arguments", "parameters")
 _KNOWN = frozenset({"name", "type", "id", *_ARGUMENTS})  # members that may come before the name
 
 
-def read_json(source: TextSource, write: Write) -> Reading[bool]:
+def read_json(source: TextSource, write: Write) -> TextReading[bool]:
     """Read and write one JSON value. Return whether its end has come.
 
     The reader looks at strings and brackets only: the value may be broken inside.
@@ -33,7 +33,7 @@ def read_json(source: TextSource, write: Write) -> Reading[bool]:
         yield from source.before(_IN_CONTAINER, write)
 
 
-def _read_string(source: TextSource, write: Write) -> Reading[None]:
+def _read_string(source: TextSource, write: Write) -> TextReading[None]:
     """Read the rest of a string, after its first quote."""
     while True:
         yield from source.before(_IN_STRING, write)
@@ -42,20 +42,23 @@ def _read_string(source: TextSource, write: Write) -> Reading[None]:
         yield from source.take(write)
 
 
-def _read_whole(source: TextSource) -> Reading[str]:
+def _read_whole(source: TextSource) -> TextReading[str]:
     """Read a JSON value, and return its text."""
     pieces: list[str] = []
     yield from read_json(source, pieces.append)
     return "".join(pieces)
 
 
-def read_call(source: TextSource, writer: PartWriter, *, is_open: bool = False) -> Reading[bool]:
+def read_call(
+    source: TextSource, writer: PartWriter, *, is_open: bool = False
+) -> TextReading[bool]:
     """Read the object of one call, and write its call as soon as the name is known.
 
-    `is_open`: its `{` was read already.
     The arguments are written as the model writes them; arguments before the name are written after
     it. A call without arguments, or with null, gets "{}". An object with a member of another name
-    before the name of the tool is no call. Return whether the object is complete.
+    before the name of the tool is no call.
+
+    `is_open`: the `{` of the object was read already. Return whether the object is complete.
     """
     has_begun, has_arguments, early = False, False, ""
     if not is_open and not (yield from source.accept("{")):
@@ -89,7 +92,7 @@ def read_call(source: TextSource, writer: PartWriter, *, is_open: bool = False) 
     return has_begun
 
 
-def _read_member(source: TextSource) -> Reading[str]:
+def _read_member(source: TextSource) -> TextReading[str]:
     """Read the name of a member up to its value. Return "" if there is none."""
     yield from source.space()
     if (yield from source.peek()) != '"':

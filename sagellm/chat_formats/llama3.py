@@ -11,15 +11,15 @@ Source: the chat template of meta-llama/Llama-3.1-8B-Instruct.
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolUse
 from sagellm.chat_formats.json_call import read_call
-from sagellm.chat_formats.lark_text import json_call, one_of
+from sagellm.chat_formats.lark_rules import json_call, one_of
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource
+from sagellm.chat_formats.text_source import TextReading, TextSource
 
 SEPARATOR = ";"
 TOKENS = ("<|python_tag|>", "<|python_start|>")
 
 
-def read_llama_block(source: TextSource, writer: PartWriter, opening: str) -> Reading[bool]:
+def read_llama_block(source: TextSource, writer: PartWriter, opening: str) -> TextReading[bool]:
     if opening in TOKENS:
         yield from source.space()
     if not (yield from read_call(source, writer, is_open=opening == "{")):

@@ -18,16 +18,16 @@ from sagellm.chat_formats.answer_readers import THINK, ReasoningTags
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolUse
 from sagellm.chat_formats.json_call import read_call, read_json
-from sagellm.chat_formats.lark_text import arguments, json_call, literal, marker, one_of
+from sagellm.chat_formats.lark_rules import arguments, json_call, literal, marker, one_of
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource
+from sagellm.chat_formats.text_source import TextReading, TextSource
 
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 ID_LEN = 9
 _AFTER_NAME = re.compile(r"[^\w.-]")
 
 
-def read_mistral_block(source: TextSource, writer: PartWriter, opening: str) -> Reading[bool]:
+def read_mistral_block(source: TextSource, writer: PartWriter, opening: str) -> TextReading[bool]:
     yield from source.space()
     if (yield from source.accept("[")):
         return (yield from _read_list(source, writer))
@@ -43,7 +43,7 @@ def read_mistral_block(source: TextSource, writer: PartWriter, opening: str) -> 
     return (yield from read_json(source, writer.arguments))
 
 
-def _read_list(source: TextSource, writer: PartWriter) -> Reading[bool]:
+def _read_list(source: TextSource, writer: PartWriter) -> TextReading[bool]:
     while True:
         yield from source.space()
         if not (yield from read_call(source, writer)):

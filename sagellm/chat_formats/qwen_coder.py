@@ -21,7 +21,7 @@ from sagellm.chat_formats.answer_readers import THINK
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
 from sagellm.chat_formats.hermes import CLOSING, OPENING
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     bounded_text_up_to,
     inline_json,
     literal,
@@ -31,9 +31,9 @@ from sagellm.chat_formats.lark_text import (
 )
 from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import Reading, TextSource, Write
+from sagellm.chat_formats.text_source import TextReading, TextSource, Write
 from sagellm.chat_formats.tool_schema import (
-    Schema,
+    ToolSchema,
     check_bound,
     constants,
     length_bounds,
@@ -43,13 +43,14 @@ from sagellm.chat_formats.tool_schema import (
     types_of,
 )
 
-FUNCTION, PARAMETER, END_PARAMETER = "<function=", "<parameter=", "</parameter>"
+FUNCTION, END_FUNCTION = "<function=", "</function>"
+PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 NEWLINE = "\n"
 _AFTER_NAME = re.compile(r"[<>\s]")
 _PYTHON = {"True": "true", "False": "false", "None": "null"}  # as models write them by mistake
 
 
-def read_xml_block(source: TextSource, writer: PartWriter, opening: str) -> Reading[bool]:
+def read_xml_block(source: TextSource, writer: PartWriter, opening: str) -> TextReading[bool]:
     if opening != FUNCTION:  # some models forget <tool_call>
         yield from source.space()
         if not (yield from source.accept(FUNCTION)):
@@ -66,29 +67,33 @@ def read_xml_block(source: TextSource, writer: PartWriter, opening: str) -> Read
         yield from _read_value(source, writer.arguments, _schema_of(tool, name), tool)
         yield from source.space()
         between = ", "
-    if not (yield from source.accept("</function>")):
+    if not (yield from source.accept(END_FUNCTION)):
+        source.skip_cut(PARAMETER, END_FUNCTION)
         return False
     writer.arguments("{}" if between == "{" else "}")
     yield from source.space()
-    yield from source.accept(CLOSING)
+    if not (yield from source.accept(CLOSING)):
+        source.skip_cut(CLOSING)
     return True
 
 
-def _read_name(source: TextSource) -> Reading[str]:
+def _read_name(source: TextSource) -> TextReading[str]:
     """Read a name and the end of its tag. Return "" if the tag does not end after the name."""
     pieces: list[str] = []
     yield from source.before(_AFTER_NAME, pieces.append)
     return "".join(pieces) if (yield from source.accept(">")) else ""
 
 
-def _schema_of(tool: ToolSpec, name: str) -> Schema:
+def _schema_of(tool: ToolSpec, name: str) -> ToolSchema:
     members = {
         member.name: member.schema for member in members_of(schema_of(tool), schema_of(tool))
     }
     return members.get(name, {"type": "string"})
 
 
-def _read_value(source: TextSource, write: Write, schema: Schema, tool: ToolSpec) -> Reading[None]:
+def _read_value(
+    source: TextSource, write: Write, schema: ToolSchema, tool: ToolSpec
+) -> TextReading[None]:
     """Read an argument, and write it as JSON. A newline at each end belongs to the tags."""
     yield from source.accept("\n")
     types = types_of(schema, schema_of(tool))
@@ -135,7 +140,7 @@ def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
     closing = marker(CLOSING, special_tokens)
     values: list[str] = []
     calls = one_of(use, lambda tool: _call(tool, values))
-    return "\n".join([f'block: "\\n" call "</function>\\n" {closing}', calls, *values])
+    return "\n".join([f'block: "\\n" call "{END_FUNCTION}\\n" {closing}', calls, *values])
 
 
 def _call(tool: ToolSpec, values: list[str]) -> str:
@@ -151,7 +156,7 @@ def _call(tool: ToolSpec, values: list[str]) -> str:
     return " ".join(parts)
 
 
-def _value(name: str, tool: ToolSpec, schema: Schema) -> str:
+def _value(name: str, tool: ToolSpec, schema: ToolSchema) -> str:
     """The rule of an argument, with the tag that ends it."""
     root = schema_of(tool)
     types = types_of(schema, root)

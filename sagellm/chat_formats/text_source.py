@@ -16,7 +16,7 @@ from typing import TypeAlias, TypeVar
 from sagellm.chat_formats.markers import MarkerFinder
 
 T = TypeVar("T")
-Reading: TypeAlias = Generator[None, None, T]  # a reader with a result
+TextReading: TypeAlias = Generator[None, None, T]  # a reader with a result
 Write: TypeAlias = Callable[[str], None]
 
 _NO_SPACE = re.compile(r"\S")
@@ -50,13 +50,13 @@ class TextSource:
         record, self._record = self._record, None
         return "".join(record or ())
 
-    def peek(self) -> Reading[str]:
+    def peek(self) -> TextReading[str]:
         """Return the next character; "" at the end."""
         while self._at == len(self._text) and not self._is_ended:
             yield
         return self._text[self._at : self._at + 1]
 
-    def accept(self, text: str) -> Reading[bool]:
+    def accept(self, text: str) -> TextReading[bool]:
         """Read the text if it comes next."""
         while not self._text.startswith(text, self._at):
             rest = self._text[self._at : self._at + len(text)]
@@ -66,13 +66,19 @@ class TextSource:
         self._take(len(text))
         return True
 
-    def space(self) -> Reading[str]:
+    def skip_cut(self, *texts: str) -> None:
+        """If the answer was cut off in one of the texts, read what there is of it."""
+        rest = self._text[self._at :]
+        if self._is_ended and any(text.startswith(rest) for text in texts):
+            self._take(len(rest))
+
+    def space(self) -> TextReading[str]:
         """Read white space, and return it."""
         pieces: list[str] = []
         yield from self.before(_NO_SPACE, pieces.append)
         return "".join(pieces)
 
-    def before(self, pattern: re.Pattern[str], write: Write) -> Reading[str]:
+    def before(self, pattern: re.Pattern[str], write: Write) -> TextReading[str]:
         """Read up to a character of `pattern`, and write what was read. Return that character,
         which stays unread; "" at the end.
         """
@@ -84,7 +90,7 @@ class TextSource:
                 return found.group() if found else ""
             yield
 
-    def until(self, finder: MarkerFinder, write: Write) -> Reading[str]:
+    def until(self, finder: MarkerFinder, write: Write) -> TextReading[str]:
         """Read up to a marker, and write what comes before it. Return the marker, which is read
         too; "" at the end.
         """
@@ -97,7 +103,7 @@ class TextSource:
                 return marker
             yield
 
-    def take(self, write: Write) -> Reading[str]:
+    def take(self, write: Write) -> TextReading[str]:
         """Read and write the next character, and return it; "" at the end."""
         character = yield from self.peek()
         self._write(len(character), write)

@@ -1,11 +1,11 @@
-"""What formats whose arguments are not JSON read in the JSON schema of a tool's arguments."""
+"""What the grammars of tools read in the JSON schemas of arguments."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from sagellm.chat_formats.chat_format import ToolSpec, UnboundSchema
 
-Schema: TypeAlias = Mapping[str, Any]
+ToolSchema: TypeAlias = Mapping[str, Any]
 
 _MAX_REFERENCES = 32  # a longer chain of `$ref` may be a circle
 _DOCUMENTS = frozenset(
@@ -18,15 +18,15 @@ class Member(NamedTuple):
     """A property of an object. `schema` has no `$ref` at its top."""
 
     name: str
-    schema: Schema
+    schema: ToolSchema
     is_required: bool
 
 
-def schema_of(tool: ToolSpec) -> Schema:
+def schema_of(tool: ToolSpec) -> ToolSchema:
     return {"type": "object", **(tool.parameters or {})}
 
 
-def members_of(schema: Schema, root: Schema) -> list[Member]:
+def members_of(schema: ToolSchema, root: ToolSchema) -> list[Member]:
     """The properties of an object schema, required ones first. `root`: where `$ref` leads to."""
     properties, required = schema.get("properties", {}), schema.get("required", ())
     members = [
@@ -36,7 +36,7 @@ def members_of(schema: Schema, root: Schema) -> list[Member]:
     return sorted(members, key=lambda member: not member.is_required)
 
 
-def resolved(schema: Any, root: Schema) -> Schema:
+def resolved(schema: Any, root: ToolSchema) -> ToolSchema:
     """The schema that `$ref` leads to. An unknown or circular reference allows any value, as does
     the schema true.
     """
@@ -49,20 +49,20 @@ def resolved(schema: Any, root: Schema) -> Schema:
     return {}
 
 
-def _target(reference: str, root: Schema) -> Any:
+def _target(reference: str, root: ToolSchema) -> Any:
     found: Any = root
     for part in reference.removeprefix("#").split("/")[1:]:
         found = found.get(part) if isinstance(found, Mapping) else None
     return found
 
 
-def alternatives(schema: Schema, root: Schema) -> list[Schema]:
+def alternatives(schema: ToolSchema, root: ToolSchema) -> list[ToolSchema]:
     """The schemas of which a value may satisfy one: those of `anyOf` or `oneOf`, or itself."""
     given = schema.get("anyOf", schema.get("oneOf"))
     return [resolved(one, root) for one in given] if given else [schema]
 
 
-def constants(schema: Schema) -> list[Any] | None:
+def constants(schema: ToolSchema) -> list[Any] | None:
     """The values of `enum` or `const`, or None."""
     if "const" in schema:
         return [schema["const"]]
@@ -70,10 +70,10 @@ def constants(schema: Schema) -> list[Any] | None:
     return list(given) if given is not None else None
 
 
-def types_of(schema: Schema, root: Schema) -> frozenset[str]:
+def types_of(schema: ToolSchema, root: ToolSchema) -> frozenset[str]:
     """The JSON types that a value may have; "number" includes integers."""
     types: set[str] = set()
-    found: list[Schema] = [schema]
+    found: list[ToolSchema] = [schema]
     for one in found:
         options = alternatives(one, root)
         if options == [one]:
@@ -83,7 +83,7 @@ def types_of(schema: Schema, root: Schema) -> frozenset[str]:
     return frozenset(types)
 
 
-def _own_types(schema: Schema) -> Iterable[str]:
+def _own_types(schema: ToolSchema) -> Iterable[str]:
     values, given = constants(schema), schema.get("type")
     if values is not None:
         return map(type_of, values)
@@ -93,7 +93,7 @@ def _own_types(schema: Schema) -> Iterable[str]:
     return ("number" if name == "integer" else name for name in names)
 
 
-def length_bounds(schema: Schema) -> tuple[int, int | None] | None:
+def length_bounds(schema: ToolSchema) -> tuple[int, int | None] | None:
     """The least and the greatest length of a text (None: any), or None if it has any length."""
     least, most = schema.get("minLength", 0), schema.get("maxLength")
     return None if (least, most) == (0, None) else (least, most)
@@ -109,7 +109,7 @@ def type_of(value: Any) -> str:
     return names.get(type(value), "object")
 
 
-def check_bound(tool: ToolSpec, schema: Schema, known: frozenset[str]) -> None:
+def check_bound(tool: ToolSpec, schema: ToolSchema, known: frozenset[str]) -> None:
     """Raise UnboundSchema if a strict tool has a keyword in a schema that is not `known`."""
     unknown = sorted(set(schema) - known - _DOCUMENTS)
     if tool.strict and unknown:
@@ -117,3 +117,48 @@ def check_bound(tool: ToolSpec, schema: Schema, known: frozenset[str]) -> None:
             f"the schema of a strict tool has {unknown[0]!r}, which this model's form of arguments "
             "cannot bind; leave it out, or leave `strict` out"
         )
+
+
+_SCHEMA_KEYS = ("items", "additionalProperties")
+_LIST_KEYS = ("anyOf", "allOf", "prefixItems")
+_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions")
+# The keywords that llguidance 1.9 implements; it refuses schemas with others.
+_IMPLEMENTED = frozenset(
+    {
+        *(*_SCHEMA_KEYS, *_LIST_KEYS, *_MAP_KEYS, *_DOCUMENTS),
+        *("type", "enum", "const", "$ref", "required", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    }
+)
+_FORMATS = frozenset(
+    {
+        *("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
+        *("uri",),
+    }
+)
+
+
+def loosened(schema: ToolSchema) -> dict[str, Any]:
+    """The schema without keywords that no grammar can express. It allows at least the same values.
+
+    `oneOf` becomes `anyOf`: a grammar cannot count the options that a value satisfies.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in schema.items():
+        key = "anyOf" if name == "oneOf" and "anyOf" not in schema else name
+        if key in _IMPLEMENTED and (key != "format" or value in _FORMATS):
+            kept[key] = _loosened_at(key, value)
+    return kept
+
+
+def _loosened_at(key: str, value: Any) -> Any:
+    if key in _SCHEMA_KEYS and isinstance(value, Mapping):
+        return loosened(value)
+    if key in _LIST_KEYS and isinstance(value, list | tuple):
+        return [loosened(one) if isinstance(one, Mapping) else one for one in value]
+    if key in _MAP_KEYS and isinstance(value, Mapping):
+        return {
+            name: loosened(one) if isinstance(one, Mapping) else one for name, one in value.items()
+        }
+    return value

@@ -1,0 +1,116 @@
+"""What formats read in the JSON schemas of tools."""
+
+from typing import Any
+
+import pytest
+from answer_parsing import ByteTokens
+from llguidance import LLMatcher
+
+from sagellm.chat_formats import FORMATS, ToolSpec, ToolUse, UnboundSchema
+from sagellm.chat_formats.tool_schema import (
+    check_bound,
+    constants,
+    loosened,
+    members_of,
+    resolved,
+    schema_of,
+    types_of,
+)
+
+ROOT: dict[str, Any] = {
+    "$defs": {
+        "a": {"$ref": "#/$defs/b"},
+        "b": {"type": "integer"},
+        "circle": {"$ref": "#/$defs/circle"},
+        "self": {"anyOf": [{"$ref": "#/$defs/self"}, {"$ref": "#/$defs/self"}, {"type": "null"}]},
+    }
+}
+
+
+def test_references_are_followed() -> None:
+    assert resolved({"$ref": "#/$defs/a"}, ROOT) == {"type": "integer"}
+    assert resolved({"$ref": "#"}, ROOT) is ROOT
+    for unknown in ("#/$defs/x", "#/$defs/circle", "#/$defs/b/type", "http://x"):
+        assert resolved({"$ref": unknown}, ROOT).get("type") is None
+    assert resolved(True, ROOT) == {}
+
+
+def test_required_members_come_first() -> None:
+    schema = {"properties": {"x": {"type": "null"}, "y": {}, "z": True}, "required": ["z", "w"]}
+    members = [(one.name, one.is_required) for one in members_of(schema, {})]
+    assert members == [("z", True), ("w", True), ("x", False), ("y", False)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [
+        ({"type": "string"}, {"string"}),
+        ({"type": ["integer", "null"]}, {"number", "null"}),
+        ({"enum": [1, 2.5, "a", True, None, [], {}]}, None),
+        ({"const": "a", "type": "number"}, {"string"}),
+        ({"anyOf": [{"type": "array"}, {"$ref": "#/$defs/a"}]}, {"array", "number"}),
+        ({"$ref": "#/$defs/self"}, {"null"}),
+        ({}, None),
+    ],
+)
+def test_types(schema: dict[str, Any], types: set[str] | None) -> None:
+    every = {"string", "number", "boolean", "null", "array", "object"}
+    assert types_of(resolved(schema, ROOT), ROOT) == (every if types is None else types)
+
+
+def test_constants() -> None:
+    assert constants({"const": None}) == [None]
+    assert constants({"enum": [1, 2]}) == [1, 2]
+    assert constants({"type": "string"}) is None
+
+
+def test_only_a_strict_tool_must_have_a_schema_that_can_be_bound() -> None:
+    schema = {"type": "string", "pattern": "a", "description": "b"}
+    check_bound(ToolSpec(name="f"), schema, frozenset({"type"}))
+    check_bound(ToolSpec(name="f", strict=True), schema, frozenset({"type", "pattern"}))
+    with pytest.raises(UnboundSchema, match="'pattern'"):
+        check_bound(ToolSpec(name="f", strict=True), schema, frozenset({"type"}))
+
+
+def test_arguments_are_an_object() -> None:
+    assert schema_of(ToolSpec(name="f")) == {"type": "object"}
+    assert schema_of(ToolSpec(name="f", parameters={"required": ["x"]}))["type"] == "object"
+
+
+LOOSE: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "not": {"type": "string", "not": {"const": "a"}, "format": "odd", "minLength": 1},
+        "list": {"type": "array", "items": {"contains": {}, "type": "null"}, "uniqueItems": True},
+        "one": {"oneOf": [{"type": "string", "if": {}}, True]},
+        "date": {"format": "date"},
+    },
+    "minProperties": 2,
+    "additionalProperties": {"propertyNames": {}},
+    "$defs": {"a": {"not": {}}, "b": True},
+}
+
+
+def test_keywords_that_no_grammar_can_express_are_left_out() -> None:
+    assert loosened(LOOSE) == {
+        "type": "object",
+        "properties": {
+            "not": {"type": "string", "minLength": 1},
+            "list": {"type": "array", "items": {"type": "null"}},
+            "one": {"anyOf": [{"type": "string"}, True]},
+            "date": {"format": "date"},
+        },
+        "additionalProperties": {},
+        "$defs": {"a": {}, "b": True},
+    }
+
+
+def test_a_loose_schema_is_one_that_llguidance_takes() -> None:
+    tool = ToolSpec(name="f", parameters=LOOSE)
+    grammar = FORMATS["hermes"].grammar(ToolUse(tools=(tool,), choice="required"), "")
+    assert grammar is not None
+    ByteTokens().matcher(grammar)
+    strict = ToolUse(tools=(ToolSpec(name="f", parameters=LOOSE, strict=True),), named="f")
+    bound = FORMATS["hermes"].grammar(strict, "")
+    assert bound is not None
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(bound.text))
