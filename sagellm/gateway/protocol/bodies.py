@@ -151,7 +151,8 @@ def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
     """Read a completion's body. Raises ApiError (400). The model's limits are checked later."""
     request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
     check_generation(request, limits)
-    check_constraints(request)
+    if request.is_structured:
+        check_constraints(request)
     _check_prompt(request.prompt, limits)
     if request.asked_tokens == 0 and not request.echo:
         raise wrong("max_tokens", "is 0; it must be 1 or more, or `echo` must be true")
@@ -207,11 +208,13 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
         said["messages"] = read_messages(said["messages"], limits)
     request = convert(said, ChatRequest)
     check_generation(request, limits)
-    check_constraints(request)
+    if request.is_structured:
+        check_constraints(request)
     check_conversation(request, limits)
     if request.top_logprobs and not request.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")
-    check_tools(request.tools, request.tool_choice)
+    if request.tools or request.tool_choice is not None:
+        check_tools(request.tools, request.tool_choice)
     if isinstance(request.tool_choice, AllowedTools):
         tools, choice = allowed_only(request.tools, request.tool_choice)
         request = msgspec.structs.replace(request, tools=tools, tool_choice=choice)

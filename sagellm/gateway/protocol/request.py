@@ -34,6 +34,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LEN = 256
 MAX_SALT_LEN = 64
 MAX_HINT_LEN = 512
+MAX_ALTERNATIVES = 8192
 MAX_LABEL_LEN = 64  # as in the OpenAI API
 MAX_WAIT_S = 86_400.0
 
@@ -42,7 +43,7 @@ NonEmptyText: TypeAlias = Annotated[str, Meta(min_length=1)]
 BadWord: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_LEN)]
 Label: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_LABEL_LEN)]
 SchemaField: TypeAlias = dict[str, Any] | NonEmptyText
-Choices: TypeAlias = Annotated[list[NonEmptyText], Meta(min_length=1)]
+Choices: TypeAlias = Annotated[list[NonEmptyText], Meta(min_length=1, max_length=MAX_ALTERNATIVES)]
 Hint: TypeAlias = Annotated[str, Meta(max_length=MAX_HINT_LEN)]
 WaitSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_WAIT_S)]
 TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,9})$(?!\n)")]
@@ -165,6 +166,11 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def is_structured(self) -> bool:
+        """Whether a field may bind the answer to a grammar."""
+        return any(getattr(self, name) is not None for name in STRUCTURE)
+
+    @property
     def has_usage(self) -> bool:
         """Whether a stream ends with an event that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -173,6 +179,20 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def has_continuous_usage(self) -> bool:
         """Whether each event of a stream has the usage up to this event."""
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+# The fields that bind an answer to a grammar.
+STRUCTURE = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "regex",
+    "ebnf",
+)
 
 
 def check_generation(request: Generation, limits: RequestLimits) -> None:

@@ -9,11 +9,13 @@ from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.protocol.bodies import read_chat, read_completion
 from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
 from sagellm.gateway.settings import RequestLimits
+from sagellm.runtime.grammars.builders import choice_grammar
 from sagellm.runtime.sampling import Grammar
 
 LIMITS = RequestLimits()
 SECRET = "the-schema-nobody-may-see"
 SCHEMA = {"type": "object", "properties": {"z": {"const": 1}, "a": {}}}
+CHOICE = choice_grammar(["yes", "no"])
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))
 
 
@@ -55,7 +57,7 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"json": SCHEMA}}, "json_schema", TEXT),
     ({"structured_outputs": {"json": json.dumps(SCHEMA, indent=1)}}, "json_schema", TEXT),
     ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
-    ({"structured_outputs": {"choice": ["yes", "no"]}}, "lark", 'start: "yes" | "no"\n'),
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, CHOICE.kind, CHOICE.text),
     ({"structured_outputs": {"grammar": "root ::= x"}}, "lark", "root ::= x"),
     ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type":"object"}'),
     ({"structured_outputs": {"regex": "a", "json_object": False}}, "regex", "a"),
@@ -64,7 +66,7 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": SCHEMA}, "json_schema", TEXT),
     ({"guided_json": json.dumps(SCHEMA)}, "json_schema", TEXT),
     ({"guided_regex": "a+"}, "regex", "a+"),
-    ({"guided_choice": ["a"]}, "lark", 'start: "a"\n'),
+    ({"guided_choice": ["yes", "no"]}, CHOICE.kind, CHOICE.text),
     ({"guided_grammar": "start: x"}, "lark", "start: x"),
     ({"json_schema": json.dumps(SCHEMA)}, "json_schema", TEXT),
     ({"regex": "a+"}, "regex", "a+"),
@@ -138,6 +140,7 @@ def test_text_is_not_bound(read: Any, fields: Any) -> None:
         ),
         ({"guided_json": '{"a": 1, "a": 2}'}, "guided_json", "a JSON schema"),
         ({"guided_json": '{"a":' * 40 + "1" + "}" * 40}, "guided_json", "a JSON schema"),
+        ({"guided_choice": ["a"] * 8193}, "guided_choice", "length <= 8192"),
         ({"guided_choice": "yes"}, "guided_choice", "expected `array"),
     ],
 )
