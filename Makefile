@@ -70,7 +70,8 @@ openai2_NEEDS := 'openai<3'
 langchain_NEEDS := langchain-openai 'openai>=3'
 litellm_NEEDS := litellm mcp
 aiohttp_NEEDS := aiohttp
-NAMES := openai2 langchain litellm aiohttp
+anthropic_NEEDS := anthropic
+NAMES := openai2 langchain litellm aiohttp anthropic
 
 clients: $(STAMPS)/test $(NAMES:%=$(CLIENTS)/%/.ready) prometheus
 	@for name in $(NAMES); do \

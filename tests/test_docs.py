@@ -22,6 +22,7 @@ from sagellm.cli.setting import settings_of
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
 from sagellm.gateway.http.routes import ROUTES
 from sagellm.gateway.protocol import other_apis
+from sagellm.gateway.protocol.anthropic_fields import SENT_OBJECTS, MessagesRequest
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.chat_messages import (
     MAX_PARTS,
@@ -207,6 +208,14 @@ def test_every_field_that_is_taken_is_in_the_docs_with_type_and_reason() -> None
         (where, name, *field) for where, table in tables.items() for name, field in table.items()
     ]
     assert rows == known
+
+
+def test_every_field_of_the_anthropic_api_is_in_the_docs() -> None:
+    section = SERVING.split("## Messages")[1].split("## Errors")[0]
+    named = set(re.findall(r"`(\w+)", section))
+    asked = {*MessagesRequest.__struct_fields__}
+    taken = {name for foreign in SENT_OBJECTS.values() for name in foreign.taken}
+    assert asked | taken <= named
 
 
 def test_the_scoring_in_the_docs_is_answered(url: str, capsys: pytest.CaptureFixture[str]) -> None:

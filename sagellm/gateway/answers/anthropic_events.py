@@ -146,6 +146,8 @@ class MessagesForm:
         return _encoded([MessageStart(self._message([], usage)), PingEvent()])
 
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
+        if index:  # an operator has made more choices than the one that was asked for
+            return b""
         events = self._content_events(event)
         if event.is_last:
             assert usage is not None
@@ -159,7 +161,7 @@ class MessagesForm:
         return _encoded([AnthropicFailure(anthropic_error(error))])
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
-        ((_, event),) = choices
+        _, event = next(iter(choices))
         content = _content(self._content_events(event))
         return msgspec.json.encode(self._message(content, usage, self._stop(event)))
 

@@ -169,9 +169,7 @@ class AnthropicError(msgspec.Struct, frozen=True):
     details: ErrorDetails | None = None
 
 
-class AnthropicFailure(
-    msgspec.Struct, frozen=True, tag_field="type", tag="error", omit_defaults=True
-):
+class AnthropicFailure(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
     """The body of an error, or the event of one. `request_id`: the id of the call."""
 
     error: AnthropicError

@@ -100,7 +100,7 @@ class RouteTable:
         scope["path_params"] = parameters
         scope["paths"] = self.paths
         if not methods:
-            return self._without_slash(scope) or NOT_FOUND
+            return self._without_slash(scope) or self._not_found(scope)
         route = methods.get(scope["method"])
         if route is not None:
             return route
@@ -126,7 +126,22 @@ class RouteTable:
             return None
         route = methods.get(scope["method"]) or next(iter(methods.values()))
         scope["redirected_to"] = route.path
-        return EndpointRoute(scope["method"], route.path, without_slash, while_draining=True)
+        return EndpointRoute(
+            scope["method"],
+            route.path,
+            without_slash,
+            while_draining=True,
+            dialect=route.dialect,
+        )
+
+    def _not_found(self, scope: Scope) -> EndpointRoute:
+        """Return the route of an unknown path, in the dialect of the known path above it."""
+        raw_path: bytes = scope.get("raw_path") or b""
+        for known, methods in self._exact.items():
+            dialect = next(iter(methods.values())).dialect
+            if dialect is not NOT_FOUND.dialect and raw_path.startswith(known + b"/"):
+                return replace(NOT_FOUND, dialect=dialect)
+        return NOT_FOUND
 
     def _methods(self, path: str) -> dict[str, EndpointRoute]:
         """Return the routes of a path, by method. Add the path if it is new."""

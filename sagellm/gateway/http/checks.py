@@ -191,7 +191,7 @@ class ApiKeys:
         self._admin = settings.admin_key and _digest(settings.admin_key)
         self._open_metrics = settings.open_metrics
 
-    def caller(self, scope: Scope, access: Access, key_header: bytes = AUTHORIZATION) -> Caller:
+    def caller(self, scope: Scope, access: Access, key_header: bytes = b"") -> Caller:
         """Return the caller of a call to a route with the given `access`.
 
         `key_header`: a header that may hold the key, besides Authorization. Raises ApiError 401

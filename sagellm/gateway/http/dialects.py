@@ -17,8 +17,8 @@ class ApiDialect:
     """One API, as seen from outside its endpoints.
 
     `error_body` returns the JSON text of an error, given the id of the call. `key_header`: a header
-    that may hold the key, besides Authorization; "" for none. `id_headers`: headers of answers that
-    repeat the id of the call, besides x-request-id.
+    that may hold the key, besides Authorization; b"" for none. `id_headers`: headers of answers
+    that repeat the id of the call, besides x-request-id.
     """
 
     error_body: ErrorBody

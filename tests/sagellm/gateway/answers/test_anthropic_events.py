@@ -257,6 +257,13 @@ def test_an_error_has_its_code_where_clients_look_for_it() -> None:
     assert failed["error"]["details"] == {"error_code": "queue_full"}
 
 
+def test_a_choice_that_was_not_asked_for_is_left_out() -> None:
+    form = form_of([Content("a")], [])
+    assert form.chunk(1, last("x"), USAGE) == b""
+    answer = json.loads(form.whole([(0, last("x")), (1, last("y"))], USAGE))
+    assert answer["content"] == [{"type": "text", "text": "a"}]
+
+
 def test_no_line_end_of_unicode_is_in_an_event() -> None:
     form = form_of([Content("a\u2028\x85b")], [])
     assert (

@@ -161,6 +161,7 @@ async def test_every_error_has_the_form_of_the_api(server: str, path: str) -> No
         check_form(await served.ask(post(path, {})), 400, "invalid_request_error")
         check_form(await served.ask(post(path, b"{")), 400, "invalid_request_error")
         check_form(await served.ask(get(path)), 405, "invalid_request_error")
+        check_form(await served.ask(post(f"{path}/x", {})), 404, "not_found_error")
         unknown = {"model": "nobody", "messages": [USER]}
         more = {"max_tokens": 5} if path == "/v1/messages" else {}
         check_form(await served.ask(post(path, {**unknown, **more})), 404, "not_found_error")
@@ -192,6 +193,8 @@ async def test_a_key_may_stand_in_a_header_of_the_api(server: str, path: str) ->
         assert await refused(served, path, both[1], both[1]) == 401
         assert await refused(served, path, "x-api-key: ") == 401
         assert await refused(served, "/v1/chat/completions", both[1]) == 401
+        assert await refused(served, f"{path}/", both[1]) == 307
+        assert await refused(served, f"{path}/batches", both[1]) == 404
 
 
 async def test_an_answer_repeats_the_id_of_the_call(server: str) -> None:
