@@ -40,6 +40,12 @@ from sagellm.gateway.protocol.request import (
     MAX_STOP_TOKEN_IDS,
     MAX_WAIT_S,
 )
+from sagellm.gateway.protocol.responses_fields import (
+    RENAMED,
+    RESPONSES,
+    SHARED,
+    ResponsesRequest,
+)
 from sagellm.gateway.settings import Budget, RequestLimits, Streaming
 from sagellm.graphs.text.yaml import load
 from sagellm.opening.checking import check_graph
@@ -194,6 +200,13 @@ def test_every_field_of_a_request_is_in_the_docs() -> None:
     named = set(re.findall(r"`(\w+)`", table))
     fields = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
     assert fields - named == set()
+
+
+def test_every_field_of_a_response_is_in_the_docs() -> None:
+    section = SERVING.split("### Responses")[1].split("## Streams")[0]
+    fields = {*ResponsesRequest.__struct_fields__, *RENAMED, *SHARED}
+    fields |= {*RESPONSES.unbuilt, *RESPONSES.taken}
+    assert fields - set(re.findall(r"`(\w+)(?::|`)", section)) == set()
 
 
 def test_every_field_that_is_taken_is_in_the_docs_with_type_and_reason() -> None:

@@ -35,7 +35,8 @@ _PLACES = {
     "tool_choice.function": "tool_choice",
     "truncate_prompt_tokens": "truncation",
 }
-_LIMIT = re.compile(r"\bmax_(completion_)?tokens\b")
+# Fields that the chat's messages also name where another field is wrong.
+_NAMED = re.compile(r"\b(max_completion_tokens|max_tokens|response_format)\b")
 
 
 @dataclass(slots=True)
@@ -68,9 +69,9 @@ def chat_of(asked: ResponsesRequest) -> ChatOfResponses:
 def _messages(asked: ResponsesRequest, places: dict[str, str]) -> list[dict[str, Any]]:
     conversation = _Conversation(places)
     if asked.instructions is not None:
-        conversation.say("system", asked.instructions, "instructions")
+        conversation.say("system", asked.instructions, "instructions", "instructions")
     if isinstance(asked.input, str):
-        conversation.say("user", asked.input, "input")
+        conversation.say("user", asked.input, "input", "input")
     else:
         for index, item in enumerate(asked.input):
             conversation.add(item, f"input[{index}]")
@@ -88,8 +89,9 @@ class _Conversation:
         self.messages: list[dict[str, Any]] = []
         self._places = places
 
-    def say(self, role: str, content: str, place: str) -> None:
+    def say(self, role: str, content: str, place: str, text_place: str) -> None:
         self._begin({"role": role, "content": content}, place)
+        self._place("content", text_place)
 
     def add(self, item: InputItem, place: str) -> None:
         match item:
@@ -98,13 +100,12 @@ class _Conversation:
                 turn["content"] = _text(item.content)
                 self._place("content", f"{place}.content")
             case InputMessage():
-                self.say(item.role, _text(item.content), place)
+                self.say(item.role, _text(item.content), place, f"{place}.content")
             case FunctionCallItem():
                 self._call(item, place)
             case CallOutputItem():
-                self.say("tool", _text(item.output), place)
+                self.say("tool", _text(item.output), place, f"{place}.output")
                 self.messages[-1]["tool_call_id"] = item.call_id
-                self._place("content", f"{place}.output")
             case ReasoningItem():
                 turn = self._turn(("content", "tool_calls", "reasoning_content"), place)
                 turn["reasoning_content"] = _reasoning(item)
@@ -195,7 +196,7 @@ def renamed(error: ApiError, places: Mapping[str, str]) -> ApiError:
         message = param + message[len(error.param) :]
     return ApiError(
         error.status,
-        _LIMIT.sub("max_output_tokens", message),
+        _NAMED.sub(lambda found: _PLACES[found[0]], message),
         param=param,
         code=error.code,
         retry_after_s=error.retry_after_s,

@@ -139,7 +139,7 @@ def test_the_other_options_have_other_names():
     ("param", "place"),
     [
         ("messages", "input"),
-        ("messages[0].content", "instructions.content"),
+        ("messages[0].content", "instructions"),
         ("messages[1].content", "input[0].content"),
         ("messages[2].tool_calls[0].function.arguments", "input[2].arguments"),
         ("messages[2].content", "input[1].content"),
@@ -156,6 +156,11 @@ def test_an_error_names_the_field_of_this_api(param, place):
     error = renamed(wrong(param, "is 5, more than max_tokens (4)"), found.places)
     assert error.param == place
     assert error.message == f"{place}: is 5, more than max_output_tokens (4)"
+
+
+def test_other_fields_in_an_error_have_their_names_here_too():
+    error = renamed(wrong("regex", "stands beside response_format; give one"), made().places)
+    assert error.message == "regex: stands beside text.format; give one"
 
 
 def test_an_error_without_a_field_stays():
