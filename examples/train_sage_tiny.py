@@ -1,21 +1,30 @@
-"""Trains sage-tiny, the small Qwen3 model in the package, on two CPU cores, and exports it."""
+"""Trains sage-tiny, the small Qwen3 model in the package, on two CPU cores, and exports it.
+
+STAGES teach sums, words and facts; TOOL_STAGES then teach tools and JSON. The shipped weights
+passed STAGES in 90 minutes of two cores. Later `--resume FOLDER` took them through TOOL_STAGES, in
+40 minutes of one core. Without --resume the script does both, one after the other.
+"""
 
 import argparse
 import json
 import math
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import cast
 
+import jinja2
 import torch
 from exercises import (
     KINDS,
     NAMES,
     Exercise,
+    Message,
+    as_json,
     drill,
     exercise,
     exercises,
@@ -26,18 +35,45 @@ from exercises import (
     sentences,
     word,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tool_exercises import NO_TOOL_KINDS, TOOL_KINDS, tool_exercises, toolbox, turn, written
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 SPECIAL = ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-RESERVED = ("<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>")
+CALL = ("<tool_call>", "</tool_call>")  # a reader that skips special tokens still sees calls
+RESULT = "<|tool|>"
 END_OF_TEXT, END, SYSTEM, USER, ASSISTANT = range(256, 261)
+TOOL = 263
 CHAT_TEMPLATE = (
+    # A line shows what a call needs of a tool: its name, its arguments, their types; "?": optional.
+    "{% if tools %}{{ '<|system|>' }}"
+    "{% if messages and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] + '\n' }}{% endif %}"
+    "{{ '# Tools' }}{% for tool in tools %}"
+    "{% set parameters = tool['function']['parameters'] or {} %}"
+    # A look-up in a list for each argument would take time quadratic in what a client sends.
+    "{% set required = dict.fromkeys(parameters['required'] or []) %}"
+    "{{ '\n' + tool['function']['name'] + '(' }}"
+    "{% for name, schema in (parameters['properties'] or {}).items() %}"
+    "{{ '' if loop.first else ', ' }}{{ name }}"
+    "{{ '' if name in required else '?' }}"
+    "{% set kind = schema['type'] or [] %}{% if kind %}"
+    "{{ ': ' }}{{ kind if kind is string else kind | join('|') }}{% endif %}"
+    "{% endfor %}{{ ')' }}{% endfor %}{{ '<|end|>' }}{% endif %}"
     "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% if not (tools and loop.first and message['role'] == 'system') %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['tool_calls'] %}"
+    "{% if message['content'] %}{{ message['content'] + '\n' }}{% endif %}"
+    "{% for call in message['tool_calls'] %}{% set given = call['function']['arguments'] %}"
+    "{{ '' if loop.first else '\n' }}"
+    "{{ '<tool_call>\n{\"name\": ' + (call['function']['name'] | tojson) + ', \"arguments\": ' }}"
+    "{{ given if given is string else given | tojson }}{{ '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|end|>' }}"
+    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are sage-tiny.", "Answer briefly.")
 
@@ -78,20 +114,30 @@ class Stage:
     drills: float  # share of the rows
     turns: dict[str, float]  # kinds of question
     drill_kinds: dict[str, float]
+    tools: float = 0.0  # share of the rows
+    schemas: float = 0.0  # share of the rows
+    lr: float = 1.0  # of the rates of `optimizers`
 
 
-ANSWER_WEIGHTS = {"sum": 2.0, "count": 3.0}
+# Calls and JSON are long, and most of their bytes are plain at once.
+ANSWER_WEIGHTS = {"sum": 2.0, "count": 3.0, "tool_answer": 0.6, "schema": 0.6}
 
 # What is learnt slowly comes often, and first what is learnt late: sums and copying, then counts.
 EARLY = {"sum": 0.4, "count": 0.25, "sort": 0.15, "reverse": 0.12, "copy": 0.08}
 LATE = {"sum": 0.12, "count": 0.38, "sort": 0.3, "reverse": 0.1, "copy": 0.1}
 EARLY_DRILLS = {"sum": 0.5, "count": 0.5}
 LATE_DRILLS = {"sum": 0.15, "count": 0.5, "sort": 0.35}
+MIXED = {"sum": 0.35, "count": 0.25, "sort": 0.15, "reverse": 0.15, "copy": 0.1}
+MIXED_DRILLS = {"sum": 0.5, "count": 0.3, "sort": 0.2}
 
 STAGES = (
     Stage(0.20, 192, 20, Recall(0.35, 4, 0), 0.4, EARLY, EARLY_DRILLS),
     Stage(0.45, 192, 20, Recall(0.4, 4, 60), 0.3, EARLY, EARLY_DRILLS),
     Stage(1.01, 640, 6, Recall(0.55, 6, 400), 0.25, LATE, LATE_DRILLS),
+)
+# Calls and JSON are learnt last, among as many rows of before, so that nothing is forgotten.
+TOOL_STAGES = (
+    Stage(1.01, 512, 6, Recall(0.5, 5, 300), 0.1, MIXED, MIXED_DRILLS, 0.3, 0.15, lr=1 / 4),
 )
 
 
@@ -243,9 +289,19 @@ class Row:
         self.weights += [weight] * len(ids)
 
     def add_turn(self, turn: Exercise) -> None:
-        """A question, which counts little, and its answer, which counts in full."""
-        self.add([USER, *turn.prompt.encode(), END, ASSISTANT], 0.03)
-        self.add([*turn.answer.encode(), END], ANSWER_WEIGHTS.get(turn.kind, 1.0))
+        """A question, which counts little, and what the model writes, which counts in full."""
+        weight = ANSWER_WEIGHTS.get(turn.kind, 1.0)
+        self.add([USER, *encode(turn.prompt), END], 0.03)
+        for message in turn.history:
+            if message["role"] == "tool":
+                self.add([TOOL, *encode(message["content"]), END], 0.03)
+            else:
+                self.add_answer(written(message), weight)
+        self.add_answer(turn.answer, weight)
+
+    def add_answer(self, text: str, weight: float) -> None:
+        self.add([ASSISTANT], 0.03)
+        self.add([*encode(text), END], weight)
 
     def add_drill(self, kind: str, asked: str, answer: str) -> None:
         """The same exercise without the words around it: more answers for the time."""
@@ -285,13 +341,43 @@ class Corpus:
                 kind = pick(self.rng, stage.drill_kinds)
                 row.add_drill(kind, *drill(kind, self.rng))
             return row
-        if self.rng.random() < 0.2:
-            row.add([SYSTEM, *self.rng.choice(SYSTEM_PROMPTS).encode(), END], 0.03)
-        is_recall = self.rng.random() < stage.recall.share
-        turns = self._recalls(stage) if is_recall else self._singles(stage)
+        turns = self._turns(stage, row)
         while len(row.ids) <= stage.seq_len:
             row.add_turn(next(turns))
         return row
+
+    def _turns(self, stage: Stage, row: Row) -> Iterator[Exercise]:
+        """The questions of a row, after its system turn, which is added here."""
+        share = self.rng.random()
+        if share < stage.tools:
+            return self._tool_turns(row)
+        if self.rng.random() < 0.2:
+            row.add([SYSTEM, *self.rng.choice(SYSTEM_PROMPTS).encode(), END], 0.03)
+        if share < stage.tools + stage.schemas:
+            return self._schemas(stage)
+        is_recall = self.rng.random() < stage.recall.share
+        return self._recalls(stage) if is_recall else self._singles(stage)
+
+    def _tool_turns(self, row: Row) -> Iterator[Exercise]:
+        """Questions beside tools: most need one of them. The system turn shows the tools."""
+        tools = toolbox(self.rng, self.rng.choice((1, 2, 2, 3)))
+        system = self.rng.choice(("", "", prose(self.rng), *SYSTEM_PROMPTS))
+        messages = [{"role": "system", "content": system}] if system else []
+        row.add(encode(render(messages, tuple(tool.message for tool in tools))), 0.03)
+        can_add = any(tool.aspect == "sum" for tool in tools)
+        plain = [kind for kind in NO_TOOL_KINDS if not (can_add and kind == "sum")]
+        while True:
+            if self.rng.random() < 0.25:
+                yield exercise(self.rng.choice(plain), self.rng, held_out=False)
+            else:
+                yield turn(self.rng, self.rng.choice(tools), held_out=False)
+
+    def _schemas(self, stage: Stage) -> Iterator[Exercise]:
+        singles = self._singles(stage)
+        while True:
+            yield exercise("schema", self.rng, held_out=False)
+            if self.rng.random() < 0.3:
+                yield next(singles)
 
     def _singles(self, stage: Stage) -> Iterator[Exercise]:
         while True:
@@ -353,19 +439,20 @@ def is_right(model: nn.Module, item: Exercise, device: str) -> bool:
     One forward pass over prompt and answer tells: greedy decoding gives the answer exactly if
     each of its tokens is the likeliest after those before it.
     """
-    row = Row()
-    row.add_turn(item)
-    num_answer = len(item.answer.encode()) + 1
-    ids = torch.tensor([row.ids], device=device)
+    answer = [*encode(item.answer), END]
+    prompt = encode(render(item.messages, item.tools, add_generation_prompt=True))
+    ids = torch.tensor([prompt + answer], device=device)
     likeliest = model(ids[:, :-1]).argmax(dim=-1)
-    return torch.equal(likeliest[0, -num_answer:], ids[0, -num_answer:])
+    return torch.equal(likeliest[0, -len(answer) :], ids[0, -len(answer) :])
 
 
 def accuracies(model: nn.Module, n: int, device: str, seed: int = 1) -> dict[str, float]:
     """The share of n held-out exercises answered right, by kind."""
+    asked = {kind: exercises(kind, n, seed) for kind in KINDS}
+    asked |= {kind: tool_exercises(kind, n, seed) for kind in TOOL_KINDS}
     return {
-        kind: sum(is_right(model, item, device) for item in exercises(kind, n, seed)) / n
-        for kind in KINDS
+        kind: sum(is_right(model, item, device) for item in items) / n
+        for kind, items in asked.items()
     }
 
 
@@ -425,8 +512,39 @@ def tokenizer() -> Tokenizer:
     )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL + RESERVED])
+    made.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    made.add_tokens([AddedToken(t, special=False, normalized=False) for t in CALL])
+    made.add_special_tokens([AddedToken(RESULT, special=True)])
     return made
+
+
+@cache
+def _tokenizer() -> Tokenizer:
+    return tokenizer()
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text that may hold special tokens."""
+    ids: list[int] = _tokenizer().encode(text, add_special_tokens=False).ids
+    return ids
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = as_json
+    return environment.from_string(CHAT_TEMPLATE)
+
+
+def render(
+    messages: Sequence[Message],
+    tools: Sequence[Message] = (),
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """A conversation as the chat template writes it."""
+    options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+    return _template().render(messages=messages, **options)
 
 
 def byte_letters() -> list[str]:
@@ -464,29 +582,29 @@ def lr_factor(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / 100, (1.0 - progress) / 0.4)
 
 
-def train(args: argparse.Namespace) -> Decoder:
-    """Trains for args.steps, or faster through the same stages where args.minutes is less."""
-    torch.manual_seed(args.seed)
-    model = Decoder(Shape()).to(args.device)
-    # Fused, a step takes a third less time; compiling twice takes a minute.
+def train(
+    model: Decoder, stages: tuple[Stage, ...], steps: int, minutes: float, args: argparse.Namespace
+) -> None:
+    """Trains for so many steps, or faster through the same stages where there is less time."""
+    # Fused, a step takes a third less time; compiling a shape takes half a minute.
     fused: nn.Module = model
-    if args.steps > 100:
+    if steps > 100:
         fused = cast(nn.Module, torch.compile(model, dynamic=False))
     opts = optimizers(model)
     corpus = Corpus(args.seed)
     started, step, progress = time.monotonic(), 0, 0.0
-    while progress < 1.0:
-        stage = next(stage for stage in STAGES if progress < stage.until)
-        loss = update(fused, opts, corpus.batch(stage), lr_factor(step, progress), args.device)
+    while step < steps and progress < 1.0:
+        stage = next(stage for stage in stages if progress < stage.until)
+        factor = stage.lr * lr_factor(step, progress)
+        loss = update(fused, opts, corpus.batch(stage), factor, args.device)
         step += 1
         elapsed_s = time.monotonic() - started
-        progress = max(step / args.steps, elapsed_s / (60 * args.minutes))
+        progress = max(step / steps, elapsed_s / (60 * minutes))
         if step % 50 == 0:
             print(f"{elapsed_s:7.0f} s  step {step}  {stage.seq_len}  loss {loss:.4f}", flush=True)
         if step % args.eval_every == 0:
             report(model, 40, args.device)
             export(model, args.out)
-    return model
 
 
 def update(
@@ -514,21 +632,38 @@ def report(model: nn.Module, n: int, device: str) -> None:
     print("held out:", "  ".join(f"{kind} {share:.1%}" for kind, share in shares), flush=True)
 
 
+def load(folder: Path) -> Decoder:
+    """The decoder with the weights of an exported folder."""
+    model = Decoder(Shape())
+    stored = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): w.float() for name, w in stored.items()})
+    return model
+
+
 def main() -> None:
     """Trains, exports, and reports on the exported weights in fp32 and bf16."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Trains sage-tiny and exports it.")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FOLDER", help="go on from these weights with the tools"
+    )
     parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--minutes", type=float, default=90.0, help="finish within this time")
+    parser.add_argument("--tool-steps", type=int, default=5000)
+    parser.add_argument("--tool-minutes", type=float, default=40.0, help="the same, for the tools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--eval-every", type=int, default=250)
     args = parser.parse_args()
-    model = train(args)
+    torch.manual_seed(args.seed)
+    model = (load(args.resume) if args.resume else Decoder(Shape())).to(args.device)
+    if not args.resume:
+        train(model, STAGES, args.steps, args.minutes, args)
+    train(model, TOOL_STAGES, args.tool_steps, args.tool_minutes, args)
     export(model, args.out)
     for dtype in (torch.float32, torch.bfloat16):
         print(f"exported weights, computed in {dtype}")
-        report(rounded(model.cpu(), dtype), 2 if args.steps < 100 else 200, "cpu")
+        report(rounded(model.cpu(), dtype), 2 if args.tool_steps < 100 else 200, "cpu")
 
 
 if __name__ == "__main__":

@@ -20,19 +20,20 @@ from sagellm.cli.serve_options import CONFIG_FILE_OPTIONS
 from sagellm.cli.setting import LIMITS as SET_BY_LIMIT
 from sagellm.cli.setting import settings_of
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
+from sagellm.gateway.grammar_checks import CHECK_S
 from sagellm.gateway.http.routes import ROUTES
 from sagellm.gateway.protocol import other_apis
 from sagellm.gateway.protocol.anthropic_fields import SENT_OBJECTS, MessagesRequest
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.chat_messages import (
     MAX_PARTS,
-    MAX_TOOLS,
     MAX_VARIABLE_LEN,
     MAX_VARIABLES,
 )
 from sagellm.gateway.protocol.json import MAX_BRACKETS, MAX_QUOTES, MOST
 from sagellm.gateway.protocol.request import (
     MAX_ALLOWED_TOKEN_IDS,
+    MAX_ALTERNATIVES,
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
     MAX_HINT_LEN,
@@ -46,6 +47,7 @@ from sagellm.gateway.protocol.responses_fields import (
     SHARED,
     ResponsesRequest,
 )
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS
 from sagellm.gateway.settings import Budget, RequestLimits, Streaming
 from sagellm.graphs.text.yaml import load
 from sagellm.opening.checking import check_graph
@@ -246,7 +248,8 @@ def test_the_limits_in_the_docs_are_those_that_hold() -> None:
         limits.model_name_len, MAX_STOP_TOKEN_IDS, MAX_SALT_LEN, MAX_HINT_LEN, MAX_WAIT_S,
         MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_BAD_WORD_LEN, MAX_TOOLS, MAX_VARIABLES,
         MAX_VARIABLE_LEN, MAX_BRACKETS // 2, MAX_QUOTES // 2, *MOST.values(), TEMPLATE_S,
-        TOKENIZE_S, stream.num_buffered_tokens, stream.num_buffered_bytes >> 10, stream.stall_s,
+        TOKENIZE_S, CHECK_S, MAX_ALTERNATIVES, stream.num_buffered_tokens,
+        stream.num_buffered_bytes >> 10, stream.stall_s,
         budget.num_open, budget.num_waiting, budget.cancels_per_s,
     ):  # fmt: skip
         shown = f"{number:,}".removesuffix(".0")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOT_PLAIN = {"train_sage_tiny.py", "exercises.py"}  # the one trains for an hour, the other is data
+NOT_PLAIN = {"train_sage_tiny.py", "exercises.py", "tool_exercises.py"}  # training, and its data
 EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.name not in NOT_PLAIN)
 
 SAYS = {
@@ -39,9 +39,22 @@ def test_example(name: str) -> None:
 
 
 def test_the_training_script_starts(tmp_path: Path) -> None:
-    done = run(["examples/train_sage_tiny.py", "--steps", "1", "--out", str(tmp_path)])
-    assert done.returncode == 0, done.stderr
+    train("--steps", "1", "--tool-steps", "1", "--out", str(tmp_path))
     assert (tmp_path / "model.safetensors").stat().st_size < 8 * 2**20
+
+
+def test_the_training_goes_on_from_a_folder(tmp_path: Path) -> None:
+    shipped = ROOT / "runtime" / "models" / "sage_tiny"
+    reported = train("--resume", str(shipped), "--tool-steps", "0", "--out", str(tmp_path))
+    assert "sum 100.0%" in reported
+    for file in shipped.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def train(*options: str) -> str:
+    done = run(["examples/train_sage_tiny.py", *options])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":

@@ -30,7 +30,7 @@ _MAX_WORD_CHARS = 200  # WordPiece takes time quadratic in the length of a word;
 # blake2b-128 of the text of known templates, which write each message once.
 TEMPLATES = frozenset(
     {
-        "c0c1fb03bc538b10300f108801259486",  # sage-tiny
+        "e30cbd7b5cd2aec690e57c4b4375c160",  # sage-tiny
         "fa178aa9246d7297e2fc92fcf9661350",  # ChatML, the bare form
     }
 )

@@ -6,7 +6,7 @@ from typing import TypeVar
 import anyio
 import msgspec
 
-from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolUse
+from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolUse, UnboundSchema
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
 from sagellm.runtime.grammars import GrammarError
@@ -57,24 +57,23 @@ def call_grammar(
     Raises ApiError (400) that names the first tool whose parameters cannot be a grammar. Blocks the
     thread.
     """
-    grammar = form.grammar(use, prompt, special_tokens=special_tokens)
-    if grammar is None:
-        return None
     try:
-        check_grammar(grammar)
-    except GrammarError as error:
+        return _checked(form, use, prompt, special_tokens)
+    except (GrammarError, UnboundSchema) as error:
         reason = str(error)
-    else:
-        return grammar
     for index, tool in enumerate(use.tools):
-        alone = msgspec.structs.replace(use, tools=(tool,))
-        if (only := form.grammar(alone, prompt, special_tokens=special_tokens)) is not None:
-            _check_tool(only, f"tools[{index}].function.parameters")
+        try:
+            alone = msgspec.structs.replace(use, tools=(tool,))
+            _checked(form, alone, prompt, special_tokens)
+        except (GrammarError, UnboundSchema) as error:
+            raise invalid_grammar(f"tools[{index}].function.parameters", str(error)) from None
     raise invalid_grammar("tools", reason)
 
 
-def _check_tool(grammar: Grammar, param: str) -> None:
-    try:
+def _checked(
+    form: ChatFormat, use: ToolUse, prompt: str, special_tokens: SpecialTokens
+) -> Grammar | None:
+    grammar = form.grammar(use, prompt, special_tokens=special_tokens)
+    if grammar is not None:
         check_grammar(grammar)
-    except GrammarError as error:
-        raise invalid_grammar(param, str(error)) from None
+    return grammar

@@ -1,7 +1,10 @@
 """openai-python, in the installed version, against a served graph."""
 
+import json
+import re
 import time
 
+import pydantic
 import pytest
 
 openai = pytest.importorskip("openai")
@@ -236,7 +239,6 @@ HISTORY = [
     "fields",
     [
         {"tools": []},
-        {"tools": [TOOL], "tool_choice": "none"},
         {"messages": HISTORY, "tools": [TOOL], "tool_choice": "none"},
         {"store": True, "metadata": {"a": "b"}, "service_tier": "flex", "verbosity": "low"},
         {"prediction": {"type": "content", "content": "68"}},
@@ -248,7 +250,7 @@ HISTORY = [
             }
         },
     ],
-    ids=["no tools", "none called", "history", "stored", "predicted", "others"],
+    ids=["no tools", "history", "stored", "predicted", "others"],
 )
 def test_what_changes_no_answer_is_taken(client, model, fields, stream):
     answer = chat(client, model, **fields, stream=stream)
@@ -263,14 +265,83 @@ def test_what_changes_no_answer_is_taken(client, model, fields, stream):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [TOOL]}, "tools"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"extra_body": {"chat_template_kwargs": {"messages": "x"}}}, "chat_template_kwargs"),
         ({"extra_body": {"chat_template_kwargs": {"nobody": 1}}}, "chat_template_kwargs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"extra_body": {"guided_regex": "("}}, "guided_regex"),
     ],
 )
 def test_what_would_change_it_is_refused_by_name(client, model, fields, param):
     with pytest.raises(openai.BadRequestError) as error:
         chat(client, model, **fields)
     assert error.value.param == param
+
+
+def test_a_tool_that_may_not_be_called_is_not(client, model):
+    (made,) = chat(client, model, tools=[TOOL], tool_choice="none").choices
+    assert not made.message.tool_calls
+    assert made.finish_reason in ("stop", "length")
+
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_call_that_must_be_made_has_valid_arguments(client, model, choice):
+    options = {"tools": [ADD], "tool_choice": choice, "parallel_tool_calls": False}
+    (made,) = chat(client, model, **options, max_tokens=100).choices
+    assert made.finish_reason == "tool_calls"
+    assert made.message.content is None
+    (call,) = made.message.tool_calls
+    assert call.function.name == "add"
+    arguments = json.loads(call.function.arguments)
+    assert {name: type(value) for name, value in arguments.items()} == {"a": int, "b": int}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "68"}
+    history = [*QUESTION, made.message, result]
+    assert chat(client, model, messages=history, tools=[ADD]).choices[0].finish_reason
+
+
+def test_the_helper_of_the_client_puts_a_streamed_call_together(client, model):
+    options = {"tools": [ADD], "tool_choice": "required", "parallel_tool_calls": False}
+    fields = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 100}
+    whole = chat(client, model, **options, max_tokens=100).choices[0].message
+    with client.chat.completions.stream(**fields, **options) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion().choices[0]
+    assert streamed.finish_reason == "tool_calls"
+    (call,) = streamed.message.tool_calls
+    assert call.function.arguments == whole.tool_calls[0].function.arguments
+    assert set(call.function.parsed_arguments) == {"a", "b"}
+
+
+class Sum(pydantic.BaseModel):
+    a: int
+    b: int
+
+
+def test_the_client_parses_a_structured_answer(client, model):
+    fields = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 100}
+    parsed = client.chat.completions.parse(**fields, response_format=Sum).choices[0].message.parsed
+    assert isinstance(parsed, Sum)
+
+
+def test_a_completion_is_bound_by_a_field_of_vllm(client, model):
+    extra = {"structured_outputs": {"regex": "[a-c]{3}"}}
+    text = complete(client, model, extra_body=extra).choices[0].text
+    assert re.fullmatch("[a-c]{3}", text)

@@ -24,7 +24,7 @@ async def answers(session, asked):
 
     async def ask(index):
         message = [{"role": "user", "content": asked[index].prompt}]
-        answer = await session.generate(message, sampling=Sampling(max_tokens=16))
+        answer = await session.generate(message, sampling=Sampling(max_tokens=96))
         found[index] = answer.text
 
     async with trio.open_nursery() as nursery:

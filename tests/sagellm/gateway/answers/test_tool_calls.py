@@ -115,6 +115,33 @@ async def test_a_token_inside_a_call_has_an_empty_delta_and_others_an_empty_cont
     assert {} in deltas[first:]
 
 
+async def test_an_answer_and_its_results_go_back_through_the_template() -> None:
+    text = 'Wait.<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    first = (await answer(HERMES, *letters(text), tools=TOOLS)).json["choices"][0]["message"]
+    result = {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"]}
+    bridge = playing([last("done")])
+    for content in ("12", [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]):
+        history = [{"role": "user", "content": "hi"}, first, {**result, "content": content}]
+        body = {"messages": history, "tools": TOOLS}
+        tokenizer = TemplateTokenizer(HERMES)
+        assert (await post(chat, bridge, body, tokenizer=tokenizer, model=CARD)).status == 200
+    for request in bridge.requests:
+        _, _, rendered = request.prompt.partition("user: hi\n")
+        made = '<tool_call>{"name": "f", "arguments": {"x": 1}}'
+        assert rendered == f"assistant: Wait.{made}\ntool: 12\nassistant: "
+
+
+async def test_a_call_that_was_cut_off_is_no_history() -> None:
+    """Templates want an object, so that the client learns which message to leave out."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": '}}
+    broken = {"role": "assistant", "content": None, "tool_calls": [call]}
+    body = {"messages": [broken], "tools": TOOLS}
+    answered = await post(chat, playing(), body, tokenizer=TemplateTokenizer(HERMES), model=CARD)
+    assert answered.status == 400
+    place = "messages[0].tool_calls[0].function.arguments"
+    assert answered.json["error"]["param"] == place
+
+
 async def test_content_before_a_call_stays() -> None:
     text = 'Let me see.<tool_call>{"name": "g", "arguments": {}}</tool_call>'
     (choice,) = (await answer(HERMES, *letters(text), tools=TOOLS)).json["choices"]

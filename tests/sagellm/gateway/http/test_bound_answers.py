@@ -87,6 +87,13 @@ async def test_a_call_that_must_be_made_binds_the_answer(choice, names):
     assert "".join(name for name in "fg" if f'\\"{name}\\"' in grammar.text) == names
 
 
+async def test_a_strict_tool_is_bound_though_it_need_not_be_called():
+    strict = {"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}
+    grammar = (await asked(HERMES, tools=[strict])).sampling.grammar
+    assert grammar is not None
+    check_grammar(grammar)
+
+
 async def test_a_required_call_goes_before_a_response_format():
     both = await asked(HERMES, tools=TOOLS, tool_choice="required", response_format=FORMAT)
     alone = await asked(HERMES, tools=TOOLS, tool_choice="required")
@@ -157,6 +164,15 @@ async def test_wrong_parameters_are_refused_by_their_tool_where_they_bind(choice
     found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice=choice))
     assert (found["param"], found["code"]) == ("tools[2].function.parameters", "invalid_grammar")
     assert (await refused(HERMES, playing([last()]), tools=[*TOOLS, wrong])).status == 200
+
+
+async def test_a_schema_that_a_strict_tool_cannot_keep_is_refused():
+    parameters = {"type": "object", "properties": {"x": {"not": {"type": "null"}}}}
+    lax = {"type": "function", "function": {"name": "h", "parameters": parameters}}
+    strict = {"type": "function", "function": {**lax["function"], "strict": True}}
+    found = error(await refused(HERMES, tools=[*TOOLS, strict]))
+    assert (found["param"], found["code"]) == ("tools[2].function.parameters", "invalid_grammar")
+    assert (await refused(HERMES, playing([last()]), tools=[*TOOLS, lax])).status == 200
 
 
 @pytest.mark.parametrize("fields", [{"response_format": FORMAT}, {"guided_regex": "a"}])
