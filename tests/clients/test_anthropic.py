@@ -101,6 +101,23 @@ def test_a_tool_is_called_and_its_result_taken(client):
     assert last.usage.input_tokens + last.usage.cache_read_input_tokens > answer.usage.input_tokens
 
 
+def test_the_model_calls_a_tool_by_itself_and_reads_the_result(client):
+    said = fields(messages=ASKED, tools=[WEATHER], max_tokens=128)
+    with client.messages.stream(**said) as stream:
+        answer = stream.get_final_message()
+    (use,) = answer.content
+    assert (answer.stop_reason, use.name, use.input) == (
+        "tool_use",
+        "get_weather",
+        {"city": "Paris"},
+    )
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "rain, 12 degrees"}
+    turns = [*ASKED, answer.to_param(), {"role": "user", "content": [result]}]
+    last = client.messages.create(**{**said, "messages": turns})
+    assert last.stop_reason == "end_turn"
+    assert "12" in last.content[0].text
+
+
 def test_a_streamed_call_adds_up_to_the_call(client):
     whole = client.messages.create(**calls()).content[0]
     with client.messages.stream(**calls()) as stream:
