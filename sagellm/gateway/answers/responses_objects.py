@@ -55,7 +55,7 @@ class OutputCall(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 OutputItem: TypeAlias = OutputMessage | OutputReasoning | OutputCall
 
 
-class InputTokensDetails(msgspec.Struct, frozen=True):
+class ResponseInputDetails(msgspec.Struct, frozen=True):
     """Of the input's tokens, those whose keys and values were there already.
 
     `cache_write_tokens` counts those that a client has asked to keep; no field asks for that here.
@@ -65,24 +65,24 @@ class InputTokensDetails(msgspec.Struct, frozen=True):
     cache_write_tokens: TokenCount = 0
 
 
-class OutputTokensDetails(msgspec.Struct, frozen=True):
+class ResponseOutputDetails(msgspec.Struct, frozen=True):
     reasoning_tokens: TokenCount
 
 
 class ResponseUsage(msgspec.Struct, frozen=True):
     input_tokens: TokenCount
-    input_tokens_details: InputTokensDetails
+    input_tokens_details: ResponseInputDetails
     output_tokens: TokenCount
-    output_tokens_details: OutputTokensDetails
+    output_tokens_details: ResponseOutputDetails
     total_tokens: TokenCount
 
 
 def response_usage(usage: ApiUsage) -> ResponseUsage:
     return ResponseUsage(
         usage.prompt_tokens,
-        InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
+        ResponseInputDetails(usage.prompt_tokens_details.cached_tokens),
         usage.completion_tokens,
-        OutputTokensDetails(usage.completion_tokens_details.reasoning_tokens),
+        ResponseOutputDetails(usage.completion_tokens_details.reasoning_tokens),
         usage.total_tokens,
     )
 

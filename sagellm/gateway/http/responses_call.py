@@ -1,6 +1,5 @@
 """The endpoints of /v1/responses: a response is made, and never stored."""
 
-import json
 from functools import partial
 from typing import Any
 
@@ -70,6 +69,4 @@ def _echo(read: ResponsesCall) -> ResponseObject:
 
 
 def _raw(value: Any) -> msgspec.Raw:
-    # The standard library's encoder also writes integers that msgspec refuses.
-    plain = json.dumps(msgspec.to_builtins(value), separators=(",", ":"))
-    return msgspec.Raw(plain.encode())
+    return msgspec.Raw(msgspec.json.encode(value))

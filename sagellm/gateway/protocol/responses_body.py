@@ -1,6 +1,5 @@
 """Reads the body of /v1/responses: strict JSON, then the objects in it, then the chat it asks."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, get_args
 
@@ -93,8 +92,7 @@ def read_responses(body: bytes, limits: RequestLimits) -> ResponsesCall:
     _check_logprobs(said, asked)
     made = chat_of(asked)
     passed = {RENAMED.get(name, name): said[name] for name in said if name not in _OWN}
-    # The standard library's encoder also writes integers that msgspec refuses.
-    plain = json.dumps({**made.body, **passed}).encode()
+    plain = msgspec.json.encode({**made.body, **passed})
     try:
         return ResponsesCall(asked, read_chat(plain, limits), made)
     except ApiError as error:

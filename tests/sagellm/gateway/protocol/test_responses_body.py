@@ -188,7 +188,7 @@ def test_an_unknown_field_is_refused_with_the_one_that_was_meant(name: str, mean
     assert f"did you mean `{meant}`?" in error.message
 
 
-def test_integers_that_only_python_writes_come_through() -> None:
+def test_integers_beyond_64_bits_come_through() -> None:
     schema = {"const": -9_999_999_999_999_999_999}
     tool = {"type": "function", "name": "f", "parameters": schema}
     assert read(tools=[tool], tool_choice="none").asked.tools[0].parameters == schema
