@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sagellm.chat_formats.answer_readers import ReasoningTags
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
-from sagellm.chat_formats.tool_schema import ToolSchema, loosened, schema_of
+from sagellm.chat_formats.tool_schema import ToolSchema, closed, loosened, schema_of
 from sagellm.runtime.sampling import Grammar
 
 ANY_TEXT = "/(?s:.*)/"
@@ -33,7 +33,7 @@ def arguments(tool: ToolSpec) -> str:
 
 def inline_json(schema: ToolSchema, *, is_strict: bool) -> str:
     """A JSON value. If not `is_strict`, keywords that no grammar can express are left out."""
-    bound = schema if is_strict else loosened(schema)
+    bound = closed(schema if is_strict else loosened(schema))
     return "%json " + json.dumps(bound, ensure_ascii=False)
 
 

@@ -9,6 +9,7 @@ from llguidance import LLMatcher
 from sagellm.chat_formats import FORMATS, ToolSpec, ToolUse, UnboundSchema
 from sagellm.chat_formats.tool_schema import (
     check_bound,
+    closed,
     constants,
     loosened,
     members_of,
@@ -114,3 +115,33 @@ def test_a_loose_schema_is_one_that_llguidance_takes() -> None:
     bound = FORMATS["hermes"].grammar(strict, "")
     assert bound is not None
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(bound.text))
+
+
+def test_objects_have_the_properties_that_are_named() -> None:
+    inner: dict[str, Any] = {"properties": {"y": {}}, "required": ["y"]}
+    schema = {"type": "object", "properties": {"x": {"items": inner}}, "$defs": {"d": inner}}
+    shut = {**inner, "additionalProperties": False}
+    assert closed(schema) == {
+        "type": "object",
+        "properties": {"x": {"items": shut}},
+        "$defs": {"d": shut},
+        "additionalProperties": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {"properties": {"x": {}}, "additionalProperties": {"type": "string"}},
+        {"properties": {"x": {}}, "patternProperties": {"^a": {}}},
+        {"properties": {"x": {}}, "required": ["y"]},
+        {"properties": {"x": {}}, "required": [["x"]]},
+        {"properties": {"x": {}}, "required": 1},
+        {"properties": {"x": {}}, "anyOf": [{"properties": {"y": {}}}]},
+        {"items": {"allOf": [{"properties": {"x": {}}}, {"properties": {"y": {}}}]}},
+        {"enum": [{"properties": {}}], "properties": 1},
+    ],
+)
+def test_a_schema_that_names_more_or_joins_objects_stays_open(schema: dict[str, Any]) -> None:
+    assert closed(schema) == schema
