@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from grammar_walks import allowed, json_tokenizer
+from sagellm.runtime.grammars.compiler import MAX_KEPT, GrammarCompiler
 
 from sagellm.runtime.grammars import GrammarError, compiled_grammar, compiler
 from sagellm.runtime.grammars.builders import choice_grammar
 from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
-from sagellm.runtime.grammars.compiler import MAX_KEPT, GrammarCompiler
 from sagellm.runtime.grammars.token_bytes import open_vocabulary
 from sagellm.runtime.sampling import Grammar
 
