@@ -6,7 +6,7 @@ from sagellm import register_chat_format
 from sagellm.chat_formats import Content, ToolSpec, ToolUse, format_of
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.json_call import read_json
-from sagellm.chat_formats.lark_text import arguments, literal, one_of
+from sagellm.chat_formats.lark_rules import arguments, literal, one_of
 from sagellm.chat_formats.part_writer import PartWriter
 from sagellm.chat_formats.text_source import TextReading, TextSource
 

@@ -7,7 +7,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.builders import choice_grammar, json_object_grammar
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 

@@ -21,7 +21,7 @@ from sagellm.chat_formats.chat_format import (
     ToolUse,
     random_id,
 )
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     ANY_TEXT,
     literal,
     marker,
@@ -128,25 +128,32 @@ class BlockFormat:
         )
 
     def grammar(
-        self, use: ToolUse, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
+        self,
+        use: ToolUse,
+        prompt: str,
+        *,
+        response: Grammar | None = None,
+        special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
     ) -> Grammar | None:
-        if not self.takes_tools or not use.is_bound:
+        if not self.takes_tools or not use.needs_grammar(response):
             return None
         start = start_rules("answer", self.tags, prompt, special_tokens)
-        answer = (
-            self._required(use, special_tokens)
-            if use.must_call
-            else self._free(use, special_tokens)
-        )
+        if use.must_call:
+            answer = f"answer: {self._blocks(use, special_tokens)}"
+        elif response is not None:
+            blocks = self._blocks(use, special_tokens)
+            answer = f"answer: calls | response\ncalls: {blocks}\n{response_rules(response)}"
+        else:
+            answer = self._free(use, special_tokens)
         rules = self.block_rules(use, special_tokens)
         return Grammar(kind="lark", text=f"{start}\n{answer}\n{rules}\n")
 
-    def _required(self, use: ToolUse, special_tokens: SpecialTokens) -> str:
-        """The rule `answer` of an answer that is one or more blocks."""
+    def _blocks(self, use: ToolUse, special_tokens: SpecialTokens) -> str:
+        """An answer that is one or more blocks."""
         one = f"{marker(self.opening, special_tokens)} block".lstrip()
         if self.between is None or not use.parallel:
-            return f"answer: {one}"
-        return f"answer: {one} ({literal(self.between)} {one})*"
+            return one
+        return f"{one} ({literal(self.between)} {one})*"
 
     def _free(self, use: ToolUse, special_tokens: SpecialTokens) -> str:
         """The rule `answer` of any text in which what follows an opening is a block."""

@@ -112,6 +112,10 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a grammar must bind the calls."""
         return bool(self.allowed) and (self.must_call or any(tool.strict for tool in self.allowed))
 
+    def needs_grammar(self, response: Grammar | None) -> bool:
+        """Whether a grammar must bind the answer. `response`: that of an answer without calls."""
+        return self.is_bound or (bool(self.allowed) and response is not None)
+
 
 NO_TOOLS = ToolUse()
 
@@ -168,10 +172,18 @@ class ChatFormat(Protocol):
         ...
 
     def grammar(
-        self, use: ToolUse, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
+        self,
+        use: ToolUse,
+        prompt: str,
+        *,
+        response: Grammar | None = None,
+        special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
     ) -> Grammar | None:
         """Return the grammar of answers that call tools as `use` says, or None if any text may be
         an answer. Raises UnboundSchema.
+
+        `response`: the grammar of an answer that calls no tool; None: any text. It has no effect if
+        a tool must be called.
         """
         ...
 

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     bounded_text_up_to,
     inline_json,
     literal,

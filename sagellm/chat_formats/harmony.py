@@ -23,7 +23,7 @@ from sagellm.chat_formats.chat_format import (
     random_id,
 )
 from sagellm.chat_formats.json_call import read_json
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     ANY_TEXT,
     arguments,
     literal,
@@ -131,13 +131,21 @@ class HarmonyFormat:
         return ReadingParser(read, writer, special_tokens.keys() - _MARKERS)
 
     def grammar(
-        self, use: ToolUse, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
+        self,
+        use: ToolUse,
+        prompt: str,
+        *,
+        response: Grammar | None = None,
+        special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
     ) -> Grammar | None:
-        if not use.is_bound:
+        if not use.needs_grammar(response):
             return None
-        calls = one_of(use, lambda tool: f"{literal(tool.name + ' ')} json {arguments(tool)}")
+        rules = one_of(use, lambda tool: f"{literal(tool.name + ' ')} json {arguments(tool)}")
         last = "call_message" if use.must_call else f"call_message | final {ANY_TEXT}"
-        return _grammar(last, calls, prompt, special_tokens)
+        if response is not None and not use.must_call:
+            last = "call_message | final response"
+            rules += f"\n{response_rules(response)}"
+        return _grammar(last, rules, prompt, special_tokens)
 
     def response_grammar(
         self,

@@ -13,7 +13,7 @@ from sagellm.chat_formats.answer_readers import THINK
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolUse
 from sagellm.chat_formats.json_call import read_call
-from sagellm.chat_formats.lark_text import json_call, marker, one_of
+from sagellm.chat_formats.lark_rules import json_call, marker, one_of
 from sagellm.chat_formats.part_writer import PartWriter
 from sagellm.chat_formats.text_source import TextReading, TextSource
 

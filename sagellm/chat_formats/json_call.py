@@ -54,10 +54,11 @@ def read_call(
 ) -> TextReading[bool]:
     """Read the object of one call, and write its call as soon as the name is known.
 
-    `is_open`: its `{` was read already.
     The arguments are written as the model writes them; arguments before the name are written after
     it. A call without arguments, or with null, gets "{}". An object with a member of another name
-    before the name of the tool is no call. Return whether the object is complete.
+    before the name of the tool is no call.
+
+    `is_open`: the `{` of the object was read already. Return whether the object is complete.
     """
     has_begun, has_arguments, early = False, False, ""
     if not is_open and not (yield from source.accept("{")):

@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
+from functools import lru_cache
 
 MAX_MARKER_LEN = 100  # a longer special token is treated as text
 
@@ -39,11 +40,16 @@ class MarkerFinder:
         return at < len(self._sorted) and self._sorted[at].startswith(tail)
 
 
+@lru_cache(maxsize=64)  # a tokenizer may have a thousand special tokens, and each choice a parser
+def _finder_of(markers: frozenset[str]) -> MarkerFinder:
+    return MarkerFinder(markers)
+
+
 class MarkerFilter:
     """Removes markers from a text. A beginning of a marker is held back."""
 
     def __init__(self, markers: Iterable[str]) -> None:
-        self._finder = MarkerFinder(markers)
+        self._finder = _finder_of(frozenset(markers))
         self._rest = ""
 
     def push(self, text: str) -> str:

@@ -18,7 +18,7 @@ from sagellm.chat_formats.answer_readers import THINK, ReasoningTags
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolUse
 from sagellm.chat_formats.json_call import read_call, read_json
-from sagellm.chat_formats.lark_text import arguments, json_call, literal, marker, one_of
+from sagellm.chat_formats.lark_rules import arguments, json_call, literal, marker, one_of
 from sagellm.chat_formats.part_writer import PartWriter
 from sagellm.chat_formats.text_source import TextReading, TextSource
 

@@ -21,7 +21,7 @@ from sagellm.chat_formats.answer_readers import THINK
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
 from sagellm.chat_formats.hermes import CLOSING, OPENING
-from sagellm.chat_formats.lark_text import (
+from sagellm.chat_formats.lark_rules import (
     bounded_text_up_to,
     inline_json,
     literal,

@@ -1,6 +1,6 @@
-"""What formats whose arguments are not JSON read in the JSON schema of a tool's arguments."""
+"""What the grammars of tools read in the JSON schemas of arguments."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from sagellm.chat_formats.chat_format import ToolSpec, UnboundSchema
@@ -117,3 +117,96 @@ def check_bound(tool: ToolSpec, schema: ToolSchema, known: frozenset[str]) -> No
             f"the schema of a strict tool has {unknown[0]!r}, which this model's form of arguments "
             "cannot bind; leave it out, or leave `strict` out"
         )
+
+
+_SCHEMA_KEYS = ("items", "additionalProperties")
+_LIST_KEYS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions")
+# The keywords that llguidance 1.9 implements; it refuses schemas with others.
+_IMPLEMENTED = frozenset(
+    {
+        *(*_SCHEMA_KEYS, *_LIST_KEYS, *_MAP_KEYS, *_DOCUMENTS),
+        *("type", "enum", "const", "$ref", "required", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    }
+) - {"oneOf"}
+_FORMATS = frozenset(
+    {
+        *("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
+        *("uri",),
+    }
+)
+
+
+def loosened(schema: ToolSchema) -> dict[str, Any]:
+    """The schema without keywords that no grammar can express. It allows at least the same values.
+
+    `oneOf` becomes `anyOf`: a grammar cannot count the options that a value satisfies.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in schema.items():
+        key = "anyOf" if name == "oneOf" and "anyOf" not in schema else name
+        if key in _IMPLEMENTED and (key != "format" or value in _FORMATS):
+            kept[key] = _changed_at(key, value, loosened)
+    return kept
+
+
+_JOINS = frozenset({"anyOf", "oneOf", "$ref"})
+
+
+def closed(schema: ToolSchema) -> ToolSchema:
+    """The schema, where an object has the properties that its schema names and no others.
+
+    Few functions take arguments that they do not name, and small models write such arguments
+    without an end. A schema that joins objects stays as it is: its parts would exclude each other.
+    """
+    return schema if _joins_objects(schema) else _closed(schema)
+
+
+def _closed(schema: ToolSchema) -> dict[str, Any]:
+    kept = {key: _changed_at(key, value, _closed) for key, value in schema.items()}
+    is_open = "additionalProperties" in kept or "patternProperties" in kept
+    if not is_open and _names_all(kept.get("properties"), kept.get("required", [])):
+        kept["additionalProperties"] = False
+    return kept
+
+
+def _names_all(properties: Any, required: Any) -> bool:
+    """Whether there are properties, and the required ones are among them."""
+    if not isinstance(properties, Mapping) or not isinstance(required, list | tuple):
+        return False
+    return all(isinstance(name, str) and name in properties for name in required)
+
+
+def _joins_objects(schema: ToolSchema) -> bool:
+    """Whether an object must satisfy several schemas at once, anywhere in the schema."""
+    if "allOf" in schema or ("properties" in schema and not _JOINS.isdisjoint(schema)):
+        return True
+    return any(map(_joins_objects, _parts_of(schema)))
+
+
+def _parts_of(schema: ToolSchema) -> Iterator[ToolSchema]:
+    """The schemas that are directly in a schema."""
+    for key, value in schema.items():
+        found: Iterable[Any] = ()
+        if key in _SCHEMA_KEYS:
+            found = [value]
+        elif key in _LIST_KEYS and isinstance(value, list | tuple):
+            found = value
+        elif key in _MAP_KEYS and isinstance(value, Mapping):
+            found = value.values()
+        yield from (one for one in found if isinstance(one, Mapping))
+
+
+def _changed_at(key: str, value: Any, change: Callable[[ToolSchema], ToolSchema]) -> Any:
+    """The value of a keyword, with all schemas in it changed."""
+    if key in _SCHEMA_KEYS and isinstance(value, Mapping):
+        return change(value)
+    if key in _LIST_KEYS and isinstance(value, list | tuple):
+        return [change(one) if isinstance(one, Mapping) else one for one in value]
+    if key in _MAP_KEYS and isinstance(value, Mapping):
+        return {
+            name: change(one) if isinstance(one, Mapping) else one for name, one in value.items()
+        }
+    return value

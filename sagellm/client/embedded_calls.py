@@ -27,7 +27,7 @@ from sagellm.gateway.protocol.tool_choice import tool_use_of
 from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.vocabulary import GRAMMARS
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.models import HelperUnavailable, TextError
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.sampling import Grammar, Sampling

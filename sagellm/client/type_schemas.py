@@ -4,35 +4,35 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
-JsonSchema: TypeAlias = dict[str, Any]
+TypeSchema: TypeAlias = dict[str, Any]
 
 
 @runtime_checkable
 class PydanticModel(Protocol):
     """The members of a pydantic model class that are used. pydantic itself is never imported."""
 
-    def model_json_schema(self) -> JsonSchema: ...
+    def model_json_schema(self) -> TypeSchema: ...
 
     def model_validate_json(self, json_data: str) -> Any: ...
 
 
-def schema_of(kind: Any) -> JsonSchema:
+def schema_of(kind: Any) -> TypeSchema:
     """The JSON schema of a type, with closed objects. Raises TypeError for any other value."""
     try:
         is_pydantic = isinstance(kind, PydanticModel)
         plain = kind.model_json_schema() if is_pydantic else _inlined(msgspec.json.schema(kind))
     except TypeError as error:  # the last line of msgspec's message names the type
         raise TypeError(str(error).splitlines()[-1]) from None
-    schema: JsonSchema = _closed(plain)
+    schema: TypeSchema = _closed(plain)
     return schema
 
 
-def _inlined(schema: JsonSchema) -> JsonSchema:
+def _inlined(schema: TypeSchema) -> TypeSchema:
     """The schema with its root in place of a reference: OpenAI wants an object there."""
     reference = schema.get("$ref")
     if reference is None:
         return schema
-    definitions: dict[str, JsonSchema] = schema["$defs"]
+    definitions: dict[str, TypeSchema] = schema["$defs"]
     name = reference.rpartition("/")[2]
     root = definitions[name]
     others = {key: each for key, each in definitions.items() if key != name}

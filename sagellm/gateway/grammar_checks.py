@@ -10,7 +10,7 @@ from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolUse, UnboundSche
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 CHECK_S = 0.25  # CPU time for the grammar of one request; more is refused as its fault
@@ -50,30 +50,32 @@ def invalid_grammar(param: str, reason: str) -> ApiError:
 
 
 def call_grammar(
-    form: ChatFormat, use: ToolUse, prompt: str, special_tokens: SpecialTokens
+    form: ChatFormat,
+    use: ToolUse,
+    prompt: str,
+    *,
+    special_tokens: SpecialTokens,
+    response: Grammar | None = None,
 ) -> Grammar | None:
     """Return the grammar of answers that call tools; None if any text may be an answer.
 
-    Raises ApiError (400) that names the first tool whose parameters cannot be a grammar. Blocks the
-    thread.
+    `response`: the checked grammar of an answer that calls no tool; None: any text. Raises ApiError
+    (400) that names the first tool whose parameters cannot be a grammar. Blocks the thread.
     """
+
+    def make(use: ToolUse) -> Grammar | None:
+        grammar = form.grammar(use, prompt, response=response, special_tokens=special_tokens)
+        if grammar is not None:
+            check_grammar(grammar)
+        return grammar
+
     try:
-        return _checked(form, use, prompt, special_tokens)
+        return make(use)
     except (GrammarError, UnboundSchema) as error:
         reason = str(error)
     for index, tool in enumerate(use.tools):
         try:
-            alone = msgspec.structs.replace(use, tools=(tool,))
-            _checked(form, alone, prompt, special_tokens)
+            make(msgspec.structs.replace(use, tools=(tool,)))
         except (GrammarError, UnboundSchema) as error:
             raise invalid_grammar(f"tools[{index}].function.parameters", str(error)) from None
     raise invalid_grammar("tools", reason)
-
-
-def _checked(
-    form: ChatFormat, use: ToolUse, prompt: str, special_tokens: SpecialTokens
-) -> Grammar | None:
-    grammar = form.grammar(use, prompt, special_tokens=special_tokens)
-    if grammar is not None:
-        check_grammar(grammar)
-    return grammar

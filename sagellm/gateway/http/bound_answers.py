@@ -6,7 +6,7 @@ from sagellm.gateway.gateway import Gateway, HostedModel
 from sagellm.gateway.grammar_checks import call_grammar
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 
@@ -44,34 +44,30 @@ async def chat_grammar(
 
     `check_tool_use` has passed. Raises ApiError.
     """
-    if not _binds(use):
+    if not use.allowed:
         return await response_grammar(gateway, served, asked, prompt)
     # An answer that must be calls is no text of a response format.
-    special = served.special_tokens
-    return await gateway.grammars.run(
-        "tools", lambda: call_grammar(served.format, use, prompt, special)
-    )
+    response = None if use.must_call else await response_grammar(gateway, served, asked)
+    if not use.needs_grammar(response):
+        return None
+
+    def make() -> Grammar | None:
+        special = served.special_tokens
+        form = served.format
+        return call_grammar(form, use, prompt, special_tokens=special, response=response)
+
+    return await gateway.grammars.run("tools", make)
 
 
-def check_tool_use(served: HostedModel, asked: ChatRequest, use: ToolUse) -> None:
+def check_tool_use(served: HostedModel, use: ToolUse) -> None:
     """Raise ApiError (400) for tools that the model or its engine cannot be given."""
     if not use.allowed:
         return
     if not served.format.takes_tools:
         cure = "leave them out, or send `tool_choice`: `none`"
         raise _unsupported("tools", f"the chat template of this model knows no tools; {cure}")
-    if _binds(use):
+    if use.is_bound:
         _check_able(served, "tool_choice" if use.must_call else "tools")
-    constraint = constraint_of(asked)
-    if constraint is not None and not use.must_call:
-        first = constraint.param.partition(".")[0]
-        cure = "leave one of them out, or send `tool_choice`: `none` or `required`"
-        raise wrong(first, f"stands beside `tools` that the model may call or not; {cure}")
-
-
-def _binds(use: ToolUse) -> bool:
-    """Whether a grammar binds the calls."""
-    return use.must_call or any(tool.strict for tool in use.allowed)
 
 
 def _check_able(served: HostedModel, param: str) -> None:

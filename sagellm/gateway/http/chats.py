@@ -36,7 +36,7 @@ async def chat_call(
     use = NO_TOOLS
     if asked.tools:
         use = tool_use_of(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
-        check_tool_use(served, asked, use)
+        check_tool_use(served, use)
     prompt = await chat_prompt(served, asked)
     grammar = None
     if asked.is_structured or use.allowed:

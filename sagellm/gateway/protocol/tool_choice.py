@@ -119,7 +119,7 @@ def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool)
         )
         for tool in tools
     )
-    if isinstance(choice, NamedTool):
-        return ToolUse(tools=specs, named=choice.function.name, parallel=parallel)
+    if isinstance(choice, NamedTool):  # one call, as in vLLM: clients expect no second one
+        return ToolUse(tools=specs, named=choice.function.name, parallel=False)
     assert not isinstance(choice, AllowedTools), "`read_chat` has replaced it"
     return ToolUse(tools=specs, choice=choice or "auto", parallel=parallel)

@@ -1,5 +1,6 @@
 """Answers from the grammars of all formats parse back to valid calls."""
 
+import json
 from itertools import product
 from typing import Any
 
@@ -17,7 +18,7 @@ from answer_parsing import (
     parsed,
 )
 
-from sagellm.chat_formats import FORMATS, Content, ToolSpec, ToolUse, UnboundSchema
+from sagellm.chat_formats import FORMATS, NO_TOOLS, Content, ToolSpec, ToolUse, UnboundSchema
 from sagellm.runtime.sampling import Grammar
 
 RICH: dict[str, Any] = {
@@ -191,6 +192,37 @@ def test_a_response_is_bound_after_its_reasoning(grammar: Grammar, text: str) ->
     optional = named("qwen3").response_grammar(grammar, "")
     assert tokens.accepts(optional, text)
     assert tokens.accepts(optional, f"<think>hm</think>{text}")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_free_answer_is_calls_or_a_response(name: str) -> None:
+    use, tokens = ToolUse(tools=(WEATHER, TIME)), tokens_of(name)
+    special = tokens.special_tokens
+    grammar = named(name).grammar(use, "", response=SCHEMA, special_tokens=special)
+    assert grammar is not None
+    kinds = set()
+    for seed in range(24):
+        parts = parsed(
+            name, Walk(tokens, grammar, seed, HINTS).text(), use=use, special_tokens=special
+        )
+        calls, texts = calls_in(parts), [part.text for part in parts if isinstance(part, Content)]
+        for tool, arguments in calls:
+            jsonschema_rs.validate(SCHEMAS[tool], arguments)
+        if name != "harmony" and not calls:  # harmony may write a preamble
+            jsonschema_rs.validate(json.loads(SCHEMA.text), json.loads("".join(texts)))
+        kinds.add(bool(calls))
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("response", [SCHEMA, None])
+def test_an_answer_that_must_call_is_no_response(response: Grammar | None) -> None:
+    bound = named("hermes").grammar(REQUIRED, "", response=response)
+    assert bound == named("hermes").grammar(REQUIRED, "")
+
+
+def test_an_answer_without_tools_needs_no_grammar_of_calls() -> None:
+    assert named("hermes").grammar(NO_TOOLS, "", response=SCHEMA) is None
+    assert named("harmony").grammar(NO_TOOLS, "", response=SCHEMA) is None
 
 
 def test_a_response_without_reasoning_keeps_its_grammar() -> None:

@@ -3,11 +3,15 @@
 from typing import Any
 
 import pytest
+from answer_parsing import ByteTokens
+from llguidance import LLMatcher
 
-from sagellm.chat_formats import ToolSpec, UnboundSchema
+from sagellm.chat_formats import FORMATS, ToolSpec, ToolUse, UnboundSchema
 from sagellm.chat_formats.tool_schema import (
     check_bound,
+    closed,
     constants,
+    loosened,
     members_of,
     resolved,
     schema_of,
@@ -72,3 +76,72 @@ def test_only_a_strict_tool_must_have_a_schema_that_can_be_bound() -> None:
 def test_arguments_are_an_object() -> None:
     assert schema_of(ToolSpec(name="f")) == {"type": "object"}
     assert schema_of(ToolSpec(name="f", parameters={"required": ["x"]}))["type"] == "object"
+
+
+LOOSE: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "not": {"type": "string", "not": {"const": "a"}, "format": "odd", "minLength": 1},
+        "list": {"type": "array", "items": {"contains": {}, "type": "null"}, "uniqueItems": True},
+        "one": {"oneOf": [{"type": "string", "if": {}}, True]},
+        "date": {"format": "date"},
+    },
+    "minProperties": 2,
+    "additionalProperties": {"propertyNames": {}},
+    "$defs": {"a": {"not": {}}, "b": True},
+}
+
+
+def test_keywords_that_no_grammar_can_express_are_left_out() -> None:
+    assert loosened(LOOSE) == {
+        "type": "object",
+        "properties": {
+            "not": {"type": "string", "minLength": 1},
+            "list": {"type": "array", "items": {"type": "null"}},
+            "one": {"anyOf": [{"type": "string"}, True]},
+            "date": {"format": "date"},
+        },
+        "additionalProperties": {},
+        "$defs": {"a": {}, "b": True},
+    }
+
+
+def test_a_loose_schema_is_one_that_llguidance_takes() -> None:
+    tool = ToolSpec(name="f", parameters=LOOSE)
+    grammar = FORMATS["hermes"].grammar(ToolUse(tools=(tool,), choice="required"), "")
+    assert grammar is not None
+    ByteTokens().matcher(grammar)
+    strict = ToolUse(tools=(ToolSpec(name="f", parameters=LOOSE, strict=True),), named="f")
+    bound = FORMATS["hermes"].grammar(strict, "")
+    assert bound is not None
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(bound.text))
+
+
+def test_objects_have_the_properties_that_are_named() -> None:
+    inner: dict[str, Any] = {"properties": {"y": {}}, "required": ["y"]}
+    schema = {"type": "object", "properties": {"x": {"items": inner}}, "$defs": {"d": inner}}
+    shut = {**inner, "additionalProperties": False}
+    assert closed(schema) == {
+        "type": "object",
+        "properties": {"x": {"items": shut}},
+        "$defs": {"d": shut},
+        "additionalProperties": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {"properties": {"x": {}}, "additionalProperties": {"type": "string"}},
+        {"properties": {"x": {}}, "patternProperties": {"^a": {}}},
+        {"properties": {"x": {}}, "required": ["y"]},
+        {"properties": {"x": {}}, "required": [["x"]]},
+        {"properties": {"x": {}}, "required": 1},
+        {"properties": {"x": {}}, "anyOf": [{"properties": {"y": {}}}]},
+        {"items": {"allOf": [{"properties": {"x": {}}}, {"properties": {"y": {}}}]}},
+        {"enum": [{"properties": {}}], "properties": 1},
+    ],
+)
+def test_a_schema_that_names_more_or_joins_objects_stays_open(schema: dict[str, Any]) -> None:
+    assert closed(schema) == schema

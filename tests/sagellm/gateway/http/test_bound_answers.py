@@ -11,7 +11,7 @@ from gateway_calls import Answered, last, playing, post
 from sagellm.gateway import grammar_checks
 from sagellm.gateway.http import bound_answers
 from sagellm.gateway.http.endpoints import chat, completions
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.messages import Request
 from sagellm.runtime.sampling import Grammar
 
@@ -176,10 +176,18 @@ async def test_a_schema_that_a_strict_tool_cannot_keep_is_refused():
 
 
 @pytest.mark.parametrize("fields", [{"response_format": FORMAT}, {"guided_regex": "a"}])
-async def test_an_answer_is_not_calls_or_a_schema(fields):
-    found = error(await refused(HERMES, tools=TOOLS, **fields))
-    assert found["param"] == next(iter(fields))
-    assert "leave one of them out" in found["message"]
+async def test_an_answer_beside_tools_is_calls_or_has_the_form(fields):
+    grammar = (await asked(HERMES, tools=TOOLS, **fields)).sampling.grammar
+    assert grammar is not None
+    check_grammar(grammar)
+    assert "calls | response" in grammar.text
+    assert "<tool_call>" in grammar.text
+
+
+async def test_a_wrong_form_beside_tools_is_refused_by_its_field():
+    wrong = {**FORMAT, "json_schema": {"name": "n", "schema": WRONG}}
+    found = error(await refused(HERMES, tools=TOOLS, response_format=wrong))
+    assert found["param"] == "response_format.json_schema.schema"
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", F])

@@ -87,6 +87,11 @@ def test_calls_may_be_parallel_unless_the_request_says_otherwise() -> None:
     assert not use(tool("f"), parallel_tool_calls=False).parallel
 
 
+def test_a_named_tool_is_called_once() -> None:
+    named = {"type": "function", "function": {"name": "f"}}
+    assert not use(tool("f"), tool_choice=named).parallel
+
+
 @pytest.mark.parametrize("choice", [None, "none", "auto"])
 def test_without_tools_a_choice_does_no_harm(choice: Any) -> None:
     assert not use(choice=choice).allowed

@@ -5,17 +5,14 @@ Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from sagellm.chat_formats.answer_readers import ReasoningTags
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
+from sagellm.chat_formats.tool_schema import ToolSchema, closed, loosened, schema_of
 from sagellm.runtime.sampling import Grammar
 
 ANY_TEXT = "/(?s:.*)/"
-# Models write JSON with or without one space after `,` and `:`. With free white space, a weak model
-# may write spaces without end.
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 def literal(text: str) -> str:
@@ -31,13 +28,13 @@ def marker(text: str, special_tokens: SpecialTokens) -> str:
 
 def arguments(tool: ToolSpec) -> str:
     """The arguments of a tool as JSON."""
-    return inline_json({"type": "object", **(tool.parameters or {})}, is_strict=tool.strict)
+    return inline_json(schema_of(tool), is_strict=tool.strict)
 
 
-def inline_json(schema: Mapping[str, Any], *, is_strict: bool) -> str:
-    """A JSON value. If not `is_strict`, keywords that a grammar cannot express are left out."""
-    options = _JSON_OPTIONS if is_strict else {**_JSON_OPTIONS, "lenient": True}
-    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+def inline_json(schema: ToolSchema, *, is_strict: bool) -> str:
+    """A JSON value. If not `is_strict`, keywords that no grammar can express are left out."""
+    bound = closed(schema if is_strict else loosened(schema))
+    return "%json " + json.dumps(bound, ensure_ascii=False)
 
 
 def json_call(tool: ToolSpec, member: str) -> str:
