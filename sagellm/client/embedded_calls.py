@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from sagellm.chat_formats import OpenParser, open_plain_parser
+from sagellm.chat_formats import OpenParser, ToolUse, open_plain_parser
 from sagellm.client.http_calls import CHAT, encode_json
 from sagellm.client.responses import NOT_OFFERED, ClientError
 from sagellm.gateway.api_errors import wrong
@@ -112,13 +112,10 @@ def _session_call(
 def _chat_call(request: ChatRequest, session: SessionEncoder) -> SessionCall:
     served = _hosted(session)
     use = tool_use_of(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
-    check_tool_use(served, request, use)
+    check_tool_use(served, use)
     prompt = _chat_prompt(request, session)
     special = served.special_tokens
-    if use.must_call or constraint_of(request) is None:
-        grammar = call_grammar(served.format, use, prompt.text, special)
-    else:
-        grammar = _bound_grammar(request, served, prompt.text)
+    grammar = _chat_grammar(request, served, use, prompt.text)
     call = _session_call(request, prompt, session, grammar)
     if not (use.allowed or served.format.has_reasoning):
         return call
@@ -133,6 +130,18 @@ def _chat_call(request: ChatRequest, session: SessionEncoder) -> SessionCall:
         partial(served.format.open_parser, use, prompt.text, special_tokens=dropped),
         request.include_reasoning,
     )
+
+
+def _chat_grammar(
+    request: ChatRequest, served: HostedModel, use: ToolUse, prompt: str
+) -> Grammar | None:
+    if not use.allowed:
+        return _bound_grammar(request, served, prompt)
+    response = None if use.must_call else _bound_grammar(request)
+    if not use.needs_grammar(response):
+        return None
+    special = served.special_tokens
+    return call_grammar(served.format, use, prompt, special_tokens=special, response=response)
 
 
 def _hosted(session: SessionEncoder) -> HostedModel:
