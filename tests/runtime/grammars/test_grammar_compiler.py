@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from grammar_walks import allowed, json_tokenizer
-from sagellm.runtime.grammars.compiler import MAX_KEPT, GrammarCompiler
 
 from sagellm.runtime.grammars import GrammarError, compiled_grammar, compiler
 from sagellm.runtime.grammars.builders import choice_grammar
 from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
+from sagellm.runtime.grammars.grammar_compiler import MAX_KEPT, GrammarCompiler
 from sagellm.runtime.grammars.token_bytes import open_vocabulary
 from sagellm.runtime.sampling import Grammar
 
@@ -133,5 +133,7 @@ def test_a_grammar_that_reached_its_limits_is_compiled_anew(
 
 
 def test_torch_stays_out() -> None:
-    program = "import sys, sagellm.runtime.grammars.compiler; assert 'torch' not in sys.modules"
+    program = (
+        "import sys, sagellm.runtime.grammars.grammar_compiler; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
