@@ -178,7 +178,8 @@ def _check_prompt(prompt: str | list[Any], limits: RequestLimits) -> None:
 class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
     those of the k most likely as well. In a request that was read, `tools` are those that the model
-    sees: none if `tool_choice` is "none"; and `tool_choice` is no `AllowedTools`. Without `include_reasoning`, the answer has no reasoning.
+    sees: none if `tool_choice` is "none"; and `tool_choice` is no `AllowedTools`. Without
+    `include_reasoning`, the answer has no reasoning.
     """
 
     messages: Annotated[list[ConversationMessage], Meta(min_length=1)]

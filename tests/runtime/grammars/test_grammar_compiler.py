@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from grammar_walks import allowed, json_tokenizer
 
-from sagellm.runtime.grammars import GrammarError, compiled_grammar, compiler
+from sagellm.runtime.grammars import GrammarError, compiled_grammar, grammar_compiler
 from sagellm.runtime.grammars.builders import choice_grammar
 from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
 from sagellm.runtime.grammars.grammar_compiler import MAX_KEPT, GrammarCompiler
@@ -69,7 +69,7 @@ def test_the_number_of_kept_grammars_is_bounded(
 def test_the_bytes_of_kept_grammars_are_bounded(
     fresh: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "MAX_KEPT_BYTES", 1000)
+    monkeypatch.setattr(grammar_compiler, "MAX_KEPT_BYTES", 1000)
     for number in range(10):
         fresh.compile(choice_grammar([f"{number}" * 300]), "", ignores_eos=False)
     assert fresh.num_kept == 3
@@ -112,7 +112,7 @@ def test_the_vocabulary_is_opened_with_the_first_grammar(monkeypatch: pytest.Mon
         opened.append(1)
         return open_vocabulary(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compiler, "open_vocabulary", counted)
+    monkeypatch.setattr(grammar_compiler, "open_vocabulary", counted)
     fresh = GrammarCompiler(TOKENS, TOKENS.vocab_size, frozenset())
     assert not opened
     with ThreadPoolExecutor(4) as threads:
