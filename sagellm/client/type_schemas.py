@@ -20,10 +20,10 @@ def schema_of(kind: Any) -> TypeSchema:
     """The JSON schema of a type, with closed objects. Raises TypeError for any other value."""
     try:
         is_pydantic = isinstance(kind, PydanticModel)
-        plain = kind.model_json_schema() if is_pydantic else _inlined(msgspec.json.schema(kind))
+        plain = kind.model_json_schema() if is_pydantic else msgspec.json.schema(kind)
     except TypeError as error:  # the last line of msgspec's message names the type
         raise TypeError(str(error).splitlines()[-1]) from None
-    schema: TypeSchema = _closed(plain)
+    schema: TypeSchema = _closed(_inlined(plain))
     return schema
 
 

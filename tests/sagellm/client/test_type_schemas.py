@@ -58,9 +58,14 @@ def test_a_type_inside_is_a_definition_and_closed_too() -> None:
     assert schema["required"] == ["name", "place"]
 
 
-def test_a_type_that_holds_itself_stays_a_definition() -> None:
-    schema = schema_of(Place)
-    assert schema["$defs"]["Place"]["properties"] == schema["properties"]
+class Branch(pydantic.BaseModel):
+    branches: "list[Branch]"
+
+
+@pytest.mark.parametrize("kind", [Place, Branch])
+def test_a_type_that_holds_itself_stays_a_definition(kind: Any) -> None:
+    schema = schema_of(kind)
+    assert schema["$defs"][kind.__name__]["properties"] == schema["properties"]
 
 
 def test_an_open_map_stays_open() -> None:
