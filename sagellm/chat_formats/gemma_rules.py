@@ -141,10 +141,10 @@ class _Notation:
             return " ".join(['"{"', ' "," '.join(required), *more, '"}"'])
         if not optional:
             return '"{" "}"'
-        first = more = ""  # rules: members of which this one is the first, and members after it
+        first = rest = ""  # rules: the members from this one on, and those after a comma
         for name in reversed(optional):  # one rule with all choices would be quadratic
-            first = self._add(f"{name} {more} | {first}" if first else name)
-            more = self._add(f'("," {name})? {more}'.rstrip())
+            first = self._add(f"{name} {rest} | {first}" if first else name)
+            rest = self._add(f'("," {name})? {rest}'.rstrip())
         return f'"{{" {first}? "}}"'
 
     def _key(self, name: str) -> str:

@@ -30,9 +30,8 @@ from sagellm.chat_formats.lark_rules import (
     one_of,
     text_up_to,
 )
-from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import TextReading, TextSource, Write
+from sagellm.chat_formats.text_source import MarkerFinder, TextReading, TextSource, Write
 from sagellm.chat_formats.tool_schema import (
     ToolSchema,
     check_bound,
