@@ -26,6 +26,7 @@ from sagellm.gateway.protocol.request import (
     at_most,
     check_generation,
     check_model_name,
+    known_fields,
     read_fields,
 )
 from sagellm.gateway.protocol.structured_outputs import check_constraints
@@ -203,7 +204,12 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
     """Read a chat's body. Raises ApiError (400). The model's limits are checked later."""
-    said = read_fields(body, ChatRequest, limits)
+    return chat_request(read_json(body, max_depth=limits.json_depth), limits)
+
+
+def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
+    """Return the chat of a body that was parsed. Raises ApiError (400), as `read_chat`."""
+    said = known_fields(value, ChatRequest)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
     request = convert(said, ChatRequest)

@@ -34,6 +34,16 @@ def refused(**body: Any) -> ApiError:
     return caught.value
 
 
+def test_a_body_may_have_all_levels_though_a_chat_has_more() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(LIMITS.json_depth - 4):
+        schema = {"not": schema}
+    tool = {"type": "function", "name": "f", "parameters": schema}
+    (read_tool,) = read(tools=[tool]).chat.tools
+    assert read_tool.function.parameters == schema
+    refused(tools=[{**tool, "parameters": {"not": {"not": schema}}}])
+
+
 def item(**fields: Any) -> dict[str, Any]:
     return {"input": [fields]}
 
