@@ -17,6 +17,7 @@ from sagellm.builder import Graph
 from sagellm.cli.errors import RESOURCES, Failure
 from sagellm.cli.serve import (
     bound_socket,
+    check_data_dir,
     check_server_installed,
     engine_overrides,
     print_address,
@@ -77,6 +78,7 @@ async def serve_async(
     opening = graph.open() if isinstance(graph, Graph) else graph
     with _plain_errors():
         opening, settings = _prepared(opening, options)
+        check_data_dir(settings.data_dir)
         with _logs(log_level, options, settings), bound_socket(settings) as sock:
 
             def started(line: str) -> None:

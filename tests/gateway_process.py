@@ -75,9 +75,12 @@ def read_metrics(text: str) -> dict[str, float]:
 
 @contextmanager
 def served_process(
-    *options: str, graph: Path | str = NULL, key: str = "", **popen: Any
+    *options: str, graph: Path | str = NULL, key: str = "", ends_killed: bool = False, **popen: Any
 ) -> Iterator[ServedProcess]:
-    """`sagellm serve` until the block ends; it must have survived that, and end with 0."""
+    """`sagellm serve` until the block ends; it must have survived that, and end with 0.
+
+    `ends_killed`: it is killed by the block or at its end, and that is no fault.
+    """
     command = [sys.executable, "-m", "sagellm", "serve", str(graph), "--port", "0"]
     command += ["--log-level", "error", *(("--api-key", key) if key else ())]
     executor = os.environ.get("SAGELLM_TEST_EXECUTOR")  # see conftest
@@ -95,6 +98,8 @@ def served_process(
             if not _becomes_ready(served, process):
                 raise RuntimeError(f"no gateway answers: {_tail(log)!r}")
             yield served
+            if ends_killed:
+                return
             assert process.poll() is None, _tail(log)
             process.terminate()
             assert process.wait(STOP_S) == 0, _tail(log)

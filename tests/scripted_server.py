@@ -190,3 +190,41 @@ def telling(*words: str) -> Script:
         await call.done()
 
     return script
+
+
+def tool_call(name: str, arguments: str, index: int = 0) -> dict[str, Any]:
+    """A call of a tool, as answers have it."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{index}", "type": "function", "function": function}
+
+
+def calling(*calls: tuple[str, str], reasoning: str | None = None) -> Script:
+    """A script of a model that calls these tools first, and then repeats what they returned."""
+
+    async def script(call: Call) -> None:
+        results = [one["content"] for one in call.json["messages"] if one["role"] == "tool"]
+        if results:
+            return await telling(" ".join(results))(call)
+        asked = [tool_call(*each, index) for index, each in enumerate(calls)]
+        said = {"role": "assistant", "content": None, "tool_calls": asked, "reasoning": reasoning}
+        if not call.json.get("stream"):
+            choice = {"index": 0, "message": said, "finish_reason": "tool_calls"}
+            return await call.whole({"id": "x", "model": MODEL, "choices": [choice]})
+        await call.events(delta("", role="assistant"))
+        if reasoning:
+            await call.event(delta(None, reasoning=reasoning))
+        for index, each in enumerate(asked):
+            for part in _parts_of(each, index):
+                await call.event(delta(None, tool_calls=[part]))
+        await call.event(delta(None, "tool_calls"))
+        await call.done()
+
+    return script
+
+
+def _parts_of(call: dict[str, Any], index: int) -> list[dict[str, Any]]:
+    """The chunks of one tool call: its name first, and its arguments in two pieces."""
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    first = {**call, "index": index, "function": {"name": name, "arguments": ""}}
+    pieces = (arguments[:5], arguments[5:])
+    return [first, *({"index": index, "function": {"arguments": piece}} for piece in pieces)]

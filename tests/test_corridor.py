@@ -7,7 +7,7 @@ from corridor import corridor
 from house import MODULES, ROOT, floor_of
 
 # Above the backends, whose modules depend on the CPU; and of the gateway with the session.
-MOST_MODULES = 73
+MOST_MODULES = 76
 MOST_OF_THE_GATEWAY = 23
 
 

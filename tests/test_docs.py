@@ -19,9 +19,12 @@ from sagellm.cli.config_file import as_toml, read_config
 from sagellm.cli.serve_options import CONFIG_FILE_OPTIONS
 from sagellm.cli.setting import LIMITS as SET_BY_LIMIT
 from sagellm.cli.setting import settings_of
+from sagellm.gateway.batches.batch_store import MAX_RECORDS
+from sagellm.gateway.batches.input_lines import MAX_CUSTOM_ID_LEN
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
 from sagellm.gateway.grammar_checks import CHECK_S
 from sagellm.gateway.http.routes import ROUTES
+from sagellm.gateway.http.uploads import MAX_FIELD_BYTES, MAX_FILENAME_LEN
 from sagellm.gateway.protocol import other_apis
 from sagellm.gateway.protocol.anthropic_fields import SENT_OBJECTS, MessagesRequest
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
@@ -48,7 +51,7 @@ from sagellm.gateway.protocol.responses_fields import (
     ResponsesRequest,
 )
 from sagellm.gateway.protocol.tool_choice import MAX_TOOLS
-from sagellm.gateway.settings import Budget, RequestLimits, Streaming
+from sagellm.gateway.settings import Budget, RequestLimits, StorageLimits, Streaming
 from sagellm.graphs.text.yaml import load
 from sagellm.opening.checking import check_graph
 from sagellm.operators.policies import POLICIES
@@ -57,9 +60,9 @@ from sagellm.runtime.messages import CODES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-GRAPHS, STRUCTURE, SERVING, SECURITY, CONFIGURATION = (
+GRAPHS, STRUCTURE, SERVING, SECURITY, CONFIGURATION, BATCHES = (
     (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("graphs", "structure", "serving", "security", "configuration")
+    for name in ("graphs", "structure", "serving", "security", "configuration", "batches")
 )
 LIMITS = SECURITY.split("## Limits")[1].split("\n## ")[0]
 SERVED_AT = "http://127.0.0.1:8000"
@@ -165,12 +168,24 @@ def test_the_clients_in_the_docs_get_answers(
     assert capsys.readouterr().out.startswith("68")
 
 
+def test_the_batch_in_the_docs_is_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = block(BATCHES, "import json")
+    with served_process("--data-dir", str(tmp_path), graph="sage-tiny") as served:
+        exec(program.replace(SERVED_AT, served.url), {})
+    counts, *names = capsys.readouterr().out.splitlines()
+    assert "completed=100, failed=0" in counts
+    assert sorted(names) == sorted(f"sum-{number}" for number in range(100))
+
+
 def commands(text: str) -> list[str]:
     return [line.split(" #")[0].strip() for line in re.findall(r"^    sagellm (.+)", text, re.M)]
 
 
 @pytest.mark.parametrize(
-    "command", [*commands(README), *commands(SERVING), *commands(CONFIGURATION)]
+    "command",
+    [*commands(README), *commands(SERVING), *commands(CONFIGURATION), *commands(BATCHES)],
 )
 def test_the_options_in_the_docs_are_known(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -240,6 +255,7 @@ def test_the_scoring_in_the_docs_is_answered(url: str, capsys: pytest.CaptureFix
 
 def test_the_limits_in_the_docs_are_those_that_hold() -> None:
     limits, stream, budget = RequestLimits(), Streaming(), Budget()
+    storage = StorageLimits()
     for number in (
         limits.header_bytes >> 10, limits.num_headers, limits.header_s, limits.body_bytes >> 20,
         limits.all_bodies_bytes >> 20,
@@ -251,6 +267,9 @@ def test_the_limits_in_the_docs_are_those_that_hold() -> None:
         TOKENIZE_S, CHECK_S, MAX_ALTERNATIVES, stream.num_buffered_tokens,
         stream.num_buffered_bytes >> 10, stream.stall_s,
         budget.num_open, budget.num_waiting, budget.cancels_per_s,
+        storage.upload_bytes >> 20, storage.upload_s, storage.num_files, storage.files_bytes >> 20,
+        storage.all_files_bytes >> 20, storage.num_batches, storage.num_batch_requests,
+        storage.num_batch_calls, MAX_CUSTOM_ID_LEN, MAX_FILENAME_LEN, MAX_RECORDS, MAX_FIELD_BYTES,
     ):  # fmt: skip
         shown = f"{number:,}".removesuffix(".0")
         assert re.search(rf"(?<![\d.,]){shown}(?!\d)", LIMITS), number

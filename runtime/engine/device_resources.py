@@ -15,7 +15,7 @@ from sagellm.runtime.engine.output import IncrementalDetokenizer, OutputText
 from sagellm.runtime.engine.runner import DeviceQueue, DeviceRunner, EngineResources, OpenOutputText
 from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks
 from sagellm.runtime.engine.speculation import Drafter, Speculation
-from sagellm.runtime.grammars.compiler import GrammarCompiler
+from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.kv.memory import DeviceStorage, PoolBytes
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transport import Sharing

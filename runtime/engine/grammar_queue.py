@@ -12,7 +12,7 @@ from sagellm.backends.step import Matcher
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.compiler import GrammarCompiler
+from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.messages import FinishReason
 
 log = get_logger("sagellm.engine")

@@ -12,7 +12,7 @@ from sagellm.runtime.engine.batch import Batch, step_batch
 from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.output import OutputText
 from sagellm.runtime.engine.speculation import Speculation
-from sagellm.runtime.grammars.compiler import GrammarCompiler
+from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.kv.transport import Storage
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import EngineFacts, EngineHealth

@@ -21,6 +21,7 @@ LIMITS = LLParserLimits(
     precompute_large_lexemes=False,  # seconds for some expressions, and no limit bounds it
     verbose_errors=False,
 )
+DEAD_END = "NoExtensionBias"  # how llguidance says that no token may follow
 _MIN_FILLS = 500  # masks that a lexer must have served to be worth making anew
 # A mask may take this CPU time on average. A grammar with ambiguous rules passes every limit of
 # llguidance, and each of its masks takes longer than the one before.
@@ -72,12 +73,21 @@ class CompiledGrammar:
 
     def _compile(self) -> LLMatcher:
         start = LLMatcher(self._vocabulary, self._source.text, log_level=0, limits=LIMITS)
-        # llguidance finds some faults, and some exceeded limits, only at the first token.
+        # llguidance finds some faults, and some exceeded limits, only at the first two tokens.
         probe = start.deep_copy()
-        mask = np.frombuffer(probe.compute_bitmask(), np.uint8)
-        if not probe.is_error() and (first := np.flatnonzero(mask)).size:
-            bits = np.unpackbits(mask[first[:1]], bitorder="little")
-            probe.try_consume_tokens([int(first[0]) * 8 + int(bits.argmax())])
-        if probe.is_error():
+        if (token := _first_allowed(probe)) is not None:
+            probe.try_consume_tokens([token])
+            _first_allowed(probe)
+        if probe.is_error() and (token is None or not probe.get_error().startswith(DEAD_END)):
             raise GrammarError(reason(probe.get_error(), has_lines=self._source.has_lines))
         return start
+
+
+def _first_allowed(matcher: LLMatcher) -> int | None:
+    """The lowest token that may follow; None after an error."""
+    mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    allowed = np.flatnonzero(mask)
+    if matcher.is_error() or not allowed.size:
+        return None
+    lowest = np.unpackbits(mask[allowed[:1]], bitorder="little").argmax()
+    return int(allowed[0]) * 8 + int(lowest)

@@ -10,9 +10,9 @@ from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.one_of import Disjointness
 from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
 
-# Between the tokens of JSON: one line break with indentation, or up to two blanks. json.dumps and
+# Between the tokens of JSON: up to two blanks, and one line break with indentation. json.dumps and
 # pretty-printers write no more; a model that likes blanks would write them for ever.
-WHITESPACE = r"\r?\n[ \t]{0,40}|[ \t]{1,2}"
+WHITESPACE = r"[ \t]{1,2}(\r?\n[ \t]{0,40})?|\r?\n[ \t]{0,40}"
 _OPTIONS = {"whitespace_pattern": WHITESPACE}  # all others have their default
 _OPTIONS_KEY = "x-guidance"
 

@@ -9,25 +9,29 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.json_schemas import schema_text
-from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
+from sagellm.runtime.grammars.regex_cost import check_regex_cost, num_optional, regex_cost
 
 MAX_LARK_CHARS = 64 << 10  # without the schemas in it
 MAX_GBNF_CHARS = 16 << 10  # the conversion takes time quadratic in it
 _BLANKS = re.compile(r"\s*")
 _GBNF_RULE = re.compile(r"(?m)^[ \t]*[\w-]+[ \t]*::=")
 _STRING = r'"(?:\\.|[^"\\\n])*"'
-_ATTRIBUTES = rf'\s*\[(?:{_STRING}|[^\]"]){{0,300}}\]'
+_ATTRIBUTES = rf'(?:{_STRING}|[^\]"]){{0,200}}\]'
+_LINE = r"(?:\A|\n)[ \t]*[?!]*"
 _TOKEN = re.compile(
     rf"""
       (?P<comment>(?://|\#)[^\n]*)
     | (?P<string>{_STRING}i?)
     | /(?P<regex>(?:\\.|[^/\\])+)/[imslux]*
-    | %(?P<block>json|regex)\b
+    | (?P<json>%json\b)
+    | (?P<regex_block>%regex\b)
     | (?P<special><[^<>\s]+>)
-    | (?P<head>[A-Za-z_][\w-]*)(?:{_ATTRIBUTES})?(?:\.-?\d+|::\w+)?[ \t]*:(?!:)
-    | (?P<name>[A-Za-z_][\w-]*)(?P<bracket>\s*\[)?
-    | [^A-Za-z_"/%<\#]+
-    | (?P<stray>["/])                           # scanning on from each would take quadratic time
+    | {_LINE}(?P<head>[A-Za-z_][\w-]*)(?:\s*\[{_ATTRIBUTES})?(?:\.-?\d+|::\w+)?[ \t]*:(?!:)
+    | (?P<unclear>{_LINE}[A-Za-z_][\w-]*\s*\[)(?!{_ATTRIBUTES})
+    | (?P<name>[A-Za-z_][\w-]*)
+    | (?:[ \t]*\n)+(?=[ \t]*\n)
+    | (?P<sign>[^A-Za-z_"/%<\#\n]+)
+    | (?P<stray>["/])                    # it is refused: scanning on from each takes quadratic time
     | .
     """,
     re.VERBOSE | re.DOTALL,
@@ -39,11 +43,11 @@ _ATTRIBUTE = re.compile(r"[\[,]\s*(stop|stop_capture|max_tokens|temperature)\s*=
 
 @dataclass(slots=True)
 class _Definition:
-    """A rule or a terminal. `names`: how often the body has each name. `size`: characters of it.
-    `regexes`: the cost of its regular expressions.
+    """A rule or a terminal. `num_optional`: its optional parts, also those in its regular
+    expressions. `regexes`: the cost of these. `names`: how often the body has each name.
     """
 
-    size: int = 0
+    num_optional: int = 0
     regexes: int = 0
     names: "Counter[str]" = field(default_factory=Counter)
 
@@ -53,8 +57,6 @@ def lark_text(text: str) -> str:
     grammar is too expensive, or has what is not taken.
     """
     pieces, definitions = _scan(text)
-    if sum(each.size for each in definitions.values()) > MAX_LARK_CHARS:
-        raise GrammarError(f"the grammar is longer than {MAX_LARK_CHARS >> 10} KiB")
     check_regex_cost(_cost(definitions))
     return "".join(pieces)
 
@@ -83,32 +85,36 @@ def from_gbnf(text: str) -> str:
 def _scan(text: str) -> tuple[list[str], dict[str, _Definition]]:
     """The pieces of the text, with schemas as they are compiled, and its definitions."""
     pieces: list[str] = []
-    current, position = _Definition(), 0
+    current, position, size = _Definition(), 0, 0
     definitions = {"": current}
     while found := _TOKEN.match(text, position):
         position = found.end()
         piece = found[0]
-        if head := found["head"]:
-            _check_attributes(piece)
-            current = definitions.setdefault(head, _Definition())
-        elif block := found["block"]:
-            piece, position = _block(text, block, position)
-        elif name := found["name"]:
-            if found["bracket"] and _begins_line(pieces):
+        match kind := found.lastgroup:
+            case "head":
+                _check_attributes(piece)
+                current = definitions.setdefault(found["head"], _Definition())
+            case "json" | "regex_block":
+                piece, position = _block(text, kind, position)
+            case "name":
+                current.names[piece] += 1
+            case "regex":
+                current.num_optional += num_optional(piece)
+                current.regexes += regex_cost(found["regex"])
+            case "sign":
+                current.num_optional += num_optional(piece) + piece.count("[") + piece.count("~")
+            case "string":
+                current.num_optional += len(piece) == len('""')
+            case "stray":
+                raise GrammarError("a string or a regular expression has no end")
+            case "unclear":
                 raise GrammarError("the attributes of a rule are not valid")
-            current.names[name] += 1
-        elif regex := found["regex"]:
-            current.regexes += regex_cost(regex)
-        elif found["stray"]:
-            raise GrammarError("the grammar has a string or a regular expression without an end")
-        if not found["block"] and not found["comment"]:
-            current.size += len(piece)
+        if kind not in ("json", "comment"):
+            size += len(found[0])
+        if size > MAX_LARK_CHARS:
+            raise GrammarError(f"the grammar is longer than {MAX_LARK_CHARS >> 10} KiB")
         pieces.append(piece)
     return pieces, definitions
-
-
-def _begins_line(pieces: list[str]) -> bool:
-    return not pieces or pieces[-1].rstrip(" \t").endswith("\n")
 
 
 def _check_attributes(head: str) -> None:
@@ -117,42 +123,48 @@ def _check_attributes(head: str) -> None:
 
 
 def _block(text: str, kind: str, position: int) -> tuple[str, int]:
-    """What is given to llguidance for the JSON after %json or %regex, and where that JSON ends."""
+    """What llguidance is given for %json or %regex and the JSON after it, and where that ends."""
     begin = _BLANKS.match(text, position).end()  # type: ignore[union-attr]  # it always matches
     try:
         found, end = json.JSONDecoder().raw_decode(text, begin)
-    except (ValueError, RecursionError):
-        raise GrammarError(f"what follows %{kind} is not valid JSON") from None
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    except ValueError:
+        raise GrammarError("what follows %json or %regex is not valid JSON") from None
     if not isinstance(found, dict):
-        raise GrammarError(f"what follows %{kind} is not a JSON object")
-    return f"%{kind} {schema_text(found) if kind == 'json' else text[begin:end]}", end
+        raise GrammarError("what follows %json or %regex is not a JSON object")
+    return (f"%json {schema_text(found)}" if kind == "json" else f"%regex {text[begin:end]}"), end
 
 
 def _cost(definitions: dict[str, _Definition]) -> int:
-    """The cost of all regular expressions, and of terminals, which become regular expressions."""
-    sizes: dict[str, int] = {}
+    """The cost of the regular expressions in rules, and of terminals, which become such."""
+    totals: dict[str, int] = {}
     for name in definitions:
-        _measure(name, definitions, sizes)
-    terminals = sum(sizes[name] ** 2 for name in definitions if _is_terminal(name))
-    return terminals + sum(
-        each.regexes for name, each in definitions.items() if not _is_terminal(name)
+        _add_up(name, definitions, totals)
+    return sum(
+        totals[name] ** 2 if _is_terminal(name) else each.regexes
+        for name, each in definitions.items()
     )
 
 
-def _measure(name: str, definitions: dict[str, _Definition], sizes: dict[str, int]) -> None:
-    """Set the size of a terminal with the terminals that it names. Circles are refused later."""
+def _add_up(name: str, definitions: dict[str, _Definition], totals: dict[str, int]) -> None:
+    """Set the number of optional parts of a terminal with the terminals that it names. llguidance
+    refuses circles.
+    """
     waiting = [name]
     while waiting:
         current = waiting[-1]
-        sizes.setdefault(current, 0)  # until it is known: in a circle, it stays so
-        inner = [one for one in definitions[current].names if _is_terminal(one)]
-        unknown = [one for one in inner if one in definitions and one not in sizes]
-        if unknown:
+        totals.setdefault(current, 0)  # until it is known: in a circle, it stays so
+        inner = {
+            one: number
+            for one, number in definitions[current].names.items()
+            if one in definitions and _is_terminal(one)
+        }
+        if unknown := inner.keys() - totals.keys():
             waiting += unknown
             continue
-        counts = definitions[current].names
-        sizes[current] = definitions[current].size + sum(
-            counts[one] * sizes.get(one, 0) for one in inner
+        totals[current] = definitions[current].num_optional + sum(
+            number * totals[one] for one, number in inner.items()
         )
         waiting.pop()
 

@@ -4,17 +4,18 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import compress, count
 from operator import ne
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from sagellm.backends.step import MatcherError
-from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
+from sagellm.runtime.grammars.compiled_grammar import DEAD_END, CompiledGrammar
 from sagellm.runtime.grammars.reasons import reason
 
 Mask = npt.NDArray[np.int32]
 _BITS = 32
-_DEAD_END = "NoExtensionBias"  # how llguidance says that no token may follow
+_NO_STATES = "too many states"  # it may not say so, and only consume nothing
 
 
 class GrammarMatcher:
@@ -29,6 +30,7 @@ class GrammarMatcher:
         self._age, self._matcher = grammar.copy()
         self.vocab_size = vocab_size
         self._consumed: list[int] = []
+        self._refused: int | None = None  # the token that is known not to follow `_consumed`
         # One more token than the model has: see `open_vocabulary`.
         self._words: Mask = np.zeros(vocab_size // _BITS + 1, np.int32)
         self._end_bits = _bits(end_ids)
@@ -58,29 +60,52 @@ class GrammarMatcher:
             num_kept = next(compress(count(), map(ne, output, consumed)), shorter)
             self._roll_back(num_kept)
         if rest := output[num_kept:]:
-            num_taken = self._matcher.try_consume_tokens(list(rest))
-            consumed += rest[:num_taken]
-            if self._matcher.is_error():
-                self._restart(self._matcher.get_error())
+            self._consume(list(rest))
         return len(consumed) == len(output)
+
+    def _consume(self, rest: list[int]) -> None:
+        """Consume the tokens up to the first that leaves the grammar. Raises MatcherError."""
+        if self._matcher.is_error():
+            return  # after a dead end, from which no token leads on
+        for is_renewed in (False, True):
+            num_taken = self._matcher.try_consume_tokens(rest)
+            if num_taken:
+                self._consumed += rest[:num_taken]
+                self._refused = None
+                rest = rest[num_taken:]
+            if not self._matcher.is_error() and (not rest or self._refuses(rest[0])):
+                return
+            if is_renewed:
+                self._fail()
+            self._restart()
+
+    def _refuses(self, token: int) -> bool:
+        """Whether the mask forbids a token that was not consumed. If not, a limit is the cause."""
+        if token == self._refused:
+            return True
+        if self._is_computed():
+            is_allowed = bool(self._words[token // _BITS] >> token % _BITS & 1)
+        else:
+            is_allowed = not self._is_dead_end
+        self._refused = None if is_allowed else token
+        return not is_allowed
 
     def _roll_back(self, num_kept: int) -> None:
         num_dropped = len(self._consumed) - num_kept
         del self._consumed[num_kept:]
+        self._refused = None
         if not self._matcher.rollback(num_dropped):  # after a dead end, for instance
             self._age, self._matcher = self._grammar.copy()
             self._replay()
 
     def _compute(self) -> bool:
-        """Compute the words of the mask. Returns whether a token may follow."""
+        """Compute the mask. Returns whether any token may follow. Raises MatcherError."""
         if self._is_computed():
             return True
-        if (fault := self._matcher.get_error()).startswith(_DEAD_END):
+        if self._is_dead_end:
             return False
-        self._restart(fault)
-        if self._is_computed():
-            return True
-        raise MatcherError(reason(self._matcher.get_error()))
+        self._restart()
+        return self._is_computed() or self._fail()
 
     def _is_computed(self) -> bool:
         words = self._words
@@ -89,8 +114,13 @@ class GrammarMatcher:
             words[word] &= ~bit
         return not self._matcher.is_error()
 
-    def _restart(self, fault: str) -> None:
-        """Go on with another lexer. Raises MatcherError."""
+    @property
+    def _is_dead_end(self) -> bool:
+        return self._matcher.get_error().startswith(DEAD_END)
+
+    def _restart(self) -> None:
+        """Go on with another lexer after an error. Raises MatcherError."""
+        fault = self._matcher.get_error() or _NO_STATES
         self._age, self._matcher = self._grammar.renewed(self._age, fault)
         self._replay()
 
@@ -98,7 +128,11 @@ class GrammarMatcher:
         """Let a new matcher consume what the last one had consumed. Raises MatcherError."""
         self._matcher.try_consume_tokens(self._consumed)
         if self._matcher.is_error():
-            raise MatcherError(reason(self._matcher.get_error()))
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        self._grammar.is_exhausted = True
+        raise MatcherError(reason(self._matcher.get_error() or _NO_STATES))
 
     def _allow_all(self, mask: Mask) -> None:
         mask[:] = -1

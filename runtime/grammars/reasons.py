@@ -44,6 +44,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("too many digits", "multipleOf: the number has too many digits"),
     ("invalid multiple of", "multipleOf: the number is not above 0"),
     ("recursion limit exceeded", "the schema is nested too deeply"),
+    ("stack level exceeded", "the schema combines schemas too deeply"),
     ("nested too deeply", "the grammar is nested too deeply"),
     ("nest limit", "a regular expression is nested too deeply"),
     ("look-around", "a regular expression has a look-ahead or look-behind: these are not"

@@ -54,12 +54,13 @@ class _Vocabulary:
 
 def _check_spelling(tokenizer: Tokenizer, plain: list[int], tokens: list[bytes]) -> None:
     """Raise GrammarError if the decoder makes other texts of tokens than their bytes."""
-    tried = plain[:: len(plain) // _NUM_TRIED + 1]
-    texts = {index: tokens[index].decode(errors="ignore") * 2 for index in tried}
+    texts = {
+        index: text
+        for index in plain[:: len(plain) // _NUM_TRIED + 1]
+        if (text := (2 * tokens[index].decode(errors="ignore")).strip())
+    }
     wrong = [
-        index
-        for index, text in texts.items()
-        if text.strip() and tokenizer.decode([index, index]).strip() != text.strip()
+        index for index, text in texts.items() if tokenizer.decode([index, index]).strip() != text
     ]
     if 2 * len(wrong) > len(texts):
         raise GrammarError("the tokenizer of this model writes tokens that no grammar can follow")

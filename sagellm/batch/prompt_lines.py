@@ -9,9 +9,10 @@ import msgspec
 import trio
 from msgspec import UNSET, Meta, UnsetType
 
+from sagellm.batch.line_grammars import LineFormat, LineOutputs, line_grammar
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.messages import PRIORITIES
-from sagellm.runtime.sampling import Sampling
+from sagellm.runtime.sampling import Grammar, Sampling
 
 CHUNK_BYTES = 1 << 20
 
@@ -101,6 +102,9 @@ class LineFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     skip_special_tokens: bool | UnsetType = UNSET
     ignore_eos: bool | UnsetType = UNSET
     n: int | UnsetType = UNSET
+    grammar: Grammar | UnsetType | None = UNSET
+    response_format: LineFormat | UnsetType | None = UNSET
+    structured_outputs: LineOutputs | UnsetType | None = UNSET
     priority: LinePriority | UnsetType = UNSET
 
 
@@ -287,7 +291,8 @@ def _sampling(line: LineFields) -> dict[str, Any]:
         )
     if "stop_token_ids" in fields:
         fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
-    return fields
+    grammar = line_grammar(line.grammar, line.response_format, line.structured_outputs)
+    return fields if grammar is None else {**fields, "grammar": grammar}
 
 
 def _request_fields(line: LineFields, names: tuple[str, ...]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`sagellm chat`: a conversation on the terminal with any OpenAI-compatible server."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -12,6 +12,7 @@ import msgspec
 import trio
 from cyclopts import Parameter
 
+from sagellm.cli.chat_tools import ChatTools, load_tools
 from sagellm.cli.complete import (
     RequestSamplingOptions,
     ServerOptions,
@@ -22,8 +23,10 @@ from sagellm.cli.complete import (
     show_stats,
     translate_client_errors,
 )
-from sagellm.cli.errors import INTERRUPTED, Failure, explain, show_failure
+from sagellm.cli.errors import FAILED, INTERRUPTED, Failure, explain, show_failure
+from sagellm.cli.grammar_options import GrammarOptions
 from sagellm.client.http_calls import first_model_of
+from sagellm.client.tool_loop import ToolLoop, ToolsUnfinished
 from sagellm.graphs.vocabulary import nearest
 
 with suppress(ImportError):  # importing readline adds line editing to `input`; optional
@@ -39,7 +42,10 @@ def chat(
     *,
     server: ServerOptions = ServerOptions(),  # noqa: B008 - frozen
     sampling: RequestSamplingOptions = RequestSamplingOptions(),  # noqa: B008 - frozen
+    grammar: GrammarOptions = GrammarOptions(),  # noqa: B008 - frozen
     system: str | None = None,
+    tools: Path | None = None,
+    yes: bool = False,
     question: Annotated[
         str | None, Parameter(name=("--question", "-q"), allow_leading_hyphen=True)
     ] = None,
@@ -52,6 +58,10 @@ def chat(
     ----------
     system
         What the model is told first.
+    tools
+        A Python file, whose public functions the model may call. You are asked before each call.
+    yes
+        Make the calls of tools without asking.
     question
         Ask this alone, print the answer and leave; `-` reads it from stdin.
     stats
@@ -62,7 +72,12 @@ def chat(
     if json and question is None:
         raise Failure("--json needs a question", "add --question TEXT")
     only = None if question is None else read_text(question, "--question")
-    session = ChatSession(_resolved(server), sampling, has_usage=stats or json)
+    options = {**sampling.given, **grammar.fields}
+    if stats or json:
+        options["stream_options"] = {"include_usage": True}
+    with translate_client_errors():
+        offered = load_tools(tools, yes=yes)
+    session = ChatSession(_resolved(server), options, offered)
     if system is not None:
         session.append("system", system)
     return _converse(session, stats) if only is None else _answer_once(session, only, stats, json)
@@ -82,12 +97,15 @@ def _resolved(server: ServerOptions) -> ServerOptions:
 
 @dataclass
 class ChatSession:
-    """A conversation. `messages` keep the received part of an answer that the user stopped."""
+    """A conversation. `messages` keep the received part of an answer that the user stopped.
+
+    `options`: those of each call, with names of the client.
+    """
 
     server: ServerOptions
-    sampling: RequestSamplingOptions
-    has_usage: bool = False
-    messages: list[dict[str, str]] = field(default_factory=list)
+    options: Mapping[str, Any]
+    tools: ChatTools = field(default_factory=ChatTools)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def append(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
@@ -102,29 +120,41 @@ class ChatSession:
         return {"model": self.server.model, "messages": self.messages}
 
     def ask(self, question: str, *, silent: bool = False) -> StreamedAnswer:
-        """Send a question, and print the answer while it streams. Raises Failure.
+        """Send a question, make the calls of tools, and print the answer while it streams.
 
-        A question without an answer is removed from `messages`.
+        A question without an answer is removed from `messages`. Raises Failure.
         """
-        self.append("user", question)
-        try:
-            with translate_client_errors():
-                answer = trio.run(self._answer, silent)
-        except BaseException:  # also Ctrl-C: the next request must not contain a failed question
-            self.messages.pop()
-            raise
-        if answer.text:
-            self.append("assistant", answer.text)
-        else:
-            self.messages.pop()
+        asked = [*self.messages, {"role": "user", "content": question}]
+        with translate_client_errors():
+            loop = ToolLoop(asked, self.tools.functions, self.options)
+            answer = self._answered(loop, silent)
+        if answer.is_stopped and answer.text:
+            loop.messages.append({"role": "assistant", "content": answer.text})
+        if answer.text:  # only now: the next request must not contain a failed question
+            self.messages = loop.messages
         return answer
 
-    async def _answer(self, silent: bool) -> StreamedAnswer:
-        options: dict[str, Any] = {**self.sampling.given}
-        if self.has_usage:
-            options["stream_options"] = {"include_usage": True}
+    def _answered(self, loop: ToolLoop, silent: bool) -> StreamedAnswer:
+        """Ask the model until it answers. Raises ClientError, Failure."""
+        while True:
+            is_silent = silent or not loop.has_answer_next
+            answer = trio.run(self._answer, loop, is_silent)
+            if answer.reply is None:
+                return answer
+            try:
+                for call in loop.take(answer.reply):
+                    loop.add_result(call, self.tools.run(call, loop.box))
+            except ToolsUnfinished as error:
+                raise Failure(error.message, "ask for less at once", code=FAILED) from None
+            except KeyboardInterrupt:
+                print("\nstopped", file=sys.stderr)
+                return StreamedAnswer(is_stopped=True)
+            if loop.is_over:
+                return answer
+
+    async def _answer(self, loop: ToolLoop, silent: bool) -> StreamedAnswer:
         async with self.server.client() as client:
-            asking = client.chat(self.messages, self.server.model, stream=True, **options)
+            asking = client.chat(loop.messages, self.server.model, stream=True, **loop.fields)
             return await print_stream(asking, silent=silent)
 
 
@@ -242,6 +272,12 @@ def _save(session: ChatSession, argument: str) -> None:
     print(f"saved to {path}", file=sys.stderr)
 
 
+def _tools(session: ChatSession, argument: str) -> None:
+    lines = session.tools.descriptions or {"none": "start with --tools FILE to offer some"}
+    for name, description in lines.items():
+        print(f"  {name:<20} {description}", file=sys.stderr)
+
+
 def _exit(session: ChatSession, argument: str) -> None:
     raise _EndChat
 
@@ -249,6 +285,7 @@ def _exit(session: ChatSession, argument: str) -> None:
 COMMANDS: dict[str, Command] = {
     "/help": Command("show this list", _help),
     "/clear": Command("begin a new conversation; the system prompt stays", _clear),
+    "/tools": Command("list the tools that the model may call", _tools),
     "/save": Command("write the conversation to a new file, as JSON", _save, "FILE"),
     "/exit": Command("leave", _exit),
 }

@@ -10,6 +10,7 @@ import msgspec
 import trio
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.console import Console
 
 from sagellm.cli.errors import (
     CONFIGURATION,
@@ -19,9 +20,11 @@ from sagellm.cli.errors import (
     Failure,
     drain_on_interrupt,
 )
+from sagellm.cli.grammar_options import GrammarOptions
 from sagellm.client.http_calls import KEY_VARIABLE, first_model_of
-from sagellm.client.replies import AsyncReplyStream, Piece, Usage
-from sagellm.client.responses import NOT_OFFERED, TIMED_OUT, UNREACHABLE, ClientError
+from sagellm.client.replies import Piece, TextReply, Usage
+from sagellm.client.reply_streams import AsyncReplyStream
+from sagellm.client.responses import MISUSED, NOT_OFFERED, TIMED_OUT, UNREACHABLE, ClientError
 from sagellm.client.unified_async import AsyncUnifiedInferenceClient
 from sagellm.load import REFUSALS
 
@@ -91,7 +94,8 @@ class StreamedAnswer:
     text: str = ""
     finish_reason: str | None = None
     usage: Usage | None = None
-    num_pieces: int = 0  # pieces with text
+    reply: TextReply | None = None  # the whole answer, when the stream has ended
+    num_pieces: int = 0  # pieces with a part of the answer
     ttft_s: float | None = None
     last_s: float | None = None  # the time of the last token
     is_stopped: bool = False
@@ -101,6 +105,10 @@ class StreamedAnswer:
         """The completion tokens that the server reports, or else the number of pieces."""
         counted = self.usage.completion_tokens if self.usage else None
         return self.num_pieces if counted is None else counted
+
+    @property
+    def calls_tools(self) -> bool:
+        return self.reply is not None and bool(self.reply.tool_calls)
 
     @property
     def tpot_s(self) -> float | None:
@@ -115,10 +123,11 @@ class StreamedAnswer:
         return self.num_tokens / self.last_s if self.last_s else None
 
     def take(self, piece: Piece, after_s: float) -> None:
-        if piece or piece.finish_reason is not None:  # an EOS token has no text
+        has_part = bool(piece or piece.reasoning or piece.tool_calls)
+        if has_part or piece.finish_reason is not None:  # an EOS token has no text
             self.ttft_s = after_s if self.ttft_s is None else self.ttft_s
             self.last_s = after_s
-        self.num_pieces += bool(piece)
+        self.num_pieces += has_part
         self.text += piece
         self.finish_reason = piece.finish_reason or self.finish_reason
         self.usage = piece.usage or self.usage
@@ -130,6 +139,7 @@ def complete(
     *,
     server: ServerOptions = ServerOptions(),
     sampling: RequestSamplingOptions = RequestSamplingOptions(),
+    grammar: GrammarOptions = GrammarOptions(),  # noqa: B008 - frozen
     stats: bool = False,
     json: bool = False,
 ) -> int:
@@ -145,8 +155,11 @@ def complete(
         Print one object when the answer is whole: model, text, finish_reason, usage, timing.
     """
     prompt = read_text(text, "TEXT")
+    options = {**sampling.given, **grammar.fields}
+    if stats or json:
+        options["stream_options"] = {"include_usage": True}
     with translate_client_errors():
-        model, answer = trio.run(_complete, prompt, server, sampling, stats, json)
+        model, answer = trio.run(_complete, prompt, server, options, json)
     if json and not answer.is_stopped:
         print_answer(answer, model)
     if stats:
@@ -155,11 +168,8 @@ def complete(
 
 
 async def _complete(
-    prompt: str, server: ServerOptions, sampling: RequestSamplingOptions, stats: bool, json: bool
+    prompt: str, server: ServerOptions, options: dict[str, Any], json: bool
 ) -> tuple[str, StreamedAnswer]:
-    options = {**sampling.given}
-    if stats or json:
-        options["stream_options"] = {"include_usage": True}
     async with server.client() as client:
         model = server.model or first_model_of(await client.models())  # printed with --json
         asking = client.generate(prompt, model, stream=True, **options)
@@ -182,6 +192,23 @@ def read_text(text: str, where: str) -> str:
     return read
 
 
+class ThoughtPrinter:
+    """Shows the reasoning of a streamed answer on stderr, dimmed: stdout has the answer alone."""
+
+    def __init__(self, *, is_silent: bool) -> None:
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=is_silent)
+        self._is_line_open = False
+
+    def show(self, piece: Piece) -> None:
+        """Show the reasoning in a piece. Call before the piece's text is printed."""
+        if piece.reasoning:
+            self._console.print(piece.reasoning, style="dim", markup=False, end="")
+            self._is_line_open = True
+        elif self._is_line_open:
+            self._console.print()
+            self._is_line_open = False
+
+
 async def print_stream(
     asking: Awaitable[AsyncReplyStream], *, silent: bool = False
 ) -> StreamedAnswer:
@@ -190,15 +217,18 @@ async def print_stream(
     Ctrl-C cancels the request; the received part is returned. `silent` prints nothing.
     """
     answer, started_s = StreamedAnswer(), trio.current_time()
+    thoughts = ThoughtPrinter(is_silent=silent)
     with trio.CancelScope() as scope:
         # Entered before the call is awaited: Ctrl-C must also cancel a call without an answer.
         async with drain_on_interrupt(scope, "\nstopped"), await asking as stream:
             async for piece in stream:
                 answer.take(piece, trio.current_time() - started_s)
+                thoughts.show(piece)
                 if not silent:
                     print(piece, end="", flush=True)
+            answer.reply = stream.reply
     answer.is_stopped = scope.cancelled_caught
-    if not silent:
+    if not silent and not (answer.calls_tools and not answer.text):
         print(flush=True)
     return answer
 
@@ -219,10 +249,12 @@ def show_stats(answer: StreamedAnswer) -> None:
 
 def print_answer(answer: StreamedAnswer, model: str) -> None:
     """Print an answer and its figures to stdout as one JSON object."""
+    thought = answer.reply.reasoning if answer.reply is not None else None
     timing = {name: getattr(answer, name) for name in ("ttft_s", "tpot_s", "tokens_per_s")}
     fields_of_answer: dict[str, Any] = {
         "model": model,
         "text": answer.text,
+        **({"reasoning": thought} if thought else {}),
         "finish_reason": answer.finish_reason,
         "usage": answer.usage,
         "timing": timing,
@@ -260,6 +292,6 @@ def failure_of(error: ClientError) -> Failure:
         return Failure(error.message, fix, code=RESOURCES)
     if error.status in (401, 403):
         return Failure(error.message, _KEY_FIX)
-    is_mistake = error.status in _MISTAKES or error.code == NOT_OFFERED
+    is_mistake = error.status in _MISTAKES or error.code in (NOT_OFFERED, MISUSED)
     fix = _FIXES.get(error.code or "", "change the call" if is_mistake else "look at the server")
     return Failure(error.message, fix, error.param or "", CONFIGURATION if is_mistake else FAILED)

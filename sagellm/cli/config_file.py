@@ -10,7 +10,7 @@ from typing import Any
 
 from sagellm.cli.errors import Failure, suggestion
 from sagellm.cli.setting import LIMITS, GivenOptions, InvalidSetting, Setting, settings_of
-from sagellm.gateway.settings import Budget, RequestLimits, Settings, Streaming
+from sagellm.gateway.settings import Budget, RequestLimits, Settings, StorageLimits, Streaming
 
 MAX_CONFIG_BYTES = 1 << 20  # a wrong path may name a file of weights: do not read it all
 TABLES = ("limits", "keys", "set")
@@ -292,7 +292,11 @@ def as_toml(setting: Setting, value: Any) -> str:
 
 def _limit_lines(settings: Settings) -> Iterator[str]:
     usual = Settings(api_keys=settings.api_keys).common_budget
-    parts = (settings.limits, RequestLimits()), (settings.streaming, Streaming())
+    parts = (
+        (settings.limits, RequestLimits()),
+        (settings.streaming, Streaming()),
+        (settings.storage, StorageLimits()),
+    )
     for part, default in (*parts, (settings.common_budget, usual)):
         for name in settings_of(type(part)):
             yield from _setting_lines(LIMITS[name], getattr(part, name), getattr(default, name))

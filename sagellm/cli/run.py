@@ -28,6 +28,7 @@ from sagellm.cli.errors import (
     Failure,
     drain_on_interrupt,
 )
+from sagellm.cli.grammar_options import GrammarOptions
 from sagellm.cli.graph_argument import (
     Assignments,
     Imports,
@@ -64,6 +65,7 @@ def run(
     prompt_options: PromptOptions = PromptOptions(),  # noqa: B008 - frozen
     files: FileOptions = FileOptions(),  # noqa: B008 - frozen
     sampling: RunSamplingOptions = RunSamplingOptions(),  # noqa: B008 - frozen
+    grammar: GrammarOptions = GrammarOptions(),  # noqa: B008 - frozen
     model: str | None = None,
     executor: str | None = None,
     set_: Assignments = (),
@@ -93,6 +95,7 @@ def run(
         Print the answer, or the summary of a file, as JSON.
     """
     check_run_options(prompt_options, files)
+    sampling = sampling.bound_by(grammar)
     chosen, model = choose_graph(graph, model, import_)
     model, requested = choose_model(chosen, model)
     opening = chosen.open(

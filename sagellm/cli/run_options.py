@@ -1,6 +1,6 @@
 """The options of `sagellm run`, in groups, and the check that they fit together."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +8,10 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from sagellm.cli.errors import Failure
-from sagellm.runtime.sampling import Sampling
+from sagellm.cli.grammar_options import GrammarOptions
+from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
+from sagellm.runtime.sampling import Grammar, Sampling
 
 
 @Parameter(name="*", group="One prompt")
@@ -58,6 +61,9 @@ class RunSamplingOptions:
     seed: int | None = None
     """Makes an answer with a temperature repeatable."""
 
+    grammar: Annotated[Grammar | None, Parameter(parse=False)] = None
+    """The grammar that every answer follows: see `bound_by`."""
+
     @property
     def given(self) -> dict[str, Any]:
         """The options that the user gave."""
@@ -67,6 +73,17 @@ class RunSamplingOptions:
     @property
     def sampling(self) -> Sampling:
         return Sampling(**self.given)
+
+    def bound_by(self, options: GrammarOptions) -> "RunSamplingOptions":
+        """These options with the grammar that the user gave. Raises Failure for a wrong one."""
+        if (named := options.named) is None:
+            return self
+        option, grammar = named
+        try:
+            check_grammar(grammar)
+        except GrammarError as error:
+            raise Failure(str(error), "correct it", option) from None
+        return replace(self, grammar=grammar)
 
 
 def check_run_options(prompt_options: PromptOptions, files: FileOptions) -> None:

@@ -5,6 +5,7 @@ import gc
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import trio
 
@@ -25,6 +26,7 @@ from sagellm.cli.serve_options import (
 )
 from sagellm.cli.setting import merge_given
 from sagellm.cli.terminal import show_start_progress
+from sagellm.gateway.batches.data_folder import make_data_folder
 from sagellm.gateway.lifecycle import serve_graph, server_class
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.settings import LEAST_FILES, Settings, bind, num_files, raise_open_files
@@ -77,6 +79,7 @@ def serve(
         print(format_config(options, settings, file, changes), end="")
         return 0
     check_open_files()
+    check_data_dir(settings.data_dir)
     opening = chosen.open(
         set=engine_overrides(chosen, served) | changes, model=model, executor=graph_options.executor
     )
@@ -173,6 +176,18 @@ def check_open_files() -> None:
     if num_files() < LEAST_FILES:
         cause = f"{num_files()} open files are too few: a server needs {LEAST_FILES}, and more"
         raise Failure(cause, "raise the limit: ulimit -n 4096", code=RESOURCES)
+
+
+def check_data_dir(path: Path | None) -> None:
+    """Make the folder if it is missing. Raises Failure if it cannot hold files and batches."""
+    if path is None:
+        return
+    try:
+        make_data_folder(path)
+    except OSError as error:
+        cause = f"--data-dir cannot be used: {error.strerror or 'it is no folder'}"
+        fix = "name a folder that this user may write to, on a disk with hard links and file locks"
+        raise Failure(cause, fix, str(path)) from None
 
 
 @contextmanager

@@ -14,13 +14,20 @@ from sagellm.cli.errors import Failure, suggestion
 from sagellm.cli.graph_argument import Assignments
 from sagellm.cli.keys import admin_key, check_tls, salt_key, user_keys
 from sagellm.cli.setting import LIMITS, GivenOptions, InvalidSetting
-from sagellm.gateway.settings import Budget, RequestLimits, Settings, Streaming, is_loopback
+from sagellm.gateway.settings import (
+    Budget,
+    RequestLimits,
+    Settings,
+    StorageLimits,
+    Streaming,
+    is_loopback,
+)
 from sagellm.opening.decisions import MAX_DECISION_BYTES
 from sagellm.tracing import TracingError, check_tracing
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
-S = TypeVar("S", RequestLimits, Streaming, Budget)
+S = TypeVar("S", RequestLimits, Streaming, StorageLimits, Budget)
 
 
 @Parameter(name="*", group="Settings")
@@ -115,6 +122,9 @@ class ListenOptions(GivenOptions):
     page: Annotated[bool, Parameter(name="--page", negative="--no-page")] = True
     """Serve the chat page at /, for a browser."""
 
+    data_dir: Path | None = None
+    """A folder that keeps uploaded files and batches; without it their endpoints are closed."""
+
 
 @Parameter(name="*", group="What is served")
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +215,10 @@ def read_settings(
         trace_sample=observability.trace_sample,
         tls_certificate=listen.tls_certificate,
         tls_key=listen.tls_key,
+        data_dir=listen.data_dir and listen.data_dir.absolute(),
         limits=_changed(RequestLimits(), changed),
         streaming=_changed(Streaming(), changed),
+        storage=_changed(StorageLimits(), changed),
         budget=budget,
         budgets={
             name: _changed(budget, key.budget)

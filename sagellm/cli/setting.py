@@ -23,7 +23,7 @@ from typing import (
 import msgspec
 from cyclopts import Parameter, Token
 
-from sagellm.gateway.settings import Budget, RequestLimits, Streaming
+from sagellm.gateway.settings import Budget, RequestLimits, StorageLimits, Streaming
 from sagellm.runtime.engine.options import EngineOptionError, num_bytes
 
 
@@ -201,7 +201,7 @@ def _path(kind: type, value: object) -> object:
     raise ValueError(value)
 
 
-LIMIT_STRUCTS = (RequestLimits, Streaming, Budget)
+LIMIT_STRUCTS = (RequestLimits, Streaming, StorageLimits, Budget)
 LIMITS: Mapping[str, Setting] = {
     name: setting for struct in LIMIT_STRUCTS for name, setting in settings_of(struct).items()
 }  # the settings of `--limit` and `[limits]`

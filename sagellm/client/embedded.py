@@ -1,111 +1,44 @@
 """The service of a client with `embedded=True`: a graph that is open in this process."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Protocol
-
-import msgspec
+from typing import Any
 
 import sagellm
 from sagellm.builder import Graph
-from sagellm.client.http_calls import CHAT, encode_json
+from sagellm.chat_formats import ToolCallDelta
+from sagellm.client.embedded_calls import SessionCall, read_call
 from sagellm.client.replies import (
-    AsyncReplyStream,
     Choice,
     Piece,
     PromptDetails,
-    ReplyStream,
     ResponseBody,
+    ResponseFunction,
     ResponseMessage,
+    ResponseToolCall,
     TextReply,
     Usage,
     make_piece,
     whole_reply,
 )
+from sagellm.client.reply_streams import AsyncReplyStream, ReplyStream
 from sagellm.client.responses import NOT_OFFERED, ClientError
+from sagellm.gateway.answers.parts import ChoiceParts
 from sagellm.gateway.answers.writer import error_of
-from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.graph_bridge import event_of
-from sagellm.gateway.protocol.bodies import (
-    ChatRequest,
-    CompletionRequest,
-    read_chat,
-    read_completion,
-)
-from sagellm.gateway.protocol.sampling_params import ModelBounds, sampling_of
-from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.ir import FrozenMap
-from sagellm.runtime.messages import SERVED, Answer, TokenEvent
-from sagellm.runtime.sampling import Sampling
-from sagellm.session import Encoded, Output, Prompt, RequestError, RequestFailed, RequestRefused
+from sagellm.runtime.messages import SERVED, Answer
+from sagellm.session import Output, RequestError, RequestFailed, RequestRefused
 
 GRAPH = "joint"
-_ANY_ID = 1 << 31  # the engine checks which ids its model knows
-_FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
-_KNOWN_OPTIONS = frozenset(
-    {*Sampling.__struct_fields__, *_FIELDS, "max_completion_tokens", "user", "stream_options"}
-) - {"logprobs", "prompt_logprobs", "bad_words_token_ids"}
-
-
-class SessionEncoder(Protocol):
-    """The members of an open session that `read_call` uses."""
-
-    @property
-    def max_model_len(self) -> int: ...
-
-    def encode(self, prompt: Prompt) -> Encoded: ...
-
-
-class SessionCall(msgspec.Struct, frozen=True):
-    """The arguments with which a client's call becomes a request to a session."""
-
-    prompt: Prompt
-    sampling: Sampling
-    fields: dict[str, Any]
-
-
-def read_call(
-    path: str, call: Mapping[str, Any], options: Mapping[str, Any], session: SessionEncoder
-) -> SessionCall:
-    """Check a call like the gateway does for the same call over HTTP. Raises ClientError."""
-    try:
-        return _session_call(path, encode_json({**call, **options}), options, session)
-    except RequestError as error:
-        raise _client_error(error) from error
-    except ApiError as error:
-        raise ClientError(
-            error.message, status=error.status, code=error.code, type=error.type, param=error.param
-        ) from None
-
-
-def _session_call(
-    path: str, body: bytes, options: Mapping[str, Any], session: SessionEncoder
-) -> SessionCall:
-    facts = ModelBounds(_ANY_ID, session.max_model_len)
-    request: ChatRequest | CompletionRequest
-    if path == CHAT:
-        request = chat = read_chat(body, RequestLimits())
-        prompt: Prompt = chat.conversation
-    else:
-        request = completion = read_completion(body, RequestLimits())
-        if len(completion.prompts) != 1:
-            raise wrong("prompt", "is a list of them; give one")
-        (prompt,) = completion.prompts
-    for name in options:  # the gateway's checks came first: they refuse what no server knows
-        if name not in _KNOWN_OPTIONS:
-            cause = f"{name}: is not served by a graph in this process; serve it over HTTP"
-            raise ClientError(cause, status=400, code=NOT_OFFERED, param=name)
-    encoded = session.encode(prompt)
-    sampling = sampling_of(request, facts, len(encoded.token_ids))
-    values = {name: getattr(request, name) for name in _FIELDS}
-    fields = {name: value for name, value in values.items() if value is not None}
-    return SessionCall(encoded, sampling, fields)
 
 
 class StreamUsage:
     """Converts the events of one stream to pieces, and counts the usage for the last piece."""
 
-    def __init__(self, num_choices: int) -> None:
-        self._num_open = num_choices
+    def __init__(self, read: SessionCall) -> None:
+        self._num_open = read.sampling.n
+        self._parts = [parts_of(read) for _ in range(read.sampling.n)]
         self._num_prompt = self._num_cached = self._num_sampled = 0
 
     def piece_of(self, event: Output) -> Piece:
@@ -116,28 +49,38 @@ class StreamUsage:
         self._num_prompt = max(self._num_prompt, event.num_prompt_tokens)
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
         counts = self._num_prompt, self._num_cached, self._num_sampled
+        parts = self._parts[event.choice]
+        found = parts.push(event_of(event))
         return make_piece(
-            event.text,
+            found.content,
             choice=event.choice,
-            finish_reason=event.finish_reason,
+            finish_reason=_finish_reason(event, parts),
             stop_reason=event.stop_reason,
             usage=None if self._num_open else _usage(*counts),
+            reasoning=found.reasoning or None,
+            tool_calls=tuple(map(_response_call, found.calls)),
         )
 
 
-def reply_of(answers: Sequence[Answer], model: str) -> TextReply:
+def parts_of(read: SessionCall) -> ChoiceParts:
+    """What splits one choice of a call into content, reasoning and tool calls."""
+    return ChoiceParts(read.open_parser, shows_reasoning=read.shows_reasoning)
+
+
+def _response_call(call: ToolCallDelta) -> ResponseToolCall:
+    return ResponseToolCall(ResponseFunction(call.name, call.arguments), call.id, call.index)
+
+
+def _finish_reason(event: Output, parts: ChoiceParts) -> str | None:
+    is_call = parts.has_calls and event.finish_reason == "stop"
+    return "tool_calls" if is_call else event.finish_reason
+
+
+def reply_of(answers: Sequence[Answer], model: str, read: SessionCall) -> TextReply:
     """The whole reply. Raises ClientError for a finish reason outside SERVED."""
     for answer in answers:
         check_served(answer)
-    choices = tuple(
-        Choice(
-            index=answer.choice,
-            message=ResponseMessage("assistant", answer.text),
-            finish_reason=answer.finish_reason,
-            stop_reason=answer.stop_reason,
-        )
-        for answer in answers
-    )
+    choices = tuple(_choice_of(answer, parts_of(read)) for answer in answers)
     # All choices share one prompt: the OpenAI API counts its tokens once.
     usage = _usage(
         max(answer.num_prompt_tokens for answer in answers),
@@ -145,6 +88,22 @@ def reply_of(answers: Sequence[Answer], model: str) -> TextReply:
         sum(answer.num_tokens for answer in answers),
     )
     return whole_reply(ResponseBody(answers[0].request_id, model, choices, usage))
+
+
+def _choice_of(answer: Answer, parts: ChoiceParts) -> Choice:
+    found = parts.push(event_of(answer))
+    message = ResponseMessage(
+        role="assistant",
+        content=found.content,
+        reasoning=found.reasoning or None,
+        tool_calls=tuple(map(_response_call, found.calls)),
+    )
+    return Choice(
+        index=answer.choice,
+        message=message,
+        finish_reason=_finish_reason(answer, parts),
+        stop_reason=answer.stop_reason,
+    )
 
 
 def _usage(num_prompt: int, num_cached: int, num_sampled: int) -> Usage:
@@ -160,8 +119,7 @@ def check_served(end: Output) -> None:
 
 def unserved_error(end: Output, message: str) -> ClientError:
     """The error of a choice that was not served, with the gateway's status, code and type."""
-    event = end if isinstance(end, TokenEvent) else event_of(end)
-    api_error = error_of(event, end.request_id, lambda: True)
+    api_error = error_of(event_of(end), end.request_id, lambda: True)
     if api_error is None:  # filtered: no error over HTTP, but finish reason content_filter
         return ClientError(message, code=str(end.finish_reason))
     status, code, type = api_error.status, api_error.code, api_error.type
@@ -198,7 +156,18 @@ class _EmbeddedGraph:
         if model not in (None, self._model):
             cause = f"model: {model!r} is not served here; the graph has {self._model!r}"
             raise ClientError(cause, status=404, code="model_not_found", param="model")
-        return read_call(path, call, options, self._session)
+        try:
+            return read_call(path, call, options, self._session)
+        except RequestError as error:
+            raise _client_error(error) from error
+        except ApiError as error:
+            raise ClientError(
+                error.message,
+                status=error.status,
+                code=error.code,
+                type=error.type,
+                param=error.param,
+            ) from None
 
     def _status(self) -> dict[str, Any]:
         return {
@@ -235,7 +204,7 @@ class Embedded(_EmbeddedGraph):
             answers = self._session.generate_all(read.prompt, sampling=read.sampling, **read.fields)
         except (RequestError, RequestFailed) as error:
             raise _client_error(error) from error
-        return reply_of(answers, self._model)
+        return reply_of(answers, self._model, read)
 
     def models(self) -> list[str]:
         return [self._model]
@@ -253,7 +222,7 @@ class Embedded(_EmbeddedGraph):
             self._opened.__exit__(None, None, None)
 
     def _streamed(self, read: SessionCall) -> ReplyStream:
-        usage = StreamUsage(read.sampling.n)
+        usage = StreamUsage(read)
         events = self._session.stream(read.prompt, sampling=read.sampling, **read.fields)
         try:
             # Wait for the first event, so that the call raises a refusal, as over HTTP.
@@ -299,7 +268,7 @@ class AsyncEmbedded(_EmbeddedGraph):
             )
         except (RequestError, RequestFailed) as error:
             raise _client_error(error) from error
-        return reply_of(answers, self._model)
+        return reply_of(answers, self._model, read)
 
     async def models(self) -> list[str]:
         return [self._model]
@@ -311,7 +280,7 @@ class AsyncEmbedded(_EmbeddedGraph):
         raise _no_embeddings()
 
     async def _streamed(self, read: SessionCall) -> AsyncReplyStream:
-        usage = StreamUsage(read.sampling.n)
+        usage = StreamUsage(read)
         events = self._session.stream(read.prompt, sampling=read.sampling, **read.fields)
         try:
             first = usage.piece_of(await anext(events))

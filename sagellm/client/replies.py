@@ -1,24 +1,14 @@
-"""Answers of the OpenAI API: whole replies, streams of pieces, and the parser of chunks."""
+"""Answers of the OpenAI API: whole replies, and the pieces of streams."""
 
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic
 
 import msgspec
+from typing_extensions import TypeVar
 
-from sagellm.client.responses import (
-    BAD_ANSWER,
-    CUT_OFF,
-    MISUSED,
-    ClientError,
-    EventReader,
-    EventTooLong,
-    ServerSentEvent,
-    stream_error,
-)
-from sagellm.errors import blocked_loop, misused
+from sagellm.client.responses import BAD_ANSWER, CUT_OFF, MISUSED, ClientError, stream_error
 
-DONE = b"[DONE]"
+T = TypeVar("T", default=Any)
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -36,11 +26,54 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptDetails | None = None
 
 
+class ResponseFunction(msgspec.Struct, frozen=True):
+    """The function of a tool call; in a stream, a part of it. `arguments` is JSON text."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ResponseToolCall(msgspec.Struct, frozen=True):
+    """A tool call of an answer. In a stream, a part of the call with number `index`."""
+
+    function: ResponseFunction = ResponseFunction()
+    id: str | None = None
+    index: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the called tool."""
+        return self.function.name or ""
+
+    @property
+    def arguments(self) -> str:
+        """The arguments: the JSON text of an object, unless the answer was cut off."""
+        return self.function.arguments or "{}"
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The call as a part of the assistant's message in the next request."""
+        arguments = self.arguments
+        try:
+            is_object = isinstance(msgspec.json.decode(arguments), dict)
+        except ValueError:
+            is_object = False
+        # A server refuses messages whose arguments are no object, which it cannot render.
+        function = {"name": self.name, "arguments": arguments if is_object else "{}"}
+        return {"id": self.id or "", "type": "function", "function": function}
+
+
 class ResponseMessage(msgspec.Struct, frozen=True):
-    """A message of a chat; in a stream, the next part of the message."""
+    """A message of a chat; in a stream, the next part of the message.
+
+    Servers name the text of reasoning either `reasoning` or `reasoning_content`.
+    """
 
     role: str | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[ResponseToolCall, ...] | None = None
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -65,7 +98,19 @@ class Choice(msgspec.Struct, frozen=True):
         """Whether this is the first chunk of a chat, which has a role but no token."""
         delta = self.delta
         is_empty = delta is not None and delta.role is not None and not delta.content
-        return is_empty and self.finish_reason is None
+        is_bare = is_empty and not self.reasoning and not self.tool_calls
+        return is_bare and self.finish_reason is None
+
+    @property
+    def reasoning(self) -> str | None:
+        """The text of the model's reasoning, under either of its names."""
+        part = self.message or self.delta
+        return (part.reasoning or part.reasoning_content) if part is not None else None
+
+    @property
+    def tool_calls(self) -> tuple[ResponseToolCall, ...]:
+        part = self.message or self.delta
+        return (part.tool_calls or ()) if part is not None else ()
 
 
 class ResponseBody(msgspec.Struct, frozen=True):
@@ -81,8 +126,11 @@ class ResponseBody(msgspec.Struct, frozen=True):
 _DECODER = msgspec.json.Decoder(ResponseBody)
 
 
-class TextReply(str):
-    """The text of a whole answer, with its other fields. `choices`: the replies of all choices."""
+class TextReply(str, Generic[T]):
+    """The text of a whole answer, with its other fields. `choices`: the replies of all choices.
+
+    `T` is the type that the call gave as `response_format`. `read_value`: reads the text as a `T`.
+    """
 
     finish_reason: str | None
     stop_reason: str | int | None
@@ -90,13 +138,55 @@ class TextReply(str):
     usage: Usage | None
     model: str | None
     id: str | None
-    choices: "tuple[TextReply, ...]"
+    reasoning: str | None
+    tool_calls: tuple[ResponseToolCall, ...]
+    choices: "tuple[TextReply[T], ...]"
+    read_value: Callable[[str], T] | None = None
+
+    @property
+    def text(self) -> str:
+        """The text alone, as a plain `str`."""
+        return str(self)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message for the next call: text and tool calls, without reasoning."""
+        calls = [call.plain for call in self.tool_calls]
+        if not calls:
+            return {"role": "assistant", "content": self.text}
+        return {"role": "assistant", "content": self.text or None, "tool_calls": calls}
+
+    @property
+    def parsed(self) -> T:
+        """The answer as a value of the type that the call gave as `response_format`.
+
+        Raises ClientError if the answer is not whole, or does not fit the type.
+        """
+        if self.read_value is None:
+            cause = "the call asked for no JSON; give response_format to have a parsed answer"
+            raise ClientError(cause, code=MISUSED)
+        if self.finish_reason != "stop":
+            raise self._unfinished()
+        return self.read_value(self.text)
+
+    def _unfinished(self) -> ClientError:
+        if self.tool_calls:
+            names = ", ".join(call.name for call in self.tool_calls)
+            return ClientError(f"the model did not answer: it calls {names}", code=CUT_OFF)
+        if self.finish_reason is None:
+            return ClientError("the answer has not ended: read the stream first", code=MISUSED)
+        tokens = self.usage.completion_tokens if self.usage is not None else None
+        far = f"{len(self)} characters" + ("" if tokens is None else f" and {tokens} tokens")
+        fix = "; raise max_tokens" if self.finish_reason == "length" else ""
+        cause = f"the answer ended after {far} with finish_reason {self.finish_reason!r}"
+        return ClientError(f"{cause}, before its JSON was whole{fix}", code=CUT_OFF)
 
 
 class Piece(str):
     """The next text of one choice of a stream. The last piece of a choice has a finish reason.
 
-    A server may send the usage in a piece without text after all other pieces.
+    `reasoning` and `tool_calls` are the next parts of these; the text of such a piece is empty. A
+    server may send the usage in a piece without text after all other pieces.
     """
 
     choice: int
@@ -104,6 +194,8 @@ class Piece(str):
     stop_reason: str | int | None
     logprobs: Any
     usage: Usage | None
+    reasoning: str | None
+    tool_calls: tuple[ResponseToolCall, ...]
 
 
 def make_piece(
@@ -114,11 +206,14 @@ def make_piece(
     stop_reason: str | int | None = None,
     logprobs: Any = None,
     usage: Usage | None = None,
+    reasoning: str | None = None,
+    tool_calls: tuple[ResponseToolCall, ...] = (),
 ) -> Piece:
     """A piece with its attributes."""
     piece = Piece(text)
     piece.choice, piece.finish_reason, piece.stop_reason = choice, finish_reason, stop_reason
     piece.logprobs, piece.usage = logprobs, usage
+    piece.reasoning, piece.tool_calls = reasoning, tool_calls
     return piece
 
 
@@ -134,10 +229,11 @@ def whole_reply(body: ResponseBody) -> TextReply:
 
 
 def _choice_reply(choice: Choice, body: ResponseBody) -> TextReply:
-    reply = TextReply(choice.content or "")
+    reply: TextReply = TextReply(choice.content or "")
     reply.finish_reason, reply.stop_reason = choice.finish_reason, choice.stop_reason
     reply.logprobs, reply.usage = choice.logprobs, body.usage
     reply.model, reply.id = body.model, body.id
+    reply.reasoning, reply.tool_calls = choice.reasoning, choice.tool_calls
     return reply
 
 
@@ -150,187 +246,3 @@ def read_body(data: bytes) -> ResponseBody:
     if body.error is not None:
         raise stream_error(data)
     return body
-
-
-class ChunkReader:
-    """Parses the bytes of a streamed answer into chunks.
-
-    A stream is complete if every choice has a finish reason before `[DONE]` or the end of the body.
-    Any other end is an error, which `next` raises after the chunks before it.
-    """
-
-    def __init__(self) -> None:
-        self._events = EventReader()
-        self._bodies: deque[ResponseBody] = deque()
-        self._open: set[int] = set()
-        self._num_choices = 0
-        self._error: ClientError | None = None
-        self.is_over = False
-
-    def feed(self, data: bytes) -> None:
-        """Parse the next bytes of the body."""
-        try:
-            for event in self._events.feed(data):
-                if self.is_over:
-                    return
-                self._take(event)
-        except EventTooLong as error:
-            self._fail(ClientError(f"the server sent {error}", code=BAD_ANSWER))
-        except ClientError as error:
-            self._fail(error)
-
-    def end(self) -> None:
-        """Note that the body has ended."""
-        if not self.is_over:
-            self._finish("the connection")
-
-    def next(self) -> ResponseBody | None:
-        """Remove and return the next chunk, if any. Raises ClientError after those of a failure."""
-        if self._bodies:
-            return self._bodies.popleft()
-        if self._error is not None:
-            raise self._error
-        return None
-
-    def _take(self, event: ServerSentEvent) -> None:
-        if event.data == DONE:
-            return self._finish("the stream")
-        if event.name == "error":
-            raise stream_error(event.data)
-        body = read_body(event.data)
-        self._bodies.append(body)
-        for choice in body.choices:
-            self._note(choice)
-
-    def _note(self, choice: Choice) -> None:
-        if choice.finish_reason is not None:
-            self._open.discard(choice.index)
-        else:
-            self._open.add(choice.index)
-        self._num_choices += 1
-
-    def _finish(self, what: str) -> None:
-        if self._open or not self._num_choices:  # a stream without any choice is no answer
-            self._fail(ClientError(f"{what} ended before the answer was whole", code=CUT_OFF))
-        self.is_over = True
-
-    def _fail(self, error: ClientError) -> None:
-        self._error, self.is_over = error, True
-
-
-def chunk_pieces(body: ResponseBody) -> list[Piece]:
-    """The pieces of one chunk, one for each choice. The last piece has the usage, if any."""
-    pieces = [
-        make_piece(
-            choice.content or "",
-            choice=choice.index,
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
-            logprobs=choice.logprobs,
-        )
-        for choice in body.choices
-        if not choice.is_opening
-    ]
-    if body.usage is not None:
-        _attach_usage(pieces, body.usage)
-    return pieces
-
-
-def _attach_usage(pieces: list[Piece], usage: Usage) -> None:
-    if pieces:
-        pieces[-1].usage = usage
-    else:
-        pieces.append(make_piece(usage=usage))
-
-
-C = TypeVar("C")
-
-
-class _StreamState(Generic[C]):
-    """The base of both kinds of stream: keeps the finish reason of choice 0 and the usage."""
-
-    finish_reason: str | None = None
-    usage: Usage | None = None
-    _is_closed = False
-
-    def __init__(self, close: Callable[[], C]) -> None:
-        self._close = close
-
-    def _note(self, piece: Piece) -> Piece:
-        if piece.choice == 0 and piece.finish_reason is not None:
-            self.finish_reason = piece.finish_reason
-        if piece.usage is not None:
-            self.usage = piece.usage
-        return piece
-
-
-@misused(
-    __aiter__="a stream of UnifiedInferenceClient is read with `for`",
-    __aenter__="a stream of UnifiedInferenceClient is entered with `with`",
-)
-class ReplyStream(_StreamState[None]):
-    """The pieces of one answer. Closing the stream before its end cancels the request.
-
-    Leaving `with` closes the stream, and so does losing the last reference to it. Iteration raises
-    ClientError if the answer breaks off.
-    """
-
-    def __init__(self, pieces: Iterator[Piece], close: Callable[[], None]) -> None:
-        super().__init__(close)
-        self._pieces = pieces
-
-    def __iter__(self) -> "ReplyStream":
-        return self
-
-    def __next__(self) -> Piece:
-        if self._is_closed:
-            raise StopIteration
-        fault = blocked_loop("reading a blocking stream", "AsyncUnifiedInferenceClient")
-        if fault is not None:
-            raise ClientError(fault, code=MISUSED)
-        return self._note(next(self._pieces))
-
-    def close(self) -> None:
-        """Close the stream: iteration ends. Idempotent."""
-        self._is_closed = True
-        self._close()
-
-    def __enter__(self) -> "ReplyStream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._close()  # a dropped stream must not keep its request running
-
-
-@misused(
-    __iter__="a stream of AsyncUnifiedInferenceClient is read with `async for`",
-    __enter__="a stream of AsyncUnifiedInferenceClient is entered with `async with`",
-)
-class AsyncReplyStream(_StreamState[Awaitable[None]]):
-    """The pieces of one answer, for trio and asyncio. Only `async with` and `aclose` close it."""
-
-    def __init__(self, pieces: AsyncIterator[Piece], close: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(close)
-        self._pieces = pieces
-
-    def __aiter__(self) -> "AsyncReplyStream":
-        return self
-
-    async def __anext__(self) -> Piece:
-        if self._is_closed:
-            raise StopAsyncIteration
-        return self._note(await anext(self._pieces))
-
-    async def aclose(self) -> None:
-        """Close the stream: iteration ends. Idempotent."""
-        self._is_closed = True
-        await self._close()
-
-    async def __aenter__(self) -> "AsyncReplyStream":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()

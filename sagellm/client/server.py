@@ -16,14 +16,16 @@ from sagellm.client.http_calls import (
     transport_options,
 )
 from sagellm.client.replies import (
-    AsyncReplyStream,
-    ChunkReader,
     Piece,
-    ReplyStream,
     TextReply,
-    chunk_pieces,
     read_body,
     whole_reply,
+)
+from sagellm.client.reply_streams import (
+    AsyncReplyStream,
+    ChunkReader,
+    ReplyStream,
+    chunk_pieces,
 )
 from sagellm.client.responses import BodyBytes, ClientError, raising_client_errors, response_error
 

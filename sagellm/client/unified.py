@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol, TypeVar, overload
 
+from sagellm.client.answer_formats import read_format
 from sagellm.client.http_calls import (
     CHAT,
     COMPLETIONS,
@@ -14,10 +15,15 @@ from sagellm.client.http_calls import (
     configured_url,
     texts_of,
 )
-from sagellm.client.replies import ReplyStream, TextReply
+from sagellm.client.python_tools import OnError, ToolCallable
+from sagellm.client.replies import TextReply
+from sagellm.client.reply_streams import ReplyStream
 from sagellm.client.responses import CLOSED, MISUSED, ClientError
 from sagellm.client.server import ServerConnection, find_server
+from sagellm.client.tool_loop import MAX_ROUNDS, ToolLoop, ToolRun
 from sagellm.errors import blocked_loop, misused
+
+T = TypeVar("T")
 
 TIMEOUT_S = 60.0  # longest time that a server may send nothing
 
@@ -109,6 +115,17 @@ class UnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: Literal[False] = False,
+        response_format: type[T],
+        **options: Any,
+    ) -> TextReply[T]: ...
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        response_format: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> TextReply: ...
     @overload
@@ -118,6 +135,17 @@ class UnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: Literal[True],
+        response_format: type[T],
+        **options: Any,
+    ) -> ReplyStream[T]: ...
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        response_format: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ReplyStream: ...
     def chat(
@@ -126,14 +154,71 @@ class UnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: bool = False,
+        response_format: Any = None,
         **options: Any,
     ) -> TextReply | ReplyStream:
         """The next message of a conversation: the whole text, or with `stream` its pieces.
 
-        The text is a `str` with attributes `finish_reason`, `usage` and, for n > 1, `choices`.
+        The text is a `str` with attributes `finish_reason`, `usage`, `tool_calls`, `reasoning` and,
+        for n > 1, `choices`. `response_format` is a type (msgspec.Struct, dataclass, TypedDict,
+        pydantic model) or the dict of the OpenAI API: the answer is JSON, and `parsed` its value.
+        `regex`, `choices` or `grammar` bind the text instead. `tools` are dicts or functions, whose
+        calls the caller makes; `run_tools` makes the calls itself.
         """
         call = {"messages": list(messages)}
-        return self._ready("chat").ask(CHAT, call, options, model or self._llm, stream)
+        return self._ask(CHAT, call, model, stream, response_format, options)
+
+    @overload
+    def run_tools(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        tools: Sequence[ToolCallable],
+        response_format: type[T],
+        max_rounds: int = MAX_ROUNDS,
+        on_error: OnError | None = None,
+        **options: Any,
+    ) -> ToolRun[T]: ...
+    @overload
+    def run_tools(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        tools: Sequence[ToolCallable],
+        response_format: Mapping[str, Any] | None = None,
+        max_rounds: int = MAX_ROUNDS,
+        on_error: OnError | None = None,
+        **options: Any,
+    ) -> ToolRun: ...
+    def run_tools(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        tools: Sequence[ToolCallable],
+        response_format: Any = None,
+        max_rounds: int = MAX_ROUNDS,
+        on_error: OnError | None = None,
+        **options: Any,
+    ) -> ToolRun:
+        """Chat, make the calls that the model asks for, and chat again, until the model answers.
+
+        `tools` are functions with annotated parameters, async or not. The calls of one answer run
+        in order. A call that fails gives the model the error as its result, or the text that
+        `on_error(call, error)` returns; what `on_error` raises ends the loop. The model is asked
+        `max_rounds` times at most, and once more for a `response_format`. Raises ToolsUnfinished if
+        it still calls tools.
+        """
+        options["response_format"] = response_format
+        loop = ToolLoop(messages, tools, options, max_rounds=max_rounds, on_error=on_error)
+        while True:
+            reply: TextReply = self.chat(loop.messages, model, **loop.fields)
+            for call in loop.take(reply):
+                loop.add_result(call, loop.box.run(call))
+            if loop.is_over:
+                return ToolRun(reply, loop.messages)
 
     @overload
     def generate(
@@ -142,18 +227,51 @@ class UnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: Literal[False] = False,
+        response_format: type[T],
+        **options: Any,
+    ) -> TextReply[T]: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        response_format: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> TextReply: ...
     @overload
     def generate(
-        self, prompt: Prompt, model: str | None = None, *, stream: Literal[True], **options: Any
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        response_format: type[T],
+        **options: Any,
+    ) -> ReplyStream[T]: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        response_format: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> ReplyStream: ...
     def generate(
-        self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: bool = False,
+        response_format: Any = None,
+        **options: Any,
     ) -> TextReply | ReplyStream:
         """The continuation of a prompt (text or token ids), in the form that `chat` returns."""
         call = {"prompt": prompt}
-        return self._ready("generate").ask(COMPLETIONS, call, options, model or self._llm, stream)
+        return self._ask(COMPLETIONS, call, model, stream, response_format, options)
 
     def embed(self, texts: str | Iterable[str], model: str | None = None) -> list[list[float]]:
         """One vector for each text. Raises ClientError for a server without embeddings."""
@@ -179,6 +297,19 @@ class UnifiedInferenceClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _ask(
+        self,
+        path: str,
+        call: Mapping[str, Any],
+        model: str | None,
+        stream: bool,
+        response_format: object,
+        options: Mapping[str, Any],
+    ) -> TextReply | ReplyStream:
+        served = self._ready("generate" if path == COMPLETIONS else "chat")
+        asked = read_format(options, response_format)
+        return asked.bind(served.ask(path, call, asked.fields, model or self._llm, stream))
 
     def _ready(self, method: str) -> InferenceService:
         """The service. Raises ClientError in an event loop, and after `close`."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol, TypeVar, overload
 
+from sagellm.client.answer_formats import read_format
 from sagellm.client.http_calls import (
     CHAT,
     COMPLETIONS,
@@ -14,11 +15,16 @@ from sagellm.client.http_calls import (
     configured_url,
     texts_of,
 )
-from sagellm.client.replies import AsyncReplyStream, TextReply
+from sagellm.client.python_tools import OnError, ToolCallable
+from sagellm.client.replies import TextReply
+from sagellm.client.reply_streams import AsyncReplyStream
 from sagellm.client.responses import CLOSED, MISUSED, ClientError
 from sagellm.client.server import AsyncServerConnection, find_server_async
+from sagellm.client.tool_loop import MAX_ROUNDS, ToolLoop, ToolRun
 from sagellm.client.unified import TIMEOUT_S
 from sagellm.errors import misused
+
+T = TypeVar("T")
 
 
 class AsyncInferenceService(Protocol):
@@ -103,6 +109,17 @@ class AsyncUnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: Literal[False] = False,
+        response_format: type[T],
+        **options: Any,
+    ) -> TextReply[T]: ...
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        response_format: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> TextReply: ...
     @overload
@@ -112,6 +129,17 @@ class AsyncUnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: Literal[True],
+        response_format: type[T],
+        **options: Any,
+    ) -> AsyncReplyStream[T]: ...
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        response_format: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> AsyncReplyStream: ...
     async def chat(
@@ -120,14 +148,71 @@ class AsyncUnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: bool = False,
+        response_format: Any = None,
         **options: Any,
     ) -> TextReply | AsyncReplyStream:
         """The next message of a conversation: the whole text, or with `stream` its pieces.
 
-        The text is a `str` with attributes `finish_reason`, `usage` and, for n > 1, `choices`.
+        The text is a `str` with attributes `finish_reason`, `usage`, `tool_calls`, `reasoning` and,
+        for n > 1, `choices`. `response_format` is a type (msgspec.Struct, dataclass, TypedDict,
+        pydantic model) or the dict of the OpenAI API: the answer is JSON, and `parsed` its value.
+        `regex`, `choices` or `grammar` bind the text instead. `tools` are dicts or functions, whose
+        calls the caller makes; `run_tools` makes the calls itself.
         """
-        served, call = await self._served(), {"messages": list(messages)}
-        return await served.ask(CHAT, call, options, model or self._llm, stream)
+        call = {"messages": list(messages)}
+        return await self._ask(CHAT, call, model, stream, response_format, options)
+
+    @overload
+    async def run_tools(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        tools: Sequence[ToolCallable],
+        response_format: type[T],
+        max_rounds: int = MAX_ROUNDS,
+        on_error: OnError | None = None,
+        **options: Any,
+    ) -> ToolRun[T]: ...
+    @overload
+    async def run_tools(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        tools: Sequence[ToolCallable],
+        response_format: Mapping[str, Any] | None = None,
+        max_rounds: int = MAX_ROUNDS,
+        on_error: OnError | None = None,
+        **options: Any,
+    ) -> ToolRun: ...
+    async def run_tools(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        tools: Sequence[ToolCallable],
+        response_format: Any = None,
+        max_rounds: int = MAX_ROUNDS,
+        on_error: OnError | None = None,
+        **options: Any,
+    ) -> ToolRun:
+        """Chat, make the calls that the model asks for, and chat again, until the model answers.
+
+        `tools` are functions with annotated parameters, async or not; those that are not async run
+        in a thread. The calls of one answer run in order. A call that fails gives the model the
+        error as its result, or the text that `on_error(call, error)` returns; what `on_error`
+        raises ends the loop. The model is asked `max_rounds` times at most, and once more for a
+        `response_format`. Raises ToolsUnfinished if it still calls tools.
+        """
+        options["response_format"] = response_format
+        loop = ToolLoop(messages, tools, options, max_rounds=max_rounds, on_error=on_error)
+        while True:
+            reply: TextReply = await self.chat(loop.messages, model, **loop.fields)
+            for call in loop.take(reply):
+                loop.add_result(call, await loop.box.run_async(call))
+            if loop.is_over:
+                return ToolRun(reply, loop.messages)
 
     @overload
     async def generate(
@@ -136,18 +221,51 @@ class AsyncUnifiedInferenceClient:
         model: str | None = None,
         *,
         stream: Literal[False] = False,
+        response_format: type[T],
+        **options: Any,
+    ) -> TextReply[T]: ...
+    @overload
+    async def generate(
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        response_format: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> TextReply: ...
     @overload
     async def generate(
-        self, prompt: Prompt, model: str | None = None, *, stream: Literal[True], **options: Any
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        response_format: type[T],
+        **options: Any,
+    ) -> AsyncReplyStream[T]: ...
+    @overload
+    async def generate(
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        response_format: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> AsyncReplyStream: ...
     async def generate(
-        self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: bool = False,
+        response_format: Any = None,
+        **options: Any,
     ) -> TextReply | AsyncReplyStream:
         """The continuation of a prompt (text or token ids), in the form that `chat` returns."""
-        served, call = await self._served(), {"prompt": prompt}
-        return await served.ask(COMPLETIONS, call, options, model or self._llm, stream)
+        call = {"prompt": prompt}
+        return await self._ask(COMPLETIONS, call, model, stream, response_format, options)
 
     async def embed(
         self, texts: str | Iterable[str], model: str | None = None
@@ -189,6 +307,19 @@ class AsyncUnifiedInferenceClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    async def _ask(
+        self,
+        path: str,
+        call: Mapping[str, Any],
+        model: str | None,
+        stream: bool,
+        response_format: object,
+        options: Mapping[str, Any],
+    ) -> TextReply | AsyncReplyStream:
+        served = await self._served()
+        asked = read_format(options, response_format)
+        return asked.bind(await served.ask(path, call, asked.fields, model or self._llm, stream))
 
     async def _served(self) -> AsyncInferenceService:
         """The service, found at the first call. Raises ClientError after `aclose`."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sagellm.chat_formats import ChatFormat, SpecialTokens, format_of
 from sagellm.gateway.answers.logprobs import TokenTexts
 from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.batches.batch_store import Stores
 from sagellm.gateway.budgets import Budgets, Counter, LocalCounter
 from sagellm.gateway.encoding import PromptEncoder
 from sagellm.gateway.grammar_checks import GrammarChecker
@@ -17,7 +18,7 @@ from sagellm.gateway.graph_bridge import GraphBridge
 from sagellm.gateway.metrics.meters import Meters
 from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard
 from sagellm.gateway.readiness import Readiness
-from sagellm.gateway.settings import Settings
+from sagellm.gateway.settings import GRAPH_ALONE, Settings
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.tokenizer import Tokenizer
@@ -75,6 +76,9 @@ class Gateway:
     meters: Meters
     graph: Graph | None = None
     is_draining: bool = False
+    # Requests of batches: `num_batch_calls` bounds them, so that they refuse no call of their key.
+    background_budgets: Budgets = field(default_factory=lambda: Budgets(GRAPH_ALONE))
+    stores: Stores | None = field(init=False, default=None)  # with `settings.data_dir`
     # Open calls, summed over all gateways of the graph.
     num_calls: Counter = field(default_factory=LocalCounter)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
@@ -85,6 +89,8 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self._salt_key = self.settings.salt_key[:64] or secrets.token_bytes(32)
+        if self.settings.data_dir is not None:
+            self.stores = Stores(self.settings.data_dir, self.settings.storage)
 
     @contextmanager
     def claim(self, request_id: str, num_requests: int = 1) -> Iterator[ClaimedIds]:

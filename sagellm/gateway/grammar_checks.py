@@ -10,7 +10,7 @@ from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolUse, UnboundSche
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 CHECK_S = 0.25  # CPU time for the grammar of one request; more is refused as its fault

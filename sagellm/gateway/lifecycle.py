@@ -94,17 +94,17 @@ async def serve_session(
         else:
             app = build_app(gateway_of(session, settings, bridge, meters, models, readiness))
             serving = ServingHere(server_class(settings.server)(app, settings, sock), app)
+            if settings.server == "hypercorn":  # `UvicornServer` does this on its own loop
+                nursery.start_soon(app.run_background)
         if session.supervisor is None:  # a supervisor opens a control socket itself
             executed = session.executor.plan
             await nursery.start(
                 serve_control, OneProcessCommands(executed.graph, session.executor.engines)
             )
         nursery.start_soon(meters.run)
-        if settings.server == "hypercorn" and not settings.num_gateways:
-            nursery.start_soon(meters.watch_app_loop)  # `UvicornServer` watches its own loop
         nursery.start_soon(_watch, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: announce(said))
-        nursery.cancel_scope.cancel()  # ends the meters, the control and the watch
+        nursery.cancel_scope.cancel()  # ends the app's tasks, the meters, the control and the watch
 
 
 def _check_kinds(graph: Graph) -> None:

@@ -5,9 +5,10 @@ import os
 import resource
 import shlex
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import listdir
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -100,6 +101,37 @@ class Budget:
     """Cancelled calls a second, after `num_open` at once; 0: no bound."""
 
 
+@dataclass(frozen=True, slots=True)
+class StorageLimits:
+    """Limits on uploaded files and batches, which `data_dir` holds."""
+
+    upload_bytes: Bytes = 200 << 20
+    """Size of an uploaded file."""
+
+    upload_s: PositiveSeconds = 600.0
+    """Time until an uploaded file is whole."""
+
+    num_files: PositiveInt = 1000
+    """Files of one key, those of results too."""
+
+    files_bytes: Bytes = 4 << 30
+    """Size of the files of one key, those of results too."""
+
+    all_files_bytes: Bytes = 16 << 30
+    """Size of the files of all keys."""
+
+    num_batches: PositiveInt = 64
+    """Batches of one key that have not ended."""
+
+    num_batch_requests: PositiveInt = 50_000
+    """Requests of one batch."""
+
+    num_batch_calls: PositiveInt = 16
+    """Requests of batches under way in each process that speaks HTTP."""
+
+
+_FORM_BYTES = 64 << 10  # of an upload besides the file: its fields, and the heads of its parts
+
 # Without keys all clients share one budget, so a bound for one client would bound all of them.
 GRAPH_ALONE = Budget(num_open=0, num_waiting=0, cancels_per_s=0.0)
 
@@ -113,6 +145,8 @@ class Settings:
     the key of the admin routes; without it these routes are closed. `salt_key` is the key of the
     prefix-cache salts and of the hashes in logs; the default is a random key at each start. Raises
     ValueError if only one of `tls_certificate` and `tls_key` is given.
+
+    `data_dir` is the folder of uploaded files and batches; None closes their endpoints.
 
     `budgets` maps a tenant to its own budget; other tenants have `budget`, which defaults to
     `Budget()` if there are keys. Without keys, only the graph's admission bounds requests.
@@ -137,8 +171,10 @@ class Settings:
     page: bool = True  # serve the chat page at /
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    data_dir: Path | None = None
     limits: RequestLimits = RequestLimits()
     streaming: Streaming = Streaming()
+    storage: StorageLimits = StorageLimits()
     budget: Budget | None = None
     budgets: dict[str, Budget] = field(default_factory=dict)
 
@@ -150,6 +186,16 @@ class Settings:
     def common_budget(self) -> Budget:
         """The budget of each tenant that is not in `budgets`."""
         return self.budget or (Budget() if self.api_keys else GRAPH_ALONE)
+
+    @property
+    def upload_limits(self) -> RequestLimits:
+        """The limits of bodies that go to the disk, and so take no memory while they come."""
+        return replace(
+            self.limits,
+            body_bytes=self.storage.upload_bytes + _FORM_BYTES,
+            body_s=self.storage.upload_s,
+            all_bodies_bytes=sys.maxsize,
+        )
 
 
 BACKLOG = 4096  # the kernel cuts this to net.core.somaxconn

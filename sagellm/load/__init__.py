@@ -13,7 +13,8 @@ from typing import Any
 import trio
 
 from sagellm.client.http_calls import CHAT, COMPLETIONS, encode_call, is_stream, not_streamed
-from sagellm.client.replies import Choice, ChunkReader, ResponseBody
+from sagellm.client.replies import Choice, ResponseBody
+from sagellm.client.reply_streams import ChunkReader
 from sagellm.client.responses import TIMED_OUT, BodyBytes, ClientError
 from sagellm.client.server import AsyncServerConnection
 from sagellm.load.workload import PlannedRequest, Prompts

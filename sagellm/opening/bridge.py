@@ -14,6 +14,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from sagellm.errors import misused, refuse_in_loop
 from sagellm.runtime.executors.tasks import ExecutorStopped
 from sagellm.runtime.messages import Answer
+from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.session import Output, Prompt, RequestError, Session
 from sagellm.session.requests import Encoded
 from sagellm.statistics import Health, Statistics
@@ -182,6 +183,14 @@ class BlockingSession:
     def max_model_len(self) -> int:
         return self._thread.session.max_model_len
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._thread.session.tokenizer
+
+    def is_able(self, capability: str) -> bool:
+        """Whether all engines of the default model have a capability, like `Session.is_able`."""
+        return self._thread.session.is_able(capability)
+
     def statistics(self) -> Statistics:
         return self._thread.ask(self._thread.session.statistics)
 
@@ -268,6 +277,14 @@ class AsyncioSession:
     @property
     def max_model_len(self) -> int:
         return self._thread.session.max_model_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._thread.session.tokenizer
+
+    def is_able(self, capability: str) -> bool:
+        """Whether all engines of the default model have a capability, like `Session.is_able`."""
+        return self._thread.session.is_able(capability)
 
     def statistics(self) -> Statistics:
         return self._thread.ask(self._thread.session.statistics)

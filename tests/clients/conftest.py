@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
@@ -40,13 +41,12 @@ def is_ready(url):
         return False
 
 
-@pytest.fixture(scope="session", params=["hypercorn", "uvicorn"])
-def url(request, tmp_path_factory):
-    """The URL of graphs/pd.yaml with sage-tiny, served until all tests have run."""
-    log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
-    options = ["--port", "0", "--api-key", KEY, "--server", request.param]
+@contextmanager
+def serving(log, *options):
+    """The URL of graphs/pd.yaml with sage-tiny, served until the block ends."""
+    command_line = [command(), "serve", "pd", "--port", "0", "--api-key", KEY, *options]
     with log.open("wb") as errors:
-        process = subprocess.Popen([command(), "serve", "pd", *options], stderr=errors)
+        process = subprocess.Popen(command_line, stderr=errors)
     until = time.monotonic() + START_S
     while (base := url_in(log)) is None or not is_ready(base):
         if process.poll() is not None or time.monotonic() > until:
@@ -57,6 +57,20 @@ def url(request, tmp_path_factory):
     process.terminate()
     code = process.wait(30)
     assert code == 0, log.read_text()[-2000:]
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """A function that serves with other options."""
+    return serving
+
+
+@pytest.fixture(scope="session", params=["hypercorn", "uvicorn"])
+def url(request, tmp_path_factory):
+    """The URL of a server that all tests share."""
+    log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
+    with serving(log, "--server", request.param) as base:
+        yield base
 
 
 @pytest.fixture

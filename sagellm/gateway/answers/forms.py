@@ -185,7 +185,7 @@ class ChatForm:
         if self._is_plain and event.finish_reason is None and usage is None:
             return self._frame(index).with_text(event.text)
         finish = FINISH[event.finish_reason]
-        return self._whole_chunk(index, event, usage, ChatDelta(content=event.text), finish)
+        return self._encoded_chunk(index, event, usage, ChatDelta(content=event.text), finish)
 
     def _parsed_chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
         parts = self._parts_of(index)
@@ -194,9 +194,9 @@ class ChatForm:
         if is_usual and piece.has_only_content:
             return self._frame(index).with_text(piece.content)
         finish = finish_reason(event, has_calls=parts.has_calls)
-        return self._whole_chunk(index, event, usage, delta_of(piece), finish)
+        return self._encoded_chunk(index, event, usage, delta_of(piece), finish)
 
-    def _whole_chunk(
+    def _encoded_chunk(
         self,
         index: int,
         event: TokenEvent,

@@ -41,7 +41,9 @@ from sagellm.gateway.http.checks import (
     check_headers,
 )
 from sagellm.gateway.http.dialects import ApiDialect
+from sagellm.gateway.http.line_calls import batch_runner
 from sagellm.gateway.http.routes import routes_of
+from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
@@ -65,6 +67,8 @@ class App:
         self.table = RouteTable(routes)
         self.calls = OpenCalls(gateway.num_calls)
         self.bodies = OpenBodies(gateway.settings.limits)
+        self._upload_limits = gateway.settings.upload_limits
+        self._uploads = OpenBodies(self._upload_limits)
         self._hosts = Hosts(gateway.settings)
         self._keys = ApiKeys(gateway.settings)
         self.objective_s = objective_of(gateway.graph)
@@ -73,6 +77,26 @@ class App:
             for route in self.table.routes
             if route.generates and route.method == "POST"
         }
+        self._batches = batch_runner(gateway, self)
+
+    async def run_background(self) -> None:
+        """Measure the lag of the app's loop and work on batches, until cancelled, on that loop."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.gateway.meters.watch_app_loop)
+            if self._batches is not None:
+                tasks.start_soon(self._batches.run)
+
+    def body_s(self, path: bytes) -> float:
+        """Return the longest time of a body. `path`: the path of its call."""
+        routes = self.table.routes
+        is_upload = any(route.uploads and route.path.encode() == path for route in routes)
+        return (self._upload_limits if is_upload else self.gateway.settings.limits).body_s
+
+    def _bounds(self, route: EndpointRoute) -> tuple[RequestLimits, OpenBodies]:
+        """Return the limits of a route's bodies, and the total that counts them."""
+        if route.uploads:
+            return self._upload_limits, self._uploads
+        return self.gateway.settings.limits, self.bodies
 
     @property
     def lag_s(self) -> float:
@@ -96,8 +120,8 @@ class App:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = new_call(scope)
         route = self.table.find(scope)
-        limits = self.gateway.settings.limits
-        body = RequestBody(scope, receive, limits, call.started_s, self.bodies)
+        limits, bodies = self._bounds(route)
+        body = RequestBody(scope, receive, limits, call.started_s, bodies)
         sending = _Sending(send, call, body, route.dialect)
         scope["state"] = {"call": call, "calls": self.calls, "body": body}
         self.gateway.meters.request_started(route.path, scope["method"])
@@ -141,7 +165,7 @@ class App:
             raise draining()
         if route.generates:
             self._shed(caller.tenant)
-        check_body(scope, settings.limits, self.bodies)
+        check_body(scope, *self._bounds(route))
 
     def _shed(self, tenant: str) -> None:
         """Raise ApiError 503 if the event loop is too late to serve the call."""

@@ -6,7 +6,7 @@ from sagellm.gateway.gateway import Gateway, HostedModel
 from sagellm.gateway.grammar_checks import call_grammar
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 

@@ -32,8 +32,8 @@ class EndpointRoute:
     """A method and a path, and the endpoint that answers them. By default a route needs a key.
 
     In a path, `{name}` matches one segment, and `{name:path}` may match slashes. `while_draining`:
-    the route still answers during a drain. `generates`: the route makes tokens, so an overloaded
-    server refuses its calls. `dialect`: the API whose clients call the route.
+    the route answers during a drain. `generates`: it makes tokens, so an overloaded server refuses
+    its calls. `dialect`: the API of its clients. `uploads`: the body goes to the disk.
     """
 
     method: str
@@ -43,6 +43,7 @@ class EndpointRoute:
     while_draining: bool = False
     generates: bool = False
     dialect: ApiDialect = OPENAI
+    uploads: bool = False
 
 
 async def not_found(gateway: Gateway, request: Request) -> Response:
@@ -223,7 +224,8 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class Call:
     """One call, as kept in `request.state.call`. `started_s` is a time of the loop's clock.
 
-    `tenant` is the name of the caller's key; "" until the key is checked.
+    `tenant` is the name of the caller's key; "" until the key is checked. `is_background`: the call
+    is a request of a batch, which runs at the lowest priority and outside the tenant's budget.
     """
 
     request_id: str
@@ -231,6 +233,7 @@ class Call:
     is_admin: bool = False
     started_s: float = 0.0
     traceparent: str = ""
+    is_background: bool = False
 
 
 def read_request_id(headers: Headers) -> str:

@@ -24,14 +24,14 @@ from sagellm.gateway.answers.writer import (
     error_of,
 )
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.budgets import BudgetHold
+from sagellm.gateway.budgets import BudgetHold, Budgets
 from sagellm.gateway.gateway import Gateway, HostedModel
 from sagellm.gateway.graph_bridge import EventBatch, open_streams
 from sagellm.gateway.http.call import CLIENT_LEFT, Call
 from sagellm.gateway.http.checks import RequestBody
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.sampling_params import far_too_long, fitted, num_logprobs, sampling_of
-from sagellm.runtime.messages import NORMAL
+from sagellm.runtime.messages import NORMAL, PRIORITIES
 from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.sampling import Grammar, Sampling
 from sagellm.session.requests import Encoded, Timing
@@ -118,7 +118,7 @@ class GenerationResponse:
         """Answer the call. Raises ApiError if it is refused before the response has started."""
         gateway = self._gateway
         # The hold begins before the body is read: reading and encoding cost memory and threads.
-        with gateway.budgets.hold(self._call.tenant) as hold:
+        with self._budgets.hold(self._call.tenant) as hold:
             work = await self._read(gateway, await self._request.body())
             if work.request.stream:
                 limits, on_gone = gateway.settings.streaming, gateway.meters.disconnected
@@ -201,7 +201,7 @@ class GenerationResponse:
                 prompt_token_ids=prompt.token_ids,
                 messages=prompt.messages,
                 sampling=sampling,
-                priority=NORMAL if asked.priority is None else asked.priority,
+                priority=self._priority(asked),
                 user_id=call.tenant,
                 model=card.key or card.id,
                 salt=salt,
@@ -238,7 +238,18 @@ class GenerationResponse:
         return batch, error
 
     def _may_retry(self) -> bool:
-        return self._gateway.budgets.may_retry(self._call.tenant)
+        return self._budgets.may_retry(self._call.tenant)
+
+    @property
+    def _budgets(self) -> Budgets:
+        """The budgets that count the call."""
+        gateway = self._gateway
+        return gateway.background_budgets if self._call.is_background else gateway.budgets
+
+    def _priority(self, asked: CompletionRequest | ChatRequest) -> int:
+        if self._call.is_background:
+            return PRIORITIES["background"]
+        return NORMAL if asked.priority is None else asked.priority
 
 
 def _answer_spec(work: GenerationCall, claimed_id: str) -> AnswerSpec:

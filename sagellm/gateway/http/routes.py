@@ -40,6 +40,17 @@ from sagellm.gateway.http.endpoints import (
 )
 from sagellm.gateway.http.messages_endpoints import count_tokens, messages
 from sagellm.gateway.http.responses_call import responses, stored_response
+from sagellm.gateway.http.stored_endpoints import (
+    cancel_batch,
+    create_batch,
+    create_file,
+    delete_file,
+    file_content,
+    list_batches,
+    list_files,
+    retrieve_batch,
+    retrieve_file,
+)
 from sagellm.gateway.protocol.openapi import openapi
 from sagellm.gateway.settings import RequestLimits, Settings
 
@@ -219,6 +230,15 @@ ROUTES = (
     EndpointRoute("POST", "/v1/messages", messages, generates=True, dialect=ANTHROPIC),
     EndpointRoute("POST", "/v1/messages/count_tokens", count_tokens, dialect=ANTHROPIC),
     EndpointRoute("POST", "/invocations", invocations, generates=True),
+    EndpointRoute("POST", "/v1/files", create_file, uploads=True),
+    EndpointRoute("GET", "/v1/files", list_files),
+    EndpointRoute("GET", "/v1/files/{id}", retrieve_file),
+    EndpointRoute("DELETE", "/v1/files/{id}", delete_file),
+    EndpointRoute("GET", "/v1/files/{id}/content", file_content),
+    EndpointRoute("POST", "/v1/batches", create_batch),
+    EndpointRoute("GET", "/v1/batches", list_batches),
+    EndpointRoute("GET", "/v1/batches/{id}", retrieve_batch),
+    EndpointRoute("POST", "/v1/batches/{id}/cancel", cancel_batch),
     EndpointRoute("POST", "/tokenize", tokenize),
     EndpointRoute("POST", "/detokenize", detokenize),
     EndpointRoute("GET", "/tokenizer_info", tokenizer_info),

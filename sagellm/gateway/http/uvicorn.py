@@ -19,15 +19,21 @@ from sagellm.gateway.http.app import App
 from sagellm.gateway.settings import BACKLOG, Settings, max_connections
 
 LINGER_S = 1.0  # the time that a refused client has to read the answer
-_SPARE_S = 5.0  # added to `body_s`, so that the app's own limit comes first and answers a 408
+_SPARE_S = (
+    5.0  # added to the time of a body, so that the app's own limit comes first and answers a 408
+)
 
 
 class UvicornConfig(uvicorn.Config):
-    """uvicorn's settings, with the gateway's limits. `watch`: a task to run on the app's loop."""
+    """uvicorn's settings, with the gateway's limits.
+
+    `watch`: a task to run on the app's loop. `body_s`: the longest time of a body, by its path.
+    """
 
     settings: Settings
     max_connections: int
     watch: Callable[[], Coroutine[Any, Any, None]]
+    body_s: Callable[[bytes], float]
 
 
 class UvicornHttp1(HttpToolsProtocol):
@@ -38,6 +44,7 @@ class UvicornHttp1(HttpToolsProtocol):
         self._limits = config.settings.limits
         self._stall_s = config.settings.streaming.stall_s
         self._max_connections = config.max_connections
+        self._body_s = config.body_s
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._closing: asyncio.TimerHandle | None = None
@@ -86,7 +93,7 @@ class UvicornHttp1(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
-        self._expect(self._limits.body_s + _SPARE_S)
+        self._expect(self._body_s(self.url.partition(b"?")[0]) + _SPARE_S)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -243,7 +250,8 @@ def configure(app: App, settings: Settings) -> UvicornConfig:
         ssl_keyfile=settings.tls_key,
     )
     config.settings = settings
-    config.watch = app.gateway.meters.watch_app_loop
+    config.watch = app.run_background
+    config.body_s = app.body_s
     config.max_connections = max_connections()
     return config
 

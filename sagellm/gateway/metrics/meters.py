@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol
 
@@ -169,11 +170,48 @@ _LAG_INTERVAL_S = 0.1  # short, because calls are refused by this lag
 _METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
+class BatchMeters:
+    """Counts batches and their requests, on the app's loop.
+
+    `num_working`: the batches that this process works on. `batches`: ended batches by status.
+    `requests`: requests by outcome: "answered", "failed", or "retried" after a refusal.
+    """
+
+    def __init__(self) -> None:
+        self.num_working = 0
+        self.batches: dict[str, int] = {}
+        self.requests: dict[str, int] = {}
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count one batch as worked on during the `with` block."""
+        self.num_working += 1
+        try:
+            yield
+        finally:
+            self.num_working -= 1
+
+    def ended(self, status: str) -> None:
+        self.batches[status] = self.batches.get(status, 0) + 1
+
+    def answered(self, *, is_ok: bool) -> None:
+        self._count("answered" if is_ok else "failed")
+
+    def retried(self) -> None:
+        self._count("retried")
+
+    def _count(self, outcome: str) -> None:
+        self.requests[outcome] = self.requests.get(outcome, 0) + 1
+
+
 class Meters(Protocol):
     """The meters that the app uses, on its loop.
 
     `endpoint` is a path of the route table. Other endpoints and unknown methods count as "unknown".
     """
+
+    @property
+    def batches(self) -> BatchMeters: ...
 
     def request_started(self, endpoint: str, method: str) -> None:
         """Count a new call. The caller must call `request_ended` exactly once for it."""
@@ -211,6 +249,7 @@ class HttpMeters:
         self.seconds: dict[EndpointCall, Buckets] = {}
         self.all_seconds = Buckets(ALL_CALLS_S)  # all calls, except those of NOT_MEASURED
         self.app_lag = LoopLag(_LAG_INTERVAL_S)
+        self.batches = BatchMeters()
 
     @property
     def num_dropped_lines(self) -> int:
@@ -251,6 +290,8 @@ class HttpMeters:
 
 class NoMeters:
     """Meters that measure nothing."""
+
+    batches = BatchMeters()
 
     def request_started(self, endpoint: str, method: str) -> None:
         """Do nothing."""

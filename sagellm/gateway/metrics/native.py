@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import Metric
 
-from sagellm.gateway.metrics.meters import Counts, HttpMeters
+from sagellm.gateway.metrics.meters import BatchMeters, Counts, HttpMeters
 from sagellm.gateway.metrics.snapshot import (
     EngineReading,
     Labels,
@@ -203,5 +203,15 @@ def http_families(http: HttpMeters, lags: Iterable[tuple[str, Buckets]]) -> Iter
     yield counter("sagellm_client_disconnects", "Clients that left before the end.", gone)
     dropped: list[tuple[Labels, float]] = [({}, http.num_dropped_lines)]
     yield counter("sagellm_log_lines_dropped", "That stderr did not take.", dropped)
+    yield from _batches(http.batches)
     late = [({"loop": loop}, lag) for loop, lag in lags]
     yield histogram("sagellm_event_loop_lag_seconds", "How late sleepers are woken.", late)
+
+
+def _batches(batches: BatchMeters) -> Iterator[Metric]:
+    working: list[tuple[Labels, float]] = [({}, batches.num_working)]
+    yield gauge("sagellm_batches_working", "Batches that have not ended.", working)
+    ended = [({"status": status}, number) for status, number in batches.batches.items()]
+    yield counter("sagellm_batches", "Batches that ended, by status.", ended)
+    requests = [({"outcome": outcome}, number) for outcome, number in batches.requests.items()]
+    yield counter("sagellm_batch_requests", "Requests of batches, by outcome.", requests)

@@ -207,6 +207,9 @@ class CounterReport(_LinkMessage, frozen=True, tag=True):
     seconds: list[tuple[str, str, BucketCounts]]  # endpoint, method
     all_seconds: BucketCounts
     app_lag: BucketCounts
+    num_working_batches: int
+    batches: dict[str, int]  # status -> batches that ended
+    batch_requests: dict[str, int]  # by outcome
 
 
 class Drained(_LinkMessage, frozen=True, tag=True):

@@ -167,7 +167,7 @@ class _Serving:
             tasks.start_soon(self._link.send)
             await tasks.start(self._serve)
             if self._app.gateway.settings.server == "hypercorn":  # uvicorn's config starts its own
-                tasks.start_soon(self._meters.watch_app_loop)
+                tasks.start_soon(self._app.run_background)
             gc.collect()
             gc.freeze()  # loaded objects live until the end, so collections need not scan them
             self._link.put(Started())

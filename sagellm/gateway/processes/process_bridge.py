@@ -1,7 +1,7 @@
 """The gateway process's side of its link to the graph: requests, queries and counters."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import anyio
 
@@ -164,6 +164,9 @@ def counter_report(meters: HttpMeters, number: int = 0) -> CounterReport:
         [(*call, BucketCounts.of(seconds)) for call, seconds in meters.seconds.items()],
         BucketCounts.of(meters.all_seconds),
         BucketCounts.of(meters.app_lag.seconds),
+        meters.batches.num_working,
+        meters.batches.batches,
+        meters.batches.requests,
     )
 
 
@@ -193,3 +196,11 @@ class SummedMeters(HttpMeters):
             seconds.add_to(self.seconds.setdefault(EndpointCall(endpoint, method), Buckets(CALL_S)))
         counted.all_seconds.add_to(self.all_seconds)
         counted.app_lag.add_to(self.app_lag.seconds)
+        self.batches.num_working += counted.num_working_batches if is_alive else 0
+        _add(self.batches.batches, counted.batches)
+        _add(self.batches.requests, counted.batch_requests)
+
+
+def _add(sums: dict[str, int], counts: Mapping[str, int]) -> None:
+    for name, number in counts.items():
+        sums[name] = sums.get(name, 0) + number

@@ -1,13 +1,15 @@
 """The OpenAPI 3.1 document of all routes: bodies, answers, ranges and errors."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sagellm.gateway.answers import anthropic_objects, objects
+from sagellm.gateway.answers import stored_objects as stored
 from sagellm.gateway.answers.responses_objects import ResponseObject
 from sagellm.gateway.protocol.anthropic_fields import CountTokensRequest, MessagesRequest
+from sagellm.gateway.protocol.batch_bodies import LIFE_S, BatchCreation
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -22,6 +24,7 @@ from sagellm.gateway.settings import RequestLimits
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
 HTML = "text/html"
+BYTES = "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,9 @@ class Operation:
 
     `takes`: the alternative types of the body. `gives`: those of the JSON answer. `also`: another
     media type of the answer. `is_empty`: the answer has no body. `is_anthropic`: keys and errors
-    are those of the Anthropic API.
+    are those of the Anthropic API. `form`: the schema of a multipart body. `query`: the schemas of
+    the names that a query may have. `stores`: the path is one of files and batches, which need a
+    folder of the server's.
     """
 
     summary: str
@@ -39,7 +44,33 @@ class Operation:
     also: str = ""
     is_empty: bool = False
     is_anthropic: bool = False
+    form: Schema | None = None
+    query: Mapping[str, Schema] = field(default_factory=dict)
+    stores: bool = False
 
+
+_AFTER = {"type": "string", "description": "the last id of the page before"}
+_FILES_QUERY: dict[str, Schema] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 10_000},
+    "after": _AFTER,
+    "order": {"enum": ["asc", "desc"]},
+    "purpose": {"enum": ["batch", "batch_output"]},
+}
+_PAGE_QUERY: dict[str, Schema] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 100},
+    "after": _AFTER,
+}
+_UPLOAD: Schema = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+    "properties": {
+        "file": {"type": "string", "format": "binary", "minLength": 1},
+        "purpose": {"enum": ["batch"]},
+        "expires_after[anchor]": {"enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": LIFE_S[0], "maximum": LIFE_S[1]},
+    },
+}
 
 OPERATIONS: dict[str, Operation] = {
     "/v1/models": Operation("The models that are served", gives=(objects.ModelList,)),
@@ -91,6 +122,31 @@ OPERATIONS: dict[str, Operation] = {
     "/load": Operation("How many requests are under way"),
     "/metrics": Operation("Metrics in the format of Prometheus", also=TEXT),
     "/v1/sagellm/graph": Operation("The graph that is open"),
+    "/v1/files": Operation(
+        "The stored files", gives=(stored.StoredFiles,), query=_FILES_QUERY, stores=True
+    ),
+    "/v1/files/{id}": Operation("One stored file", gives=(stored.StoredFile,), stores=True),
+    "/v1/files/{id}/content": Operation("The bytes of a file", also=BYTES, stores=True),
+    "/v1/batches": Operation(
+        "The batches, newest first", gives=(stored.StoredBatches,), query=_PAGE_QUERY, stores=True
+    ),
+    "/v1/batches/{id}": Operation("One batch", gives=(stored.StoredBatch,), stores=True),
+    "/v1/batches/{id}/cancel": Operation("End a batch", gives=(stored.StoredBatch,), stores=True),
+}
+# Methods of a path that do something else than its entry in OPERATIONS says.
+BY_METHOD: dict[tuple[str, str], Operation] = {
+    ("POST", "/v1/files"): Operation(
+        "Store a file of requests", gives=(stored.StoredFile,), form=_UPLOAD, stores=True
+    ),
+    ("DELETE", "/v1/files/{id}"): Operation(
+        "Delete a file", gives=(stored.DeletedFile,), stores=True
+    ),
+    ("POST", "/v1/batches"): Operation(
+        "Work through a file of requests in the background",
+        (BatchCreation,),
+        (stored.StoredBatch,),
+        stores=True,
+    ),
 }
 
 
@@ -113,11 +169,16 @@ _BODY_REFUSALS = {
     415: "The body is encoded",
     504: "The request took longer than it may",
 }
+_STORE_REFUSALS = {
+    409: "The batch has ended already",
+    507: "The server has no room for files",
+}
 # OpenAPI 3.1 cannot describe an event stream. A string would be wrong, so it has no schema.
 _ALSO: dict[str, Schema] = {
     EVENTS: {},
     TEXT: {"schema": {"type": "string"}},
     HTML: {"schema": {"type": "string"}},
+    BYTES: {},
 }
 _WAITS = (429, 503)
 _ANTHROPIC = "Anthropic"  # before the status, in the names of this API's errors
@@ -173,7 +234,8 @@ def openapi(
     needs_key: bool = True,
 ) -> dict[str, Any]:
     """Return the OpenAPI document of routes. `needs_key`: users need a key."""
-    structs = [one for known in OPERATIONS.values() for one in (*known.takes, *known.gives)]
+    described = (*OPERATIONS.values(), *BY_METHOD.values())
+    structs = [one for known in described for one in (*known.takes, *known.gives)]
     structs.append(anthropic_objects.AnthropicFailure)
     # `dict.fromkeys` removes repeated types and keeps their order.
     schemas = schemas_of(dict.fromkeys(structs), limits or RequestLimits())
@@ -195,8 +257,11 @@ def openapi(
 
 def _operation(route: DescribedRoute, path: str, needs_key: bool) -> Schema:
     """Return the operation of a route. A path without an entry in OPERATIONS answers JSON."""
-    known = OPERATIONS.get(path) or Operation(path)
+    known = BY_METHOD.get((route.method, path)) or OPERATIONS.get(path) or Operation(path)
     parameters = [_parameter(name) for name in _PARAMETER.findall(path)]
+    parameters += [
+        {"name": name, "in": "query", "schema": one} for name, one in known.query.items()
+    ]
     operation: Schema = {
         "summary": known.summary,
         "operationId": f"{route.method.lower()}{re.sub(r'[^a-zA-Z0-9]+', '_', path)}",
@@ -207,6 +272,9 @@ def _operation(route: DescribedRoute, path: str, needs_key: bool) -> Schema:
         operation["parameters"] = parameters
     if known.takes:
         content = {"application/json": {"schema": _either(known.takes)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if known.form is not None:
+        content = {"multipart/form-data": {"schema": known.form}}
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 
@@ -231,14 +299,19 @@ def _parameter(name: str) -> Schema:
 
 
 def _refusal_references(known: Operation) -> Schema:
-    codes = [*_REFUSALS, *(_BODY_REFUSALS if known.takes else ())]
+    has_body = known.takes or known.form is not None
+    codes = [
+        *_REFUSALS,
+        *(_BODY_REFUSALS if has_body else ()),
+        *(_STORE_REFUSALS if known.stores else ()),
+    ]
     api = _ANTHROPIC if known.is_anthropic else ""
     return {str(code): {"$ref": f"#/components/responses/{api}{code}"} for code in sorted(codes)}
 
 
 def _refusals() -> Schema:
     """Return the descriptions of errors, for each API under names of its own."""
-    reasons = sorted((_REFUSALS | _BODY_REFUSALS).items())
+    reasons = sorted((_REFUSALS | _BODY_REFUSALS | _STORE_REFUSALS).items())
     plain = {str(code): _refusal(code, why, "Error") for code, why in reasons}
     name = anthropic_objects.AnthropicFailure.__name__
     return plain | {f"{_ANTHROPIC}{code}": _refusal(code, why, name) for code, why in reasons}

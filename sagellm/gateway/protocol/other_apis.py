@@ -86,7 +86,7 @@ REQUEST = Foreign(
         ),
         "prompt_cache_options": IgnoredField("object", "prefixes are kept in any case"),
         "prompt_cache_retention": IgnoredField("string", "prefixes are kept in any case"),
-        "reasoning": IgnoredField("object", "a hint, as `reasoning_effort`"),
+        "reasoning": IgnoredField("object", "`reasoning_effort` is read instead"),
         "service_tier": IgnoredField("string", "there is one tier; `priority` orders requests"),
         "store": IgnoredField("boolean", "no answer is stored"),
         "timeout": IgnoredField("number", "the client's own; `timeout_s` ends a request here"),

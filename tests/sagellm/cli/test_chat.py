@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from scripted_server import MODEL, Call, Server, delta, error, scripted, telling
+from scripted_server import MODEL, Call, Server, calling, delta, error, scripted, telling
 
 from sagellm.cli import main
 from sagellm.cli.chat import COMMANDS, PROMPT
@@ -162,7 +162,7 @@ def test_save_writes_what_a_request_holds_and_overwrites_nothing(
     ("line", "said"),
     [
         ("/hepl", "did you mean /help? To send a text that begins with /, begin it with //"),
-        ("/xyzzy", "the commands are /help, /clear, /save, /exit."),
+        ("/xyzzy", "the commands are /help, /clear, /tools, /save, /exit."),
         ("/save", "/save needs a FILE"),
         ("/exit now", "/exit stands alone"),
     ],
@@ -188,6 +188,139 @@ def test_a_question_of_the_command_line_is_no_command() -> None:
     with scripted(telling("yes")) as server:
         assert talk(server, "-q", "/help") == 0
     assert asked_of(server) == [["/help"]]
+
+
+WEATHER = """
+from pathlib import Path
+from posixpath import join
+
+def get_weather(city: str) -> dict:
+    \"\"\"The weather of a city.\"\"\"
+    Path(__file__).with_name("called").write_text(city)
+    return {"city": city, "weather": "sunny"}
+
+def _helper() -> None: ...
+"""
+PARIS = ("get_weather", '{"city":"Paris"}')
+RESULT = '{"city":"Paris","weather":"sunny"}'
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A file of one tool, which leaves a file `called` beside itself."""
+    path = tmp_path / "weather.py"
+    path.write_text(WEATHER)
+    return path
+
+
+def test_a_tool_is_called_and_the_answer_follows(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(calling(PARIS, reasoning="I need the weather.")) as server:
+        assert talk(server, "-q", "Weather?", "--tools", str(tools), "--yes") == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{RESULT}\n"
+    assert "I need the weather.\n" in shown.err
+    assert 'get_weather {"city":"Paris"}\n= {"city"' in shown.err
+    first, second = server.asked
+    # Neither what is imported nor what begins with _ is offered.
+    assert [tool["function"]["name"] for tool in first["tools"]] == ["get_weather"]
+    assert second["messages"][-1]["content"] == RESULT
+
+
+@pytest.mark.parametrize(("consent", "is_called"), [("y", True), ("", False), ("no", False)])
+def test_the_user_is_asked_before_a_call(
+    consent: str, is_called: bool, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, "Weather?", consent)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    with scripted(calling(PARIS)) as server:
+        assert talk(server, "--tools", str(tools)) == 0
+    assert tools.with_name("called").exists() is is_called
+    result = server.asked[1]["messages"][-1]["content"]
+    assert result == RESULT if is_called else "did not allow" in result
+
+
+def test_a_call_cannot_hide_on_the_terminal(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(calling(("get_weather\r\x1b[2K", "{}"))) as server:
+        assert talk(server, "-q", "Weather?", "--tools", str(tools), "--yes") == 0
+    shown = capsys.readouterr().err
+    assert "get_weather\\u000d\\u001b[2K {}" in shown
+    assert "\x1b" not in shown
+
+
+def test_a_model_that_only_calls_tools_is_stopped(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def insisting(call: Call) -> None:
+        call.body = call.body.replace(b'"role":"tool"', b'"role":"user"')
+        await calling(PARIS)(call)
+
+    with scripted(insisting) as server:
+        assert talk(server, "-q", "Weather?", "--tools", str(tools), "--yes") == 1
+    assert "still calls tools in round 8" in capsys.readouterr().err
+    assert len(server.asked) == 8
+
+
+def test_tools_are_listed(
+    tools: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, "/tools")
+    with scripted(telling("yes")) as server:
+        assert talk(server, "--tools", str(tools), "--yes") == 0
+    assert "get_weather          The weather of a city." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        (WEATHER, [], "nobody can be asked"),
+        ("x = 1", ["--yes"], "defines no public function"),
+        ("def f(x): ...", ["--yes"], "parameter x has no type"),
+        ("raise ValueError('boom')", ["--yes"], "boom"),
+        (None, ["--yes"], "there is no file"),
+    ],
+)
+def test_tools_that_cannot_be_offered_are_said_at_once(
+    text: str | None,
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    say(monkeypatch)
+    path = tmp_path / "tools.py"
+    if text is not None:
+        path.write_text(text)
+    assert main(["chat", "--url", "http://127.0.0.1:9", "--tools", str(path), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_yes_without_tools_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--url", "http://127.0.0.1:9", "--yes"]) == 2
+    assert "add --tools FILE" in capsys.readouterr().err
+
+
+def test_a_draft_of_a_bound_answer_is_not_shown(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(call: Call) -> None:
+        await (telling("{}") if "response_format" in call.json else calling(PARIS))(call)
+
+    form = ("--json-schema", '{"type":"object"}')
+    with scripted(script) as server:
+        assert talk(server, "-q", "Weather?", "--tools", str(tools), "--yes", *form) == 0
+    assert capsys.readouterr().out == "{}\n"
+
+
+def test_an_answer_may_be_bound_to_a_schema() -> None:
+    with scripted(telling("{}")) as server:
+        assert talk(server, "-q", "Ada?", "--json-schema", '{"type":"object"}') == 0
+    form = server.asked[0]["response_format"]
+    assert form["json_schema"]["schema"] == {"type": "object"}
 
 
 # A shell ignores SIGINT in background jobs and in all their children: tests may run in one.

@@ -3,7 +3,7 @@ import signal
 from typing import Any
 
 import pytest
-from scripted_server import MODEL, Call, Script, error, scripted, telling, text
+from scripted_server import MODEL, Call, Script, delta, error, scripted, telling, text
 
 from sagellm.cli import main
 
@@ -26,6 +26,41 @@ def test_options_go_to_the_server() -> None:
     _, (asked,) = run(telling("a"), "complete", "Say", *options)
     assert (asked["temperature"], asked["top_p"], asked["seed"]) == (0.5, 0.9, 7)
     assert asked["model"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value"),
+    [
+        (("--regex", "[0-9]"), "structured_outputs", {"regex": "[0-9]"}),
+        (("--choice", "a", "--choice", "b"), "structured_outputs", {"choice": ["a", "b"]}),
+        (
+            ("--json-schema", '{"type": "object"}'),
+            "response_format",
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": {"type": "object"}},
+            },
+        ),
+    ],
+)
+def test_a_form_goes_to_the_server(options: tuple[str, ...], field: str, value: Any) -> None:
+    _, (asked,) = run(telling("a"), "complete", "Say", *options)
+    assert asked[field] == value
+
+
+async def thinking(call: Call) -> None:
+    chunks = (delta(None, reasoning="hm, "), delta(None, reasoning="two"), delta("2", "stop"))
+    await call.events(delta("", role="assistant"), *chunks)
+    await call.done()
+
+
+def test_reasoning_goes_to_stderr_and_into_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(thinking, "chat", "-q", "1 + 1?")[0] == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("2\n", "hm, two\n")
+    assert run(thinking, "chat", "-q", "1 + 1?", "--json")[0] == 0
+    shown = capsys.readouterr()
+    assert (json.loads(shown.out)["reasoning"], shown.err) == ("hm, two", "")
 
 
 def test_stats_are_of_the_servers_usage(capsys: pytest.CaptureFixture[str]) -> None:

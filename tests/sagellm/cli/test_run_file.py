@@ -55,6 +55,21 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(files: Files) -> None:
     assert line["timing"]["decode_ms"] > 0
 
 
+def test_each_line_may_bind_its_answer(files: Files) -> None:
+    schema = {"type": "json_schema", "json_schema": {"schema": {"const": 7}}}
+    files.ask(
+        {"id": "a", "prompt": "x", "structured_outputs": {"choice": ["perhaps"]}},
+        {"custom_id": "b", "body": {"prompt": "x", "response_format": schema}},
+        {"id": "c", "prompt": "x"},
+        {"id": "d", "prompt": "x", "grammar": {"kind": "regex", "text": "("}},
+    )
+    named = ("--input", str(files.input), "--output", str(files.output))
+    assert main(["run", "joint", *named, "--choice", "never"]) == 1
+    texts = [files.answers[id].get("text") for id in "abcd"]
+    assert texts == ["perhaps", "7", "never", None]
+    assert "grammar is wrong" in files.answers["d"]["error"]["message"]
+
+
 def test_without_an_output_the_answers_are_on_stdout(
     files: Files, capfd: pytest.CaptureFixture[str]
 ) -> None:

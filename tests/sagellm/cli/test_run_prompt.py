@@ -48,6 +48,16 @@ def test_a_seed_makes_a_sample_repeatable(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == first
 
 
+def test_an_answer_is_one_of_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ASK[:-2], "--choice", "perhaps", "--choice", "never"]) == 0
+    assert capsys.readouterr().out in ("perhaps\n", "never\n")
+
+
+def test_a_wrong_grammar_is_said_before_a_model_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "pd", "--model", "nowhere", "--prompt", "a", "--regex", "("]) == 2
+    assert "where: --regex" in capsys.readouterr().err
+
+
 def test_a_dash_reads_the_prompt_from_stdin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

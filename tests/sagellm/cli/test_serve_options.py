@@ -12,6 +12,7 @@ from sagellm.cli.errors import Failure
 from sagellm.cli.graph_argument import choose_graph, choose_graphs, choose_model
 from sagellm.cli.serve import (
     bound_socket,
+    check_data_dir,
     check_server_installed,
     engine_overrides,
     served_names,
@@ -193,3 +194,21 @@ def test_gateway_processes_need_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_is_served_unless_it_is_switched_off() -> None:
     assert read_settings(ListenOptions(), ("m",)).page
     assert not read_settings(ListenOptions(page=False), ("m",)).page
+
+
+def test_a_data_folder_that_cannot_be_used_ends_it_before_any_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for wrong in (file, file / "below"):
+        assert main(["serve", "joint", "--data-dir", str(wrong)]) == 2
+        said = capsys.readouterr().err
+        assert "--data-dir cannot be used" in said
+        assert str(wrong) in said
+
+
+def test_a_data_folder_is_made_for_its_user_alone(tmp_path: Path) -> None:
+    check_data_dir(tmp_path / "a")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    check_data_dir(None)

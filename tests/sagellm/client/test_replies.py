@@ -2,116 +2,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from scripted_server import delta, text, used
+from scripted_server import text, tool_call, used
 
-from sagellm.client.replies import ChunkReader, chunk_pieces, read_body, whole_reply
-from sagellm.client.responses import BAD_ANSWER, CUT_OFF, ClientError
-
-
-def stream(*data: Any, end: bool = True) -> tuple[list[str], ClientError | None]:
-    """The texts that a stream of these events yields, and the error after them."""
-    reader, found = ChunkReader(), []
-    for one in data:
-        raw = one.encode() if isinstance(one, str) else msgspec.json.encode(one)
-        reader.feed(b"data: " + raw + b"\n\n")
-    if end:
-        reader.end()
-    try:
-        while (body := reader.next()) is not None:
-            found += chunk_pieces(body)
-    except ClientError as error:
-        return found, error
-    return found, None
-
-
-def test_a_stream_ends_with_done() -> None:
-    assert stream(text("a"), text("b", "stop"), "[DONE]") == (["a", "b"], None)
-
-
-def test_a_stream_may_end_without_done_once_every_choice_has() -> None:
-    assert stream(text("a", "stop")) == (["a"], None)
-
-
-def test_the_chunk_that_opens_a_chat_is_no_piece() -> None:
-    opening, ending = delta("", role="assistant"), delta(None, "stop")
-    assert stream(opening, delta("a"), ending, "[DONE]") == (["a", ""], None)
-
-
-@pytest.mark.parametrize("last", [(), ("[DONE]",)])
-def test_a_stream_without_finish_reason_is_cut_off(last: tuple[str, ...]) -> None:
-    found, error = stream(text("a"), *last)
-    assert found == ["a"]
-    assert error is not None
-    assert error.code == CUT_OFF
-
-
-def test_each_choice_must_end() -> None:
-    _, error = stream(text("a", index=1), text("b", "stop"), "[DONE]")
-    assert error is not None
-
-
-@pytest.mark.parametrize("data", [(), ("[DONE]",), (used(1, 0), "[DONE]")])
-def test_a_stream_without_any_choice_is_cut_off(data: tuple[Any, ...]) -> None:
-    _, error = stream(*data)
-    assert error is not None
-    assert error.code == CUT_OFF
-
-
-def test_an_error_inside_a_stream_is_raised_behind_what_came() -> None:
-    failed = {"error": {"message": "engine died", "type": "server_error", "code": 500}}
-    found, error = stream(text("a"), failed, "[DONE]")
-    assert found == ["a"]
-    assert error is not None
-    assert (error.message, error.status, error.type) == ("engine died", 500, "server_error")
-
-
-@pytest.mark.parametrize("data", ['{"message": "gone"}', '{"error": {"message": "gone"}}'])
-def test_an_error_may_be_a_named_event(data: str) -> None:
-    reader = ChunkReader()
-    reader.feed(f"event: error\ndata: {data}\n\n".encode())
-    with pytest.raises(ClientError, match=r"^gone$"):
-        reader.next()
-    assert reader.is_over
-
-
-@pytest.mark.parametrize("data", ["{", '"a"', "[]", '{"choices": 3}', '{"choices": [{"text": 1}]}'])
-def test_what_is_no_chunk_is_said(data: str) -> None:
-    found, error = stream(text("a"), data)
-    assert found == ["a"]
-    assert error is not None
-    assert error.code == BAD_ANSWER
-
-
-def test_a_chunk_that_is_no_utf8_is_said() -> None:
-    reader = ChunkReader()
-    reader.feed(b'data: {"choices": [{"text": "\xff"}]}\n\n')
-    with pytest.raises(ClientError, match="makes no sense"):
-        reader.next()
-
-
-def test_what_follows_done_is_not_read() -> None:
-    assert stream(text("a", "stop"), "[DONE]", "{") == (["a"], None)
-
-
-def test_usage_is_with_the_last_piece_of_its_chunk() -> None:
-    (last,) = chunk_pieces(read_body(msgspec.json.encode({**text("a", "stop"), **_usage()})))
-    assert last.usage is not None
-    assert (last, last.finish_reason, last.usage.completion_tokens) == ("a", "stop", 2)
-
-
-def test_usage_without_a_choice_is_a_piece_without_text() -> None:
-    (alone,) = chunk_pieces(read_body(msgspec.json.encode(used(3, 2))))
-    assert alone == ""
-    assert alone.usage is not None
-    assert alone.usage.prompt_tokens == 3
-
-
-def _usage() -> dict[str, Any]:
-    return {"usage": used(3, 2)["usage"]}
+from sagellm.client.replies import TextReply, read_body, whole_reply
+from sagellm.client.responses import ClientError
 
 
 def test_a_reply_knows_all_choices_in_order() -> None:
-    body = {**text("", "stop"), **_usage()}
+    body = {**text("", "stop"), "usage": used(3, 2)["usage"]}
     body["choices"] = [text("b", "length", 1)["choices"][0], text("a", "stop", 0)["choices"][0]]
     answer = whole_reply(read_body(msgspec.json.encode(body)))
     assert (answer, answer.finish_reason) == ("a", "stop")
@@ -126,3 +24,56 @@ def test_a_message_without_content_is_an_empty_text() -> None:
 def test_an_answer_without_choices_is_an_error() -> None:
     with pytest.raises(ClientError, match="no choice"):
         whole_reply(read_body(b"{}"))
+
+
+def answered(finish_reason: str | None = "stop", **message: Any) -> TextReply:
+    """A reply with this message, of a call that asked for JSON."""
+    choice = {"message": {"role": "assistant", **message}, "finish_reason": finish_reason}
+    body = {"choices": [choice], "usage": used(3, 2)["usage"]}
+    reply = whole_reply(read_body(msgspec.json.encode(body)))
+    reply.read_value = msgspec.json.decode
+    return reply
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_has_two_names(name: str) -> None:
+    reply = answered(content="68", **{name: "23 and 45"})
+    assert (reply.text, reply.reasoning) == ("68", "23 and 45")
+    assert type(reply.text) is str
+
+
+def test_tool_calls_are_read_and_become_a_message() -> None:
+    call = tool_call("get_weather", '{"city": "Paris"}')
+    reply = answered("tool_calls", content=None, tool_calls=[call])
+    assert (reply.tool_calls[0].name, reply.tool_calls[0].id) == ("get_weather", "call_0")
+    assert reply.message == {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Pa', "[]", ""])
+def test_arguments_that_are_no_object_are_not_sent_back(arguments: str) -> None:
+    reply = answered("tool_calls", tool_calls=[tool_call("f", arguments)])
+    assert reply.message["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+def test_a_whole_answer_is_parsed() -> None:
+    assert answered(content='{"a": 1}').parsed == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("length", "after 5 characters and 2 tokens with finish_reason 'length'.*raise max_tokens"),
+        ("content_filter", "finish_reason 'content_filter', before its JSON was whole$"),
+        (None, "has not ended"),
+    ],
+)
+def test_an_answer_that_is_not_whole_says_how_far_it_came(reason: str | None, said: str) -> None:
+    with pytest.raises(ClientError, match=said):
+        _ = answered(reason, content='{"a":').parsed
+
+
+def test_a_reply_without_an_answer_has_no_value() -> None:
+    with pytest.raises(ClientError, match="it calls f"):
+        _ = answered("tool_calls", tool_calls=[tool_call("f", "{}")]).parsed
+    with pytest.raises(ClientError, match="asked for no JSON"):
+        _ = whole_reply(read_body(msgspec.json.encode(text("{}", "stop")))).parsed

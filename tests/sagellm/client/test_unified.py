@@ -3,11 +3,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
-from scripted_server import MODEL, Call, Script, Server, error, scripted, telling, text
+from scripted_server import MODEL, Call, Script, Server, calling, error, scripted, telling, text
 
 from sagellm import ClientError, UnifiedInferenceClient
-from sagellm.client.replies import ReplyStream
+from sagellm.client.reply_streams import ReplyStream
 from sagellm.client.responses import BAD_ANSWER, CUT_OFF, NOT_OFFERED, TIMED_OUT, UNREACHABLE
 
 ASK = [{"role": "user", "content": "Hello?"}]
@@ -265,3 +266,81 @@ def test_a_closed_stream_is_at_its_end(told: Any, num_read: int) -> None:
         next(stream)
     stream.close()
     assert list(stream) == []
+
+
+class Person(msgspec.Struct):
+    name: str
+    age: int
+
+
+def get_weather(city: str) -> dict[str, str]:
+    """The weather of a city."""
+    return {"city": city, "weather": "sunny"}
+
+
+ADA = ('{"name":"Ada",', '"age":31}')
+
+
+def test_a_type_of_the_answer_goes_out_as_its_schema_and_comes_back_as_a_value() -> None:
+    with talking(telling(*ADA)) as (client, server):
+        person = client.chat(ASK, response_format=Person).parsed
+        assert client.generate("Ada", response_format=Person).parsed == person
+    assert (person.name, person.age) == ("Ada", 31)
+    schema = server.asked[0]["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["name", "age"]
+
+
+def test_every_choice_and_the_end_of_a_stream_are_parsed() -> None:
+    with talking(telling(*ADA)) as (client, _):
+        assert client.chat(ASK, response_format=Person).choices[0].parsed == Person("Ada", 31)
+        with client.chat(ASK, response_format=Person, stream=True) as stream:
+            assert "".join(stream) == "".join(ADA)
+        assert stream.parsed == Person("Ada", 31)
+
+
+def test_an_answer_may_be_bound_to_choices() -> None:
+    with talking(telling("yes")) as (client, server):
+        assert client.chat(ASK, choices=["yes", "no"]) == "yes"
+    assert server.asked[0]["structured_outputs"] == {"choice": ["yes", "no"]}
+
+
+def test_tools_are_called_until_the_model_answers() -> None:
+    with talking(calling(("get_weather", '{"city":"Paris"}'), ("get_weather", "{}"))) as pair:
+        client, server = pair
+        run = client.run_tools(ASK, tools=[get_weather], temperature=0)
+    assert run.text.startswith('{"city":"Paris","weather":"sunny"} Error: ')
+    first, second = server.asked
+    assert first["tools"][0]["function"]["name"] == "get_weather"
+    assert (first["temperature"], second["temperature"]) == (0, 0)
+    assert second["messages"] == run.messages[:-1]
+
+
+def test_a_call_without_a_loop_leaves_the_tools_to_the_caller() -> None:
+    with talking(calling(("get_weather", '{"city":"Paris"}'), reasoning="where?")) as (client, _):
+        reply = client.chat(ASK, tools=[get_weather])
+        with client.chat(ASK, tools=[get_weather], stream=True) as stream:
+            assert "".join(stream) == ""
+    assert reply.tool_calls[0].arguments == '{"city":"Paris"}'
+    assert reply.reasoning == stream.reply.reasoning == "where?"
+    assert stream.reply.tool_calls[0].arguments == reply.tool_calls[0].arguments
+    assert stream.finish_reason == "tool_calls"
+
+
+def test_a_mistake_in_a_tool_reaches_no_server() -> None:
+    with talking(telling("x")) as (client, server):
+        for tools in ([lambda: "sunny"], [get_weather, get_weather]):
+            with pytest.raises(ClientError, match="name"):
+                client.run_tools(ASK, tools=tools)
+    assert server.asked == []
+
+
+def test_the_answer_of_a_loop_has_a_form() -> None:
+    async def script(call: Call) -> None:
+        is_bound = "response_format" in call.json
+        await (telling(*ADA) if is_bound else calling(("get_weather", '{"city":"Paris"}')))(call)
+
+    with talking(script) as (client, server):
+        run = client.run_tools(ASK, tools=[get_weather], response_format=Person)
+    assert run.parsed == Person("Ada", 31)
+    assert ["response_format" in asked for asked in server.asked] == [False, False, True]
+    assert server.asked[-1]["tool_choice"] == "none"

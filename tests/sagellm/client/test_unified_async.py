@@ -3,8 +3,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+import anyio.lowlevel
+import msgspec
 import pytest
-from scripted_server import Call, Script, error, scripted, telling, text
+from scripted_server import Call, Script, calling, error, scripted, telling, text
 
 from sagellm import AsyncUnifiedInferenceClient, ClientError
 from sagellm.client import server as server_async
@@ -142,3 +144,42 @@ def test_a_local_server_is_found_at_the_first_call(monkeypatch: pytest.MonkeyPat
         anyio.run(main, backend="trio")
     with pytest.raises(ClientError, match="sagellm serve"):
         anyio.run(main, backend="trio")
+
+
+class Person(msgspec.Struct):
+    name: str
+
+
+def test_an_answer_and_the_end_of_a_stream_are_parsed(talk: Any) -> None:
+    async def main(client: Client) -> list[Person]:
+        whole = await client.chat(ASK, response_format=Person)
+        async with await client.generate("a", response_format=Person, stream=True) as stream:
+            _ = [piece async for piece in stream]
+        return [whole.parsed, stream.parsed]
+
+    assert talk(telling('{"name":', '"Ada"}'), main) == [Person("Ada"), Person("Ada")]
+
+
+def test_tools_of_both_kinds_are_called_until_the_model_answers(talk: Any) -> None:
+    async def get_time(city: str) -> str:
+        """The time in a city."""
+        await anyio.lowlevel.checkpoint()
+        return f"noon in {city}"
+
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        return f"sunny in {threading.current_thread() is threading.main_thread()}"
+
+    async def main(client: Client) -> Any:
+        return await client.run_tools(ASK, tools=[get_time, get_weather])
+
+    city = '{"city":"Paris"}'
+    run = talk(calling(("get_time", city), ("get_weather", city)), main)
+    assert run.text == "noon in Paris sunny in False"
+    assert [one["role"] for one in run.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "assistant",
+    ]

@@ -39,9 +39,10 @@ pytestmark = pytest.mark.timeout(FUZZ_S + 120)
 
 
 @pytest.fixture(scope="module")
-def gateway() -> Iterator[ServedProcess]:
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedProcess]:
     """Contexts are short: 16 choices of 128 prompts take their time even without a model."""
-    with served_process(*OPTIONS, key=USER) as served:
+    folder = str(tmp_path_factory.mktemp("data"))
+    with served_process(*OPTIONS, "--data-dir", folder, key=USER) as served:
         yield served
 
 

@@ -11,7 +11,7 @@ from gateway_calls import Answered, last, playing, post
 from sagellm.gateway import grammar_checks
 from sagellm.gateway.http import bound_answers
 from sagellm.gateway.http.endpoints import chat, completions
-from sagellm.runtime.grammars.compiler import check_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.messages import Request
 from sagellm.runtime.sampling import Grammar
 

@@ -1,0 +1,83 @@
+"""The tools of `sagellm chat`: the functions of a Python file, and the consent to each call."""
+
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from sagellm.cli.errors import Failure
+from sagellm.client.python_tools import ToolBox, ToolCallable, read_tool
+from sagellm.client.replies import ResponseToolCall
+from sagellm.extensions import ImportMistake, import_named
+
+_SHOWN_CHARS = 400  # of a result on the terminal; the model reads all of it
+_DECLINED = "Error: the user did not allow this call"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTools:
+    """The functions that the model may call. `asks`: the user is asked before each call."""
+
+    functions: tuple[ToolCallable, ...] = ()
+    asks: bool = True
+
+    @property
+    def descriptions(self) -> dict[str, str]:
+        """The first line of each tool's description, by name."""
+        tools = (read_tool(function) for function in self.functions)
+        return {tool.name: tool.description.partition("\n")[0] for tool in tools}
+
+    def run(self, call: ResponseToolCall, box: ToolBox) -> str:
+        """Show a call, make it if the user allows that, and return the text for the model."""
+        console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        console.print(_shown(f"{call.name} {call.arguments}"), style="cyan", markup=False)
+        if self.asks and not _is_allowed():
+            return _DECLINED
+        text = box.run(call)
+        shown = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+        console.print(f"= {_shown(shown)}", style="dim", markup=False)
+        return text
+
+
+def _shown(text: str) -> str:
+    """The text with control characters spelt out: a call must not look like another call."""
+    return "".join(each if each.isprintable() else f"\\u{ord(each):04x}" for each in text)
+
+
+def _is_allowed() -> bool:
+    try:
+        return input("run it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def load_tools(path: Path | None, *, yes: bool) -> ChatTools:
+    """The public functions of a Python file as tools. `yes`: no call is asked for.
+
+    Raises Failure for a file without functions, and where nobody can be asked; ClientError for a
+    function that is no tool.
+    """
+    if path is None:
+        if yes:
+            raise Failure("--yes allows the calls of tools", "add --tools FILE")
+        return ChatTools()
+    if not yes and not sys.stdin.isatty():
+        fix = "add --yes, if the functions of this file may run unasked"
+        raise Failure("nobody can be asked before a tool runs: stdin is no terminal", fix)
+    try:
+        module = import_named(str(path.expanduser().absolute()), Path())
+    except ImportMistake as mistake:
+        raise Failure(mistake.cause, mistake.fix, "--tools") from None
+    found = tuple(
+        value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+        if value.__module__ == module.__name__  # an imported function is no tool of this file
+    )
+    if not found:
+        fix = "define a function with annotated parameters and a docstring"
+        raise Failure(f"{path} defines no public function", fix, "--tools")
+    ToolBox(found)  # a function that is no tool is reported before the first question
+    return ChatTools(found, asks=not yes)

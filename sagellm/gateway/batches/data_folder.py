@@ -1,0 +1,191 @@
+"""The folder of `--data-dir`: where files and batches lie, atomic writes, locks, and limits.
+
+    DATA_DIR/lock                                   held while a limit is checked and a name is made
+    DATA_DIR/TENANT/files/file-ID.json, .data       a file: its record, and its bytes
+    DATA_DIR/TENANT/batches/batch_ID.json           the record of a batch
+    DATA_DIR/TENANT/open/batch_ID.*                 of a batch that has not ended: see `BatchStore`
+
+TENANT is a hash of the tenant's name. All functions block, so the loop calls them in threads.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.settings import StorageLimits
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MODE = 0o700  # other users of the machine must not read prompts and answers
+_NUM_THREADS = 8  # a slow disk must not take the threads of other work
+_TENANT_BYTES = 16
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ID = re.compile(r"(file-|batch_)[0-9a-f]{32}")
+
+
+def make_data_folder(path: Path) -> None:
+    """Make the folder if it is missing, and try what it is needed for. Raises OSError."""
+    path.mkdir(mode=_MODE, parents=True, exist_ok=True)
+    probe = path / f"probe-{secrets.token_hex(8)}"
+    linked = probe.with_suffix(".link")
+    try:
+        with probe.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.link(probe, linked)
+    finally:
+        for made in (probe, linked):
+            made.unlink(missing_ok=True)
+
+
+def new_id(prefix: str) -> str:
+    """Return an id that no one can guess. Ids sort by the time at which they were made."""
+    return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Whether a client's text is the form of an id, so that it may become the name of a file."""
+    return text.startswith(prefix) and _ID.fullmatch(text) is not None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file. After a crash at any time it has the old or the new content, whole."""
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def telling_full_disk() -> Iterator[None]:
+    """Raise ApiError 507 if the block finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        message = "the server's disk is full; nothing was stored"
+    else:
+        return
+    raise ApiError(507, message, code="storage_full", should_retry=False)
+
+
+class TenantFolder:
+    """The folders of one tenant. They are made at the first use of `make`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = path / "files"
+        self.batches = path / "batches"
+        self.open = path / "open"
+
+    def make(self) -> None:
+        for folder in (self.path, self.files, self.batches, self.open):
+            folder.mkdir(mode=_MODE, exist_ok=True)  # one by one: parents would get another mode
+
+    @property
+    def num_files(self) -> int:
+        return sum(name.endswith((".data", ".part")) for name in _names(self.files))
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all files and results. A file with several names counts once."""
+        return sum(_sizes(self.files)) + sum(_sizes(self.open))
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Yield each file's share of its bytes: the bytes by the number of its names."""
+    for name in _names(folder):
+        with suppress(FileNotFoundError):  # deleted since
+            stat = os.stat(folder / name)
+            yield stat.st_size // max(1, stat.st_nlink)
+
+
+class DataFolder:
+    """The folder of all tenants. Several processes may use it at once."""
+
+    def __init__(self, path: Path, limits: StorageLimits) -> None:
+        self.path = path
+        self.limits = limits
+
+    # Made at the first use: the owner may be built on another loop than it runs on.
+    @cached_property
+    def _threads(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(_NUM_THREADS)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run blocking work in a thread. A cancellation waits for the end of the work."""
+        return await anyio.to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._threads)
+
+    def of(self, tenant: str) -> TenantFolder:
+        # A hash, because an operator may name a tenant with any characters.
+        named = blake2b(tenant.encode(errors="surrogatepass"), digest_size=_TENANT_BYTES)
+        return TenantFolder(self.path / named.hexdigest())
+
+    @property
+    def tenants(self) -> list[TenantFolder]:
+        """The folders of all tenants that have stored something."""
+        return [TenantFolder(self.path / name) for name in _names(self.path) if len(name) == 32]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the folder, which all processes share, during the `with` block."""
+        with (self.path / "lock").open("ab") as file:  # closing it frees the lock
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def check_room(self, folder: TenantFolder, num_bytes: int) -> None:
+        """Raise ApiError if `num_bytes` more would exceed a limit. The lock must be held."""
+        limits = self.limits
+        if folder.num_files >= limits.num_files:
+            raise _limited(f"this key may have {limits.num_files} files")
+        if folder.num_bytes + num_bytes > limits.files_bytes:
+            raise _limited(f"the files of this key may have {limits.files_bytes} bytes")
+        if sum(each.num_bytes for each in self.tenants) + num_bytes > limits.all_files_bytes:
+            message = "the server holds as many bytes of files as it may"
+            raise ApiError(507, message, code="storage_full", should_retry=False)
+
+    def has_room(self, folder: TenantFolder) -> bool:
+        """Whether the bytes of a tenant and of all tenants are within their limits."""
+        total = sum(each.num_bytes for each in self.tenants)
+        is_within = folder.num_bytes <= self.limits.files_bytes
+        return is_within and total <= self.limits.all_files_bytes
+
+
+def _limited(message: str) -> ApiError:
+    return ApiError(400, f"{message}; delete some", code="storage_limit_exceeded")

@@ -1,0 +1,183 @@
+"""The endpoints of files and batches."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import BinaryIO, TypeVar
+
+import anyio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sagellm.gateway.answers.stored_objects import (
+    DeletedFile,
+    StoredBatches,
+    StoredFiles,
+)
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.batches.batch_record import BatchRecord, batch_object
+from sagellm.gateway.batches.batch_store import Stores
+from sagellm.gateway.batches.data_folder import DataFolder
+from sagellm.gateway.batches.file_store import FileRecord, file_object
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.http.endpoints import json_response
+from sagellm.gateway.http.line_calls import BATCHED
+from sagellm.gateway.http.uploads import UploadForm, boundary_of, read_upload
+from sagellm.gateway.protocol.batch_bodies import PageQuery, read_batch, read_page
+from sagellm.graphs.log import get_logger
+
+LOG = get_logger("sagellm.gateway")
+
+R = TypeVar("R", FileRecord, BatchRecord)
+
+_PIECE_BYTES = 256 << 10
+
+
+def _stores(gateway: Gateway) -> Stores:
+    if gateway.stores is None:
+        message = "this server keeps no files; its operator may start it with --data-dir FOLDER"
+        raise ApiError(404, message, code="storage_off")
+    return gateway.stores
+
+
+async def create_file(gateway: Gateway, request: Request) -> Response:
+    """Store an uploaded file. The body goes to the disk as it comes."""
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    boundary = boundary_of(request.headers.get("content-type", ""))
+    most = stores.folder.limits.upload_bytes
+    # Without a length, the largest file is reserved until the last byte.
+    length = min(int(request.headers.get("content-length", most)), most)
+    with stores.uploading(tenant):
+        upload = await stores.folder.run(stores.files.begin_upload, tenant, length)
+        try:
+            form = UploadForm(boundary, upload, most)
+            fields = await read_upload(request.stream(), form, stores.folder)
+            record = await stores.folder.run(upload.commit, fields.filename, fields.life_s)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await stores.folder.run(upload.discard)
+    LOG.info("file_stored", file=record.id, tenant=tenant, num_bytes=record.bytes)
+    return json_response(file_object(record))
+
+
+async def list_files(gateway: Gateway, request: Request) -> Response:
+    """Answer a page of the tenant's files."""
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    known = ("limit", "after", "order", "purpose")
+    query = read_page(request.query_params.multi_items(), known=known, default=10_000, most=10_000)
+
+    def find() -> Sequence[FileRecord]:
+        records = stores.files.records(tenant, newest_first=query.is_newest_first)
+        return _page((one for one in records if query.purpose in (None, one.purpose)), query)
+
+    found = await stores.folder.run(find)
+    data = [file_object(record) for record in found[: query.limit]]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    has_more = len(found) > query.limit
+    return json_response(StoredFiles(data=data, first_id=first, last_id=last, has_more=has_more))
+
+
+async def retrieve_file(gateway: Gateway, request: Request) -> Response:
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    record = await stores.folder.run(stores.files.record, tenant, request.path_params["id"])
+    return json_response(file_object(record))
+
+
+async def delete_file(gateway: Gateway, request: Request) -> Response:
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    file_id = request.path_params["id"]
+    await stores.folder.run(stores.files.delete, tenant, file_id)
+    return json_response(DeletedFile(id=file_id))
+
+
+async def file_content(gateway: Gateway, request: Request) -> "FileContent":
+    """Answer the bytes of a file."""
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    file = await stores.folder.run(stores.files.open, tenant, request.path_params["id"])
+    return FileContent(file, stores.folder)
+
+
+class FileContent:
+    """The response with the content of an open file, an ASGI app. It closes the file."""
+
+    def __init__(self, file: BinaryIO, folder: DataFolder) -> None:
+        self._file = file
+        self._folder = folder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with closing(self._file):
+            num_left = self._file.seek(0, 2)
+            self._file.seek(0)
+            headers = [
+                (b"content-type", b"application/octet-stream"),
+                (b"content-length", b"%d" % num_left),
+                (b"x-content-type-options", b"nosniff"),
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while num_left and scope["method"] != "HEAD":
+                piece = await self._folder.run(self._file.read, min(num_left, _PIECE_BYTES))
+                if not piece:
+                    raise OSError("the file became shorter")
+                num_left -= len(piece)
+                more = num_left > 0
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+
+
+async def create_batch(gateway: Gateway, request: Request) -> Response:
+    """Store a new batch, and begin to work on it."""
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    endpoints = [path for path in BATCHED if path in request.scope["paths"]]
+    asked = read_batch(await request.body(), gateway.settings.limits, endpoints)
+    file = await stores.folder.run(stores.files.record, tenant, asked.input_file_id)
+    if file.purpose != "batch":
+        raise wrong("input_file_id", "is the id of a file of results; upload one for batches")
+    after = asked.output_expires_after
+    record = await stores.folder.run(
+        stores.batches.create,
+        tenant,
+        endpoint=asked.endpoint,
+        input_file_id=file.id,
+        metadata=asked.metadata,
+        output_life_s=None if after is None else after.seconds,
+    )
+    LOG.info("batch_created", batch=record.id, tenant=tenant, endpoint=record.endpoint)
+    stores.on_batch()
+    return json_response(batch_object(record))
+
+
+async def list_batches(gateway: Gateway, request: Request) -> Response:
+    """Answer a page of the tenant's batches, newest first."""
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    known = ("limit", "after")
+    query = read_page(request.query_params.multi_items(), known=known, default=20, most=100)
+    found = await stores.folder.run(lambda: _page(stores.batches.records(tenant), query))
+    data = [batch_object(record) for record in found[: query.limit]]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    has_more = len(found) > query.limit
+    return json_response(StoredBatches(data=data, first_id=first, last_id=last, has_more=has_more))
+
+
+async def retrieve_batch(gateway: Gateway, request: Request) -> Response:
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    record = await stores.folder.run(stores.batches.record, tenant, request.path_params["id"])
+    return json_response(batch_object(record))
+
+
+async def cancel_batch(gateway: Gateway, request: Request) -> Response:
+    """Ask the process that works on a batch to cancel it."""
+    stores, tenant = _stores(gateway), request.state.call.tenant
+    record = await stores.folder.run(stores.batches.cancel, tenant, request.path_params["id"])
+    return json_response(batch_object(record))
+
+
+def _page(records: Iterable[R], query: PageQuery) -> list[R]:
+    """Return the records of a page, and one more if the list goes on. Ids sort by time."""
+    if query.after:
+        if query.is_newest_first:
+            records = (one for one in records if one.id < query.after)
+        else:
+            records = (one for one in records if one.id > query.after)
+    return list(islice(records, query.limit + 1))
