@@ -47,7 +47,7 @@ SCHEMAS: dict[str, Any] = {
     "a file": {"$ref": "file:///etc/passwd"},
     "deep": _deep(14),
     "too deep": _deep(200),
-    "a large enum": {"enum": [f"value {number}" for number in range(20_000)]},
+    "a large enum": {"enum": [f"value {number}" for number in range(10**5)]},
     "anyOf^10": _any_of(10),
     "2^20 paths": _doubling(20),
     "many properties": {"properties": {f"p{number}": {} for number in range(3000)}},
