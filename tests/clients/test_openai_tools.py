@@ -113,6 +113,16 @@ def test_a_schema_is_parsed_whole_and_streamed(chats):
     assert done.parsed == whole
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_what_the_client_parsed_goes_round(chats):
+    called = chats.parse(**FIELDS, **MUST).choices[0].message
+    told = chats.parse(**FIELDS, response_format=Report).choices[0].message
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "rain"}
+    history = [*ASKED, told, *ASKED, called, result]
+    last = chats.create(**{**FIELDS, "messages": history}, tools=[WEATHER]).choices[0].message
+    assert "rain" in last.content
+
+
 def test_an_answer_beside_a_tool_is_a_call_or_has_the_form(chats):
     """What agents send in each turn: tools, and the form of the last answer."""
     asked = chats.parse(**FIELDS, tools=[WEATHER], response_format=Report).choices[0].message

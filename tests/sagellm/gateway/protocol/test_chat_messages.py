@@ -92,6 +92,12 @@ def test_a_history_of_calls_is_in_the_shape_that_templates_expect() -> None:
     ]
 
 
+def test_what_clients_parsed_of_an_answer_may_be_sent_back() -> None:
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {"x": None}}
+    message = {**calling(call(function=function)), "parsed": {"x": 1}}
+    assert read(message).conversation == read(calling(call())).conversation
+
+
 def test_a_call_may_have_no_id_and_no_arguments_and_its_message_no_content() -> None:
     message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
     (plain,) = read(message).conversation

@@ -61,7 +61,7 @@ def test_the_fields_of_a_chat_are_read_as_by_a_chat() -> None:
 
 
 def test_what_an_answer_had_may_be_sent_back_as_it_was() -> None:
-    part = {"type": "output_text", "text": "so", "annotations": [], "logprobs": []}
+    part = {"type": "output_text", "text": "so", "annotations": [], "logprobs": [], "parsed": {}}
     call = read(
         input=[
             {**USER, "type": "message", "status": "completed"},
@@ -73,6 +73,7 @@ def test_what_an_answer_had_may_be_sent_back_as_it_was() -> None:
                 "call_id": "c",
                 "name": "f",
                 "arguments": "",
+                "parsed_arguments": {},
                 "status": "completed",
             },
             {"type": "function_call_output", "call_id": "c", "output": "5", "id": None},
