@@ -12,6 +12,7 @@ FinishReason: TypeAlias = Literal[
 # Machine-readable reasons of an end: a gateway chooses HTTP status and retry advice by the code.
 CODES: dict[str, str] = {
     "bad_request": "the request itself cannot be served",
+    "invalid_grammar": "the grammar of its answer cannot be compiled, or exceeds its limits",
     "queue_full": "too many requests or tokens wait",
     "slo_unreachable": "its first token would come too late",
     "slow_reader": "its reader did not read",

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from grammar_walks import RandomModel, json_compiler, json_tokenizer, read_json, validator_of
-from sagellm.runtime.grammars.compiler import check_grammar
 
 from sagellm.backends.step import MatcherError
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 MAX_CPU_S = 3.0  # several times what any grammar has taken to be checked, compiled and followed

@@ -27,7 +27,7 @@ log = get_logger("sagellm.engine")
 STEP_TOKENS = (1, *(8 << power for power in range(12)))  # 8 ... 16384, the buckets of vLLM
 
 _BROKEN_LOGITS = "its logits are not finite; the weights or their dtype are wrong"
-_CODE: dict[FinishReason, str] = {"failed": ENGINE_FAILED, "refused": "bad_request"}
+_CODE: dict[FinishReason, str] = {"failed": ENGINE_FAILED, "refused": "invalid_grammar"}
 
 
 class EngineLoop:

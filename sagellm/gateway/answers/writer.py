@@ -56,6 +56,8 @@ def _refused(event: TokenEvent, may_retry: MayRetry) -> ApiError:
     """Return 400 for a wrong request, and 503 for overload."""
     if event.code == "bad_request":
         return ApiError(400, event.error or "the model cannot serve this request")
+    if event.code == "invalid_grammar":
+        return ApiError(400, f"the grammar of the answer: {event.error}", code=event.code)
     if event.code not in _OVERLOADED:  # by a user's own operator
         return ApiError(400, event.error or "the graph refused the request", code="refused")
     return ApiError(

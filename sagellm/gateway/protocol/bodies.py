@@ -177,9 +177,9 @@ def _check_prompt(prompt: str | list[Any], limits: RequestLimits) -> None:
 
 class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
-    those of the k most likely as well. `tools` are shown to the model also where `tool_choice` is
-    "none", as in vLLM. In a request that was read, `tools` are those that the model sees, and
-    `tool_choice` is no `AllowedTools`. Without `include_reasoning`, the answer has no reasoning.
+    those of the k most likely as well. In a request that was read, `tools` are those that the model
+    sees: none if `tool_choice` is "none"; and `tool_choice` is no `AllowedTools`. Without
+    `include_reasoning`, the answer has no reasoning.
     """
 
     messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
@@ -218,6 +218,8 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
     if isinstance(request.tool_choice, AllowedTools):
         tools, choice = allowed_only(request.tools, request.tool_choice)
         request = msgspec.structs.replace(request, tools=tools, tool_choice=choice)
+    if request.tool_choice == "none":  # a model that sees tools calls them all the same
+        request = msgspec.structs.replace(request, tools=[])
     return request
 
 

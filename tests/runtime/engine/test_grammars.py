@@ -205,7 +205,7 @@ async def test_a_bad_grammar_refuses_its_sequence_alone(folder):
         refused = await driver.submit("bad", PROMPTS[0], sampling=bad)
         good = await driver.submit("good", PROMPTS[1], max_tokens=8)
         await driver.all_done()
-    assert (refused.last.finish_reason, refused.last.code) == ("refused", "bad_request")
+    assert (refused.last.finish_reason, refused.last.code) == ("refused", "invalid_grammar")
     assert refused.last.error
     assert len(good.token_ids) == 8
 
@@ -312,7 +312,7 @@ async def test_a_grammar_past_its_limits_ends_its_sequence_alone(folder):
         reply = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
         free = await driver.submit("free", PROMPTS[1], max_tokens=8)
         await driver.all_done()
-    assert (reply.last.finish_reason, reply.last.code) == ("refused", "bad_request")
+    assert (reply.last.finish_reason, reply.last.code) == ("refused", "invalid_grammar")
     assert reply.last.error == "the grammar is too complex"
     assert len(reply.token_ids) == 3
     assert len(free.token_ids) == 8

@@ -6,9 +6,9 @@ import jsonschema_rs
 import numpy as np
 import pytest
 from grammar_walks import RandomModel, json_compiler, json_tokenizer
-from sagellm.runtime.grammars.compiler import check_grammar
 
 from sagellm.runtime.grammars.builders import choice_grammar, json_object_grammar
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 ODD = [

@@ -10,10 +10,10 @@ import psutil
 import pytest
 from grammar_walks import RandomModel, json_compiler, json_tokenizer
 from hostile_grammars import ACCEPTED, REFUSED, lark, regex, schema
-from sagellm.runtime.grammars.compiler import check_grammar
 
 from sagellm.backends.step import MatcherError
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
 # CPU time of the thread, so that other processes do not count; several times what was measured.

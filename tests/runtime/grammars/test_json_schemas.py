@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from grammar_walks import RandomModel, allowed, check_answer, eos_of, json_compiler, json_tokenizer
-from sagellm.runtime.grammars.compiler import check_grammar
 
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.grammars.json_schemas import read_schema, schema_text
 from sagellm.runtime.sampling import Grammar
 

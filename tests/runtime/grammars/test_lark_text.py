@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from grammar_walks import RandomModel, allowed, eos_of, json_compiler, json_tokenizer
-from sagellm.runtime.grammars.compiler import check_grammar
 
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.grammars.json_schemas import WHITESPACE
 from sagellm.runtime.grammars.lark_text import lark_text, special_tokens
 from sagellm.runtime.sampling import Grammar

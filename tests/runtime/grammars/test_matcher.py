@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from grammar_walks import RandomModel, allowed, eos_of, json_compiler, json_tokenizer
 from llguidance import LLParserLimits
-from sagellm.runtime.grammars.compiler import GrammarCompiler
 
 from sagellm.backends.step import MatcherError
 from sagellm.runtime.grammars import compiled_grammar
 from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.grammars.matcher import GrammarMatcher
 from sagellm.runtime.sampling import Grammar
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tokenizers
 from grammar_walks import WalkTokenizer, allowed, json_tokenizer
-from sagellm.runtime.grammars.compiler import GrammarCompiler
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.grammars.token_bytes import open_vocabulary
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer

@@ -73,10 +73,10 @@ def test_a_choice_says_which_tools_may_and_must_be_called(
     assert found.must_call is must
 
 
-def test_the_model_sees_all_tools_but_those_that_are_not_allowed() -> None:
+def test_the_model_sees_the_tools_that_it_may_call() -> None:
     both = tool("f"), tool("g")
     assert len(read(*both, choice=named("g")).tools) == 2
-    assert len(read(*both, choice="none").tools) == 2
+    assert read(*both, choice="none").tools == []
     (only,) = read(*both, choice=allowed("auto", "g")).tools
     assert only.function.name == "g"
 

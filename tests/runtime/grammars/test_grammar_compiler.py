@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from grammar_walks import allowed, json_tokenizer
-from sagellm.runtime.grammars.compiler import MAX_KEPT, GrammarCompiler
 
-from sagellm.runtime.grammars import GrammarError, compiled_grammar, compiler
+from sagellm.runtime.grammars import GrammarError, compiled_grammar, grammar_compiler
 from sagellm.runtime.grammars.builders import choice_grammar
 from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
+from sagellm.runtime.grammars.grammar_compiler import MAX_KEPT, GrammarCompiler
 from sagellm.runtime.grammars.token_bytes import open_vocabulary
 from sagellm.runtime.sampling import Grammar
 
@@ -69,7 +69,7 @@ def test_the_number_of_kept_grammars_is_bounded(
 def test_the_bytes_of_kept_grammars_are_bounded(
     fresh: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "MAX_KEPT_BYTES", 1000)
+    monkeypatch.setattr(grammar_compiler, "MAX_KEPT_BYTES", 1000)
     for number in range(10):
         fresh.compile(choice_grammar([f"{number}" * 300]), "", ignores_eos=False)
     assert fresh.num_kept == 3
@@ -112,7 +112,7 @@ def test_the_vocabulary_is_opened_with_the_first_grammar(monkeypatch: pytest.Mon
         opened.append(1)
         return open_vocabulary(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compiler, "open_vocabulary", counted)
+    monkeypatch.setattr(grammar_compiler, "open_vocabulary", counted)
     fresh = GrammarCompiler(TOKENS, TOKENS.vocab_size, frozenset())
     assert not opened
     with ThreadPoolExecutor(4) as threads:
@@ -133,5 +133,7 @@ def test_a_grammar_that_reached_its_limits_is_compiled_anew(
 
 
 def test_torch_stays_out() -> None:
-    program = "import sys, sagellm.runtime.grammars.compiler; assert 'torch' not in sys.modules"
+    program = (
+        "import sys, sagellm.runtime.grammars.grammar_compiler; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
