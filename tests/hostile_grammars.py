@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "depth 200": (nested(200), "nested too deeply"),
     "depth 5000": (schema('{"items":' * 5000 + "{}" + "}" * 5000), "nested too deeply"),
     "deep value": (schema('{"const":' + "[" * 4000 + "]" * 4000 + "}"), "nested too deeply"),
-    "large enum": (schema({"enum": [f"value {one}" for one in range(10**5)]}), "128 KiB"),
+    "large enum": (schema({"enum": [f"value {one}" for one in range(10**5)]}), "256 KiB"),
     "product": (
         schema({"allOf": [{"anyOf": [{"properties": {f"p{one}": {"const": two}},
                                       "type": "object"} for two in range(4)]}
@@ -79,6 +79,13 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "multipleOf of two": (
         schema({"allOf": [{"type": "integer", "multipleOf": one} for one in (997, 991)]}),
         "multipleOf",
+    ),
+    "multipleOf behind a reference": (
+        schema({"$ref": "#/x/0", "x": [{"type": "integer", "multipleOf": 999_983}]}), "multipleOf",
+    ),
+    "pattern behind a reference": (
+        schema({"$ref": "#/const", "const": {"type": "string", "pattern": "a?" * 2000}}),
+        "in a row",
     ),
     "multipleOf 0": (schema({"type": "integer", "multipleOf": 0}), "not above 0"),
     "huge minimum": (schema({"type": "number", "minimum": 1e308}), "minimum and maximum"),
@@ -99,7 +106,7 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "back-reference": (regex(r"(a)\1"), "back-reference"),
     "word boundary": (regex(r"a\bb"), "word boundary"),
     "no regex": (regex("("), "not valid"),
-    "nested groups": (regex("(" * 5000 + "a" + ")" * 5000), "not valid"),
+    "nested groups": (regex("(" * 5000 + "a" + ")" * 5000), "nested too deeply"),
     "optional parts": (regex(".?" * 4000), "in a row"),
     "optional groups": (regex("(ab)?" * 1100 + "|x"), "in a row"),
     "pattern": (schema({"type": "string", "pattern": "a?" * 2000}), "in a row"),

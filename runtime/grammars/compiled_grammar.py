@@ -10,8 +10,8 @@ from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.llguidance_text import Source
 from sagellm.runtime.grammars.reasons import reason
 
-# Measured on one core at 2.5 GHz with 150,000 tokens: hostile grammars of every kind stay below
-# 50 ms for a mask. Schemas with 500 optional properties, or enums of 10,000 texts, fit.
+# Measured with 150,000 tokens: the masks of hostile grammars take up to 50 ms, but for ambiguous
+# grammars (see below). Schemas with 500 optional properties, or enums of 10,000 texts, fit.
 LIMITS = LLParserLimits(
     max_items_in_row=2500,  # an object takes 4 for each optional property
     step_max_items=50_000,
@@ -23,8 +23,8 @@ LIMITS = LLParserLimits(
 )
 DEAD_END = "NoExtensionBias"  # how llguidance says that no token may follow
 _MIN_FILLS = 500  # masks that a lexer must have served to be worth making anew
-# A mask may take this CPU time on average. A grammar with ambiguous rules passes every limit of
-# llguidance, and each of its masks takes longer than the one before.
+# A mask may take this CPU time on average. An ambiguous grammar passes every limit of llguidance,
+# and each of its masks takes longer than the one before: 0.2 s when its answer ends here.
 _MEAN_FILL_S, _SPARE_S = 0.005, 0.5
 
 
@@ -58,10 +58,16 @@ class CompiledGrammar:
                 if self._num_fills < _MIN_FILLS:
                     self.is_exhausted = True
                     raise MatcherError(reason(fault))
-                self._start = self._compile()
-                self._age += 1
-                self._num_fills = 0
+                self._renew()
             return self._age, self._start.deep_copy()
+
+    def _renew(self) -> None:
+        try:
+            self._start = self._compile()
+        except GrammarError as error:  # it was compiled before, so the machine is short of memory
+            raise MatcherError(str(error)) from error
+        self._age += 1
+        self._num_fills = 0
 
     def account(self, cpu_s: float) -> None:
         """Count a mask that took `cpu_s`. Raises MatcherError if masks take too long."""

@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.compiled_grammar import LIMITS, CompiledGrammar
-from sagellm.runtime.grammars.lark_text import special_tokens
+from sagellm.runtime.grammars.lark_grammars import special_tokens
 from sagellm.runtime.grammars.llguidance_text import llguidance_text
 from sagellm.runtime.grammars.matcher import GrammarMatcher
 from sagellm.runtime.grammars.reasons import reason

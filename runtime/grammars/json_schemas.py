@@ -1,7 +1,7 @@
 """JSON schemas: what is checked and changed before llguidance compiles one."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from math import lcm
 from typing import Any
@@ -13,8 +13,9 @@ from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
 # Between the tokens of JSON: up to two blanks, and one line break with indentation. json.dumps and
 # pretty-printers write no more; a model that likes blanks would write them for ever.
 WHITESPACE = r"[ \t]{1,2}(\r?\n[ \t]{0,40})?|\r?\n[ \t]{0,40}"
-_OPTIONS = {"whitespace_pattern": WHITESPACE}  # all others have their default
+OPTIONS: Mapping[str, object] = {"whitespace_pattern": WHITESPACE}  # others have their default
 _OPTIONS_KEY = "x-guidance"
+_REGEX_OPTIONS = ("whitespace_pattern", "item_separator", "key_separator")
 
 MAX_PROPERTIES = 1000  # of one object: llguidance takes time quadratic in their number
 # llguidance builds a state for each remainder, without a limit of its own.
@@ -39,29 +40,44 @@ def read_schema(text: str) -> dict[str, Any]:
     return found
 
 
-def schema_text(schema: dict[str, Any]) -> str:
+def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS) -> str:
     """The JSON text for llguidance. Changes `schema`. Raises GrammarError if it is too expensive.
 
-    Options for llguidance in the schema are replaced. `oneOf` becomes `anyOf` where no value can
-    match two options; llguidance itself does not look into references, and refuses the rest.
+    `options`: llguidance's options; those in the schema do not count. `oneOf` becomes `anyOf` where
+    no value can match two options; llguidance itself looks into no references, and refuses the
+    rest.
     """
     _check_cost(schema)
-    disjointness = Disjointness(schema)
-    for node in _subschemas(schema):
+    nodes = list(_subschemas(schema))
+    has_bases = any(isinstance(node.get(key), str) for node in nodes[1:] for key in ("$id", "id"))
+    disjointness = Disjointness({} if has_bases else schema)  # references would lead elsewhere
+    for node in nodes:
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]  # the default, which llguidance does not know
         if "anyOf" not in node and disjointness.holds(node.get("oneOf")):
             renamed = [("anyOf" if key == "oneOf" else key, node[key]) for key in node]
             node.clear()
             node.update(renamed)  # in the order that they had: it is that of the properties
-    schema[_OPTIONS_KEY] = _OPTIONS
-    return json.dumps(schema)
+    return json.dumps({**schema, _OPTIONS_KEY: options})
+
+
+def own_options(schema: dict[str, Any]) -> Mapping[str, object]:
+    """The options that a schema in a grammar names, else ours. Raises GrammarError."""
+    options = schema.get(_OPTIONS_KEY, OPTIONS)
+    if not isinstance(options, dict):
+        raise GrammarError(f"{_OPTIONS_KEY} is not a JSON object")
+    regexes = (options.get(name) for name in _REGEX_OPTIONS)
+    check_regex_cost(sum(regex_cost(regex) for regex in regexes if isinstance(regex, str)))
+    return options
 
 
 def _check_cost(schema: dict[str, Any]) -> None:
-    """Raise GrammarError if llguidance would take too long: it has no limit of its own here."""
+    """Raise GrammarError if llguidance would take too long: it has no limit of its own here.
+
+    A reference may make a schema of any part, so all parts are looked at.
+    """
     cost, multiple = 0, 1
-    for node in _subschemas(schema):
+    for node in _objects(schema):
         properties = node.get("properties")
         if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
             raise GrammarError(f"properties: an object has more than {MAX_PROPERTIES}")
@@ -91,8 +107,20 @@ def _digits(multiple: object) -> int:
     return number
 
 
+def _objects(value: object) -> Iterator[dict[str, Any]]:
+    """All JSON objects in a value."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += part.values()
+            yield part
+        elif isinstance(part, list):
+            waiting += part
+
+
 def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The schema itself and all schemas in it. Data, as in `const` or `examples`, is none."""
+    """The schema itself, then all schemas in it. Data, as in `const` or `examples`, is none."""
     waiting: list[object] = [schema]
     while waiting:
         node = waiting.pop()

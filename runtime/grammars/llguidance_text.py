@@ -7,11 +7,11 @@ from llguidance import LLMatcher
 
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.json_schemas import read_schema, schema_text
-from sagellm.runtime.grammars.lark_text import from_gbnf, has_gbnf_rules, lark_text
+from sagellm.runtime.grammars.lark_grammars import from_gbnf, has_gbnf_rules, lark_text
 from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
 from sagellm.runtime.sampling import Grammar
 
-MAX_TEXT_BYTES = 128 << 10
+MAX_TEXT_BYTES = 256 << 10
 # A forced text is not split as the tokenizer would split it: the model chooses. So a mask depends
 # on the bytes of the output alone, and llguidance never calls the tokenizer.
 _OPTIONS = '%llguidance {"no_forcing": true}'

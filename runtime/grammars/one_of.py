@@ -82,9 +82,11 @@ class Disjointness:
         found: Any = self._document
         for part in reference[2:].split("/"):
             name = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(found, dict) or "%" in name or "$id" in found:
+            if not isinstance(found, dict) or "%" in name:
                 return None
             found = found.get(name)
+            if isinstance(found, dict) and ("$id" in found or isinstance(found.get("id"), str)):
+                return None  # references in it lead elsewhere
         return found
 
 

@@ -46,7 +46,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("recursion limit exceeded", "the schema is nested too deeply"),
     ("stack level exceeded", "the schema combines schemas too deeply"),
     ("nested too deeply", "the grammar is nested too deeply"),
-    ("nest limit", "a regular expression is nested too deeply"),
+    ("number of nested", "a regular expression is nested too deeply"),
     ("look-around", "a regular expression has a look-ahead or look-behind: these are not"
      " supported"),
     ("lookarounds not supported", "a regular expression has an anchor or a word boundary inside:"

@@ -1,7 +1,9 @@
 """JSON schemas: what is changed before they are compiled, and which texts they allow."""
 
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,10 +106,17 @@ def test_one_of_beside_any_of_stays() -> None:
 
 
 def test_keywords_in_data_are_no_keywords() -> None:
-    data = {"multipleOf": 999_983, "oneOf": [{"type": "string"}, {"type": "null"}]}
+    data = {"uniqueItems": False, "oneOf": [{"type": "string"}, {"type": "null"}]}
     schema = {"const": data, "examples": [data], "default": data}
     assert prepared(schema)["const"] == data
     assert takes(schema, json.dumps(data))
+
+
+def test_references_in_a_part_with_a_base_of_its_own_are_not_followed() -> None:
+    union = pydantic_union("oneOf")
+    union["properties"]["pet"] = {"$id": "http://x/", **union["properties"]["pet"]}
+    assert "oneOf" in json.dumps(prepared(union))
+    assert "oneOf" not in json.dumps(prepared({"$id": "http://x/", **pydantic_union("oneOf")}))
 
 
 def test_unique_items_may_be_false() -> None:
@@ -125,6 +134,28 @@ def test_multiples_of_few_digits_are_compiled(multiple: float) -> None:
 def test_only_an_object_is_a_schema(text: str) -> None:
     with pytest.raises(GrammarError):
         read_schema(text)
+
+
+def table_row(name: str) -> str:
+    text = (Path(__file__).parents[3] / "docs" / "structured-output.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("|") and name in line]
+    return row
+
+
+def test_documented_keywords_are_refused() -> None:
+    names = re.findall(r"`([^`]+)`", table_row("`unevaluatedItems`"))
+    assert len(names) > 10
+    for name in names:
+        keyword, _, value = name.partition(": ")
+        with pytest.raises(GrammarError, match=re.escape(f"not supported: {keyword}")):
+            check_grammar(grammar({keyword: json.loads(value or "{}")}))
+
+
+def test_documented_formats_are_taken() -> None:
+    _, *names = re.findall(r"`([^`]+)`", table_row("`ipv6`"))
+    assert len(names) == 10
+    for name in names:
+        check_grammar(grammar({"type": "string", "format": name}))
 
 
 CASES: Sequence[tuple[dict[str, Any], str, bool]] = [
@@ -146,6 +177,11 @@ CASES: Sequence[tuple[dict[str, Any], str, bool]] = [
     ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"k":"v"}', False),
     ({"type": "object", "patternProperties": {"^a": {"type": "integer"}}}, '{"ab":1}', True),
     ({"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 4}]}, "5", False),
+    ({"type": "array", "items": [{"type": "string"}], "additionalItems": False}, '["a"]', True),
+    ({"type": "array", "items": [{"type": "string"}], "additionalItems": False}, "[1]", False),
+    ({"$anchor": "a", "type": "array", "items": {"$ref": "#a"}}, "[[]]", True),
+    ({"type": "integer"}, "1.0", False),
+    ({"type": "string"}, '"\\u0041"', False),
     ({"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}},
      "[[],[[]]]", True),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from grammar_walks import RandomModel, allowed, eos_of, json_compiler, json_toke
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.grammars.json_schemas import WHITESPACE
-from sagellm.runtime.grammars.lark_text import lark_text, special_tokens
+from sagellm.runtime.grammars.lark_grammars import lark_text, special_tokens
 from sagellm.runtime.sampling import Grammar
 
 TOKENS = json_tokenizer()
@@ -47,11 +47,20 @@ def test_the_text_stays_but_for_schemas() -> None:
     assert WHITESPACE.replace("\\", "\\\\") in found
 
 
-def test_schemas_in_a_grammar_have_our_options() -> None:
-    grammar = lark('start: %json {"type":"array","x-guidance":{"whitespace_pattern":"x"}} "!"')
+def test_schemas_in_a_grammar_have_our_options_unless_they_name_their_own() -> None:
+    grammar = lark('start: %json {"type":"array"} "!"')
     assert takes(grammar, "[ ]!")
-    assert not takes(grammar, "[x]!")
     assert not takes(grammar, "[   ]!")
+    own = lark('start: %json {"type":"array","not":{},"x-guidance":{"lenient":true,'
+               '"whitespace_pattern":"x"}} "!"')  # fmt: skip
+    assert takes(own, "[x]!")
+    assert not takes(own, "[ ]!")
+
+
+@pytest.mark.parametrize("options", ["5", '{"whitespace_pattern":"%s"}' % (".?" * 2000)])
+def test_options_of_a_schema_are_bounded(options: str) -> None:
+    with pytest.raises(GrammarError, match=r"x-guidance|in a row"):
+        check_grammar(lark(f'start: %json {{"x-guidance":{options}}}'))
 
 
 def test_special_tokens_are_found_outside_of_texts() -> None:

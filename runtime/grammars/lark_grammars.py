@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.json_schemas import schema_text
+from sagellm.runtime.grammars.json_schemas import own_options, schema_text
 from sagellm.runtime.grammars.regex_cost import check_regex_cost, num_optional, regex_cost
 
 MAX_LARK_CHARS = 64 << 10  # without the schemas in it
@@ -133,7 +133,9 @@ def _block(text: str, kind: str, position: int) -> tuple[str, int]:
         raise GrammarError("what follows %json or %regex is not valid JSON") from None
     if not isinstance(found, dict):
         raise GrammarError("what follows %json or %regex is not a JSON object")
-    return (f"%json {schema_text(found)}" if kind == "json" else f"%regex {text[begin:end]}"), end
+    if kind == "json":
+        return f"%json {schema_text(found, own_options(found))}", end
+    return f"%regex {text[begin:end]}", end
 
 
 def _cost(definitions: dict[str, _Definition]) -> int:
