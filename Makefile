@@ -82,7 +82,7 @@ aiohttp_NEEDS := aiohttp
 aiohttp_SUITE := test_aiohttp.py test_curl.py test_prometheus.py test_javascript.py
 # The arguments of pytest for the suite of a client, in its environment.
 suite = $(CLIENTS)/$1/bin/python -m pytest -c /dev/null --rootdir tests/clients \
-	--confcutdir tests/clients -p no:cacheprovider --timeout 120 -q -rs \
+	--confcutdir tests/clients -p no:cacheprovider --timeout 120 --disable-warnings -q -rs \
 	$(addprefix tests/clients/,$($1_SUITE))
 
 clients: export SAGELLM_BIN = $(CURDIR)/$(BIN)/sagellm

@@ -210,7 +210,7 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
     check_generation(request, limits)
     if request.is_structured:
         check_constraints(request)
-    check_conversation(request, limits)
+    check_conversation(request)
     if request.top_logprobs and not request.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")
     if request.tools or request.tool_choice is not None:
@@ -270,7 +270,7 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
     request = convert(said, struct)
     check_model_name(request.model, limits)
     if isinstance(request, TokenizeChat):
-        check_conversation(request, limits)
+        check_conversation(request)
     return request
 
 

@@ -151,7 +151,7 @@ def test_what_is_not_built_is_refused_with_a_reason(body: Any, param: str, told:
             item(role="user", content=[{"type": "input_text", "text": 5}]),
             "input[0].content[0].text",
         ),
-        (item(type="function_call", call_id="c", name="f", arguments="["), "input[0].arguments"),
+        (item(type="function_call", call_id="c", name="f", arguments=5), "input[0].arguments"),
         (item(type="function_call", name="f", arguments=""), "input[0].call_id"),
         (item(type="function_call_output", call_id="c"), "input[0].output"),
         (item(type="reasoning", summary="x"), "input[0].summary"),
