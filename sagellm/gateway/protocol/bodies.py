@@ -216,7 +216,7 @@ def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
     check_generation(request, limits)
     if request.is_structured:
         check_constraints(request)
-    check_conversation(request, limits)
+    check_conversation(request)
     if request.top_logprobs and not request.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")
     if request.tools or request.tool_choice is not None:
@@ -276,7 +276,7 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
     request = convert(said, struct)
     check_model_name(request.model, limits)
     if isinstance(request, TokenizeChat):
-        check_conversation(request, limits)
+        check_conversation(request)
     return request
 
 
