@@ -17,6 +17,9 @@ OPTIONS: Mapping[str, object] = {"whitespace_pattern": WHITESPACE}  # others hav
 _OPTIONS_KEY = "x-guidance"
 _REGEX_OPTIONS = ("whitespace_pattern", "item_separator", "key_separator")
 
+# Keywords that llguidance does not know, and values that exclude nothing. zod writes the second.
+_DEFAULTS: Mapping[str, object] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
+
 # Formats of the standard that llguidance knows, and those that it does not. Names outside of the
 # standard, such as `binary` of OpenAPI or `path` of pydantic, are annotations.
 FORMATS = frozenset(
@@ -64,8 +67,9 @@ def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS)
     for node in nodes:
         if _is_annotation(node.get("format")):
             del node["format"]
-        if node.get("uniqueItems") is False:
-            del node["uniqueItems"]  # the default, which llguidance does not know
+        for key, default in _DEFAULTS.items():
+            if node.get(key) == default:
+                del node[key]
         if "anyOf" not in node and disjointness.holds(node.get("oneOf")):
             renamed = [("anyOf" if key == "oneOf" else key, node[key]) for key in node]
             node.clear()

@@ -189,6 +189,8 @@ CASES: Sequence[tuple[dict[str, Any], str, bool]] = [
     ({"type": "array", "items": [{"type": "string"}], "additionalItems": False}, '["a"]', True),
     ({"type": "array", "items": [{"type": "string"}], "additionalItems": False}, "[1]", False),
     ({"$anchor": "a", "type": "array", "items": {"$ref": "#a"}}, "[[]]", True),
+    ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": False},
+     "{}", True),
     ({"type": "integer"}, "1.0", False),
     ({"type": "string"}, '"\\u0041"', False),
     ({"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}},
