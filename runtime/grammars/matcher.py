@@ -49,6 +49,12 @@ class GrammarMatcher:
             mask[:] = 0
         self._grammar.account(time.thread_time() - begin_s)
 
+    def follow(self, output: Sequence[int]) -> bool:
+        """Consume `output`, as a later `fill` would. Returns whether all of it belongs to the
+        grammar. Raises MatcherError.
+        """
+        return self._advance(output)
+
     def _advance(self, output: Sequence[int]) -> bool:
         """Consume `output`, or its beginning that belongs to the grammar. Returns whether all of it
         does.

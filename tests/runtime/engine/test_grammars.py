@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import trio
+import trio.testing
 from detached import installed
 from engine_driver import Driver, hand_over, running
 from models_on_the_fly import EOS, byte_tokenizer, make_model, random_prompts
@@ -236,7 +237,7 @@ class HeldCompiler:
 
 
 def held(engine):
-    queue = engine._loop._grammars
+    queue = engine._loop.grammars
     queue._compiler = HeldCompiler(queue._compiler, threading.Event(), threading.Event())
     return queue._compiler
 
@@ -270,6 +271,91 @@ async def test_a_sequence_may_end_before_its_grammar_is_there(folder, reason):
     assert reply.token_ids == []
 
 
+async def test_choices_of_a_slow_grammar_leave_a_thread_to_others(folder):
+    async with running(engine := open_on(folder)) as [driver]:
+        queue, compile_ = engine._loop.grammars, engine._loop.grammars._compiler.compile
+        compiled, may_go_on = [], threading.Event()
+
+        class OneIsSlow:
+            def compile(self, grammar, salt, *, ignores_eos):
+                compiled.append(grammar)
+                if grammar is BOUND.grammar:
+                    assert may_go_on.wait(30)
+                return compile_(grammar, salt, ignores_eos=ignores_eos)
+
+        queue._compiler = OneIsSlow()
+        slow = [
+            await driver.submit("slow", PROMPTS[0], choice=choice, sampling=BOUND)
+            for choice in range(3)
+        ]
+        other = Sampling(max_tokens=60, grammar=GRAMMARS["lark"])
+        fast = await driver.submit("fast", PROMPTS[1], sampling=other)
+        with trio.move_on_after(5) as limit:
+            await fast.done.wait()
+        engine.cancel("slow", 2, 0)
+        may_go_on.set()
+        await driver.all_done()
+    assert not limit.cancelled_caught
+    assert slow[0].token_ids == slow[1].token_ids
+    assert slow[2].last.finish_reason == "cancelled"
+    assert len(compiled) == 3  # nothing for the cancelled choice
+
+
+async def test_choices_of_a_refused_grammar_share_the_refusal(folder):
+    bad = Sampling(max_tokens=8, grammar=Grammar(kind="regex", text="(?<=a)b"))
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = held(engine)
+        replies = [
+            await driver.submit("bad", PROMPTS[0], choice=choice, sampling=bad)
+            for choice in range(3)
+        ]
+        compiler.may_go_on.set()
+        await driver.all_done()
+    assert {(one.last.finish_reason, one.last.code) for one in replies} == {
+        ("refused", "invalid_grammar")
+    }
+    assert len({one.last.error for one in replies}) == 1
+
+
+async def test_an_answer_that_began_outside_the_grammar_is_refused(folder):
+    outside = tuple(byte_tokenizer().encode("hello").ids)
+    async with running(open_on(folder)) as [driver]:
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND, emitted_token_ids=outside)
+        await driver.all_done()
+    assert (reply.last.finish_reason, reply.last.code) == ("refused", "invalid_grammar")
+    assert reply.last.error == "the tokens so far do not belong to the grammar"
+
+
+async def test_a_deadline_ends_a_sequence_that_an_idle_engine_compiles_for(folder):
+    async with running(engine := open_on(folder)) as [driver]:
+        await trio.testing.wait_all_tasks_blocked()  # the loop waits for a change
+        compiler = held(engine)
+        expires_s = trio.current_time() + 0.05
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND, expires_s=expires_s)
+        with trio.move_on_after(5) as limit:
+            await reply.done.wait()
+        compiler.may_go_on.set()
+    assert not limit.cancelled_caught
+    assert reply.last.finish_reason == "expired"
+
+
+async def test_an_engine_that_waits_for_a_grammar_does_not_hang(folder):
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = held(engine)
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND)
+        await trio.to_thread.run_sync(compiler.started.wait)
+        later_s = trio.current_time() + 60
+        loop = engine._loop
+        assert not loop.watchdog.health(later_s, has_work=loop.has_work).is_hung
+        loop.watchdog.reset(trio.current_time() - 60)
+        compiler.may_go_on.set()
+        await trio.testing.wait_all_tasks_blocked()
+        while not reply.events:
+            assert not engine.health.is_hung
+            await trio.lowlevel.checkpoint()
+        await driver.all_done()
+
+
 async def test_an_engine_may_stop_while_a_grammar_is_compiled(folder):
     engine = open_on(folder)
     compiler = held(engine)
@@ -301,13 +387,13 @@ class LimitedMatcher:
 
 async def test_a_grammar_past_its_limits_ends_its_sequence_alone(folder):
     engine = open_on(folder)
-    compile_ = engine._loop._grammars._compiler.compile
+    compile_ = engine._loop.grammars._compiler.compile
 
     class Limited:
         def compile(self, *args, **options):
             return LimitedMatcher(compile_(*args, **options), 3)
 
-    engine._loop._grammars._compiler = Limited()
+    engine._loop.grammars._compiler = Limited()
     async with running(engine) as [driver]:
         reply = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
         free = await driver.submit("free", PROMPTS[1], max_tokens=8)
@@ -325,7 +411,7 @@ async def test_a_compiler_that_fails_ends_its_sequence_alone(folder):
         def compile(self, *args, **options):
             raise RuntimeError("no memory")
 
-    engine._loop._grammars._compiler = Failing()
+    engine._loop.grammars._compiler = Failing()
     async with running(engine) as [driver]:
         reply = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
         free = await driver.submit("free", PROMPTS[1], max_tokens=8)
