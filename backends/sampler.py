@@ -55,7 +55,8 @@ def sample(
         logits = logits.where(is_finite.unsqueeze(1), 0.0)
     bits = {} if masks is None else dict(zip(masks.rows, masks.bits, strict=True))
     special = [index for index, row in enumerate(rows) if not _is_greedy(row)]
-    bound = {index: mask for index, mask in bits.items() if index not in special}
+    greedy = bits.keys() - special
+    bound = {index: mask for index, mask in bits.items() if index in greedy}
     none_left = _sample_bound(logits, token_ids, bound, largest)
     if special:
         none_left += _sample_processed(logits, rows, token_ids, bits, special)

@@ -43,7 +43,8 @@ LargestAllowed: TypeAlias = Callable[[npt.NDArray[np.float32], Mask], int | None
 
 
 def largest_allowed(scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
-    """The first of the largest scores [vocab] that a mask allows; None if it allows no token.
+    """The first of the largest scores [vocab] that a mask allows; None if it allows no token whose
+    score is above -inf.
 
     Only words with a token are read: a mask that forbids the likeliest token allows few others.
     """
@@ -55,6 +56,8 @@ def largest_allowed(scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
     allowed = scores.reshape(-1, _BITS)[words]
     allowed += np.take(_BIAS_OF_BYTE, mask[words].view(np.uint8), axis=0).reshape(-1, _BITS)
     best = int(allowed.argmax())
+    if allowed.flat[best] == -np.inf:
+        return None
     return _BITS * int(words[best // _BITS]) + best % _BITS
 
 

@@ -128,6 +128,22 @@ def test_the_largest_allowed_is_the_first_of_the_largest(token_ids, vocab_size, 
         assert KERNELS.largest_allowed(scores, mask) == right
 
 
+@pytest.mark.parametrize("vocab_size", [40, 64])
+def test_a_score_of_minus_infinity_is_never_taken(vocab_size):
+    scores = np.full(vocab_size, -np.inf, np.float32)
+    scores[[0, 35]] = 1.0, 0.5
+    mask = np.array([2, 4], dtype=np.int32)  # tokens 1 and 34
+    for largest in (largest_allowed, KERNELS.largest_allowed if KERNELS else largest_allowed):
+        assert largest(scores, mask) is None
+        assert largest(scores, mask | np.int32(8)) == 35
+    logits = torch.from_numpy(scores).unsqueeze(0)
+    for sampling in ({}, {"temperature": 1.0}):
+        one = row(**sampling)
+        one.answer.matcher = Allowing(1, 34)
+        one.answer.matcher.vocab_size = vocab_size
+        assert sample(logits, [one]).exhausted == {0}
+
+
 def test_a_matcher_sees_the_output_with_its_drafts():
     one = bound(4, output=(2, 3), prompt=(1, 1, 1))
     one.added = (5,)
