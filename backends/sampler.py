@@ -13,6 +13,7 @@ from sagellm.backends.token_masks import (
     Mask,
     TokenMasks,
     allowed_tokens,
+    cut_off,
     largest_allowed,
     token_masks,
 )
@@ -60,8 +61,10 @@ def sample(
     none_left = _sample_bound(logits, token_ids, bound, largest)
     if special:
         none_left += _sample_processed(logits, rows, token_ids, bits, special)
-    refused = {} if masks is None else masks.refused
+    refused = {} if masks is None else dict(masks.refused)
     exhausted = frozenset(none_left).difference(broken, refused)
+    refused |= cut_off(rows, exhausted)
+    exhausted -= refused.keys()
     ids: list[int] = token_ids.tolist()
     logprobs = None
     if any(row.sampling.logprobs is not None for row in rows):

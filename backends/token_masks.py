@@ -1,6 +1,6 @@
 """The tokens that grammars allow in the rows of a launch, computed while the program runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -80,6 +80,19 @@ def token_masks(rows: Sequence[LogitsRow]) -> TokenMasks | None:
             refused[index] = str(error)
             mask[:] = -1
     return TokenMasks([index for index, _ in bound], bits, refused)
+
+
+def cut_off(rows: Sequence[LogitsRow], exhausted: Iterable[int]) -> dict[int, str]:
+    """The rows of `exhausted` whose grammar cannot end where no token is left, and why."""
+    found = {}
+    for index in exhausted:
+        matcher = rows[index].answer.matcher
+        try:
+            if matcher is not None and not matcher.may_end(rows[index].output):
+                found[index] = "no token is left that the grammar and the other options allow"
+        except MatcherError as error:
+            found[index] = str(error)
+    return found
 
 
 class MaskThread:

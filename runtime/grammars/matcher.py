@@ -49,6 +49,10 @@ class GrammarMatcher:
             mask[:] = 0
         self._grammar.account(time.thread_time() - begin_s, len(self._consumed) - num_before)
 
+    def may_end(self, output: Sequence[int]) -> bool:
+        is_inside = self._advance(output) and not self._matcher.is_error()
+        return is_inside and self._matcher.is_accepting()
+
     def follow(self, output: Sequence[int]) -> bool:
         """Consume `output`, as a later `fill` would. Returns whether all of it belongs to the
         grammar. Raises MatcherError.

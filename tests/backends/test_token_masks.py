@@ -25,6 +25,7 @@ class Allowing:
 
     def __init__(self, *token_ids):
         self.token_ids = list(token_ids)
+        self.is_complete = True
         self.outputs = []
         self.threads = set()
 
@@ -34,6 +35,9 @@ class Allowing:
         mask.view(np.uint8)[:] = 0
         for token_id in self.token_ids:
             mask[token_id // 32] |= np.int32(1 << token_id % 32)
+
+    def may_end(self, output):
+        return self.is_complete
 
 
 class Exceeding:
@@ -82,6 +86,16 @@ def test_a_row_without_an_allowed_token_is_exhausted(sampling):
     assert sampled.exhausted == sampled.broken == {1}
     assert sampled.token_ids[0] == 1
     assert sampled.token_ids[2] == 4
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
+def test_a_row_without_a_token_before_the_end_of_its_grammar_is_refused(sampling):
+    one = bound(**sampling)
+    one.answer.matcher.is_complete = False
+    sampled = sample(LOGITS.repeat(2, 1), [one, bound()])
+    assert "no token is left" in sampled.refused[0]
+    assert sampled.broken == {0, 1}
+    assert sampled.exhausted == {1}
 
 
 def test_a_grammar_past_its_limits_refuses_its_row_alone():

@@ -182,6 +182,23 @@ async def test_a_finished_grammar_ends_an_answer_that_ignores_the_end(folder):
         assert reason == "stop"
 
 
+async def test_an_answer_that_cannot_go_on_does_not_look_complete(folder):
+    grammar = Grammar(kind="regex", text="a[0-9]b|ac")
+    tokens = {text: byte_tokenizer().token_to_id(text) for text in "abc"}
+    for banned, reason in (("b", "refused"), ("c", "stop")):
+        banned_ids = ((tokens[banned],), (tokens["c"],)) if banned == "b" else ((tokens["c"],),)
+        sampling = Sampling(max_tokens=9, grammar=grammar, bad_words_token_ids=banned_ids)
+        [(token_ids, found)] = await answers(open_on(folder), sampling, PROMPTS[:1])
+        assert found == reason
+        assert re.fullmatch("a[0-9]" if reason == "refused" else "a[0-9]b", text_of(token_ids))
+
+
+async def test_min_tokens_beyond_a_grammar_end_a_complete_answer(folder):
+    sampling = Sampling(max_tokens=60, min_tokens=50, grammar=Grammar(kind="regex", text="abcdef"))
+    for token_ids, reason in await answers(open_on(folder), sampling):
+        assert (text_of(token_ids), reason) == ("abcdef", "stop")
+
+
 async def test_choices_and_logprobs(folder):
     sampling = Sampling(
         max_tokens=40, temperature=50.0, seed=2, logprobs=2, grammar=GRAMMARS["regex"]

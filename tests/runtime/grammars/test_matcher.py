@@ -62,6 +62,13 @@ def test_a_finished_text_allows_the_end_alone() -> None:
     assert allowed(matcher_of(WORD), ids("abx")).tolist() == [EOS]
 
 
+def test_a_text_may_end_where_it_is_complete() -> None:
+    matcher = matcher_of(WORD, ignores_eos=True)
+    assert [matcher.may_end(ids(text)) for text in ("", "a", "ab", "abx", "abxa", "ab")] == [
+        *(False, False, True, True, False, True)
+    ]
+
+
 def test_every_end_token_is_allowed_there() -> None:
     ends = frozenset([EOS, TOKENS.encode("z")[0]])
     compiler = GrammarCompiler(TOKENS, TOKENS.vocab_size, ends)
@@ -165,6 +172,7 @@ def test_a_dead_end_allows_nothing_and_is_left_again() -> None:
     assert allowed(matcher, [a]).tolist() == [b]
     for _ in range(2):
         assert allowed(only, [a, b]).tolist() == []
+        assert not only.may_end([a, b])
     assert len(allowed(only, [a, b, a])) == only.vocab_size
     assert allowed(only, [a, b]).tolist() == []
     assert allowed(only, [a]).tolist() == [b]
