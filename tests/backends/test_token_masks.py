@@ -1,6 +1,7 @@
 """Masks of grammars: what the sampler may take, and the thread that computes them."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from sampled_rows import LOGITS, row, sample_one
 
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.program import _computed, _Launch
 from sagellm.backends.sampler import sample
-from sagellm.backends.step import MatcherError
+from sagellm.backends.step import MatcherError, StepBatch
 from sagellm.backends.token_masks import MaskThread, allowed_tokens, largest_allowed, token_masks
 
 VOCAB = 6
@@ -175,6 +177,29 @@ def test_the_thread_starts_with_the_first_grammar():
     assert one.answer.matcher.threads == threads_of_grammars() != set()
     masks.close()
     assert threads_of_grammars() == set()
+
+
+def test_no_matcher_works_past_a_step_whose_program_failed():
+    may_fill = threading.Event()
+    one = bound(4)
+    fill = one.answer.matcher.fill
+
+    def slow(output, mask):
+        assert may_fill.wait(5)
+        fill(output, mask)
+
+    def run(inputs, pool):
+        threading.Timer(0.02, may_fill.set).start()
+        raise RuntimeError("broken")
+
+    one.answer.matcher.fill = slow
+    batch = StepBatch([], [], [], [], [0], rows=[one])
+    program = SimpleNamespace(run=run, lock=threading.Lock())
+    masks = MaskThread()
+    with pytest.raises(RuntimeError, match="broken"):
+        _computed(_Launch(program, SimpleNamespace(pool=None), batch, None), masks, largest_allowed)
+    assert one.answer.matcher.outputs  # the masks are complete
+    masks.close()
 
 
 def threads_of_grammars():
