@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run shell test soak chaos clients prometheus page first-hour house lint format bench bench-peers clean
+.PHONY: setup run shell test soak chaos clients javascript prometheus page first-hour house lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -64,22 +64,42 @@ chaos: $(STAMPS)/test
 	$(BIN)/sagellm chaos run examples/chaos/*.yaml
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 tests/sagellm/test_virtual_chaos.py
 
-# Clients whose pins contradict ours, each in an environment of its own, against our server.
+# Clients of other projects, each in an environment of its own, against our server: their pins
+# contradict ours, and each other's. The last suite is that of the packages in JavaScript.
 CLIENTS := .venv-clients
+NAMES := openai2 anthropic langchain pydantic_ai litellm aiohttp
 openai2_NEEDS := 'openai<3'
-langchain_NEEDS := langchain-openai 'openai>=3'
-litellm_NEEDS := litellm mcp
-aiohttp_NEEDS := aiohttp
+openai2_SUITE := test_openai*.py
 anthropic_NEEDS := anthropic
-NAMES := openai2 langchain litellm aiohttp anthropic
+anthropic_SUITE := test_anthropic.py
+langchain_NEEDS := langchain-openai langchain-anthropic 'openai>=3'
+langchain_SUITE := test_langchain.py test_openai*.py
+pydantic_ai_NEEDS := 'pydantic-ai-slim[openai,anthropic]'
+pydantic_ai_SUITE := test_pydantic_ai.py
+litellm_NEEDS := 'litellm[proxy]' mcp anthropic
+litellm_SUITE := test_litellm*.py
+aiohttp_NEEDS := aiohttp
+aiohttp_SUITE := test_aiohttp.py test_curl.py test_prometheus.py test_javascript.py
+# The arguments of pytest for the suite of a client, in its environment.
+suite = $(CLIENTS)/$1/bin/python -m pytest -c /dev/null --rootdir tests/clients \
+	--confcutdir tests/clients -p no:cacheprovider --timeout 120 --disable-warnings -q -rs \
+	$(addprefix tests/clients/,$($1_SUITE))
 
-clients: $(STAMPS)/test $(NAMES:%=$(CLIENTS)/%/.ready) prometheus
-	@for name in $(NAMES); do \
-		echo "$$name:"; \
-		SAGELLM_BIN=$(CURDIR)/$(BIN)/sagellm $(CLIENTS)/$$name/bin/python -m pytest \
-			-c /dev/null --rootdir tests/clients --confcutdir tests/clients \
-			-p no:cacheprovider --timeout 120 -q -rs tests/clients || exit; \
-	done
+clients: export SAGELLM_BIN = $(CURDIR)/$(BIN)/sagellm
+clients: export SAGELLM_NODE_MODULES = $(CURDIR)/$(CLIENTS)/javascript/node_modules
+clients: $(STAMPS)/test $(NAMES:%=$(CLIENTS)/%/.ready) javascript prometheus
+	@$(foreach name,$(NAMES),echo "$(name):" && $(call suite,$(name)) &&) true
+
+# Where there is no npm, the tests of these packages are skipped.
+javascript: $(CLIENTS)/javascript/.ready
+	@{ command -v node && command -v npm; } >/dev/null || \
+		echo "no npm: the clients in JavaScript are skipped (it comes with Node.js 20 or newer)"
+
+$(CLIENTS)/javascript/.ready: tests/clients/javascript/package.json
+	@mkdir -p $(@D)
+	@! command -v npm >/dev/null || { cp $< $(@D) && \
+		npm install --prefix $(@D) --ignore-scripts --no-audit --no-fund --no-package-lock && \
+		touch $@; }
 
 # Of Debian; where it cannot be installed, the tests that scrape with it are skipped.
 prometheus:

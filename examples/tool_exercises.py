@@ -7,6 +7,7 @@ from typing import Any
 
 from exercises import (
     NAMES,
+    SUM_ASKS,
     Exercise,
     Message,
     as_json,
@@ -48,7 +49,6 @@ ASPECT_ASKS = (
     "Find the {a} of {x}.",
     "Look up the {a} of {x}.",
 )
-SUM_ASKS = ("What is {a} + {b}?", "Add {a} and {b}.", "{a} + {b} = ?")
 
 Arguments = dict[str, Any]
 

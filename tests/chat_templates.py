@@ -24,6 +24,7 @@ QWEN3 = f"""{HERMES}
 </think>
 {{% endif %}}"""
 LLAMA3 = """{# {"name": function name, "parameters": #}""" + _MESSAGES
+GEMMA4 = "{# <|tool_call> #}" + _MESSAGES
 MISTRAL = "{# [TOOL_CALLS] [ARGS] #}" + _MESSAGES
 HARMONY = "{# <|channel|> <|message|> #}" + _MESSAGES
 PLAIN = _MESSAGES

@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
         schema({"type": "object", "patternProperties": {"a.{20}": {}, "b.{20}": {}}}),
         "patternProperties",
     ),
-    "format": (schema({"type": "string", "format": "zebra"}), "a format"),
+    "format": (schema({"type": "string", "format": "uri-template"}), "a format"),
     "keywords": (schema({"not": {}, "if": {}}), "not supported: if, not"),
     "overlapping oneOf": (
         schema({"oneOf": [{"type": "string"}, {"minLength": 3, "type": "string"}]}), "oneOf",

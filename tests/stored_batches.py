@@ -1,5 +1,6 @@
 """Data folders, batches in them, and a server of their requests that needs no graph."""
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,11 @@ def written(stores: Stores, file_id: str) -> list[Any]:
     """The lines of a file of results."""
     with stores.files.open(TENANT, file_id) as file:
         return [json.loads(line) for line in file.read().splitlines()]
+
+
+def full_disk(*_: object) -> None:
+    """Fail like a function of the system that finds the disk full."""
+    raise OSError(errno.ENOSPC, "full")
 
 
 @dataclass

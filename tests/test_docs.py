@@ -233,6 +233,7 @@ def test_every_field_that_is_taken_is_in_the_docs_with_type_and_reason() -> None
         "message": other_apis.MESSAGE.taken,
         "part": other_apis.PART.taken,
         "tool call": other_apis.TOOL_CALL.taken,
+        "function": other_apis.FUNCTION_CALL.taken,
     }
     known = [
         (where, name, *field) for where, table in tables.items() for name, field in table.items()

@@ -17,6 +17,19 @@ OPTIONS: Mapping[str, object] = {"whitespace_pattern": WHITESPACE}  # others hav
 _OPTIONS_KEY = "x-guidance"
 _REGEX_OPTIONS = ("whitespace_pattern", "item_separator", "key_separator")
 
+# Keywords that llguidance does not know, and values that exclude nothing. zod writes the second.
+_DEFAULTS: Mapping[str, object] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
+
+# Formats of the standard that llguidance knows, and those that it does not. Names outside of the
+# standard, such as `binary` of OpenAPI or `path` of pydantic, are annotations.
+FORMATS = frozenset(
+    {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+)
+UNKNOWN_FORMATS = frozenset(
+    {"idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template",
+     "json-pointer", "relative-json-pointer", "regex"}
+)  # fmt: skip
+
 MAX_PROPERTIES = 1000  # of one object: llguidance takes time quadratic in their number
 # llguidance builds a state for each remainder, without a limit of its own.
 MAX_MULTIPLE = 10_000
@@ -52,8 +65,11 @@ def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS)
     has_bases = any(isinstance(node.get(key), str) for node in nodes[1:] for key in ("$id", "id"))
     disjointness = Disjointness({} if has_bases else schema)  # references would lead elsewhere
     for node in nodes:
-        if node.get("uniqueItems") is False:
-            del node["uniqueItems"]  # the default, which llguidance does not know
+        if _is_annotation(node.get("format")):
+            del node["format"]
+        for key, default in _DEFAULTS.items():
+            if node.get(key) == default:
+                del node[key]
         if "anyOf" not in node and disjointness.holds(node.get("oneOf")):
             renamed = [("anyOf" if key == "oneOf" else key, node[key]) for key in node]
             node.clear()
@@ -105,6 +121,10 @@ def _digits(multiple: object) -> int:
     while number % 10 == 0:
         number //= 10
     return number
+
+
+def _is_annotation(name: object) -> bool:
+    return isinstance(name, str) and name not in FORMATS | UNKNOWN_FORMATS
 
 
 def _objects(value: object) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ import msgspec
 import trio
 from msgspec import UNSET, Meta, UnsetType
 
-from sagellm.batch.line_grammars import LineFormat, LineOutputs, line_grammar
+from sagellm.batch.line_grammars import line_grammar
+from sagellm.gateway.protocol.request import ResponseFormat, StructuredOutputs
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.messages import PRIORITIES
 from sagellm.runtime.sampling import Grammar, Sampling
@@ -103,8 +104,8 @@ class LineFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     ignore_eos: bool | UnsetType = UNSET
     n: int | UnsetType = UNSET
     grammar: Grammar | UnsetType | None = UNSET
-    response_format: LineFormat | UnsetType | None = UNSET
-    structured_outputs: LineOutputs | UnsetType | None = UNSET
+    response_format: ResponseFormat | UnsetType | None = UNSET
+    structured_outputs: StructuredOutputs | UnsetType | None = UNSET
     priority: LinePriority | UnsetType = UNSET
 
 

@@ -5,9 +5,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from sagellm.chat_formats.chat_format import AnswerPart
-from sagellm.chat_formats.markers import MarkerFilter, MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import TextReading, TextSource, Write
+from sagellm.chat_formats.text_source import (
+    MarkerFilter,
+    MarkerFinder,
+    TextReading,
+    TextSource,
+    Write,
+)
 
 
 class ReadingParser:

@@ -29,9 +29,8 @@ from sagellm.chat_formats.lark_rules import (
     start_rules,
     text_up_to,
 )
-from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import TextReading, TextSource
+from sagellm.chat_formats.text_source import MarkerFinder, TextReading, TextSource
 from sagellm.runtime.sampling import Grammar
 
 

@@ -17,9 +17,8 @@ from sagellm.chat_formats.answer_readers import ReasoningTags
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.gemma_rules import gemma_rules
 from sagellm.chat_formats.json_call import read_json
-from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import TextReading, TextSource, Write
+from sagellm.chat_formats.text_source import MarkerFinder, TextReading, TextSource, Write
 
 _AFTER_NAME = re.compile(r"[^\w.-]")
 _AFTER_KEY = re.compile(r"[:,{}\[\]<]")

@@ -88,7 +88,7 @@ class _Notation:
         if given is None:
             check_bound(tool, schema, frozenset())
             return "any"
-        types = [given] if isinstance(given, str) else given
+        types = [given] if isinstance(given, str) else dict.fromkeys(given)
         return " | ".join(self._of_type(one, schema, tool, root) for one in types)
 
     def _of_type(self, name: str, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
@@ -139,11 +139,13 @@ class _Notation:
         if required:
             more = [f'("," {name})?' for name in optional]
             return " ".join(['"{"', ' "," '.join(required), *more, '"}"'])
-        firsts = [
-            " ".join([first, *(f'("," {name})?' for name in optional[number + 1 :])])
-            for number, first in enumerate(optional)
-        ]
-        return f'"{{" ({" | ".join(firsts)})? "}}"' if firsts else '"{" "}"'
+        if not optional:
+            return '"{" "}"'
+        first = rest = ""  # rules: the members from this one on, and those after a comma
+        for name in reversed(optional):  # one rule with all choices would be quadratic
+            first = self._add(f"{name} {rest} | {first}" if first else name)
+            rest = self._add(f'("," {name})? {rest}'.rstrip())
+        return f'"{{" {first}? "}}"'
 
     def _key(self, name: str) -> str:
         return literal(name) if _BARE.fullmatch(name) else self._constant(name)

@@ -105,9 +105,10 @@ def _read_member(source: TextSource) -> TextReading[str]:
 
 
 def string_value(text: str) -> str:
-    """The value of a JSON string; "" if the model wrote something else."""
+    """The value of a JSON string; "" if the model wrote something else, or half a character."""
     try:
         value = json.loads(text)
+        str(value).encode()  # a lone surrogate cannot be sent
     except (ValueError, RecursionError):
         return ""
     return value if isinstance(value, str) else ""

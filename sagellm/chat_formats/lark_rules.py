@@ -9,7 +9,13 @@ from collections.abc import Callable
 
 from sagellm.chat_formats.answer_readers import ReasoningTags
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
-from sagellm.chat_formats.tool_schema import ToolSchema, closed, loosened, schema_of
+from sagellm.chat_formats.tool_schema import (
+    ToolSchema,
+    check_shape,
+    closed,
+    loosened,
+    schema_of,
+)
 from sagellm.runtime.sampling import Grammar
 
 ANY_TEXT = "/(?s:.*)/"
@@ -44,7 +50,12 @@ def json_call(tool: ToolSpec, member: str) -> str:
 
 
 def one_of(use: ToolUse, call: Callable[[ToolSpec], str]) -> str:
-    """The rule `call`: a call of any allowed tool. `call`: the text of the call of one tool."""
+    """The rule `call`: a call of any allowed tool. `call`: the text of the call of one tool.
+
+    Raises UnboundSchema for parameters that are no JSON schema.
+    """
+    for tool in use.allowed:
+        check_shape(schema_of(tool))
     rules = [f"call_{number}: {call(tool)}" for number, tool in enumerate(use.allowed)]
     one = " | ".join(f"call_{number}" for number in range(len(rules)))
     return "\n".join([f"call: {one}", *rules])

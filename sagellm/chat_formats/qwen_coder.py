@@ -16,10 +16,11 @@ Source: the chat template of Qwen/Qwen3-Coder-30B-A3B-Instruct.
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 from sagellm.chat_formats.answer_readers import THINK
 from sagellm.chat_formats.block_format import BlockFormat
-from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
+from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse, UnboundSchema
 from sagellm.chat_formats.hermes import CLOSING, OPENING
 from sagellm.chat_formats.lark_rules import (
     bounded_text_up_to,
@@ -29,14 +30,14 @@ from sagellm.chat_formats.lark_rules import (
     one_of,
     text_up_to,
 )
-from sagellm.chat_formats.markers import MarkerFinder
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import TextReading, TextSource, Write
+from sagellm.chat_formats.text_source import MarkerFinder, TextReading, TextSource, Write
 from sagellm.chat_formats.tool_schema import (
     ToolSchema,
     check_bound,
     constants,
     length_bounds,
+    member_schema,
     members_of,
     schema_of,
     type_of,
@@ -85,10 +86,9 @@ def _read_name(source: TextSource) -> TextReading[str]:
 
 
 def _schema_of(tool: ToolSpec, name: str) -> ToolSchema:
-    members = {
-        member.name: member.schema for member in members_of(schema_of(tool), schema_of(tool))
-    }
-    return members.get(name, {"type": "string"})
+    schema = schema_of(tool)
+    found = member_schema(schema, name, schema)
+    return {"type": "string"} if found is None else found
 
 
 def _read_value(
@@ -126,31 +126,53 @@ def _json_of(text: str, types: frozenset[str]) -> str:
     """The JSON text of an argument: the text itself if it is JSON of such a type, else a string."""
     given = _PYTHON.get(text.strip(), text.strip())
     try:
-        value = json.loads(given)
+        value = json.loads(given, parse_constant=_no_json)
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
     return given if type_of(value) in types else json.dumps(text, ensure_ascii=False)
 
 
+def _no_json(constant: str) -> Any:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(constant)
+
+
 _OBJECT = frozenset({"type", "properties", "required", "additionalProperties"})
+_MAX_CHARS = 128 << 10  # no engine takes a longer grammar
 _STRING = frozenset({"type", "enum", "const", "minLength", "maxLength", "anyOf", "oneOf"})
 
 
 def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
     closing = marker(CLOSING, special_tokens)
-    values: list[str] = []
+    values = _Values()
     calls = one_of(use, lambda tool: _call(tool, values))
-    return "\n".join([f'block: "\\n" call "{END_FUNCTION}\\n" {closing}', calls, *values])
+    return "\n".join([f'block: "\\n" call "{END_FUNCTION}\\n" {closing}', calls, *values.rules])
 
 
-def _call(tool: ToolSpec, values: list[str]) -> str:
+class _Values:
+    """Collects the rules of arguments. Arguments may share a schema, and each repeats its text."""
+
+    def __init__(self) -> None:
+        self.rules: list[str] = []
+        self._num_chars = 0
+
+    def add(self, tool: ToolSpec, schema: ToolSchema) -> str:
+        """Add the rule of an argument, and return its name. Raises UnboundSchema."""
+        name = f"value_{len(self.rules)}"
+        self.rules.append(_value(name, tool, schema))
+        self._num_chars += len(self.rules[-1])
+        if self._num_chars > _MAX_CHARS:
+            raise UnboundSchema(f"the rules of arguments are longer than {_MAX_CHARS >> 10} KiB")
+        return name
+
+
+def _call(tool: ToolSpec, values: _Values) -> str:
     """The text of a call. Adds the rules of its arguments to `values`."""
     root = schema_of(tool)
     check_bound(tool, root, _OBJECT)
     parts = [literal(f"{FUNCTION}{tool.name}>\n")]
     for member in members_of(root, root):
-        name = f"value_{len(values)}"
-        values.append(_value(name, tool, member.schema))
+        name = values.add(tool, member.schema)
         argument = f'{literal(f"{PARAMETER}{member.name}>" + NEWLINE)} {name} "\\n"'
         parts.append(argument if member.is_required else f"({argument})?")
     return " ".join(parts)

@@ -1,6 +1,6 @@
 """What the grammars of tools read in the JSON schemas of arguments."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from sagellm.chat_formats.chat_format import ToolSpec, UnboundSchema
@@ -8,6 +8,7 @@ from sagellm.chat_formats.chat_format import ToolSpec, UnboundSchema
 ToolSchema: TypeAlias = Mapping[str, Any]
 
 _MAX_REFERENCES = 32  # a longer chain of `$ref` may be a circle
+_MAX_OPTIONS = 1024  # the types of more options are not read: the event loop would wait
 _DOCUMENTS = frozenset(
     {"$schema", "$id", "$defs", "definitions", "title", "description", "default"}
 )
@@ -28,12 +29,38 @@ def schema_of(tool: ToolSpec) -> ToolSchema:
 
 def members_of(schema: ToolSchema, root: ToolSchema) -> list[Member]:
     """The properties of an object schema, required ones first. `root`: where `$ref` leads to."""
-    properties, required = schema.get("properties", {}), schema.get("required", ())
+    properties, required = _properties(schema), dict.fromkeys(_required(schema))
     members = [
         Member(name, resolved(properties.get(name, {}), root), name in required)
         for name in (*properties, *(name for name in required if name not in properties))
     ]
     return sorted(members, key=lambda member: not member.is_required)
+
+
+def member_schema(schema: ToolSchema, name: str, root: ToolSchema) -> ToolSchema | None:
+    """The schema of one property of an object schema; None if the schema does not name it."""
+    properties = _properties(schema)
+    if name in properties:
+        return resolved(properties[name], root)
+    return {} if name in _required(schema) else None
+
+
+def _properties(schema: ToolSchema) -> ToolSchema:
+    return _mapping(schema.get("properties"))
+
+
+def _required(schema: ToolSchema) -> Iterator[str]:
+    return (name for name in _list(schema.get("required")) if isinstance(name, str))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """The value of a keyword, or nothing: clients may write anything, and parsers never fail."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    """As `_mapping`, for an array."""
+    return value if isinstance(value, list | tuple) else ()
 
 
 def resolved(schema: Any, root: ToolSchema) -> ToolSchema:
@@ -58,8 +85,11 @@ def _target(reference: str, root: ToolSchema) -> Any:
 
 def alternatives(schema: ToolSchema, root: ToolSchema) -> list[ToolSchema]:
     """The schemas of which a value may satisfy one: those of `anyOf` or `oneOf`, or itself."""
-    given = schema.get("anyOf", schema.get("oneOf"))
-    return [resolved(one, root) for one in given] if given else [schema]
+    return [resolved(one, root) for one in _options(schema)] or [schema]
+
+
+def _options(schema: ToolSchema) -> Sequence[Any]:
+    return _list(schema.get("anyOf", schema.get("oneOf")))
 
 
 def constants(schema: ToolSchema) -> list[Any] | None:
@@ -67,19 +97,25 @@ def constants(schema: ToolSchema) -> list[Any] | None:
     if "const" in schema:
         return [schema["const"]]
     given = schema.get("enum")
-    return list(given) if given is not None else None
+    return list(given) if isinstance(given, list | tuple) else None
 
 
 def types_of(schema: ToolSchema, root: ToolSchema) -> frozenset[str]:
     """The JSON types that a value may have; "number" includes integers."""
     types: set[str] = set()
-    found: list[ToolSchema] = [schema]
-    for one in found:
-        options = alternatives(one, root)
-        if options == [one]:
+    found = {id(schema): schema}
+    unread = [schema]
+    while unread:
+        one = unread.pop()
+        options = _options(one)
+        if len(found) + len(options) > _MAX_OPTIONS:
+            return _ANY_TYPE
+        if not options:
             types.update(_own_types(one))
-        else:  # a schema may lead to itself
-            found += [option for option in options if not any(option is old for old in found)]
+        for option in (resolved(option, root) for option in options):
+            if id(option) not in found:  # a schema may lead to itself
+                found[id(option)] = option
+                unread.append(option)
     return frozenset(types)
 
 
@@ -87,10 +123,10 @@ def _own_types(schema: ToolSchema) -> Iterable[str]:
     values, given = constants(schema), schema.get("type")
     if values is not None:
         return map(type_of, values)
-    if given is None:
+    names = [given] if isinstance(given, str) else _list(given)
+    if not names:
         return _ANY_TYPE
-    names = [given] if isinstance(given, str) else given
-    return ("number" if name == "integer" else name for name in names)
+    return ("number" if name == "integer" else str(name) for name in names)
 
 
 def length_bounds(schema: ToolSchema) -> tuple[int, int | None] | None:
@@ -117,6 +153,45 @@ def check_bound(tool: ToolSpec, schema: ToolSchema, known: frozenset[str]) -> No
             f"the schema of a strict tool has {unknown[0]!r}, which this model's form of arguments "
             "cannot bind; leave it out, or leave `strict` out"
         )
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return _is_list(value) and all(map(_is_text, value))
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_SHAPES: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), _is_map),
+    **dict.fromkeys(("enum", "anyOf", "oneOf", "allOf"), _is_list),
+    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), _is_length),
+    **dict.fromkeys(("$ref", "pattern", "format"), _is_text),
+    "required": _is_names,
+    "type": lambda value: _is_text(value) or (_is_names(value) and bool(value)),
+}
+
+
+def check_shape(schema: ToolSchema) -> None:
+    """Raise UnboundSchema for a keyword whose value has a wrong type, anywhere in the schema."""
+    for key, has_shape in _SHAPES.items():
+        if key in schema and not has_shape(schema[key]):
+            raise UnboundSchema(f"the schema has a wrong value of {key!r}")
+    for part in _parts_of(schema):
+        check_shape(part)
 
 
 _SCHEMA_KEYS = ("items", "additionalProperties")
@@ -147,9 +222,13 @@ def loosened(schema: ToolSchema) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, value in schema.items():
         key = "anyOf" if name == "oneOf" and "anyOf" not in schema else name
-        if key in _IMPLEMENTED and (key != "format" or value in _FORMATS):
+        if key in _IMPLEMENTED and (key != "format" or _is_known_format(value)):
             kept[key] = _changed_at(key, value, loosened)
     return kept
+
+
+def _is_known_format(value: Any) -> bool:
+    return isinstance(value, str) and value in _FORMATS
 
 
 _JOINS = frozenset({"anyOf", "oneOf", "$ref"})

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class ChatTools:
         console.print(_shown(f"{call.name} {call.arguments}"), style="cyan", markup=False)
         if self.asks and not _is_allowed():
             return _DECLINED
-        text = box.run(call)
+        with redirect_stdout(sys.stderr):  # stdout has the answer alone
+            text = box.run(call)
         shown = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
         console.print(f"= {_shown(shown)}", style="dim", markup=False)
         return text

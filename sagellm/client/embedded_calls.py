@@ -1,19 +1,23 @@
 """The calls of an embedded client: checked, rendered and bound to grammars as the gateway does."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from sagellm.chat_formats import OpenParser, ToolUse, open_plain_parser
+from sagellm.chat_formats import OpenParser, open_plain_parser
 from sagellm.client.http_calls import CHAT, encode_json
 from sagellm.client.responses import NOT_OFFERED, ClientError
 from sagellm.gateway.api_errors import wrong
 from sagellm.gateway.gateway import HostedModel
-from sagellm.gateway.grammar_checks import call_grammar, invalid_grammar
-from sagellm.gateway.http.bound_answers import check_tool_use
+from sagellm.gateway.grammar_checks import invalid_grammar
+from sagellm.gateway.http.bound_answers import (
+    chat_grammar,
+    check_tool_use,
+    response_grammar,
+)
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -22,19 +26,18 @@ from sagellm.gateway.protocol.bodies import (
 )
 from sagellm.gateway.protocol.chat_messages import rendering_of
 from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard, sampling_of
-from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
 from sagellm.gateway.protocol.tool_choice import tool_use_of
-from sagellm.gateway.settings import RequestLimits
+from sagellm.gateway.settings import Settings
 from sagellm.graphs.vocabulary import GRAMMARS
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.models import HelperUnavailable, TextError
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.sampling import Grammar, Sampling
 from sagellm.session import Encoded, Prompt, RequestError
 
+T = TypeVar("T")
+
 _ANY_ID = 1 << 31  # the engine checks which ids its model knows
-_LIMITS = RequestLimits()
 _FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
 _FORMS = (
     *("response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls"),
@@ -60,6 +63,37 @@ class SessionEncoder(Protocol):
     def encode(self, prompt: Prompt) -> Encoded: ...
 
 
+class _GrammarsInPlace:
+    """Makes grammars in the caller's thread, where the gateway has worker threads."""
+
+    async def run(self, param: str, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except GrammarError as error:
+            raise invalid_grammar(param, str(error)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _InPlace:
+    """What the checks of a gateway need, in this process."""
+
+    settings: Settings = field(default_factory=Settings)
+    grammars: _GrammarsInPlace = field(default_factory=_GrammarsInPlace)
+
+
+_IN_PLACE = _InPlace()
+
+
+def _finished(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that waits for nothing, without an event loop."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("the coroutine waits")
+
+
 @dataclass(frozen=True, slots=True)
 class SessionCall:
     """The arguments with which a client's call becomes a request to a session.
@@ -83,7 +117,7 @@ def read_call(
     """
     body = encode_json({**call, **options})
     request: ChatRequest | CompletionRequest
-    request = read_chat(body, _LIMITS) if path == CHAT else read_completion(body, _LIMITS)
+    request = (read_chat if path == CHAT else read_completion)(body, _IN_PLACE.settings.limits)
     for name in options:  # the gateway's checks came first: they refuse what no server knows
         if name not in _KNOWN_OPTIONS:
             cause = f"{name}: is not served by a graph in this process; serve it over HTTP"
@@ -93,7 +127,8 @@ def read_call(
     if len(request.prompts) != 1:
         raise wrong("prompt", "is a list of them; give one")
     prompt = session.encode(request.prompts[0])
-    return _session_call(request, prompt, session, _bound_grammar(request))
+    grammar = _finished(response_grammar(_IN_PLACE, _hosted(session), request))
+    return _session_call(request, prompt, session, grammar)
 
 
 def _session_call(
@@ -114,15 +149,14 @@ def _chat_call(request: ChatRequest, session: SessionEncoder) -> SessionCall:
     use = tool_use_of(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
     check_tool_use(served, use)
     prompt = _chat_prompt(request, session)
-    special = served.special_tokens
-    grammar = _chat_grammar(request, served, use, prompt.text)
+    grammar = _finished(chat_grammar(_IN_PLACE, served, request, use, prompt.text))
     call = _session_call(request, prompt, session, grammar)
     if not (use.allowed or served.format.has_reasoning):
         return call
     sampling = call.sampling
     if served.format.keeps_special_tokens:
         sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
-    dropped = special if request.skip_special_tokens else {}
+    dropped = served.special_tokens if request.skip_special_tokens else {}
     return SessionCall(
         prompt,
         sampling,
@@ -130,18 +164,6 @@ def _chat_call(request: ChatRequest, session: SessionEncoder) -> SessionCall:
         partial(served.format.open_parser, use, prompt.text, special_tokens=dropped),
         request.include_reasoning,
     )
-
-
-def _chat_grammar(
-    request: ChatRequest, served: HostedModel, use: ToolUse, prompt: str
-) -> Grammar | None:
-    if not use.allowed:
-        return _bound_grammar(request, served, prompt)
-    response = None if use.must_call else _bound_grammar(request)
-    if not use.needs_grammar(response):
-        return None
-    special = served.special_tokens
-    return call_grammar(served.format, use, prompt, special_tokens=special, response=response)
 
 
 def _hosted(session: SessionEncoder) -> HostedModel:
@@ -167,24 +189,3 @@ def _chat_prompt(request: ChatRequest, session: SessionEncoder) -> Encoded:
     except (TextError, HelperUnavailable) as error:
         raise RequestError(str(error)) from error
     return Encoded(text, ids)
-
-
-def _bound_grammar(
-    request: ChatRequest | CompletionRequest, served: HostedModel | None = None, prompt: str = ""
-) -> Grammar | None:
-    """The checked grammar of structured output; None without any. Raises ApiError.
-
-    With `served`, the answer may begin with the reasoning of the model's format.
-    """
-    constraint = constraint_of(request)
-    if constraint is None:
-        return None
-    try:
-        grammar = grammar_of(constraint, _LIMITS.json_depth)
-        if served is not None:
-            special = served.special_tokens
-            grammar = served.format.response_grammar(grammar, prompt, special_tokens=special)
-        check_grammar(grammar)
-    except GrammarError as error:
-        raise invalid_grammar(constraint.param, str(error)) from None
-    return grammar

@@ -118,7 +118,7 @@ def encode_json(body: Mapping[str, Any]) -> bytes:
     """Encode a body as JSON. Raises ClientError for values that JSON cannot hold."""
     try:
         return msgspec.json.encode(body)
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, UnicodeEncodeError, RecursionError) as error:
         raise ClientError(f"the call is no JSON: {error}", code=NOT_OFFERED) from None
 
 

@@ -183,7 +183,7 @@ def text_of(value: Any, name: str) -> str:
         return value
     try:
         return msgspec.json.encode(value, enc_hook=_pydantic_fields).decode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         cause = f"{name} returned a value that JSON cannot hold: {error}; return text or JSON"
         raise ClientError(cause, code=MISUSED) from error
 

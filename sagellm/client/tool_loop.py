@@ -89,9 +89,8 @@ class ToolLoop:
         fields = {**self._options, **({"tools": tools} if tools else {})}
         if self._is_bound:
             fields |= self._forms
-        # A forced call is forced once: with it in each round the model could never answer.
-        if self._num_rounds and fields.get("tool_choice") not in (None, "none"):
-            fields["tool_choice"] = "auto"
+        if self._num_rounds and "tool_choice" in fields:
+            fields["tool_choice"] = _unforced(fields["tool_choice"])
         return fields | ({"tool_choice": "none"} if self._is_last and tools else {})
 
     @property
@@ -121,3 +120,13 @@ class ToolLoop:
         """Add the result of a call to the messages."""
         result = {"role": "tool", "tool_call_id": call.id or "", "content": text}
         self.messages.append(result)
+
+
+def _unforced(choice: Any) -> Any:
+    """The tool choice of later rounds: a call that is forced in each could never be the last."""
+    if choice in (None, "none"):
+        return choice
+    allowed = choice.get("allowed_tools") if isinstance(choice, Mapping) else None
+    if not isinstance(allowed, Mapping):
+        return "auto"
+    return {**choice, "allowed_tools": {**allowed, "mode": "auto"}}

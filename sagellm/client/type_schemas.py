@@ -20,10 +20,10 @@ def schema_of(kind: Any) -> TypeSchema:
     """The JSON schema of a type, with closed objects. Raises TypeError for any other value."""
     try:
         is_pydantic = isinstance(kind, PydanticModel)
-        plain = kind.model_json_schema() if is_pydantic else _inlined(msgspec.json.schema(kind))
+        plain = kind.model_json_schema() if is_pydantic else msgspec.json.schema(kind)
     except TypeError as error:  # the last line of msgspec's message names the type
         raise TypeError(str(error).splitlines()[-1]) from None
-    schema: TypeSchema = _closed(plain)
+    schema: TypeSchema = _closed(_inlined(plain))
     return schema
 
 
@@ -53,7 +53,11 @@ def _closed(schema: Any) -> Any:
     """The schema with `additionalProperties: false` in each object that lists its properties."""
     if not isinstance(schema, dict):
         return schema
-    found = {key: _closed_part(key, part) for key, part in schema.items()}
+    # Servers refuse what no grammar can hold: a set takes each value once by itself.
+    kept = {key: part for key, part in schema.items() if key != "uniqueItems"}
+    if kept.get("format") == "decimal":  # msgspec's name; it reads numbers too
+        kept = {key: part for key, part in kept.items() if key != "format"} | {"type": "number"}
+    found = {key: _closed_part(key, part) for key, part in kept.items()}
     return {"additionalProperties": False, **found} if "properties" in found else found
 
 

@@ -64,7 +64,10 @@ def call_grammar(
     """
 
     def make(use: ToolUse) -> Grammar | None:
-        grammar = form.grammar(use, prompt, response=response, special_tokens=special_tokens)
+        try:
+            grammar = form.grammar(use, prompt, response=response, special_tokens=special_tokens)
+        except RecursionError:
+            raise GrammarError("its schemas lead to each other too deeply") from None
         if grammar is not None:
             check_grammar(grammar)
         return grammar

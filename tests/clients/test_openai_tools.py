@@ -113,6 +113,30 @@ def test_a_schema_is_parsed_whole_and_streamed(chats):
     assert done.parsed == whole
 
 
+def test_a_call_that_was_cut_off_goes_round(chats):
+    """Agents send it back with the error, and ask again."""
+    cut = chats.create(**{**FIELDS, "max_tokens": 48}, tools=[WEATHER], tool_choice="required")
+    assert cut.choices[0].finish_reason == "length"
+    message = cut.choices[0].message
+    message.tool_calls[0].function.arguments = '{"city": "Pa'
+    failed = [
+        {"role": "tool", "tool_call_id": call.id, "content": "no JSON"}
+        for call in message.tool_calls
+    ]
+    history = [*ASKED, message, *failed]
+    assert chats.create(**{**FIELDS, "messages": history}, tools=[WEATHER]).choices[0].message
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_what_the_client_parsed_goes_round(chats):
+    called = chats.parse(**FIELDS, **MUST).choices[0].message
+    told = chats.parse(**FIELDS, response_format=Report).choices[0].message
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "rain"}
+    history = [*ASKED, told, *ASKED, called, result]
+    last = chats.create(**{**FIELDS, "messages": history}, tools=[WEATHER]).choices[0].message
+    assert "rain" in last.content
+
+
 def test_an_answer_beside_a_tool_is_a_call_or_has_the_form(chats):
     """What agents send in each turn: tools, and the form of the last answer."""
     asked = chats.parse(**FIELDS, tools=[WEATHER], response_format=Report).choices[0].message

@@ -167,7 +167,7 @@ def test_an_error_is_shown_as_the_server_words_it(page, url):
     page.type(question, Keys.ENTER)
     page.answered(1)
     message, facts = page.texts(".failure p")[-2:]
-    assert "the context limit is 2048" in message
+    assert "maximum context length is 2048" in message
     assert "status 400" in facts
     assert "context_length_exceeded" in facts
     assert page.one("#question").get_attribute("value") == question  # to be shortened

@@ -56,6 +56,8 @@ class ResponsesForm:
         )
 
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
+        if index:  # an operator has made more choices than the one that was asked for
+            return b""
         return b"".join(
             self._event(f"response.{kind}", **fields) for kind, fields in self._added(event)
         )
@@ -75,9 +77,9 @@ class ResponsesForm:
         )
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
-        for _, event in choices:
-            for _ in self._added(event):
-                pass  # nobody is told of the items as they grow
+        _, event = next(iter(choices))
+        for _ in self._added(event):
+            pass  # nobody is told of the items as they grow
         return msgspec.json.encode(self._ended(usage))
 
     def _added(self, event: TokenEvent) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -34,7 +34,12 @@ from sagellm.gateway.batches.data_folder import (
     write_atomically,
 )
 from sagellm.gateway.batches.file_store import PREFIX as FILE_PREFIX
-from sagellm.gateway.batches.file_store import FileStore, content_path, not_found
+from sagellm.gateway.batches.file_store import (
+    FileStore,
+    content_path,
+    delete_abandoned,
+    not_found,
+)
 from sagellm.gateway.settings import StorageLimits
 from sagellm.graphs.log import get_logger
 
@@ -153,7 +158,7 @@ class BatchStore:
             raise ApiError(409, message, param="id", code="batch_ended", should_retry=False)
         own = self.folder.of(tenant)
         with telling_full_disk():
-            (own.open / f"{record.id}.cancel").touch()
+            (own.open / f"{record.id}.cancel").touch(mode=0o600)
         return _seen(own, record)
 
     def claims(self, tenants: Collection[str]) -> Iterator[BatchClaim]:
@@ -170,12 +175,13 @@ class BatchStore:
                     yield claim
 
     def sweep(self) -> None:
-        """Delete the records of batches that ended `KEPT_S` ago, and open files without a lock."""
+        """Delete records of batches that ended `KEPT_S` ago, and remains of processes that died."""
         for own in self.folder.tenants:
             for batch_id in _ids(own):
                 record = _load(own, batch_id)
                 if record is not None and time.time() - record.ended_at > KEPT_S:
                     _record_path(own, batch_id).unlink(missing_ok=True)
+            delete_abandoned(own.batches.glob("*.new"))
             for path in own.open.glob(f"{PREFIX}*"):
                 if not path.with_suffix(".lock").exists():
                     path.unlink(missing_ok=True)
@@ -194,16 +200,22 @@ class BatchStore:
         self.folder.check_room(own, 0)
 
     def _open(self, own: TenantFolder, record: BatchRecord) -> None:
-        """Write the open files and then the record: a batch without a record does not exist."""
-        lock = own.open / f"{record.id}.lock"
-        lock.touch(mode=0o600)
+        """Write the open files and then the record: a batch without a record does not exist.
+
+        Deletes all of them if that fails.
+        """
+        lock, path = own.open / f"{record.id}.lock", _record_path(own, record.id)
         try:
+            lock.touch(mode=0o600)
             os.link(content_path(own, record.input_file_id), lock.with_suffix(".input"))
-        except FileNotFoundError:
-            lock.unlink()
-            raise not_found("file") from None
-        sync_folder(own.open)
-        write_atomically(_record_path(own, record.id), msgspec.json.encode(record))
+            sync_folder(own.open)
+            write_atomically(path, msgspec.json.encode(record))
+        except OSError as error:
+            for made in (path, lock.with_suffix(".input"), lock):
+                made.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError):  # the file was deleted since
+                raise not_found("file") from None
+            raise
 
 
 def _record_path(own: TenantFolder, batch_id: str) -> Path:
@@ -251,7 +263,8 @@ def _claim(own: TenantFolder, path: Path) -> BatchClaim | None:
     else:
         if record is not None and not record.has_ended:
             return BatchClaim(own, record, lock)
-        _close_remains(own, path, record)
+        if record is not None or not _record_path(own, path.stem).exists():
+            _close_remains(own, path, record)  # a damaged record keeps its results
     lock.close()
     return None
 

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from hashlib import blake2b
+from math import inf
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from threading import Lock
+from typing import IO, Literal, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -30,8 +32,9 @@ from sagellm.gateway.settings import StorageLimits
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_MODE = 0o700  # other users of the machine must not read prompts and answers
+_MODE, _FILE_MODE = 0o700, 0o600  # other users must not read prompts, and not hold the lock
 _NUM_THREADS = 8  # a slow disk must not take the threads of other work
+_SIZES_S = 2.0  # how long sizes are kept: each batch at work looks for room
 _TENANT_BYTES = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{32}")
@@ -61,11 +64,20 @@ def is_id(text: str, prefix: str) -> bool:
     return text.startswith(prefix) and _ID.fullmatch(text) is not None
 
 
+def open_private(path: Path, mode: Literal["xb", "ab"], *, buffering: int = -1) -> IO[bytes]:
+    """Open a file to write. Only the user of this process may read a file that is made."""
+
+    def opened(name: str, flags: int) -> int:
+        return os.open(name, flags, _FILE_MODE)
+
+    return open(path, mode, buffering, opener=opened)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file. After a crash at any time it has the old or the new content, whole."""
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with new.open("xb") as file:
+        with open_private(new, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -142,6 +154,8 @@ class DataFolder:
     def __init__(self, path: Path, limits: StorageLimits) -> None:
         self.path = path
         self.limits = limits
+        self._sizing = Lock()
+        self._sizes: dict[Path, tuple[float, int]] = {}  # time and bytes, by the tenant's folder
 
     # Made at the first use: the owner may be built on another loop than it runs on.
     @cached_property
@@ -165,7 +179,7 @@ class DataFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of the folder, which all processes share, during the `with` block."""
-        with (self.path / "lock").open("ab") as file:  # closing it frees the lock
+        with open_private(self.path / "lock", "ab") as file:  # closing it frees the lock
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -181,10 +195,21 @@ class DataFolder:
             raise ApiError(507, message, code="storage_full", should_retry=False)
 
     def has_room(self, folder: TenantFolder) -> bool:
-        """Whether the bytes of a tenant and of all tenants are within their limits."""
-        total = sum(each.num_bytes for each in self.tenants)
-        is_within = folder.num_bytes <= self.limits.files_bytes
+        """Whether the bytes of a tenant and of all tenants are within their limits.
+
+        Sizes may be `_SIZES_S` old.
+        """
+        with self._sizing:
+            total = sum(map(self._recent_size, self.tenants))
+            is_within = self._recent_size(folder) <= self.limits.files_bytes
         return is_within and total <= self.limits.all_files_bytes
+
+    def _recent_size(self, folder: TenantFolder) -> int:
+        since_s, num_bytes = self._sizes.get(folder.path, (-inf, 0))
+        if time.monotonic() - since_s >= _SIZES_S:
+            num_bytes = folder.num_bytes
+            self._sizes[folder.path] = time.monotonic(), num_bytes
+        return num_bytes
 
 
 def _limited(message: str) -> ApiError:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import msgspec
 
@@ -16,6 +16,7 @@ from sagellm.gateway.batches.data_folder import (
     TenantFolder,
     is_id,
     new_id,
+    open_private,
     sync_folder,
     telling_full_disk,
     write_atomically,
@@ -69,12 +70,17 @@ class Upload:
         self._tenant = tenant
         self._own = folder.of(tenant)
         self._part = self._own.files / f"{self.id}.part"
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
+        self._is_kept = False
         with telling_full_disk(), folder.locked():
             folder.check_room(self._own, num_reserved)
             self._own.make()
-            self._file = self._part.open("xb")
-            self._file.truncate(num_reserved)  # a hole: it takes no blocks of the disk
+            self._file = open_private(self._part, "xb")
+            try:
+                self._file.truncate(num_reserved)  # a hole: it takes no blocks of the disk
+            except OSError:
+                self.discard()
+                raise
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes. Raises ApiError 507 if the disk is full."""
@@ -103,14 +109,18 @@ class Upload:
             self._file.close()
             self._part.replace(content_path(self._own, self.id))
             save_record(self._own, record)
+        self._is_kept = True
         return record
 
     def discard(self) -> None:
         """Delete what was written. Has no effect after `commit`."""
+        if self._is_kept:
+            return
         if self._file is not None:
             with suppress(OSError):  # a full disk: the buffered rest cannot be written
                 self._file.close()
         self._part.unlink(missing_ok=True)
+        _delete(self._own, self.id)  # of a commit that failed
 
 
 def content_path(own: TenantFolder, file_id: str) -> Path:
@@ -122,7 +132,7 @@ def record_path(own: TenantFolder, file_id: str) -> Path:
 
 
 def save_record(own: TenantFolder, record: FileRecord) -> None:
-    """Write a file's record: from now on the file exists. The content must have been written."""
+    """Write a file's record: from now on the file exists, and a sweep keeps its content."""
     sync_folder(own.files)
     write_atomically(record_path(own, record.id), msgspec.json.encode(record))
 
@@ -173,9 +183,9 @@ class FileStore:
                 record = _load(record_path(own, file_id))
                 if record is not None and _is_over(record):
                     _delete(own, file_id)
-            _delete_abandoned(own.files.glob("*.part"))
-            _delete_abandoned(own.files.glob("*.new"))
-            _delete_abandoned(
+            delete_abandoned(own.files.glob("*.part"))
+            delete_abandoned(own.files.glob("*.new"))
+            delete_abandoned(
                 path for path in own.files.glob("*.data") if not path.with_suffix(".json").exists()
             )
 
@@ -204,7 +214,7 @@ def _delete(own: TenantFolder, file_id: str) -> None:
     content_path(own, file_id).unlink(missing_ok=True)
 
 
-def _delete_abandoned(paths: Iterable[Path]) -> None:
+def delete_abandoned(paths: Iterable[Path]) -> None:
     """Delete files that nobody has written to for `_ABANDONED_S` seconds."""
     for path in paths:
         with suppress(FileNotFoundError):

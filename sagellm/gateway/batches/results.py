@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 
 from sagellm.gateway.answers.event_stream import escaped
 from sagellm.gateway.batches.batch_record import BatchTokens
 from sagellm.gateway.batches.batch_store import BatchClaim
+from sagellm.gateway.batches.data_folder import open_private, sync_folder
 from sagellm.gateway.batches.file_store import FileRecord, content_path, save_record
 from sagellm.graphs.log import get_logger
 
@@ -111,7 +112,7 @@ class ResultFiles:
 
     def __init__(self, claim: BatchClaim) -> None:
         self._paths = claim.path("output"), claim.path("errors")
-        self._files: list[BinaryIO] = []
+        self._files: list[IO[bytes]] = []
         self.completed = self.failed = 0
 
     def open(self) -> Tally:
@@ -121,7 +122,7 @@ class ResultFiles:
         """
         tally = Tally()
         for path in self._paths:
-            self._files.append(path.open("ab", buffering=0))
+            self._files.append(open_private(path, "ab", buffering=0))
         tally.completed, tally.failed = (
             _tally(path, file, tally) for path, file in zip(self._paths, self._files, strict=True)
         )
@@ -144,7 +145,7 @@ class ResultFiles:
         self._files.clear()
 
 
-def _append(file: BinaryIO, lines: Sequence[bytes]) -> None:
+def _append(file: IO[bytes], lines: Sequence[bytes]) -> None:
     if not lines:
         return
     end = file.seek(0, os.SEEK_END)
@@ -158,7 +159,7 @@ def _append(file: BinaryIO, lines: Sequence[bytes]) -> None:
         raise
 
 
-def _tally(path: Path, file: BinaryIO, tally: Tally) -> int:
+def _tally(path: Path, file: IO[bytes], tally: Tally) -> int:
     """Add the lines of a file to a tally, and cut the file after its last valid line."""
     num_lines = end = 0
     with path.open("rb") as reading:
@@ -199,9 +200,10 @@ def publish(claim: BatchClaim) -> None:
     for part, file_id in (("output", record.output_id), ("errors", record.error_id)):
         source, target = claim.path(part), content_path(claim.own, file_id)
         if source.exists() and source.stat().st_size:
+            # The record first: a sweep deletes old content that has none.
+            save_record(claim.own, _file_record(claim, file_id, part, source))
             source.replace(target)
-        if target.exists():
-            save_record(claim.own, _file_record(claim, file_id, part, target))
+    sync_folder(claim.own.files)  # before the record of the batch names them
 
 
 def published(claim: BatchClaim) -> tuple[bool, bool]:

@@ -1,17 +1,39 @@
 """The grammar of an answer: from the tools and the structured output of a request."""
 
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
 from sagellm.chat_formats import ToolUse
 from sagellm.gateway.api_errors import ApiError, wrong
-from sagellm.gateway.gateway import Gateway, HostedModel
+from sagellm.gateway.gateway import HostedModel
 from sagellm.gateway.grammar_checks import call_grammar
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
+from sagellm.gateway.settings import Settings
 from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
+T = TypeVar("T")
+
+
+class GrammarRunner(Protocol):
+    """Runs what makes and checks one grammar. See `GrammarChecker`."""
+
+    async def run(self, param: str, work: Callable[[], T]) -> T: ...
+
+
+class GrammarGateway(Protocol):
+    """A gateway, as the grammars of its requests need it."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def grammars(self) -> GrammarRunner: ...
+
 
 async def response_grammar(
-    gateway: Gateway,
+    gateway: GrammarGateway,
     served: HostedModel,
     asked: CompletionRequest | ChatRequest,
     prompt: str | None = None,
@@ -38,7 +60,7 @@ async def response_grammar(
 
 
 async def chat_grammar(
-    gateway: Gateway, served: HostedModel, asked: ChatRequest, use: ToolUse, prompt: str
+    gateway: GrammarGateway, served: HostedModel, asked: ChatRequest, use: ToolUse, prompt: str
 ) -> Grammar | None:
     """Return the checked grammar of a chat's answer, which calls tools as `use` says.
 

@@ -33,8 +33,9 @@ async def read_messages_call(gateway: Gateway, body: bytes) -> GenerationCall:
         stop_sequences=tuple(asked.stop_sequences), thinking=_shown(asked.thinking)
     )
     form = partial(MessagesForm, options=options)
+    read = chat.read(limits)
     with chat.naming():
-        call = await chat_call(gateway, chat.read(limits), form, _PREFIX)
+        call = await chat_call(gateway, read, form, _PREFIX)
     return _limited(call, asked.max_tokens, options)
 
 
@@ -67,8 +68,8 @@ async def count_tokens(gateway: Gateway, request: Request) -> Response:
 async def _num_tokens(gateway: Gateway, body: bytes) -> int:
     limits = gateway.settings.limits
     chat = chat_of(read_count_body(body, limits))
+    asked = chat.read(limits)
     with chat.naming():
-        asked = chat.read(limits)
         served = served_model(gateway, asked.model)
         if served.facts.takes_text:
             raise wrong("model", "has an engine that takes text; its tokens are not known here")

@@ -14,7 +14,6 @@ from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.http.chats import chat_call
 from sagellm.gateway.http.generation import GenerationCall, GenerationResponse
 from sagellm.gateway.protocol.responses_body import ResponsesCall, read_responses
-from sagellm.gateway.protocol.responses_chat import renamed
 from sagellm.gateway.protocol.responses_fields import PlainText, ReasoningOptions, TextOptions
 
 
@@ -33,11 +32,8 @@ async def _responses_call(gateway: Gateway, body: bytes) -> GenerationCall:
     """Read the body of /v1/responses. Raises ApiError."""
     read = read_responses(body, gateway.settings.limits)
     form = partial(ResponsesForm, _echo(read))
-    try:
+    with read.made.naming():
         return await chat_call(gateway, read.chat, form, PREFIX)
-    except ApiError as error:
-        refused = renamed(error, read.made.places)
-    raise refused
 
 
 def _echo(read: ResponsesCall) -> ResponseObject:

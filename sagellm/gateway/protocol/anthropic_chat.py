@@ -1,9 +1,6 @@
 """Translates a body of /v1/messages to the body of a chat, and errors of the chat back."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -25,9 +22,7 @@ from sagellm.gateway.protocol.anthropic_fields import (
     UserBlock,
     UserTurn,
 )
-from sagellm.gateway.protocol.bodies import ChatRequest, read_chat
-from sagellm.gateway.protocol.renaming import renamed_error
-from sagellm.gateway.settings import RequestLimits
+from sagellm.gateway.protocol.translated_chat import TranslatedChat
 
 # Field of the chat -> field of this API. Those of messages and tools depend on the body.
 _PLACES = {
@@ -43,34 +38,13 @@ _PLACES = {
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR_MARK = "Error: "
 _Placed: TypeAlias = tuple[UserBlock | AssistantBlock, str]  # a block, and its place in the body
-# A translation has a few levels more than the body: `function` of tools, `json_schema` of formats.
-_MORE_LEVELS = 2
 
 
-@dataclass(slots=True)
-class ChatOfMessages:
-    """The body of a chat, and for its fields the fields of the client's body."""
-
-    body: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=lambda: dict(_PLACES))
-
-    def read(self, limits: RequestLimits) -> ChatRequest:
-        """Read the chat as if a client had sent it. Raises ApiError, of the chat's fields."""
-        # The standard library's encoder also writes integers that msgspec refuses.
-        plain = json.dumps(self.body, ensure_ascii=False).encode()
-        return read_chat(plain, replace(limits, json_depth=limits.json_depth + _MORE_LEVELS))
-
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Raise an ApiError of the block with the names of the client's fields."""
-        try:
-            yield
-        except ApiError as error:
-            raise self.renamed(error) from None
+class ChatOfMessages(TranslatedChat):
+    """The chat that a body of /v1/messages asks for."""
 
     def renamed(self, error: ApiError) -> ApiError:
-        """Return an error of the chat with the names of the client's fields."""
-        renamed = renamed_error(error, self.places)
+        renamed = super().renamed(error)
         if error.code == "context_length_exceeded":
             # Agents look for these words, and shorten the conversation.
             renamed.message = f"prompt is too long: {renamed.message}"
@@ -82,7 +56,7 @@ def chat_of(asked: CountTokensRequest) -> ChatOfMessages:
 
     The limit of the answer's tokens is left out: a chat refuses a limit beyond the context.
     """
-    chat = ChatOfMessages()
+    chat = ChatOfMessages(dict(_PLACES))
     body = chat.body
     if asked.model is not None:
         body["model"] = asked.model

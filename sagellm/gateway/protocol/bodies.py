@@ -26,6 +26,7 @@ from sagellm.gateway.protocol.request import (
     at_most,
     check_generation,
     check_model_name,
+    known_fields,
     read_fields,
 )
 from sagellm.gateway.protocol.structured_outputs import check_constraints
@@ -203,14 +204,19 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
     """Read a chat's body. Raises ApiError (400). The model's limits are checked later."""
-    said = read_fields(body, ChatRequest, limits)
+    return chat_request(read_json(body, max_depth=limits.json_depth), limits)
+
+
+def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
+    """Return the chat of a body that was parsed. Raises ApiError (400), as `read_chat`."""
+    said = known_fields(value, ChatRequest)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
     request = convert(said, ChatRequest)
     check_generation(request, limits)
     if request.is_structured:
         check_constraints(request)
-    check_conversation(request, limits)
+    check_conversation(request)
     if request.top_logprobs and not request.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")
     if request.tools or request.tool_choice is not None:
@@ -270,7 +276,7 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
     request = convert(said, struct)
     check_model_name(request.model, limits)
     if isinstance(request, TokenizeChat):
-        check_conversation(request, limits)
+        check_conversation(request)
     return request
 
 

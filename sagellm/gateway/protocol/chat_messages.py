@@ -14,9 +14,11 @@ from sagellm.gateway.protocol.tool_choice import MAX_TOOLS, Tool
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.models.chat import RESERVED_VARIABLES, Rendering
 
+_ARGUMENTS_DEPTH = 32  # levels of the arguments of one call; deeper ones stay a text
+
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arguments`: the JSON text of an object; "" has none."""
+    """`arguments`: the JSON text of an object, or a call that was cut off; "" has none."""
 
     name: str
     arguments: str
@@ -31,34 +33,26 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The tool call in the form that chat templates take: the arguments are an object."""
+        """The tool call in the form that chat templates take: the arguments are an object.
+
+        Arguments that are no JSON object stay a text: agents send back what the model wrote, with
+        the error, and the model shall see it.
+        """
         function = {"name": self.function.name, "arguments": self._arguments}
         plain = {"type": self.type, "function": function}
         return plain if self.id is None else {"id": self.id, **plain}
 
     @property
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any] | str:
         text = self.function.arguments
-        arguments: dict[str, Any] = msgspec.json.decode(text) if text else {}
-        return arguments
+        try:
+            value = read_json(text.encode(), max_depth=_ARGUMENTS_DEPTH) if text else {}
+        except ApiError:
+            value = None
+        return value if isinstance(value, dict) else text
 
 
 ToolCalls: TypeAlias = Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)]
-
-
-def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
-    """Raise ApiError (400) if the arguments of a tool call are not the JSON text of an object.
-
-    `where`: the place of the tool call in the body. The error shows nothing of the arguments.
-    """
-    text, param = call.function.arguments, f"{where}.function.arguments"
-    try:
-        is_object = not text or isinstance(read_json(text.encode(), max_depth=max_depth), dict)
-    except ApiError:
-        is_object = False
-    if not is_object:
-        raise wrong(param, "must be the JSON text of an object")
-
 
 MAX_PARTS = 1024  # parts of one message
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
@@ -160,14 +154,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return said
 
 
-def check_messages(messages: Sequence[ConversationMessage], limits: RequestLimits) -> None:
-    """Raise ApiError (400) for missing content and for invalid tool calls."""
+def check_messages(messages: Sequence[ConversationMessage]) -> None:
+    """Raise ApiError (400) for missing content."""
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
         if message.content is None and not message.calls:
-            raise wrong(f"{where}.content", "is missing", "missing_required_parameter")
-        for number, call in enumerate(message.calls):
-            check_arguments(call, f"{where}.tool_calls[{number}]", limits.json_depth)
+            raise wrong(f"messages[{index}].content", "is missing", "missing_required_parameter")
 
 
 MAX_VARIABLES = 32
@@ -206,9 +197,9 @@ class Conversation(Protocol):
     def chat_template_kwargs(self) -> Mapping[str, Variable]: ...
 
 
-def check_conversation(asked: Conversation, limits: RequestLimits) -> None:
+def check_conversation(asked: Conversation) -> None:
     """Raise ApiError (400) for invalid messages, or for options of rendering that conflict."""
-    check_messages(asked.messages, limits)
+    check_messages(asked.messages)
     if not asked.continue_final_message:
         return
     if asked.add_generation_prompt:

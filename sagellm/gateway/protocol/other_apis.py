@@ -117,6 +117,7 @@ MESSAGE = Foreign(
     taken={
         "cache_control": IgnoredField("object", "prefixes are kept in any case"),
         "id": IgnoredField("string", "no template reads it"),
+        "parsed": IgnoredField("object", "the OpenAI clients add it; `content` has the text"),
         "provider_specific_fields": IgnoredField("object", "LiteLLM adds it to answers"),
         "reasoning_details": IgnoredField("array", "`reasoning` has the text"),
         "thinking_blocks": IgnoredField("array", "`reasoning_content` has the text"),
@@ -144,7 +145,14 @@ TOOL_CALL = Foreign(
         "provider_specific_fields": IgnoredField("object", "LiteLLM adds it to answers"),
     },
 )
-FUNCTION_CALL = Foreign({}, {})
+FUNCTION_CALL = Foreign(
+    unbuilt={},
+    taken={
+        "parsed_arguments": IgnoredField(
+            "object", "the OpenAI clients add it; `arguments` has the text"
+        ),
+    },
+)
 _TYPES: dict[str, tuple[type, ...]] = {
     "array": (list,),
     "boolean": (bool,),

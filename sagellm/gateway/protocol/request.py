@@ -238,7 +238,11 @@ def read_fields(body: bytes, struct: type[msgspec.Struct], limits: RequestLimits
 
     Raises ApiError (400) for invalid JSON and for unknown or unsupported fields.
     """
-    value = read_json(body, max_depth=limits.json_depth)
+    return known_fields(read_json(body, max_depth=limits.json_depth), struct)
+
+
+def known_fields(value: Any, struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """As `read_fields`, of a body that was parsed."""
     return read_nested(fields_of(value, struct.__struct_fields__, REQUEST), NESTED)
 
 

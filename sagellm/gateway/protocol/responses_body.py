@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, TypeAlias, get_args
 import msgspec
 
 from sagellm.gateway.api_errors import ApiError, wrong
-from sagellm.gateway.protocol.bodies import ChatRequest, convert, read_chat
+from sagellm.gateway.protocol.bodies import ChatRequest, convert
 from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.json import fields_of, read_json, shown
 from sagellm.gateway.protocol.request import Effort, at_most
-from sagellm.gateway.protocol.responses_chat import ChatOfResponses, chat_of, renamed
+from sagellm.gateway.protocol.responses_chat import ChatOfResponses, chat_of
 from sagellm.gateway.protocol.responses_fields import (
     INCLUDE_LOGPROBS,
     RENAMED,
@@ -92,12 +92,8 @@ def read_responses(body: bytes, limits: RequestLimits) -> ResponsesCall:
     _check_logprobs(said, asked)
     made = chat_of(asked)
     passed = {RENAMED.get(name, name): said[name] for name in said if name not in _OWN}
-    plain = msgspec.json.encode({**made.body, **passed})
-    try:
-        return ResponsesCall(asked, read_chat(plain, limits), made)
-    except ApiError as error:
-        refused = renamed(error, made.places)
-    raise refused
+    made.body |= passed
+    return ResponsesCall(asked, made.read(limits), made)
 
 
 _CHAT_NAMES = {

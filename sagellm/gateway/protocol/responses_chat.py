@@ -1,8 +1,6 @@
 """Translates a body of /v1/responses to that of a chat, and the chat's errors back."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 import msgspec
@@ -22,6 +20,7 @@ from sagellm.gateway.protocol.responses_fields import (
     RefusalPart,
     ResponsesRequest,
 )
+from sagellm.gateway.protocol.translated_chat import TranslatedChat
 
 # Field of the chat -> field of the response. Those of messages and tools depend on the body.
 _PLACES = {
@@ -39,20 +38,18 @@ _PLACES = {
 _NAMED = re.compile(r"\b(max_completion_tokens|max_tokens|response_format)\b")
 
 
-@dataclass(slots=True)
-class ChatOfResponses:
-    """The fields of a chat that do not have the same value in the response's body.
+class ChatOfResponses(TranslatedChat):
+    """The fields of a chat that do not have the same value in a body of /v1/responses."""
 
-    `places`: field of the chat -> the field of the response that it comes from.
-    """
-
-    body: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=lambda: dict(_PLACES))
+    def renamed(self, error: ApiError) -> ApiError:
+        renamed = super().renamed(error)
+        renamed.message = _NAMED.sub(lambda found: _PLACES[found[0]], renamed.message)
+        return renamed
 
 
 def chat_of(asked: ResponsesRequest) -> ChatOfResponses:
     """Return the chat that a body asks for."""
-    made = ChatOfResponses()
+    made = ChatOfResponses(dict(_PLACES))
     made.body["messages"] = _messages(asked, made.places)
     made.body |= _tools(asked, made.places)
     if INCLUDE_LOGPROBS in asked.include:
@@ -184,31 +181,3 @@ def _nested(struct: msgspec.Struct) -> dict[str, Any]:
     kind = plain.pop("type")
     fields = {name: value for name, value in plain.items() if value is not None}
     return {"type": kind, kind: fields} if fields else {"type": kind}
-
-
-def renamed(error: ApiError, places: Mapping[str, str]) -> ApiError:
-    """Return a chat's error with the names that its fields have in the response's body."""
-    if error.param is None:
-        return error
-    param = _place_of(error.param, places)
-    message = error.message
-    if message.startswith(f"{error.param}:"):
-        message = param + message[len(error.param) :]
-    return ApiError(
-        error.status,
-        _NAMED.sub(lambda found: _PLACES[found[0]], message),
-        param=param,
-        code=error.code,
-        retry_after_s=error.retry_after_s,
-        should_retry=error.should_retry,
-    )
-
-
-def _place_of(param: str, places: Mapping[str, str]) -> str:
-    """Return the place of a field: that of the nearest field around it which has one."""
-    end = len(param)
-    while end > 0:
-        if param[:end] in places:
-            return places[param[:end]] + param[end:]
-        end = max(param.rfind(".", 0, end), param.rfind("[", 0, end))
-    return param

@@ -250,14 +250,21 @@ TEXT_PART = Foreign(
         "annotations": IgnoredField("array", "no template reads them"),
         "id": _UNREAD,
         "logprobs": IgnoredField("array", "no template reads them"),
+        "parsed": IgnoredField("object", "the OpenAI clients add it; `text` has the text"),
         "prompt_cache_breakpoint": _KEPT,
     },
 )
 CALL_ITEM = Foreign(
     unbuilt={"async": (False,), "caller": ({"type": "direct"},), "namespace": ()},
-    taken={"id": _UNREAD, "status": _STATUS},
+    taken={
+        "id": _UNREAD,
+        "parsed_arguments": IgnoredField(
+            "object", "the OpenAI clients add it; `arguments` has the text"
+        ),
+        "status": _STATUS,
+    },
 )
-CALL_OUTPUT_ITEM = Foreign(CALL_ITEM.unbuilt, {**CALL_ITEM.taken, "name": _UNREAD})
+CALL_OUTPUT_ITEM = Foreign(CALL_ITEM.unbuilt, {"id": _UNREAD, "name": _UNREAD, "status": _STATUS})
 REASONING_ITEM = Foreign(
     unbuilt={},
     taken={

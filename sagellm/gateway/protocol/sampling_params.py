@@ -153,15 +153,19 @@ def _prompt_param(request: CompletionRequest | ChatRequest) -> str:
 
 def far_too_long(request: CompletionRequest | ChatRequest, facts: ModelBounds) -> ApiError:
     """Return the error for a prompt that is so long that it was not tokenised to its end."""
-    limit = facts.max_model_len
-    message = f"has more than {limit} tokens; the context limit is {limit} in all"
-    return wrong(_prompt_param(request), message, "context_length_exceeded")
+    message = f"has more than {facts.max_model_len} tokens"
+    return _overflow(_prompt_param(request), message, facts)
 
 
 def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelBounds) -> ApiError:
     answer = "" if asked is None else f" and max_tokens is {asked}"
-    message = f"has {num_prompt} tokens{answer}; the context limit is {facts.max_model_len} in all"
-    return wrong(prompt, message, "context_length_exceeded")
+    return _overflow(prompt, f"has {num_prompt} tokens{answer}", facts)
+
+
+def _overflow(param: str, message: str, facts: ModelBounds) -> ApiError:
+    # LiteLLM and others know the error by these words of OpenAI and vLLM.
+    limit = f"this model's maximum context length is {facts.max_model_len} tokens"
+    return wrong(param, f"{message}; {limit}", "context_length_exceeded")
 
 
 def num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:

@@ -12,7 +12,7 @@ from grammar_walks import RandomModel, allowed, check_answer, eos_of, json_compi
 
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.grammar_compiler import check_grammar
-from sagellm.runtime.grammars.json_schemas import read_schema, schema_text
+from sagellm.runtime.grammars.json_schemas import FORMATS, UNKNOWN_FORMATS, read_schema, schema_text
 from sagellm.runtime.sampling import Grammar
 
 TOKENS = json_tokenizer()
@@ -156,6 +156,13 @@ def test_documented_formats_are_taken() -> None:
     assert len(names) == 10
     for name in names:
         check_grammar(grammar({"type": "string", "format": name}))
+    assert set(names) == FORMATS
+
+
+@pytest.mark.parametrize("name", sorted(UNKNOWN_FORMATS))
+def test_other_formats_of_the_standard_are_refused(name: str) -> None:
+    with pytest.raises(GrammarError, match="format"):
+        check_grammar(grammar({"type": "string", "format": name}))
 
 
 CASES: Sequence[tuple[dict[str, Any], str, bool]] = [
@@ -169,6 +176,8 @@ CASES: Sequence[tuple[dict[str, Any], str, bool]] = [
     ({"type": "string", "pattern": "^b+$"}, '"abbc"', False),
     ({"type": "string", "format": "date"}, '"2025-02-28"', True),
     ({"type": "string", "format": "uuid"}, '"nothing"', False),
+    ({"type": "string", "format": "binary", "maxLength": 3}, '"abc"', True),
+    ({"type": "string", "format": "binary", "maxLength": 3}, '"abcd"', False),
     ({"type": "array", "prefixItems": [{"const": 1}], "items": False}, "[1]", True),
     ({"type": "array", "prefixItems": [{"const": 1}], "items": False}, "[1,2]", False),
     ({"type": "array", "items": {"type": "null"}, "maxItems": 1}, "[null,null]", False),
@@ -180,6 +189,8 @@ CASES: Sequence[tuple[dict[str, Any], str, bool]] = [
     ({"type": "array", "items": [{"type": "string"}], "additionalItems": False}, '["a"]', True),
     ({"type": "array", "items": [{"type": "string"}], "additionalItems": False}, "[1]", False),
     ({"$anchor": "a", "type": "array", "items": {"$ref": "#a"}}, "[[]]", True),
+    ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": False},
+     "{}", True),
     ({"type": "integer"}, "1.0", False),
     ({"type": "string"}, '"\\u0041"', False),
     ({"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}},

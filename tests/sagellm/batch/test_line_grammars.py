@@ -26,6 +26,8 @@ def read(fields: dict[str, Any], defaults: Sampling | None = None) -> LineReques
         ({"response_format": {"type": "json_object"}}, json_object_grammar()),
         ({"response_format": {"type": "text"}}, None),
         ({"structured_outputs": {"json": SCHEMA}}, OF_SCHEMA),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, OF_SCHEMA),
+        ({"structured_outputs": {"json_object": True}}, json_object_grammar()),
         ({"structured_outputs": {"regex": "[0-9]+"}}, DIGITS),
         ({"structured_outputs": {"choice": ["a", "b"]}}, choice_grammar(["a", "b"])),
         (
@@ -56,13 +58,18 @@ def test_a_line_overrides_the_grammar_of_the_command() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"structured_outputs": {}}, "takes one of json"),
-        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "takes one of json"),
+        ({"structured_outputs": {}}, "exactly one of json"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "exactly one of json"),
         ({"structured_outputs": {"choice": []}}, "length >= 1"),
-        ({"response_format": {"type": "json_schema"}}, "belongs to the type json_schema"),
-        ({"response_format": {**NAMED, "type": "text"}}, "belongs to the type json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema: is missing"),
+        ({"response_format": {**NAMED, "type": "text"}}, "only for the type `json_schema`"),
         ({"response_format": {"type": "xml"}}, "Invalid enum value"),
-        ({"response_format": NAMED, "structured_outputs": {"regex": "a"}}, "give one of `grammar`"),
+        ({"response_format": NAMED, "structured_outputs": {"regex": "a"}}, "give one of them"),
+        (
+            {"response_format": NAMED, "grammar": {"kind": "regex", "text": "a"}},
+            "give one of `grammar`",
+        ),
+        ({"structured_outputs": {"json": "[]"}}, "must be a JSON schema"),
         ({"grammar": {"kind": "regex", "text": "("}}, "the line's grammar is wrong"),
         ({"gramar": {}}, "did you mean `grammar`"),
     ],

@@ -1,9 +1,10 @@
 """Answers of FunctionGemma and Gemma 4: calls in a notation of their own."""
 
 import json
+from itertools import permutations
 
 import pytest
-from answer_parsing import call, named, parsed
+from answer_parsing import ByteTokens, call, named, parsed
 
 from sagellm.chat_formats import AnswerPart, Content, Reasoning, ToolCallDelta, ToolSpec, ToolUse
 
@@ -87,3 +88,14 @@ def test_many_open_brackets_do_no_harm() -> None:
     (part,) = parsed("function_gemma", text, use=USE)
     assert isinstance(part, ToolCallDelta)
     assert len(part.arguments) == len('{"a": ') + 50_000
+
+
+def test_optional_members_come_in_the_order_of_the_schema() -> None:
+    tool = ToolSpec(name="f", parameters={"properties": {"a": {}, "b": {}, "c": {}}})
+    grammar = named("gemma4").grammar(ToolUse(tools=(tool,), named="f", parallel=False), "")
+    assert grammar is not None
+    for length in range(4):
+        for names in permutations("abc", length):
+            members = ",".join(f"{name}:1" for name in names)
+            text = made("gemma4", f"(call:f{{{members}}})")
+            assert ByteTokens().accepts(grammar, text) is (list(names) == sorted(names))

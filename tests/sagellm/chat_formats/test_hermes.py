@@ -112,6 +112,14 @@ def test_a_call_streams() -> None:
     assert parser.finish() == []
 
 
+def test_half_a_character_stays_escaped() -> None:
+    """A lone surrogate could not be sent as UTF-8."""
+    text = '<tool_call>{"name": "time", "arguments": "{\\"a\\": \\"\\ud800\\"}"}</tool_call>'
+    (part,) = parsed("hermes", text)
+    assert isinstance(part, ToolCallDelta)
+    assert part.arguments.encode() == b'"{\\"a\\": \\"\\ud800\\"}"'
+
+
 def test_without_parallel_calls_the_first_counts() -> None:
     use = ToolUse(tools=(WEATHER, TIME), parallel=False)
     assert parsed("hermes", f"{ONE}\n{made('{}')}\nDone.", use=use) == [

@@ -37,6 +37,7 @@ def made(**arguments: str) -> str:
         (made(text="12"), '{"text": "12"}'),
         (made(unit="C", count=" 12 "), '{"unit": "C", "count": 12}'),
         (made(count="twelve"), '{"count": "twelve"}'),
+        (made(count="NaN", items="[Infinity]"), '{"count": "NaN", "items": "[Infinity]"}'),
         (made(flag="True", maybe="None"), '{"flag": true, "maybe": null}'),
         (made(maybe="12"), '{"maybe": "12"}'),
         (

@@ -190,7 +190,7 @@ def test_a_warm_up_that_fails_measures_nothing(capsys: pytest.CaptureFixture[str
     assert len(server.asked) == 1
 
 
-LONG = "prompt: has 4000 tokens and max_tokens is 64; the context limit is 2048 in all"
+LONG = "prompt: has 4000 tokens; this model's maximum context length is 2048 tokens"
 VLLM_LONG = "This model's maximum context length is 2048 tokens. However, you requested 4064"
 WARM_UPS = {
     "ours": (400, {"message": LONG, "code": "context_length_exceeded"}, "lower --input-len or"),

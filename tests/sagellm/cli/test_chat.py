@@ -241,6 +241,26 @@ def test_the_user_is_asked_before_a_call(
     assert result == RESULT if is_called else "did not allow" in result
 
 
+def test_what_a_tool_prints_is_no_answer(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tools.write_text(WEATHER.replace("    return", '    print("called")\n    return'))
+    with scripted(calling(PARIS)) as server:
+        assert talk(server, "-q", "Weather?", "--tools", str(tools), "--yes", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["text"] == RESULT
+    assert "called\n" in shown.err
+
+
+def test_ctrl_c_in_a_tool_stops_the_question_alone(
+    tools: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools.write_text(WEATHER.replace("    return", "    raise KeyboardInterrupt\n    return"))
+    say(monkeypatch, "Weather?", "Hello?")
+    with scripted(calling(PARIS)) as server:
+        assert talk(server, "--tools", str(tools), "--yes") == 0
+    assert capsys.readouterr().err.count("stopped\n") == 2
+    assert [len(asked["messages"]) for asked in server.asked] == [1, 1]
+
+
 def test_a_call_cannot_hide_on_the_terminal(
     tools: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,13 +80,13 @@ def test_an_unknown_option_and_a_long_answer_have_the_words_of_the_server(client
     with pytest.raises(ClientError, match="did you mean `max_tokens`") as caught:
         client.generate("a", max_token=3)
     assert (caught.value.code, caught.value.type) == ("unknown_parameter", "invalid_request_error")
-    with pytest.raises(ClientError, match="has 1 tokens and max_tokens is 5000; the context limit"):
+    with pytest.raises(ClientError, match="has 1 tokens and max_tokens is 5000; this model"):
         client.generate("a", max_tokens=5000)
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_a_stream_begins(client: Any) -> None:
     for stream in (False, True):
-        with pytest.raises(ClientError, match="context limit") as caught:
+        with pytest.raises(ClientError, match="maximum context length") as caught:
             client.generate([1] * 5000, stream=stream)
         assert caught.value.status == 400
 
@@ -116,7 +116,7 @@ def test_the_same_for_async_code(backend: str) -> None:
             async with await client.chat(ASK, temperature=0, stream=True) as stream:
                 pieces = [piece async for piece in stream]
             whole = await client.chat(ASK, temperature=0)
-            with pytest.raises(ClientError, match="context limit"):
+            with pytest.raises(ClientError, match="maximum context length"):
                 await client.generate([1] * 5000, stream=True)
             return ["".join(pieces), whole, (await client.get_status())["mode"]]
 

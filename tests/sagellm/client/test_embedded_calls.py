@@ -8,8 +8,9 @@ import pytest
 from sagellm import AsyncUnifiedInferenceClient, ClientError, UnifiedInferenceClient
 from sagellm.client.embedded import reply_of
 from sagellm.client.embedded_calls import read_call
-from sagellm.client.http_calls import CHAT
+from sagellm.client.http_calls import CHAT, COMPLETIONS
 from sagellm.client.responses import CUT_OFF
+from sagellm.gateway.api_errors import ApiError
 from sagellm.runtime.messages import Answer
 from sagellm.runtime.models.folder import BUILT_IN
 
@@ -59,8 +60,10 @@ class StubSession:
         self.chat_template = template
         self.tokenizer: Any = self
 
+    is_bound = True
+
     def is_able(self, capability: str) -> bool:
-        return True
+        return self.is_bound
 
     def apply_chat_template(self, messages: Any, how: Any) -> str:
         return "a prompt"
@@ -86,6 +89,16 @@ def test_reasoning_is_split_off_and_may_be_left_out(shown: bool) -> None:
     text = "<think>23 and 45</think>68"
     reply = reply_of([Answer(request_id="r", text=text)], "m", read)
     assert (reply.text, reply.reasoning) == ("68", "23 and 45" if shown else None)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_an_engine_without_grammars_is_a_400_as_over_http(path: str) -> None:
+    session = StubSession("")
+    session.is_bound = False
+    call: dict[str, Any] = {"messages": ASK} if path == CHAT else {"prompt": "a"}
+    with pytest.raises(ApiError) as caught:
+        read_call(path, call, {"response_format": {"type": "json_object"}}, session)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "response_format")
 
 
 def test_an_answer_is_one_of_the_choices(client: UnifiedInferenceClient) -> None:

@@ -9,12 +9,22 @@ from sagellm.client import server
 from sagellm.client.http_calls import (
     configured_key,
     configured_url,
+    encode_json,
     is_local,
     is_server,
     read_url,
     request_headers,
     transport_options,
 )
+
+
+@pytest.mark.parametrize("value", [object(), "\ud800", "endless"])
+def test_a_call_that_json_cannot_hold_is_refused(value: object) -> None:
+    body: dict[str, object] = {"a": value}
+    if value == "endless":
+        body["a"] = body
+    with pytest.raises(ClientError, match="the call is no JSON"):
+        encode_json(body)
 
 
 @pytest.mark.parametrize(

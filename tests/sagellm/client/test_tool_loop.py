@@ -63,6 +63,16 @@ def test_a_forced_call_is_forced_once(choice: str | None, later: str | None) -> 
     assert loop.fields["tools"][0]["function"]["name"] == "get_weather"
 
 
+def test_tools_that_are_not_allowed_stay_so_in_later_rounds() -> None:
+    allowed = [{"type": "function", "function": {"name": "get_weather"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": allowed}}
+    loop = ToolLoop(ASK, [get_weather], {"tool_choice": choice})
+    assert loop.fields["tool_choice"] == choice
+    loop.take(reply("", "get_weather"))
+    later = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": allowed}}
+    assert loop.fields["tool_choice"] == later
+
+
 @pytest.mark.parametrize("form", [{"regex": "[0-9]+"}, {"response_format": {"type": "text"}}])
 def test_an_answer_in_a_form_is_asked_for_by_a_call_of_its_own(form: dict[str, Any]) -> None:
     loop = ToolLoop(ASK, [get_weather], form)

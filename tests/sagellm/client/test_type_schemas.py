@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NotRequired, TypedDict
 
 import msgspec
@@ -6,6 +7,8 @@ import pydantic
 import pytest
 
 from sagellm.client.type_schemas import is_strict, schema_of
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
+from sagellm.runtime.sampling import Grammar
 
 
 class Place(msgspec.Struct):
@@ -55,9 +58,14 @@ def test_a_type_inside_is_a_definition_and_closed_too() -> None:
     assert schema["required"] == ["name", "place"]
 
 
-def test_a_type_that_holds_itself_stays_a_definition() -> None:
-    schema = schema_of(Place)
-    assert schema["$defs"]["Place"]["properties"] == schema["properties"]
+class Branch(pydantic.BaseModel):
+    branches: "list[Branch]"
+
+
+@pytest.mark.parametrize("kind", [Place, Branch])
+def test_a_type_that_holds_itself_stays_a_definition(kind: Any) -> None:
+    schema = schema_of(kind)
+    assert schema["$defs"][kind.__name__]["properties"] == schema["properties"]
 
 
 def test_an_open_map_stays_open() -> None:
@@ -84,6 +92,19 @@ def test_a_pydantic_model_gives_its_own_schema_closed() -> None:
 )
 def test_strict_is_said_where_every_property_is_required(kind: Any, strict: bool) -> None:
     assert is_strict(schema_of(kind)) is strict
+
+
+class Bill(msgspec.Struct):
+    format: Decimal
+    uniqueItems: frozenset[int]
+
+
+def test_numbers_and_sets_are_bound_to_what_a_grammar_can_hold() -> None:
+    schema = schema_of(Bill)
+    check_grammar(Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode()))
+    assert schema["properties"]["format"] == {"type": "number"}
+    text = b'{"format": 1.10, "uniqueItems": [1, 1]}'
+    assert msgspec.json.decode(text, type=Bill) == Bill(Decimal("1.10"), frozenset({1}))
 
 
 @pytest.mark.parametrize("value", ["json", 3, object, print])

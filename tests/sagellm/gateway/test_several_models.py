@@ -78,7 +78,7 @@ async def test_a_request_chooses_and_metrics_say_which(
         metrics = (await ask(served, get("/metrics"))).body.decode()
     assert [answer["model"] for answer in answers] == ["echo", "sage-tiny", "sage-tiny"]
     assert b'"model":"echo"' in streamed.body
-    assert "the context limit is 256 in all" in too_long["error"]["message"]
+    assert "maximum context length is 256 tokens" in too_long["error"]["message"]
     assert unknown.status == 404
     assert "did you mean echo?" in json.loads(unknown.body)["error"]["message"]
     for model in ("echo", "sage-tiny"):

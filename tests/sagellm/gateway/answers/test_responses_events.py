@@ -153,6 +153,13 @@ def test_the_stream_ends_with_the_whole_answer(text, reason):
     assert done == found["output"]
 
 
+def test_choices_that_an_operator_adds_are_not_mixed_in():
+    events = [event("a"), event("x", choice=1), last("b"), last("x", choice=1)]
+    assert [item["content"][0]["text"] for item in whole(*events)["output"]] == ["ab"]
+    final = streamed(*events)[-1]["response"]
+    assert [item["content"][0]["text"] for item in final["output"]] == ["ab"]
+
+
 @pytest.mark.parametrize("text", ["ab", "rca"])
 def test_the_deltas_add_up_to_the_items(text):
     events = streamed(*(event(letter) for letter in text), last(""))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from stored_batches import TENANT, claimed, new_batch, stored, stores_in
+from stored_batches import TENANT, claimed, full_disk, new_batch, stored, stores_in
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.batches import batch_store
@@ -171,15 +171,44 @@ def test_what_a_crash_left_of_a_new_batch_is_deleted_after_a_while(tmp_path: Pat
     own = stores.folder.of(TENANT)
     own.make()
     lock, lone = own.open / "batch_1.lock", own.open / "batch_2.cancel"
-    lock.touch()
-    lone.touch()
+    new = own.batches / "batch_3.json.a.new"
+    for path in (lock, lone, new):
+        path.touch()
     stores.batches.sweep()
-    assert not lone.exists()
+    assert (lone.exists(), new.exists()) == (False, True)
+    os.utime(new, (0, 0))
+    stores.batches.sweep()
+    assert not new.exists()
     assert list(stores.batches.claims([TENANT])) == []
     assert lock.exists()  # its record may be about to come
     os.utime(lock, (0, 0))
     assert list(stores.batches.claims([TENANT])) == []
     assert not lock.exists()
+
+
+def test_a_damaged_record_costs_no_results(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    batch = new_batch(stores, 1)
+    own = stores.folder.of(TENANT)
+    whole = (own.batches / f"{batch.id}.json").read_bytes()
+    (own.batches / f"{batch.id}.json").write_bytes(b'{"id": 1}')
+    os.utime(own.open / f"{batch.id}.lock", (0, 0))
+    assert list(stores.batches.claims([TENANT])) == []
+    (own.batches / f"{batch.id}.json").write_bytes(whole)
+    with claimed(stores) as claim:
+        assert claim.path("input").exists()
+
+
+def test_a_batch_that_a_full_disk_refuses_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = stores_in(tmp_path)
+    monkeypatch.setattr(batch_store, "write_atomically", full_disk)
+    with pytest.raises(ApiError) as error:
+        new_batch(stores, 1)
+    assert (error.value.status, error.value.code) == (507, "storage_full")
+    own = stores.folder.of(TENANT)
+    assert [*own.open.iterdir(), *own.batches.iterdir()] == []
 
 
 def test_the_lock_of_the_folder_is_shared_by_processes(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_batches import TENANT, stored, stores_in
+from stored_batches import TENANT, claimed, new_batch, stored, stores_in
 
 from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.batches import data_folder
 from sagellm.gateway.batches.data_folder import (
     DataFolder,
     is_id,
@@ -17,6 +19,7 @@ from sagellm.gateway.batches.data_folder import (
     telling_full_disk,
     write_atomically,
 )
+from sagellm.gateway.batches.results import ResultFiles
 from sagellm.gateway.settings import StorageLimits
 
 
@@ -28,6 +31,17 @@ def test_the_folder_is_made_for_its_user_alone(tmp_path: Path) -> None:
     stored(stores_in(folder), b"x")
     modes = [path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_dir()]
     assert modes == [0o700] * 4
+
+
+def test_other_users_cannot_open_files(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    batch = new_batch(stores, 1)
+    stores.batches.cancel(TENANT, batch.id)
+    with claimed(stores) as claim, closing(ResultFiles(claim)) as results:
+        results.open()
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 9
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
 def test_a_folder_without_hard_links_is_refused(
@@ -99,6 +113,19 @@ def test_a_file_with_two_names_counts_once(tmp_path: Path) -> None:
     assert own.num_bytes == 100 + size_of_record
     stores.files.delete(TENANT, file.id)
     assert own.num_bytes == 100
+
+
+def test_many_batches_at_work_measure_the_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = stores_in(tmp_path, files_bytes=600)
+    own = stores.folder.of(TENANT)
+    stored(stores, b"x" * 100)
+    assert stores.folder.has_room(own)
+    (own.open / "batch_x.output").write_bytes(b"x" * 1000)
+    assert stores.folder.has_room(own)
+    monkeypatch.setattr(data_folder, "_SIZES_S", 0.0)
+    assert not stores.folder.has_room(own)
 
 
 def test_all_tenants_share_one_limit(tmp_path: Path) -> None:

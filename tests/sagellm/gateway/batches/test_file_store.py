@@ -1,12 +1,11 @@
 """Stored files: whole or not there, each for its tenant alone, within limits, until they expire."""
 
-import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stored_batches import TENANT, stored, stores_in
+from stored_batches import TENANT, full_disk, stored, stores_in
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.batches import file_store
@@ -87,18 +86,24 @@ def test_uploads_under_way_count_with_what_they_may_become(tmp_path: Path) -> No
     stores.files.begin_upload(TENANT, 600).discard()
 
 
-def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["os.fsync", f"{file_store.__name__}.write_atomically"])
+def test_a_full_disk_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     stores = stores_in(tmp_path)
     upload = stores.files.begin_upload(TENANT, 10)
     upload.write(b"x")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+        patched.setattr(broken, full_disk)
         assert status_of(lambda: upload.commit("x", 3600)) == (507, "storage_full")
     upload.discard()
+    assert list(stores.folder.of(TENANT).files.iterdir()) == []
+
+
+def test_an_upload_without_room_on_the_disk_leaves_no_file(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path, files_bytes=1 << 62, all_files_bytes=1 << 62)
+    with pytest.raises((ApiError, OSError)):
+        stores.files.begin_upload(TENANT, 1 << 61)  # no file system has files of that size
     assert list(stores.folder.of(TENANT).files.iterdir()) == []
 
 

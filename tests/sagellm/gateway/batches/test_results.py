@@ -1,6 +1,5 @@
 """Result files: each result once, whole lines only, whatever cut the last one off."""
 
-import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,8 +9,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from stored_batches import TENANT, claimed, new_batch, stores_in
+from stored_batches import TENANT, claimed, full_disk, new_batch, stores_in
 
+from sagellm.gateway.batches import file_store
 from sagellm.gateway.batches.batch_record import BatchTokens
 from sagellm.gateway.batches.batch_store import BatchClaim
 from sagellm.gateway.batches.results import (
@@ -20,6 +20,7 @@ from sagellm.gateway.batches.results import (
     ResultLine,
     Tally,
     publish,
+    published,
     unanswered,
 )
 
@@ -89,11 +90,8 @@ def test_a_full_disk_leaves_no_half_line(
 ) -> None:
     append(claim, line("a"))
 
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fdatasync", full)
+        patched.setattr(os, "fdatasync", full_disk)
         with pytest.raises(OSError, match="full"):
             append(claim, line("b"))
     assert read(claim).done == {"a"}
@@ -135,3 +133,17 @@ def test_results_are_published_once_however_often_that_begins(claim: BatchClaim)
     assert (files / f"{record.output_id}.json").exists()
     assert not (files / f"{record.error_id}.json").exists()  # no request failed
     assert record.tenant == TENANT
+
+
+def test_a_sweep_keeps_results_that_a_full_disk_leaves_without_a_record(
+    tmp_path: Path, claim: BatchClaim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(claim, line("a"))
+    os.utime(claim.path("output"), (0, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(file_store, "write_atomically", full_disk)
+        with pytest.raises(OSError, match="full"):
+            publish(claim)
+    stores_in(tmp_path).files.sweep()
+    publish(claim)
+    assert published(claim) == (True, False)

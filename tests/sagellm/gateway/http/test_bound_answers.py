@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from chat_templates import CARD, HERMES, LLAMA3, PLAIN, QWEN3, TemplateTokenizer, tool
+from chat_templates import CARD, GEMMA4, HERMES, LLAMA3, PLAIN, QWEN3, TemplateTokenizer, tool
 from gateway_calls import Answered, last, playing, post
 
 from sagellm.gateway import grammar_checks
@@ -164,6 +164,23 @@ async def test_wrong_parameters_are_refused_by_their_tool_where_they_bind(choice
     found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice=choice))
     assert (found["param"], found["code"]) == ("tools[2].function.parameters", "invalid_grammar")
     assert (await refused(HERMES, playing([last()]), tools=[*TOOLS, wrong])).status == 200
+
+
+def _chain(length: int) -> dict[str, Any]:
+    """A schema whose objects lead to each other."""
+    kinds = [{"$ref": f"#/$defs/{at + 1}"} for at in range(length)]
+    refs = [{"type": "object", "properties": {"x": kind}} for kind in kinds]
+    return {"$defs": dict(enumerate(refs)), "properties": {"x": {"$ref": "#/$defs/0"}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "parameters"),
+    [(GEMMA4, _chain(2000)), (GEMMA4, {"required": 5}), (HERMES, {"format": []})],
+)
+async def test_parameters_that_are_too_deep_or_no_schema_are_refused(template, parameters):
+    odd = {"type": "function", "function": {"name": "h", "parameters": parameters}}
+    found = error(await refused(template, tools=[*TOOLS, odd], tool_choice="required"))
+    assert (found["param"], found["code"]) == ("tools[2].function.parameters", "invalid_grammar")
 
 
 async def test_a_schema_that_a_strict_tool_cannot_keep_is_refused():

@@ -107,7 +107,10 @@ async def test_a_text_far_beyond_the_context_is_refused_by_its_beginning(endpoin
     answered = await post(endpoint, playing(), said, tokenizer=tokenizer)
     assert answered.status == 400
     assert answered.json["error"]["code"] == "context_length_exceeded"
-    assert "more than 64 tokens; the context limit is 64" in answered.json["error"]["message"]
+    assert (
+        "more than 64 tokens; this model's maximum context length is 64"
+        in answered.json["error"]["message"]
+    )
     assert sum(tokenizer.lengths) < 5000
 
 

@@ -92,6 +92,12 @@ def test_a_history_of_calls_is_in_the_shape_that_templates_expect() -> None:
     ]
 
 
+def test_what_clients_parsed_of_an_answer_may_be_sent_back() -> None:
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {"x": None}}
+    message = {**calling(call(function=function)), "parsed": {"x": 1}}
+    assert read(message).conversation == read(calling(call())).conversation
+
+
 def test_a_call_may_have_no_id_and_no_arguments_and_its_message_no_content() -> None:
     message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
     (plain,) = read(message).conversation
@@ -119,16 +125,20 @@ def test_calls_of_others_are_left_out() -> None:
         (calling(call(more=SECRET)), "tool_calls[0].more"),
         (calling(call(), call(index="1")), "tool_calls[1].index"),
         (calling({"function": {"name": "f"}}), "tool_calls[0].function.arguments"),
-        (calling(call(SECRET)), "tool_calls[0].function.arguments"),
-        (calling(call("[1]")), "tool_calls[0].function.arguments"),
-        (calling(call('{"a": 1, "a": 2}')), "tool_calls[0].function.arguments"),
-        (calling(call('{"a":' * 40 + "1" + "}" * 40)), "tool_calls[0].function.arguments"),
         (calling(call({"a": 1})), "tool_calls[0].function.arguments"),
         (calling(*[call()] * 129), "tool_calls"),
     ],
 )
 def test_wrong_calls_are_refused_by_their_place(message: Any, param: str) -> None:
     assert refusal(USER, message).param == f"messages[1].{param}"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"city": "Pa', "[1]", '{"a": 1, "a": 2}', '{"a":' * 40 + "1" + "}" * 40, " "]
+)
+def test_arguments_that_are_no_object_stay_a_text(text: str) -> None:
+    (plain,) = read(calling(call(text))).conversation
+    assert plain["tool_calls"][0]["function"]["arguments"] == text
 
 
 def variables(read_by_template: set[str], **given: Any) -> Any:

@@ -259,7 +259,6 @@ UNSAID = (
     "; give one of them",
     "json_schema: is missing",
     "is only for the type `json_schema`",
-    "arguments: must be the JSON text of an object",
     "stands beside continue_final_message",
     "continue_final_message: needs",
     "there is none with a name",

@@ -34,6 +34,16 @@ def refused(**body: Any) -> ApiError:
     return caught.value
 
 
+def test_a_body_may_have_all_levels_though_a_chat_has_more() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(LIMITS.json_depth - 4):
+        schema = {"not": schema}
+    tool = {"type": "function", "name": "f", "parameters": schema}
+    (read_tool,) = read(tools=[tool]).chat.tools
+    assert read_tool.function.parameters == schema
+    refused(tools=[{**tool, "parameters": {"not": {"not": schema}}}])
+
+
 def item(**fields: Any) -> dict[str, Any]:
     return {"input": [fields]}
 
@@ -61,7 +71,7 @@ def test_the_fields_of_a_chat_are_read_as_by_a_chat() -> None:
 
 
 def test_what_an_answer_had_may_be_sent_back_as_it_was() -> None:
-    part = {"type": "output_text", "text": "so", "annotations": [], "logprobs": []}
+    part = {"type": "output_text", "text": "so", "annotations": [], "logprobs": [], "parsed": {}}
     call = read(
         input=[
             {**USER, "type": "message", "status": "completed"},
@@ -73,6 +83,7 @@ def test_what_an_answer_had_may_be_sent_back_as_it_was() -> None:
                 "call_id": "c",
                 "name": "f",
                 "arguments": "",
+                "parsed_arguments": {},
                 "status": "completed",
             },
             {"type": "function_call_output", "call_id": "c", "output": "5", "id": None},
@@ -150,7 +161,7 @@ def test_what_is_not_built_is_refused_with_a_reason(body: Any, param: str, told:
             item(role="user", content=[{"type": "input_text", "text": 5}]),
             "input[0].content[0].text",
         ),
-        (item(type="function_call", call_id="c", name="f", arguments="["), "input[0].arguments"),
+        (item(type="function_call", call_id="c", name="f", arguments=5), "input[0].arguments"),
         (item(type="function_call", name="f", arguments=""), "input[0].call_id"),
         (item(type="function_call_output", call_id="c"), "input[0].output"),
         (item(type="reasoning", summary="x"), "input[0].summary"),

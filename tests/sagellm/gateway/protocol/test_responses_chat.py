@@ -6,7 +6,7 @@ import pytest
 
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.bodies import convert
-from sagellm.gateway.protocol.responses_chat import chat_of, renamed
+from sagellm.gateway.protocol.responses_chat import chat_of
 from sagellm.gateway.protocol.responses_fields import ResponsesRequest
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
@@ -153,16 +153,16 @@ def test_the_other_options_have_other_names():
 )
 def test_an_error_names_the_field_of_this_api(param, place):
     found = made(input=[USER, SAID, CALL, OUTPUT], instructions="x", tools=[TOOL])
-    error = renamed(wrong(param, "is 5, more than max_tokens (4)"), found.places)
+    error = found.renamed(wrong(param, "is 5, more than max_tokens (4)"))
     assert error.param == place
     assert error.message == f"{place}: is 5, more than max_output_tokens (4)"
 
 
 def test_other_fields_in_an_error_have_their_names_here_too():
-    error = renamed(wrong("regex", "stands beside response_format; give one"), made().places)
+    error = made().renamed(wrong("regex", "stands beside response_format; give one"))
     assert error.message == "regex: stands beside text.format; give one"
 
 
 def test_an_error_without_a_field_stays():
     error = ApiError(400, "the body is not valid JSON")
-    assert renamed(error, {}) is error
+    assert made().renamed(error) is error

@@ -136,10 +136,14 @@ def test_the_default_stays_within_what_an_engine_takes() -> None:
     [
         (completion(), 0, "prompt: has 0 tokens"),
         (chat(), 0, "messages: has 0 tokens"),
-        (completion(), 64, "prompt: has 64 tokens; the context limit is 64"),
-        (completion(), 65, "prompt: has 65 tokens; the context limit is 64"),
-        (chat(max_tokens=61), 4, "messages: has 4 tokens and max_tokens is 61; the context limit"),
-        (completion(max_tokens=1 << 20), 1, "max_tokens is 1048576; the context limit is 64"),
+        (completion(), 64, "prompt: has 64 tokens; this model's maximum context length is 64"),
+        (completion(), 65, "prompt: has 65 tokens; this model's maximum context length is 64"),
+        (chat(max_tokens=61), 4, "messages: has 4 tokens and max_tokens is 61; this model's"),
+        (
+            completion(max_tokens=1 << 20),
+            1,
+            "max_tokens is 1048576; this model's maximum context length is 64",
+        ),
         (completion(min_tokens=17), 4, "min_tokens: is 17, more than max_tokens (16)"),
         (completion(min_tokens=9, max_tokens=8), 4, "is 9, more than max_tokens (8)"),
         (completion(stop_token_ids=[5, 100]), 4, "stop_token_ids: has token 100; the model knows"),

@@ -3,7 +3,7 @@
 import pytest
 
 from sagellm.gateway.api_errors import ApiError, wrong
-from sagellm.gateway.protocol.renaming import place_of, renamed_error
+from sagellm.gateway.protocol.translated_chat import TranslatedChat, place_of
 
 PLACES = {"a": "x", "a.b": "y", "a[1]": "z[0]", "ab": "w"}
 
@@ -26,10 +26,11 @@ def test_the_nearest_field_with_a_place_names_it(param: str, place: str) -> None
 
 
 def test_the_message_begins_with_the_new_name() -> None:
-    error = renamed_error(wrong("a.b", "is no `a.b`", "code"), PLACES)
+    error = TranslatedChat(PLACES).renamed(wrong("a.b", "is no `a.b`", "code"))
     assert (error.message, error.param, error.code) == ("y: is no `a.b`", "y", "code")
 
 
 def test_another_message_stays() -> None:
-    error = renamed_error(ApiError(404, "no such model", param="ab", should_retry=False), PLACES)
+    told = ApiError(404, "no such model", param="ab", should_retry=False)
+    error = TranslatedChat(PLACES).renamed(told)
     assert (error.message, error.param, error.should_retry) == ("no such model", "w", False)

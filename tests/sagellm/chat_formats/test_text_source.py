@@ -1,6 +1,6 @@
 """Markers are found in texts that come in pieces."""
 
-from sagellm.chat_formats.markers import MAX_MARKER_LEN, MarkerFilter, MarkerFinder
+from sagellm.chat_formats.text_source import MAX_MARKER_LEN, MarkerFilter, MarkerFinder
 
 
 def test_the_first_marker_is_found() -> None:
