@@ -202,7 +202,7 @@ def get_weather(city: str) -> dict:
 def _helper() -> None: ...
 """
 PARIS = ("get_weather", '{"city":"Paris"}')
-RESULT = '{"city":"Paris","weather":"sunny"}'
+RESULT = '{"city": "Paris", "weather": "sunny"}'
 
 
 @pytest.fixture
