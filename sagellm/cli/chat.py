@@ -183,7 +183,7 @@ def _converse(session: ChatSession, stats: bool) -> int:
         except (Failure, OSError) as error:
             show_failure(explain(error) or Failure(str(error), ""))
         except (KeyboardInterrupt, BaseExceptionGroup) as error:
-            # Ctrl-C before the stream listens for signals, or after; a nursery puts it into a group.
+            # Ctrl-C before or after the stream listens for signals; a nursery puts it into a group.
             if not is_terminal or not _is_interrupt(error):
                 raise
             print("\nstopped", file=sys.stderr)
