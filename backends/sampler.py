@@ -13,6 +13,7 @@ from sagellm.backends.token_masks import (
     Mask,
     TokenMasks,
     allowed_tokens,
+    cut_off,
     largest_allowed,
     token_masks,
 )
@@ -55,12 +56,15 @@ def sample(
         logits = logits.where(is_finite.unsqueeze(1), 0.0)
     bits = {} if masks is None else dict(zip(masks.rows, masks.bits, strict=True))
     special = [index for index, row in enumerate(rows) if not _is_greedy(row)]
-    bound = {index: mask for index, mask in bits.items() if index not in special}
+    greedy = bits.keys() - special
+    bound = {index: mask for index, mask in bits.items() if index in greedy}
     none_left = _sample_bound(logits, token_ids, bound, largest)
     if special:
         none_left += _sample_processed(logits, rows, token_ids, bits, special)
-    refused = {} if masks is None else masks.refused
+    refused = {} if masks is None else dict(masks.refused)
     exhausted = frozenset(none_left).difference(broken, refused)
+    refused |= cut_off(rows, exhausted)
+    exhausted -= refused.keys()
     ids: list[int] = token_ids.tolist()
     logprobs = None
     if any(row.sampling.logprobs is not None for row in rows):

@@ -29,8 +29,9 @@ class Sampled:
 
     `logprobs`: an entry for each row, None for a row that did not ask; None if no row asked.
     `broken`: rows without a valid token. In `exhausted` rows, a subset of `broken`, the sampling
-    options forbid every token. The grammar of `refused` rows, also a subset, exceeded its limits;
-    each has the reason. In the other broken rows, the logits are not finite.
+    options forbid every token. The grammar of `refused` rows, also a subset, exceeded its limits,
+    or has no token left before it may end; each has the reason. In the other broken rows, the
+    logits are not finite.
     `prompt_logprobs`: a list for each entry of `StepBatch.scored`, in the same order.
     """
 
@@ -103,6 +104,10 @@ class Matcher(Protocol):
         `output` has left the grammar, as wrong drafts do, the mask allows every token. If no token
         may follow, not even the end of the text, the mask is zero. Raises MatcherError.
         """
+        ...
+
+    def may_end(self, output: Sequence[int]) -> bool:
+        """Whether `output` is a complete text of the grammar. Raises MatcherError."""
         ...
 
 

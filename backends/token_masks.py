@@ -1,6 +1,6 @@
 """The tokens that grammars allow in the rows of a launch, computed while the program runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -43,7 +43,8 @@ LargestAllowed: TypeAlias = Callable[[npt.NDArray[np.float32], Mask], int | None
 
 
 def largest_allowed(scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
-    """The first of the largest scores [vocab] that a mask allows; None if it allows no token.
+    """The first of the largest scores [vocab] that a mask allows; None if it allows no token whose
+    score is above -inf.
 
     Only words with a token are read: a mask that forbids the likeliest token allows few others.
     """
@@ -55,6 +56,8 @@ def largest_allowed(scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
     allowed = scores.reshape(-1, _BITS)[words]
     allowed += np.take(_BIAS_OF_BYTE, mask[words].view(np.uint8), axis=0).reshape(-1, _BITS)
     best = int(allowed.argmax())
+    if allowed.flat[best] == -np.inf:
+        return None
     return _BITS * int(words[best // _BITS]) + best % _BITS
 
 
@@ -77,6 +80,19 @@ def token_masks(rows: Sequence[LogitsRow]) -> TokenMasks | None:
             refused[index] = str(error)
             mask[:] = -1
     return TokenMasks([index for index, _ in bound], bits, refused)
+
+
+def cut_off(rows: Sequence[LogitsRow], exhausted: Iterable[int]) -> dict[int, str]:
+    """The rows of `exhausted` whose grammar cannot end where no token is left, and why."""
+    found = {}
+    for index in exhausted:
+        matcher = rows[index].answer.matcher
+        try:
+            if matcher is not None and not matcher.may_end(rows[index].output):
+                found[index] = "no token is left that the grammar and the other options allow"
+        except MatcherError as error:
+            found[index] = str(error)
+    return found
 
 
 class MaskThread:

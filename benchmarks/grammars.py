@@ -134,7 +134,7 @@ def training_texts() -> Iterator[str]:
 
 
 def warm_up(session: BlockingSession, cell: Cell) -> None:
-    """Build the vocabulary of the grammars, and touch the pool."""
+    """Compile the grammar, and touch the pool."""
     for grammar in (None, GRAMMAR):
         decode(session, Cell("warm", "batch", cell.num_sequences, 128, 4), 0, grammar)
 

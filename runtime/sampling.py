@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from operator import attrgetter
 from types import NoneType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -20,6 +20,12 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     kind: GrammarKind
     text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise TypeError(f"kind is {self.kind!r}; it must be one of {get_args(GrammarKind)}")
+        if not isinstance(self.text, str):
+            raise TypeError("text must be a string")
 
 
 _WHOLE, _NUMBER = "a whole number", "a number"
@@ -55,7 +61,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `allowed_token_ids` allow all tokens. No answer completes a sequence of `bad_words_token_ids`;
     the session resolves the texts `bad_words` to such sequences. An answer without any token left
     to sample ends with reason "stop". `grammar`: a complete answer belongs to it; an answer that
-    `max_tokens` or a stop string cuts off is the beginning of one that does.
+    `max_tokens` or a stop string cuts off is the beginning of one that does. If no token is left
+    before the grammar may end, the answer ends with reason "refused".
     """
 
     max_tokens: int = 128

@@ -6,6 +6,7 @@ from sagellm.client.unified import UnifiedInferenceClient as UnifiedInferenceCli
 from sagellm.client.unified_async import AsyncUnifiedInferenceClient as AsyncUnifiedInferenceClient
 from sagellm.errors import UsageError as UsageError
 from sagellm.extensions import function as function
+from sagellm.extensions import register_chat_format as register_chat_format
 from sagellm.extensions import register_engine_kind as register_engine_kind
 from sagellm.extensions import register_function as register_function
 from sagellm.extensions import register_operator as register_operator

@@ -232,6 +232,8 @@ def test_every_field_that_is_taken_is_in_the_docs_with_type_and_reason() -> None
         "request": other_apis.REQUEST.taken,
         "message": other_apis.MESSAGE.taken,
         "part": other_apis.PART.taken,
+        "tool": other_apis.TOOL.taken,
+        "tool function": other_apis.TOOL_FUNCTION.taken,
         "tool call": other_apis.TOOL_CALL.taken,
         "function": other_apis.FUNCTION_CALL.taken,
     }

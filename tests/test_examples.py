@@ -27,7 +27,7 @@ SAYS = {
     "batch_file.py": '"id":"batch"',
     "client.py": "400 max_tokens",
     "structured.py": "Ada will be 32 in Rome",
-    "tools.py": "the model asks for get_weather",
+    "tools.py": "It is sunny in Paris, 21 degrees.",
     "two_models.py": "echo reads 23 as (205, 204) and answers '68'",
     "own_server.py": '400 {"error":{"message":"the prompt is longer than 200 characters',
 }

@@ -1,48 +1,66 @@
 """Compiles grammars beside an engine's steps: no other sequence waits for a schema."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import trio
 
-from sagellm.backends.step import Matcher
+from sagellm.backends.step import Matcher, MatcherError
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
+from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.messages import FinishReason
+from sagellm.runtime.sampling import Grammar
 
 log = get_logger("sagellm.engine")
 
 _NUM_THREADS = 2  # a slow grammar leaves a thread to the others
-# Called with the sequence, whose `matcher` is set, or with why it ends: a reason and a message.
-Compiled: TypeAlias = Callable[[Sequence, tuple[FinishReason, str] | None], None]
+_Key: TypeAlias = tuple[str, Grammar | None]  # salt and grammar
+
+
+class Refusal(NamedTuple):
+    """Why a sequence ends without a matcher."""
+
+    reason: FinishReason
+    message: str
+
+
+Outcome: TypeAlias = Matcher | Refusal
 
 
 class GrammarQueue:
-    """The grammars of one engine that wait for a thread. Threads start with the first grammar."""
+    """The grammars of one engine that wait for a thread. Threads start with the first grammar.
 
-    def __init__(self, compiler: GrammarCompiler) -> None:
+    `sequences`: the open sequences of the engine. `done` is called on the trio loop, for open
+    sequences only. `compiler` None: no sequence has a grammar.
+    """
+
+    def __init__(
+        self,
+        compiler: GrammarCompiler | None,
+        sequences: Mapping[Fence, Sequence],
+        done: Callable[[Sequence, Outcome], None],
+    ) -> None:
         self._compiler = compiler
+        self._sequences = sequences
+        self._done = done
         self._threads: ThreadPoolExecutor | None = None
+        # By grammar that a thread compiles: the sequences that came after it began. They take no
+        # second thread, which could only wait for the first.
+        self._later: dict[_Key, list[Sequence]] = {}
 
-    def put(self, sequence: Sequence, done: Compiled) -> None:
-        """Compile the grammar of a sequence, and call `done` with the outcome on this trio loop."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(
-                _NUM_THREADS, thread_name_prefix="sagellm-grammar-compile"
-            )
-        token = trio.lowlevel.current_trio_token()
-
-        def hand_over(compiled: "Future[Matcher]") -> None:
-            with suppress(trio.RunFinishedError):  # the engine ended first
-                token.run_sync_soon(_finish, sequence, compiled, done)
-
-        compile_ = partial(self._compile, sequence)
-        self._threads.submit(compile_).add_done_callback(hand_over)
+    def put(self, sequence: Sequence) -> None:
+        """Compile the grammar of a sequence, and call `done` with the outcome."""
+        key = sequence.state.salt, sequence.sampling.grammar
+        if key in self._later:
+            self._later[key].append(sequence)
+        else:
+            self._start(key, [sequence])
 
     async def close(self) -> None:
         """End the threads. Grammars that still wait are dropped."""
@@ -50,23 +68,64 @@ class GrammarQueue:
         if threads is not None:
             await trio.to_thread.run_sync(partial(threads.shutdown, cancel_futures=True))
 
-    def _compile(self, sequence: Sequence) -> Matcher:
-        sampling = sequence.sampling
+    def _start(self, key: _Key, sequences: list[Sequence]) -> None:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(
+                _NUM_THREADS, thread_name_prefix="sagellm-grammar-compile"
+            )
+        self._later[key] = []
+        token = trio.lowlevel.current_trio_token()
+
+        def hand_over(compiled: "Future[list[Outcome | None]]") -> None:
+            with suppress(trio.RunFinishedError):  # the engine ended first
+                token.run_sync_soon(self._finish, key, sequences, compiled)
+
+        self._threads.submit(self._compile, sequences).add_done_callback(hand_over)
+
+    def _compile(self, sequences: list[Sequence]) -> list[Outcome | None]:
+        """A matcher, or a refusal, for each of several sequences with the same grammar; None if the
+        sequence has ended. Raises GrammarError.
+        """
+        return [self._matcher(one) if self._is_open(one) else None for one in sequences]
+
+    def _matcher(self, sequence: Sequence) -> Outcome:
+        """The matcher of one sequence. It has followed the tokens that were emitted before."""
+        state, sampling = sequence.state, sequence.sampling
         assert sampling.grammar is not None
-        return self._compiler.compile(
-            sampling.grammar, sequence.state.salt, ignores_eos=sampling.ignore_eos
+        assert self._compiler is not None
+        matcher = self._compiler.compile(
+            sampling.grammar, state.salt, ignores_eos=sampling.ignore_eos
         )
+        try:
+            if not state.emitted_token_ids or matcher.follow(state.emitted_token_ids):
+                return matcher
+        except MatcherError as error:
+            return Refusal("refused", str(error))
+        return Refusal("refused", "the tokens so far do not belong to the grammar")
+
+    def _finish(
+        self, key: _Key, sequences: list[Sequence], compiled: "Future[list[Outcome | None]]"
+    ) -> None:
+        later = self._later.pop(key)
+        if compiled.cancelled():
+            return  # the engine is being closed
+        if error := compiled.exception():
+            outcomes: list[Outcome | None] = [_refusal(error)] * len(sequences + later)
+            sequences, later = sequences + later, []
+        else:
+            outcomes = compiled.result()
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
+            if outcome is not None and self._is_open(sequence):
+                self._done(sequence, outcome)
+        if later and self._threads is not None:
+            self._start(key, later)
+
+    def _is_open(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.fence) is sequence
 
 
-def _finish(sequence: Sequence, compiled: "Future[Matcher]", done: Compiled) -> None:
-    if compiled.cancelled():
-        return  # the engine is being closed
-    error = compiled.exception()
-    if error is None:
-        sequence.matcher = compiled.result()
-        done(sequence, None)
-    elif isinstance(error, GrammarError):
-        done(sequence, ("refused", str(error)))
-    else:
-        log.error("grammar_failed", exc_info=error)
-        done(sequence, ("failed", "the engine could not compile the grammar"))
+def _refusal(error: BaseException) -> Refusal:
+    if isinstance(error, GrammarError):
+        return Refusal("refused", str(error))
+    log.error("grammar_failed", exc_info=error)
+    return Refusal("failed", "the engine could not compile the grammar")

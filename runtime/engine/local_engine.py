@@ -218,7 +218,7 @@ class LocalEngine:
         finally:
             with trio.CancelScope(shield=True):
                 await self._resources.runner.close()
-                await self._loop.close()
+                await self._loop.grammars.close()
             self._stop()
 
     def _pool_changed(self) -> None:

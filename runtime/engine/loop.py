@@ -10,7 +10,7 @@ from sagellm.backends import Sampled
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.grammar_queue import GrammarQueue
+from sagellm.runtime.engine.grammar_queue import GrammarQueue, Outcome, Refusal
 from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.prefix_cache import CacheReporter
 from sagellm.runtime.engine.runner import EngineResources, StepLaunch, Watchdog
@@ -58,7 +58,7 @@ class EngineLoop:
         self._cache = cache
         self._resources = resources
         self._speculation = resources.speculation
-        self._grammars = GrammarQueue(resources.grammars) if resources.grammars else None
+        self.grammars = GrammarQueue(resources.grammars, self.sequences, self._compiled)
         self._name = name
         self._replica = replica
         self._launched: StepLaunch | None = None  # computes, or is the next to compute
@@ -85,8 +85,11 @@ class EngineLoop:
 
     @property
     def has_work(self) -> bool:
-        """Whether some sequence can advance: its mailbox has room."""
-        return any(not sequence.mailbox.is_full for sequence in self.sequences.values())
+        """Whether some sequence can advance: its mailbox has room, and its grammar is compiled."""
+        return any(
+            not sequence.mailbox.is_full and (sequence.matcher or not sequence.sampling.grammar)
+            for sequence in self.sequences.values()
+        )
 
     def mailbox(self, owner: str) -> Mailbox:
         """Return the mailbox of `owner`, and create it at the first call."""
@@ -96,8 +99,7 @@ class EngineLoop:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. A sequence that was resumed after its last token ends at once."""
-        if self._launched is None and not self.has_work:
-            self.watchdog.reset(trio.current_time())
+        self._reset_if_idle()
         self.sequences[sequence.fence] = sequence
         if sequence.num_output >= sequence.max_output:
             self._end(sequence, "length")
@@ -106,20 +108,19 @@ class EngineLoop:
         if expires_s is not None:
             heapq.heappush(self._expiries, (expires_s, sequence.arrival, sequence.fence))
         if sequence.sampling.grammar is None:
-            self._compiled(sequence)
+            self._scheduler.add(sequence)
+            self.notify()
         else:
-            assert self._grammars is not None, "submit checks that there is a compiler"
-            self._grammars.put(sequence, self._compiled)
+            self.grammars.put(sequence)
+            self._changed.set()  # an idle loop must wait for the new deadline
 
-    def _compiled(
-        self, sequence: Sequence, failure: tuple[FinishReason, str] | None = None
-    ) -> None:
-        """Schedule a sequence whose grammar is there, unless it has ended meanwhile."""
-        if self.sequences.get(sequence.fence) is not sequence:
+    def _compiled(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Schedule a sequence whose grammar is compiled, or end it."""
+        if isinstance(outcome, Refusal):
+            self._end(sequence, *outcome)
             return
-        if failure is not None:
-            self._end(sequence, *failure)
-            return
+        self._reset_if_idle()
+        sequence.matcher = outcome
         self._scheduler.add(sequence)
         self.notify()
 
@@ -146,11 +147,6 @@ class EngineLoop:
         while self._launched is not None:
             await self._idle.park()
 
-    async def close(self) -> None:
-        """End the threads that compile grammars."""
-        if self._grammars is not None:
-            await self._grammars.close()
-
     def clear(self) -> None:
         """Forget every sequence without posting an event, and close every mailbox. The caller has
         closed the runner, and ends the leases in the pool.
@@ -163,6 +159,10 @@ class EngineLoop:
         for mailbox in self.mailboxes.values():
             mailbox.close()
         self._idle.unpark_all()
+
+    def _reset_if_idle(self) -> None:
+        if self._launched is None and not self.has_work:
+            self.watchdog.reset(trio.current_time())
 
     def _reader_made_room(self) -> None:
         # Sequences could not advance while the mailbox was full: the engine did not hang.

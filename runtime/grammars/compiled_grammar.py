@@ -2,7 +2,6 @@
 
 import threading
 
-import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sagellm.backends.step import MatcherError
@@ -69,10 +68,12 @@ class CompiledGrammar:
         self._age += 1
         self._num_fills = 0
 
-    def account(self, cpu_s: float) -> None:
-        """Count a mask that took `cpu_s`. Raises MatcherError if masks take too long."""
+    def account(self, cpu_s: float, num_tokens: int) -> None:
+        """Count a mask that took `cpu_s` after `num_tokens` more tokens of an output. A resumed
+        output has many. Raises MatcherError if masks take too long.
+        """
         self._num_fills += 1
-        self._slow_s = max(0.0, self._slow_s + cpu_s - _MEAN_FILL_S)
+        self._slow_s = max(0.0, self._slow_s + cpu_s - _MEAN_FILL_S * max(1, num_tokens))
         if self._slow_s > _SPARE_S:
             self.is_exhausted = True
             raise MatcherError("the grammar takes too long to follow")
@@ -91,9 +92,9 @@ class CompiledGrammar:
 
 def _first_allowed(matcher: LLMatcher) -> int | None:
     """The lowest token that may follow; None after an error."""
-    mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-    allowed = np.flatnonzero(mask)
-    if matcher.is_error() or not allowed.size:
+    mask = matcher.compute_bitmask()
+    rest = mask.lstrip(b"\0")
+    if matcher.is_error() or not rest:
         return None
-    lowest = np.unpackbits(mask[allowed[:1]], bitorder="little").argmax()
-    return int(allowed[0]) * 8 + int(lowest)
+    lowest = (rest[0] & -rest[0]).bit_length() - 1
+    return 8 * (len(mask) - len(rest)) + lowest

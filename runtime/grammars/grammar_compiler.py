@@ -49,17 +49,22 @@ def _byte_vocabulary(*special: str) -> LLTokenizer:
 class GrammarCompiler:
     """Compiles grammars for one engine, and keeps those that were used last.
 
-    `vocab_size`: the number of logits of the model. Any thread may call `compile`.
+    `vocab_size`: the number of logits of the model. Opens the vocabulary, and so blocks the thread:
+    most of that time holds Python's lock, and would hold up sequences later. Any thread may call
+    `compile`.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
     ) -> None:
-        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = frozenset(one for one in eos_token_ids if 0 <= one < vocab_size)
+        self._fault = ""  # why no grammar can be compiled for this vocabulary
         self._vocabulary: LLTokenizer | None = None
-        self._vocabulary_lock = threading.Lock()
+        try:
+            self._vocabulary = open_vocabulary(tokenizer, vocab_size, self._end_ids)
+        except GrammarError as error:
+            self._fault = str(error)
         self._lock = threading.Lock()
         self._kept: OrderedDict[_Key, Future[CompiledGrammar]] = OrderedDict()
         self._num_bytes = 0
@@ -75,11 +80,13 @@ class GrammarCompiler:
         tell one what another uses. `ignores_eos`: the model's end tokens are never allowed; a
         finished answer then has an empty mask.
         """
-        compiled = self._compiled((salt, grammar))
+        if self._vocabulary is None:
+            raise GrammarError(self._fault)
+        compiled = self._compiled((salt, grammar), self._vocabulary)
         end_ids = frozenset[int]() if ignores_eos else self._end_ids
         return GrammarMatcher(compiled, self._vocab_size, end_ids)
 
-    def _compiled(self, key: _Key) -> CompiledGrammar:
+    def _compiled(self, key: _Key, vocabulary: LLTokenizer) -> CompiledGrammar:
         """The grammar of a key. The first caller compiles it, and the others wait."""
         with self._lock:
             found = self._kept.get(key)
@@ -92,18 +99,12 @@ class GrammarCompiler:
             assert found is not None
             return found.result()
         try:
-            mine.set_result(CompiledGrammar(self._open_vocabulary(), llguidance_text(key[1])))
+            mine.set_result(CompiledGrammar(vocabulary, llguidance_text(key[1])))
         except BaseException as error:
             self._forget(key, mine)
             mine.set_exception(error)
             raise
         return mine.result()
-
-    def _open_vocabulary(self) -> LLTokenizer:
-        with self._vocabulary_lock:
-            if self._vocabulary is None:
-                self._vocabulary = open_vocabulary(self._tokenizer, self._vocab_size, self._end_ids)
-            return self._vocabulary
 
     def _keep(self, key: _Key) -> "Future[CompiledGrammar]":
         """Make room for a grammar. The caller holds the lock."""

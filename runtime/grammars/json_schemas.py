@@ -12,7 +12,7 @@ from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
 
 # Between the tokens of JSON: up to two blanks, and one line break with indentation. json.dumps and
 # pretty-printers write no more; a model that likes blanks would write them for ever.
-WHITESPACE = r"[ \t]{1,2}(\r?\n[ \t]{0,40})?|\r?\n[ \t]{0,40}"
+WHITESPACE = r"[ \t]{1,2}(\r?\n[ \t]{0,20})?|\r?\n[ \t]{0,20}"
 OPTIONS: Mapping[str, object] = {"whitespace_pattern": WHITESPACE}  # others have their default
 _OPTIONS_KEY = "x-guidance"
 _REGEX_OPTIONS = ("whitespace_pattern", "item_separator", "key_separator")

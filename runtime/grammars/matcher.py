@@ -1,19 +1,19 @@
 """Matchers: which tokens may follow the output of one sequence."""
 
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import compress, count
 from operator import ne
-from typing import NoReturn
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NoReturn
 
 from sagellm.backends.step import MatcherError
 from sagellm.runtime.grammars.compiled_grammar import DEAD_END, CompiledGrammar
 from sagellm.runtime.grammars.reasons import reason
 
-Mask = npt.NDArray[np.int32]
+if TYPE_CHECKING:  # gateways check grammars without loading numpy
+    from sagellm.backends.token_masks import Mask
+
 _BITS = 32
 _NO_STATES = "too many states"  # it may not say so, and only consume nothing
 
@@ -32,22 +32,32 @@ class GrammarMatcher:
         self._consumed: list[int] = []
         self._refused: int | None = None  # the token that is known not to follow `_consumed`
         # One more token than the model has: see `open_vocabulary`.
-        self._words: Mask = np.zeros(vocab_size // _BITS + 1, np.int32)
+        self._words = array("i", bytes(4 * (vocab_size // _BITS + 1)))
         self._end_bits = _bits(end_ids)
         self._extra_bit = _bits([vocab_size])
 
-    def fill(self, output: Sequence[int], mask: Mask) -> None:
-        begin_s = time.thread_time()
+    def fill(self, output: Sequence[int], mask: "Mask") -> None:
+        begin_s, num_before = time.thread_time(), len(self._consumed)
         if not self._advance(output):
             self._allow_all(mask)
         elif self._compute():
-            mask[:] = self._words[: len(mask)]
+            mask[:] = memoryview(self._words)[: len(mask)]
             if self._end_bits and self._matcher.is_accepting():
                 for word, bit in self._end_bits:
                     mask[word] |= bit
         else:
             mask[:] = 0
-        self._grammar.account(time.thread_time() - begin_s)
+        self._grammar.account(time.thread_time() - begin_s, len(self._consumed) - num_before)
+
+    def may_end(self, output: Sequence[int]) -> bool:
+        is_inside = self._advance(output) and not self._matcher.is_error()
+        return is_inside and self._matcher.is_accepting()
+
+    def follow(self, output: Sequence[int]) -> bool:
+        """Consume `output`, as a later `fill` would. Returns whether all of it belongs to the
+        grammar. Raises MatcherError.
+        """
+        return self._advance(output)
 
     def _advance(self, output: Sequence[int]) -> bool:
         """Consume `output`, or its beginning that belongs to the grammar. Returns whether all of it
@@ -109,7 +119,8 @@ class GrammarMatcher:
 
     def _is_computed(self) -> bool:
         words = self._words
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        address, _ = words.buffer_info()
+        self._matcher.unsafe_compute_mask_ptr(address, len(words) * words.itemsize)
         for word, bit in self._extra_bit:
             words[word] &= ~bit
         return not self._matcher.is_error()
@@ -134,12 +145,16 @@ class GrammarMatcher:
         self._grammar.is_exhausted = True
         raise MatcherError(reason(self._matcher.get_error() or _NO_STATES))
 
-    def _allow_all(self, mask: Mask) -> None:
+    def _allow_all(self, mask: "Mask") -> None:
         mask[:] = -1
         if spare := self.vocab_size % _BITS:
             mask[-1] = (1 << spare) - 1
 
 
-def _bits(token_ids: Iterable[int]) -> list[tuple[int, np.int32]]:
-    """The words of tokens in a mask, and their bits."""
-    return [(token // _BITS, np.uint32(1 << token % _BITS).view(np.int32)) for token in token_ids]
+def _bits(token_ids: Iterable[int]) -> list[tuple[int, int]]:
+    """The words of tokens in a mask, and their bits, as signed numbers of 32 bits."""
+    return [(token // _BITS, _signed(1 << token % _BITS)) for token in token_ids]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << _BITS) if word >> _BITS - 1 else word

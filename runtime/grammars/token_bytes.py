@@ -8,13 +8,15 @@ from sagellm.runtime.grammars import GrammarError
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _MARKER = b"\xff"  # llguidance marks special tokens with it; no UTF-8 text has this byte
+_MAX_TOKEN_BYTES = 1000  # llguidance panics at 1025
 _NUM_TRIED = 64
 
 
 def open_vocabulary(
     tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
 ) -> LLTokenizer:
-    """The tokens of a model with `vocab_size` logits. Takes about a second for 150,000 tokens.
+    """The tokens of a model with `vocab_size` logits. Takes about a second for 150,000 tokens, half
+    of it in one call that holds Python's lock.
 
     The id `vocab_size` is a token that no model has. It ends a text for llguidance, so that the
     model's own end tokens can be allowed or not. Raises GrammarError if the tokens have no bytes of
@@ -45,11 +47,15 @@ class _Vocabulary:
 
     def __init__(self, tokens: list[bytes], special: Iterable[int]) -> None:
         self.eos_token_id = len(tokens)
-        self.tokens = [*(b"" if _MARKER in token else token for token in tokens), b"<end>"]
+        self.tokens = [*(token if _is_usable(token) else b"" for token in tokens), b"<end>"]
         self.special_token_ids = [*special, self.eos_token_id]
 
     def __call__(self, text: str) -> list[int]:
         raise NotImplementedError("no text is forced, so none is encoded")
+
+
+def _is_usable(token: bytes) -> bool:
+    return _MARKER not in token and len(token) <= _MAX_TOKEN_BYTES
 
 
 def _check_spelling(tokenizer: Tokenizer, plain: list[int], tokens: list[bytes]) -> None:

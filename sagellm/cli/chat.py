@@ -168,7 +168,10 @@ def _answer_once(session: ChatSession, question: str, stats: bool, json: bool) -
 
 
 def _converse(session: ChatSession, stats: bool) -> int:
-    """Process each line until stdin ends or the user leaves. An error of a line is only shown."""
+    """Process each line until stdin ends or the user leaves. An error of a line is only shown.
+
+    On a terminal, Ctrl-C at any moment of a line ends that line alone.
+    """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{session.server.model} at {session.server.url}. {HINT}.", file=sys.stderr)
@@ -179,7 +182,17 @@ def _converse(session: ChatSession, stats: bool) -> int:
             return 0
         except (Failure, OSError) as error:
             show_failure(explain(error) or Failure(str(error), ""))
+        except (KeyboardInterrupt, BaseExceptionGroup) as error:
+            # Ctrl-C before or after the stream listens for signals; a nursery puts it into a group.
+            if not is_terminal or not _is_interrupt(error):
+                raise
+            print("\nstopped", file=sys.stderr)
     return 0
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    known = explain(error)
+    return known is not None and known.code == INTERRUPTED
 
 
 def _next_line(is_terminal: bool) -> str | None:

@@ -34,6 +34,13 @@ _FIXES = {
     TIMED_OUT: "look at the server, or raise --timeout",
     NOT_OFFERED: "change the command, or choose another server",
 }
+# Field of a call that binds an answer -> the option that the field is made of.
+_OPTIONS_OF_FIELDS = {
+    "response_format": "--json-schema",
+    "structured_outputs.regex": "--regex",
+    "structured_outputs.choice": "--choice",
+    "structured_outputs.grammar": "--grammar",
+}
 _MISTAKES = (400, 401, 403, 404, 405, 413, 422)  # HTTP statuses that the caller can avoid
 
 
@@ -293,5 +300,14 @@ def failure_of(error: ClientError) -> Failure:
     if error.status in (401, 403):
         return Failure(error.message, _KEY_FIX)
     is_mistake = error.status in _MISTAKES or error.code in (NOT_OFFERED, MISUSED)
+    if is_mistake and (option := _option_of(error.param or "")):
+        cause = error.message.removeprefix(f"{error.param}: ")
+        return Failure(cause, "correct it, or leave it out", option)
     fix = _FIXES.get(error.code or "", "change the call" if is_mistake else "look at the server")
     return Failure(error.message, fix, error.param or "", CONFIGURATION if is_mistake else FAILED)
+
+
+def _option_of(param: str) -> str | None:
+    """The option that binds an answer by a field, or by a part of it; None for other fields."""
+    found = (_OPTIONS_OF_FIELDS[name] for name in _OPTIONS_OF_FIELDS if param.startswith(name))
+    return next(found, None)

@@ -9,7 +9,7 @@ import msgspec
 
 from sagellm.client.python_tools import plain_tools
 from sagellm.client.responses import BAD_ANSWER, MISUSED, ClientError
-from sagellm.client.type_schemas import PydanticModel, is_strict, schema_of, type_name
+from sagellm.client.type_schemas import is_strict, pydantic_type, schema_of, type_name
 
 ReadValue = Callable[[str], Any]
 S = TypeVar("S", bound="Readable")
@@ -92,10 +92,8 @@ def _json_format(asked: object) -> tuple[Mapping[str, Any], ReadValue | None]:
 
 def reader_of(kind: Any) -> ReadValue:
     """The function that reads JSON text as a value of a type. It raises ClientError."""
-    if isinstance(kind, PydanticModel):
-        read: ReadValue = kind.model_validate_json
-    else:
-        read = msgspec.json.Decoder(kind).decode
+    adapter = pydantic_type(kind)
+    read = msgspec.json.Decoder(kind).decode if adapter is None else adapter.validate_json
 
     def read_value(text: str) -> Any:
         try:

@@ -1,26 +1,53 @@
 """JSON schemas of Python types: of msgspec's kinds, and of pydantic models."""
 
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+import sys
+from dataclasses import is_dataclass
+from typing import Any, Protocol, TypeAlias, get_args
 
 import msgspec
 
 TypeSchema: TypeAlias = dict[str, Any]
 
 
-@runtime_checkable
-class PydanticModel(Protocol):
-    """The members of a pydantic model class that are used. pydantic itself is never imported."""
+class PydanticType(Protocol):
+    """The members of pydantic's TypeAdapter that are used. pydantic itself is never imported."""
 
-    def model_json_schema(self) -> TypeSchema: ...
+    def json_schema(self) -> TypeSchema: ...
 
-    def model_validate_json(self, json_data: str) -> Any: ...
+    def validate_json(self, data: str, /) -> Any: ...
+
+
+def pydantic_type(kind: Any) -> PydanticType | None:
+    """The adapter of a type that is a pydantic model or has one inside; None for other types.
+
+    Raises TypeError for a type that pydantic cannot read, such as a model beside a msgspec.Struct.
+    """
+    if not _has_model(kind):
+        return None
+    try:
+        adapter: PydanticType = sys.modules["pydantic"].TypeAdapter(kind)
+    except RuntimeError as error:  # the base of pydantic's errors of a type
+        raise TypeError(str(error).splitlines()[0]) from None
+    return adapter
+
+
+def _has_model(kind: Any) -> bool:
+    return _is_model(kind) or any(map(_has_model, get_args(kind)))
+
+
+def _is_model(kind: Any) -> bool:
+    pydantic = sys.modules.get("pydantic")  # imported, if there is a model
+    return pydantic is not None and isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
 
 
 def schema_of(kind: Any) -> TypeSchema:
     """The JSON schema of a type, with closed objects. Raises TypeError for any other value."""
+    own = type(kind)
+    if issubclass(own, msgspec.Struct) or is_dataclass(own) or _is_model(own):
+        raise TypeError(f"a value of {own.__name__} is no type; give {own.__name__} itself")
     try:
-        is_pydantic = isinstance(kind, PydanticModel)
-        plain = kind.model_json_schema() if is_pydantic else msgspec.json.schema(kind)
+        adapter = pydantic_type(kind)
+        plain = msgspec.json.schema(kind) if adapter is None else adapter.json_schema()
     except TypeError as error:  # the last line of msgspec's message names the type
         raise TypeError(str(error).splitlines()[-1]) from None
     schema: TypeSchema = _closed(_inlined(plain))

@@ -1,5 +1,6 @@
 """Makes and checks the grammars of requests without stalling the event loop."""
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ CHECK_S = 0.25  # CPU time for the grammar of one request; more is refused as it
 WAIT_S = 10.0  # wall time with the wait for a thread; more means an overloaded server
 RETRY_S = 1.0
 _NUM_THREADS = 2  # late work keeps its thread
+_PLACE = re.compile(r" \(line \d+, column \d+\)")
 T = TypeVar("T")
 
 
@@ -80,5 +82,7 @@ def call_grammar(
         try:
             make(msgspec.structs.replace(use, tools=(tool,)))
         except (GrammarError, UnboundSchema) as error:
-            raise invalid_grammar(f"tools[{index}].function.parameters", str(error)) from None
+            # Lines and columns are those of our grammar around the schema.
+            reason = _PLACE.sub("", str(error))
+            raise invalid_grammar(f"tools[{index}].function.parameters", reason) from None
     raise invalid_grammar("tools", reason)

@@ -24,6 +24,7 @@ from sagellm.runtime.core.decision_log import (
     DecisionReader,
     DecisionWriter,
     Header,
+    are_same,
     encode_effects,
     shown_effects,
 )
@@ -157,8 +158,10 @@ def replay(
             num_events += 1
             num_effects += len(effects)
             replayed = encode_effects(effects)
-            if replayed != recorded:
-                found = shown_effects(recorded), shown_effects(replayed)
+            if replayed == recorded:
+                continue
+            found = shown_effects(recorded), shown_effects(replayed)
+            if not are_same(*found):
                 difference = ReplayDifference(num_events, now, event, *found)
                 return ReplayResult(num_events, num_effects, reader.is_cut, difference)
         return ReplayResult(num_events, num_effects, reader.is_cut)

@@ -1,6 +1,7 @@
 """Masks of grammars: what the sampler may take, and the thread that computes them."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from sampled_rows import LOGITS, row, sample_one
 
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.program import _computed, _Launch
 from sagellm.backends.sampler import sample
-from sagellm.backends.step import MatcherError
+from sagellm.backends.step import MatcherError, StepBatch
 from sagellm.backends.token_masks import MaskThread, allowed_tokens, largest_allowed, token_masks
 
 VOCAB = 6
@@ -25,6 +27,7 @@ class Allowing:
 
     def __init__(self, *token_ids):
         self.token_ids = list(token_ids)
+        self.is_complete = True
         self.outputs = []
         self.threads = set()
 
@@ -34,6 +37,9 @@ class Allowing:
         mask.view(np.uint8)[:] = 0
         for token_id in self.token_ids:
             mask[token_id // 32] |= np.int32(1 << token_id % 32)
+
+    def may_end(self, output):
+        return self.is_complete
 
 
 class Exceeding:
@@ -84,6 +90,16 @@ def test_a_row_without_an_allowed_token_is_exhausted(sampling):
     assert sampled.token_ids[2] == 4
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
+def test_a_row_without_a_token_before_the_end_of_its_grammar_is_refused(sampling):
+    one = bound(**sampling)
+    one.answer.matcher.is_complete = False
+    sampled = sample(LOGITS.repeat(2, 1), [one, bound()])
+    assert "no token is left" in sampled.refused[0]
+    assert sampled.broken == {0, 1}
+    assert sampled.exhausted == {1}
+
+
 def test_a_grammar_past_its_limits_refuses_its_row_alone():
     lost = row(temperature=1.0)
     lost.answer.matcher = Exceeding()
@@ -128,6 +144,22 @@ def test_the_largest_allowed_is_the_first_of_the_largest(token_ids, vocab_size, 
         assert KERNELS.largest_allowed(scores, mask) == right
 
 
+@pytest.mark.parametrize("vocab_size", [40, 64])
+def test_a_score_of_minus_infinity_is_never_taken(vocab_size):
+    scores = np.full(vocab_size, -np.inf, np.float32)
+    scores[[0, 35]] = 1.0, 0.5
+    mask = np.array([2, 4], dtype=np.int32)  # tokens 1 and 34
+    for largest in (largest_allowed, KERNELS.largest_allowed if KERNELS else largest_allowed):
+        assert largest(scores, mask) is None
+        assert largest(scores, mask | np.int32(8)) == 35
+    logits = torch.from_numpy(scores).unsqueeze(0)
+    for sampling in ({}, {"temperature": 1.0}):
+        one = row(**sampling)
+        one.answer.matcher = Allowing(1, 34)
+        one.answer.matcher.vocab_size = vocab_size
+        assert sample(logits, [one]).exhausted == {0}
+
+
 def test_a_matcher_sees_the_output_with_its_drafts():
     one = bound(4, output=(2, 3), prompt=(1, 1, 1))
     one.added = (5,)
@@ -145,6 +177,29 @@ def test_the_thread_starts_with_the_first_grammar():
     assert one.answer.matcher.threads == threads_of_grammars() != set()
     masks.close()
     assert threads_of_grammars() == set()
+
+
+def test_no_matcher_works_past_a_step_whose_program_failed():
+    may_fill = threading.Event()
+    one = bound(4)
+    fill = one.answer.matcher.fill
+
+    def slow(output, mask):
+        assert may_fill.wait(5)
+        fill(output, mask)
+
+    def run(inputs, pool):
+        threading.Timer(0.02, may_fill.set).start()
+        raise RuntimeError("broken")
+
+    one.answer.matcher.fill = slow
+    batch = StepBatch([], [], [], [], [0], rows=[one])
+    program = SimpleNamespace(run=run, lock=threading.Lock())
+    masks = MaskThread()
+    with pytest.raises(RuntimeError, match="broken"):
+        _computed(_Launch(program, SimpleNamespace(pool=None), batch, None), masks, largest_allowed)
+    assert one.answer.matcher.outputs  # the masks are complete
+    masks.close()
 
 
 def threads_of_grammars():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.runtime.sampling import Sampling, sampling_fault
+from sagellm.runtime.sampling import Grammar, Sampling, sampling_fault
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,16 @@ def test_lists_do_as_tuples_do() -> None:
         bad_words=["a"], bad_words_token_ids=[[1, 2]], allowed_token_ids=[3], stop_token_ids=[4]
     )
     assert sampling_fault(sampling) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "xml", "text": "a"}, "kind is 'xml'"),
+        ({"kind": ["regex"], "text": "a"}, "kind is"),
+        ({"kind": "regex", "text": b"a"}, "text must be a string"),
+    ],
+)
+def test_a_grammar_of_a_wrong_type_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Grammar(**fields)

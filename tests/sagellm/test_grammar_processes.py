@@ -29,7 +29,7 @@ GRAMMARS = {
     "json": Grammar(kind="json_schema", text=json.dumps(SCHEMA)),
     "regex": Grammar(kind="regex", text=REGEX),
 }
-HOW = {"greedy": {}, "seeded": {"temperature": 1.0, "seed": 5}}
+HOW = {"greedy": {}, "seeded": {"temperature": 0.6, "seed": 5}}
 
 
 def texts_of(streams: Streams) -> dict[int, str]:

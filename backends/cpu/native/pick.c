@@ -18,7 +18,7 @@ INLINE float largest_of_word(const float *from, uint32_t bits) {
 }
 
 /* The index of the first of the largest floats of a row [size] whose bits are set in `mask`, the
- * lowest bit first; -1 if no bit is set. Bits past the row are clear. */
+ * lowest bit first; -1 if none of them is above -inf. Bits past the row are clear. */
 long sage_largest_allowed(const float *row, const uint32_t *mask, long size) {
     long place = -1;
     float best = -INFINITY;
@@ -26,10 +26,10 @@ long sage_largest_allowed(const float *row, const uint32_t *mask, long size) {
         uint32_t bits = mask[word];
         if (!bits) continue;
         int is_whole = start + BITS <= size;
-        if (is_whole && place >= 0 && !(largest_of_word(row + start, bits) > best)) continue;
+        if (is_whole && !(largest_of_word(row + start, bits) > best)) continue;
         for (; bits; bits &= bits - 1) {
             long at = start + __builtin_ctz(bits);
-            if (place < 0 || row[at] > best) best = row[place = at];
+            if (row[at] > best) best = row[place = at];
         }
     }
     return place;

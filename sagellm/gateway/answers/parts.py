@@ -24,19 +24,20 @@ from sagellm.runtime.messages import TokenEvent
 class ChatPiece:
     """What one event adds to a choice.
 
-    `calls` has one entry for each tool call that goes on. `is_in_call`: the choice is inside a tool
-    call at the end of the event.
+    `calls` has one entry for each tool call that goes on.
     """
 
     content: str = ""
     reasoning: str = ""
     calls: Sequence[ToolCallDelta] = field(default_factory=tuple)
-    is_in_call: bool = False
 
     @property
     def has_only_content(self) -> bool:
-        """Whether a chunk for the piece has content, perhaps empty, and nothing else."""
-        return not (self.reasoning or self.calls or (self.is_in_call and not self.content))
+        """Whether a chunk for the piece has content and nothing else."""
+        return bool(self.content) and not (self.reasoning or self.calls)
+
+
+_NOTHING = ChatPiece()
 
 
 class ChoiceParts:
@@ -46,7 +47,6 @@ class ChoiceParts:
         """`shows_reasoning` False: the parts of the reasoning are dropped."""
         self._parser = open_parser()
         self._shows_reasoning = shows_reasoning
-        self._is_in_call = False
         self.has_calls = False
 
     def push(self, event: TokenEvent) -> ChatPiece:
@@ -55,15 +55,13 @@ class ChoiceParts:
         if event.is_last:
             parts = parts + self._parser.finish()
         if not parts:
-            return ChatPiece(is_in_call=self._is_in_call)
-        self._is_in_call = isinstance(parts[-1], ToolCallDelta)
+            return _NOTHING
         calls = _merged(parts)
         self.has_calls = self.has_calls or bool(calls)
         return ChatPiece(
             "".join(part.text for part in parts if isinstance(part, Content)),
             self._reasoning(parts),
             calls,
-            self._is_in_call,
         )
 
     def _reasoning(self, parts: Sequence[AnswerPart]) -> str:
@@ -88,13 +86,9 @@ def _joined(first: ToolCallDelta, second: ToolCallDelta) -> ToolCallDelta:
 
 
 def delta_of(piece: ChatPiece) -> ChatDelta:
-    """Return the delta of one chunk.
-
-    A chunk without any part has an empty content, or nothing where a tool call goes on.
-    """
-    is_empty = not (piece.reasoning or piece.calls or piece.is_in_call)
+    """Return the delta of one chunk. It is empty if the text so far may begin a tool call."""
     return ChatDelta(
-        content=piece.content if piece.content or is_empty else UNSET,
+        content=piece.content or UNSET,
         reasoning_content=piece.reasoning or UNSET,
         reasoning=piece.reasoning or UNSET,
         tool_calls=[_chunk_of(call) for call in piece.calls] or UNSET,

@@ -37,6 +37,7 @@ from sagellm.gateway.protocol.tool_choice import (
     Tools,
     allowed_only,
     check_tools,
+    read_tools,
 )
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.sampling import MAX_LOGPROBS, RANGES
@@ -212,6 +213,8 @@ def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
     said = known_fields(value, ChatRequest)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
+    if "tools" in said:
+        said["tools"] = read_tools(said["tools"])
     request = convert(said, ChatRequest)
     check_generation(request, limits)
     if request.is_structured:
@@ -273,6 +276,8 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
     said = fields_of(value, struct.__struct_fields__, REQUEST)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
+    if "tools" in said:
+        said["tools"] = read_tools(said["tools"])
     request = convert(said, struct)
     check_model_name(request.model, limits)
     if isinstance(request, TokenizeChat):

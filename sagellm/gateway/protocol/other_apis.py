@@ -138,6 +138,14 @@ PART = Foreign(
         "prompt_cache_breakpoint": IgnoredField("object", "prefixes are kept in any case"),
     },
 )
+TOOL = Foreign(
+    unbuilt={},
+    taken={"cache_control": IgnoredField("object", "prefixes are kept in any case")},
+)
+TOOL_FUNCTION = Foreign(
+    unbuilt={},
+    taken={"return": IgnoredField("object", "transformers adds it; templates show arguments")},
+)
 TOOL_CALL = Foreign(
     unbuilt={},
     taken={

@@ -32,7 +32,9 @@ from sagellm.gateway.protocol.other_apis import (
     RESPONSE_FORMAT,
     STREAM_OPTIONS,
     STRUCTURED_OUTPUTS,
+    TOOL,
     TOOL_CALL,
+    TOOL_FUNCTION,
     Foreign,
 )
 from sagellm.gateway.protocol.request import (
@@ -48,7 +50,7 @@ from sagellm.gateway.protocol.responses_fields import (
     InputMessage,
     ResponsesRequest,
 )
-from sagellm.gateway.protocol.tool_choice import ToolFunction
+from sagellm.gateway.protocol.tool_choice import Tool, ToolFunction
 from sagellm.gateway.settings import RequestLimits
 
 Schema: TypeAlias = dict[str, Any]
@@ -69,6 +71,8 @@ _SENT: dict[Struct, Foreign] = {
     StructuredOutputs: STRUCTURED_OUTPUTS,
     ConversationMessage: MESSAGE,
     TextPart: PART,
+    Tool: TOOL,
+    ToolFunction: TOOL_FUNCTION,
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
     **SENT,

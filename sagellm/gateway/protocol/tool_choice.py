@@ -7,6 +7,9 @@ from msgspec import Meta
 
 from sagellm.chat_formats import ToolSpec, ToolUse
 from sagellm.gateway.api_errors import wrong
+from sagellm.gateway.protocol.json import fields_of
+from sagellm.gateway.protocol.other_apis import TOOL, TOOL_FUNCTION
+from sagellm.gateway.protocol.request import at_most
 from sagellm.graphs.vocabulary import nearest
 
 MAX_TOOLS = 128  # as in the OpenAI API; also the most tool calls in one message
@@ -27,7 +30,7 @@ class ToolFunction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model may call. Further fields are dropped."""
+    """A function that the model may call."""
 
     type: Literal["function"]
     function: ToolFunction
@@ -72,6 +75,25 @@ class AllowedTools(
 Tools: TypeAlias = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
 ToolMode: TypeAlias = Literal["none", "auto", "required"]
 ToolChoice: TypeAlias = ToolMode | NamedTool | AllowedTools
+
+
+def read_tools(value: Any) -> Any:
+    """Return the tools with their known fields only. Types are not yet checked.
+
+    Raises ApiError (400) with the place of the first field that is unknown.
+    """
+    if not isinstance(value, list):
+        return value
+    at_most("tools", len(value), MAX_TOOLS, "tools")
+    return [_known(tool, f"tools[{index}]") for index, tool in enumerate(value)]
+
+
+def _known(tool: Any, where: str) -> dict[str, Any]:
+    said = fields_of(tool, Tool.__struct_fields__, TOOL, where)
+    if "function" in said:
+        known = ToolFunction.__struct_fields__
+        said["function"] = fields_of(said["function"], known, TOOL_FUNCTION, f"{where}.function")
+    return said
 
 
 def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:

@@ -2,13 +2,10 @@
 
 import json
 import re
-import threading
-from dataclasses import dataclass
 
 import pytest
-import trio
 from detached import installed
-from engine_driver import Driver, hand_over, running
+from engine_driver import hand_over, running
 from models_on_the_fly import EOS, byte_tokenizer, make_model, random_prompts
 from msgspec import structs
 
@@ -35,6 +32,7 @@ GRAMMARS = {
     "regex": Grammar(kind="regex", text="(ab|cd[0-9]{2}){3,20}"),
     "lark": Grammar(kind="lark", text='start: "<" word ("," word)* ">"\nword: /[a-z]{2,5}/'),
 }
+BOUND = Sampling(max_tokens=60, grammar=GRAMMARS["regex"])
 SAMPLINGS = {
     "greedy": Sampling(max_tokens=150),
     "seeded": Sampling(max_tokens=150, temperature=1.5, seed=11),
@@ -181,6 +179,23 @@ async def test_a_finished_grammar_ends_an_answer_that_ignores_the_end(folder):
         assert reason == "stop"
 
 
+async def test_an_answer_that_cannot_go_on_does_not_look_complete(folder):
+    grammar = Grammar(kind="regex", text="a[0-9]b|ac")
+    tokens = {text: byte_tokenizer().token_to_id(text) for text in "abc"}
+    for banned, reason in (("b", "refused"), ("c", "stop")):
+        banned_ids = ((tokens[banned],), (tokens["c"],)) if banned == "b" else ((tokens["c"],),)
+        sampling = Sampling(max_tokens=9, grammar=grammar, bad_words_token_ids=banned_ids)
+        [(token_ids, found)] = await answers(open_on(folder), sampling, PROMPTS[:1])
+        assert found == reason
+        assert re.fullmatch("a[0-9]" if reason == "refused" else "a[0-9]b", text_of(token_ids))
+
+
+async def test_min_tokens_beyond_a_grammar_end_a_complete_answer(folder):
+    sampling = Sampling(max_tokens=60, min_tokens=50, grammar=Grammar(kind="regex", text="abcdef"))
+    for token_ids, reason in await answers(open_on(folder), sampling):
+        assert (text_of(token_ids), reason) == ("abcdef", "stop")
+
+
 async def test_choices_and_logprobs(folder):
     sampling = Sampling(
         max_tokens=40, temperature=50.0, seed=2, logprobs=2, grammar=GRAMMARS["regex"]
@@ -199,17 +214,6 @@ async def test_choices_and_logprobs(folder):
         assert all(one.logprob <= 0 and len(one.top) == 2 for one in logprobs)
 
 
-async def test_a_bad_grammar_refuses_its_sequence_alone(folder):
-    async with running(open_on(folder)) as [driver]:
-        bad = Sampling(max_tokens=8, grammar=Grammar(kind="regex", text="(?<=a)b"))
-        refused = await driver.submit("bad", PROMPTS[0], sampling=bad)
-        good = await driver.submit("good", PROMPTS[1], max_tokens=8)
-        await driver.all_done()
-    assert (refused.last.finish_reason, refused.last.code) == ("refused", "invalid_grammar")
-    assert refused.last.error
-    assert len(good.token_ids) == 8
-
-
 async def test_an_engine_without_masks_refuses_a_grammar():
     engine = open_modelled(ModelledOptions(model="sage-tiny", num_blocks=128), name="e")
     async with running(engine) as [driver]:
@@ -218,69 +222,13 @@ async def test_an_engine_without_masks_refuses_a_grammar():
         driver.replies.clear()
 
 
-# ---- what happens while a grammar is compiled ---------------------------------------------------
-
-
-@dataclass
-class HeldCompiler:
-    """Compiles when it may go on."""
-
-    inside: object
-    may_go_on: threading.Event
-    started: threading.Event
-
-    def compile(self, grammar, salt, *, ignores_eos):
-        self.started.set()
-        assert self.may_go_on.wait(30)
-        return self.inside.compile(grammar, salt, ignores_eos=ignores_eos)
-
-
-def held(engine):
-    queue = engine._loop._grammars
-    queue._compiler = HeldCompiler(queue._compiler, threading.Event(), threading.Event())
-    return queue._compiler
-
-
-BOUND = Sampling(max_tokens=60, grammar=GRAMMARS["regex"])
-
-
-async def test_no_other_sequence_waits_for_a_grammar(folder):
-    async with running(engine := open_on(folder)) as [driver]:
-        compiler = held(engine)
-        bound = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
-        free = await driver.submit("free", PROMPTS[1], max_tokens=8)
-        await free.done.wait()
-        assert not bound.events
-        compiler.may_go_on.set()
-        await bound.done.wait()
-    check(GRAMMARS["regex"], bound.token_ids, bound.last.finish_reason)
-
-
-@pytest.mark.parametrize("reason", ["cancelled", "expired"])
-async def test_a_sequence_may_end_before_its_grammar_is_there(folder, reason):
-    async with running(engine := open_on(folder)) as [driver]:
-        compiler = held(engine)
-        expires_s = trio.current_time() + 0.05 if reason == "expired" else None
-        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND, expires_s=expires_s)
-        if reason == "cancelled":
-            engine.cancel("r", 0, 0)
-        await reply.done.wait()
-        compiler.may_go_on.set()
-    assert reply.last.finish_reason == reason
-    assert reply.token_ids == []
-
-
-async def test_an_engine_may_stop_while_a_grammar_is_compiled(folder):
-    engine = open_on(folder)
-    compiler = held(engine)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine.run)
-        await Driver(engine).submit("r", PROMPTS[0], sampling=BOUND)
-        await trio.to_thread.run_sync(compiler.started.wait)
-        nursery.cancel_scope.cancel()
-        compiler.may_go_on.set()
-    assert engine.pool.num_leased == 0
-    assert not [one for one in threading.enumerate() if one.name.startswith("sagellm-grammar")]
+async def test_an_answer_that_began_outside_the_grammar_is_refused(folder):
+    outside = tuple(byte_tokenizer().encode("hello").ids)
+    async with running(open_on(folder)) as [driver]:
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND, emitted_token_ids=outside)
+        await driver.all_done()
+    assert (reply.last.finish_reason, reply.last.code) == ("refused", "invalid_grammar")
+    assert reply.last.error == "the tokens so far do not belong to the grammar"
 
 
 class LimitedMatcher:
@@ -301,13 +249,13 @@ class LimitedMatcher:
 
 async def test_a_grammar_past_its_limits_ends_its_sequence_alone(folder):
     engine = open_on(folder)
-    compile_ = engine._loop._grammars._compiler.compile
+    compile_ = engine._loop.grammars._compiler.compile
 
     class Limited:
         def compile(self, *args, **options):
             return LimitedMatcher(compile_(*args, **options), 3)
 
-    engine._loop._grammars._compiler = Limited()
+    engine._loop.grammars._compiler = Limited()
     async with running(engine) as [driver]:
         reply = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
         free = await driver.submit("free", PROMPTS[1], max_tokens=8)
@@ -315,20 +263,4 @@ async def test_a_grammar_past_its_limits_ends_its_sequence_alone(folder):
     assert (reply.last.finish_reason, reply.last.code) == ("refused", "invalid_grammar")
     assert reply.last.error == "the grammar is too complex"
     assert len(reply.token_ids) == 3
-    assert len(free.token_ids) == 8
-
-
-async def test_a_compiler_that_fails_ends_its_sequence_alone(folder):
-    engine = open_on(folder)
-
-    class Failing:
-        def compile(self, *args, **options):
-            raise RuntimeError("no memory")
-
-    engine._loop._grammars._compiler = Failing()
-    async with running(engine) as [driver]:
-        reply = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
-        free = await driver.submit("free", PROMPTS[1], max_tokens=8)
-        await driver.all_done()
-    assert (reply.last.finish_reason, reply.last.code) == ("failed", "engine_failed")
     assert len(free.token_ids) == 8

@@ -105,7 +105,9 @@ def test_every_thread_learns_of_the_fault(
     assert all(isinstance(each.exception(), GrammarError) for each in waiting)
 
 
-def test_the_vocabulary_is_opened_with_the_first_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grammars_share_the_vocabulary_that_was_opened_with_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     opened: list[int] = []
 
     def counted(*arguments: object) -> object:
@@ -114,11 +116,21 @@ def test_the_vocabulary_is_opened_with_the_first_grammar(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(grammar_compiler, "open_vocabulary", counted)
     fresh = GrammarCompiler(TOKENS, TOKENS.vocab_size, frozenset())
-    assert not opened
-    with ThreadPoolExecutor(4) as threads:
-        for number in range(8):
-            threads.submit(fresh.compile, choice_grammar([str(number)]), "", ignores_eos=False)
     assert len(opened) == 1
+    for number in range(3):
+        fresh.compile(choice_grammar([str(number)]), "", ignores_eos=False)
+    assert len(opened) == 1
+
+
+def test_a_vocabulary_without_bytes_refuses_every_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object) -> None:
+        raise GrammarError("no bytes")
+
+    monkeypatch.setattr(grammar_compiler, "open_vocabulary", refused)
+    compiler = GrammarCompiler(TOKENS, TOKENS.vocab_size, frozenset())
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="no bytes"):
+            compiler.compile(WORD, "", ignores_eos=False)
 
 
 def test_a_grammar_that_reached_its_limits_is_compiled_anew(
@@ -132,8 +144,12 @@ def test_a_grammar_that_reached_its_limits_is_compiled_anew(
     assert allowed(fresh.compile(WORD, "", ignores_eos=False), []).size
 
 
-def test_torch_stays_out() -> None:
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_a_gateway_checks_grammars_without(library: str) -> None:
     program = (
-        "import sys, sagellm.runtime.grammars.grammar_compiler; assert 'torch' not in sys.modules"
+        f"import sys; sys.modules[{library!r}] = None; "  # an import raises ImportError
+        "from sagellm.runtime.grammars.grammar_compiler import check_grammar; "
+        "from sagellm.runtime.grammars.builders import json_object_grammar; "
+        "check_grammar(json_object_grammar())"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -214,6 +214,6 @@ def test_a_thousand_lines_of_a_large_schema_are_followed() -> None:
     }
     model = RandomModel(TOKENS, np.random.default_rng(0))
     matcher = json_compiler().compile(grammar(schema), "", ignores_eos=False)
-    output, is_finished = model.answer(matcher, 8000)
+    output, is_finished = model.answer(matcher, 12_000)
     assert is_finished
     check_answer(schema, TOKENS.decode(output))

@@ -11,7 +11,7 @@ from grammar_walks import RandomModel, allowed, eos_of, json_compiler, json_toke
 from llguidance import LLParserLimits
 
 from sagellm.backends.step import MatcherError
-from sagellm.runtime.grammars import compiled_grammar
+from sagellm.runtime.grammars import GrammarError, compiled_grammar
 from sagellm.runtime.grammars.builders import choice_grammar
 from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.grammars.matcher import GrammarMatcher
@@ -60,6 +60,13 @@ def test_the_end_is_allowed_where_the_grammar_may_end() -> None:
 
 def test_a_finished_text_allows_the_end_alone() -> None:
     assert allowed(matcher_of(WORD), ids("abx")).tolist() == [EOS]
+
+
+def test_a_text_may_end_where_it_is_complete() -> None:
+    matcher = matcher_of(WORD, ignores_eos=True)
+    assert [matcher.may_end(ids(text)) for text in ("", "a", "ab", "abx", "abxa", "ab")] == [
+        *(False, False, True, True, False, True)
+    ]
 
 
 def test_every_end_token_is_allowed_there() -> None:
@@ -165,6 +172,7 @@ def test_a_dead_end_allows_nothing_and_is_left_again() -> None:
     assert allowed(matcher, [a]).tolist() == [b]
     for _ in range(2):
         assert allowed(only, [a, b]).tolist() == []
+        assert not only.may_end([a, b])
     assert len(allowed(only, [a, b, a])) == only.vocab_size
     assert allowed(only, [a, b]).tolist() == []
     assert allowed(only, [a]).tolist() == [b]
@@ -227,3 +235,27 @@ def test_masks_that_take_too_long_end_the_answer(monkeypatch: pytest.MonkeyPatch
     model = RandomModel(TOKENS, np.random.default_rng(0), patience=IMPATIENT)
     with pytest.raises(MatcherError, match="too long"):
         model.answer(matcher, 500)
+
+
+def test_a_resumed_answer_may_take_the_time_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_grammar, "_SPARE_S", 0.0)
+    monkeypatch.setattr(compiled_grammar, "_MEAN_FILL_S", 0.001)
+    grammar = compiled_grammar.CompiledGrammar  # only `account` is called
+    counted = grammar.__new__(grammar)
+    counted._num_fills, counted._slow_s = 0, 0.0
+    counted.account(0.9, 1000)
+    with pytest.raises(MatcherError, match="too long"):
+        counted.account(0.9, 1)
+
+
+def test_a_grammar_that_cannot_be_renewed_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_grammar, "_MIN_FILLS", 0)
+    compiler = GrammarCompiler(TOKENS, TOKENS.vocab_size, frozenset([EOS]))
+    matcher = compiler.compile(WORD, "", ignores_eos=False)
+
+    def refused(self: object) -> None:
+        raise GrammarError("too large")
+
+    monkeypatch.setattr(compiled_grammar.CompiledGrammar, "_compile", refused)
+    with pytest.raises(MatcherError, match="too large"):
+        matcher._restart()

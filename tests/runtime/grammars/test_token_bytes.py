@@ -110,6 +110,16 @@ def test_an_end_token_is_no_text_even_if_it_is_not_marked_as_special() -> None:
     assert allowed(matcher, b"yz").tolist() == list(b"x")
 
 
+def test_a_token_of_a_thousand_characters_is_never_allowed() -> None:
+    class OneIsLong(ByteTokenizer):
+        def token_bytes(self, token_id: int) -> bytes:
+            return b"a" * 1100 if token_id == 7 else super().token_bytes(token_id)
+
+    compiler = GrammarCompiler(OneIsLong(), 256, frozenset())
+    matcher = compiler.compile(Grammar(kind="regex", text="a{2000}"), "", ignores_eos=False)
+    assert allowed(matcher, []).tolist() == [ord("a")]
+
+
 def test_the_byte_that_marks_special_tokens_is_never_allowed() -> None:
     compiler = GrammarCompiler(ByteTokenizer(), 256, frozenset())
     matcher = compiler.compile(Grammar(kind="lark", text="start: <[65-70]>"), "", ignores_eos=False)

@@ -14,6 +14,8 @@ from scripted_server import MODEL, Call, Server, calling, delta, error, scripted
 
 from sagellm.cli import main
 from sagellm.cli.chat import COMMANDS, PROMPT
+from sagellm.cli.complete import ServerOptions
+from sagellm.client.unified_async import AsyncUnifiedInferenceClient
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -93,6 +95,28 @@ def test_ctrl_c_stops_the_answer_alone(
     assert "stopped" in shown.err
     assert shown.out.endswith("yes\n")
     assert len(hung_up) == 1
+
+
+@pytest.mark.parametrize(
+    "interrupt", [KeyboardInterrupt(), BaseExceptionGroup("", [KeyboardInterrupt()])]
+)
+def test_ctrl_c_before_the_answer_keeps_the_conversation(
+    interrupt: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, "one", "two", "three")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    usual, num_clients = ServerOptions.client, iter(range(9))
+
+    def client(server: ServerOptions) -> AsyncUnifiedInferenceClient:
+        if next(num_clients) == 2:  # the first finds the model
+            raise interrupt
+        return usual(server)
+
+    monkeypatch.setattr(ServerOptions, "client", client)
+    with scripted(telling("yes")) as server:
+        assert talk(server) == 0
+    assert "\nstopped\n" in capsys.readouterr().err
+    assert asked_of(server) == [["one"], ["one", "yes", "three"]]
 
 
 def test_no_server_ends_it_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +226,7 @@ def get_weather(city: str) -> dict:
 def _helper() -> None: ...
 """
 PARIS = ("get_weather", '{"city":"Paris"}')
-RESULT = '{"city":"Paris","weather":"sunny"}'
+RESULT = '{"city": "Paris", "weather": "sunny"}'
 
 
 @pytest.fixture

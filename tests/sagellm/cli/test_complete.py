@@ -120,6 +120,27 @@ def test_a_failure_is_said_with_its_code(
     assert "Traceback" not in shown
 
 
+@pytest.mark.parametrize(
+    ("param", "option"),
+    [
+        ("response_format.json_schema.schema", "--json-schema"),
+        ("structured_outputs.regex", "--regex"),
+        ("structured_outputs.choice", "--choice"),
+        ("structured_outputs.grammar", "--grammar"),
+    ],
+)
+def test_a_form_that_the_server_refuses_names_its_option(
+    param: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def refusing(call: Call) -> None:
+        await call.whole(error(f"{param}: is no form", 400, param=param), 400)
+
+    assert run(refusing, "complete", "Say")[0] == 2
+    shown = capsys.readouterr().err
+    assert f"error: is no form\n  where: {option}\n" in shown
+    assert "fix: correct it" in shown
+
+
 def test_nobody_there_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["complete", "Say", "--url", "http://127.0.0.1:9"]) == 1
     assert "sagellm serve" in capsys.readouterr().err

@@ -6,6 +6,8 @@ import pytest
 
 from sagellm.client.answer_formats import read_format, reader_of
 from sagellm.client.responses import BAD_ANSWER, MISUSED, ClientError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
+from sagellm.runtime.sampling import Grammar
 
 
 class Person(msgspec.Struct):
@@ -77,6 +79,9 @@ def test_an_option_of_none_is_not_given() -> None:
         ({"choices": "yes"}, None, "no list of texts"),
         ({}, "json", "cannot be read from JSON"),
         ({}, list[Person | Pet], "cannot be read from JSON"),
+        ({}, list[Person | Animal], "cannot be read from JSON"),
+        ({}, Person("Ada", 31), "a value of Person is no type; give Person itself"),
+        ({}, Animal(name="Tom"), "a value of Animal is no type; give Animal itself"),
     ],
 )
 def test_a_form_that_cannot_be_is_refused(options: Any, form: object, said: str) -> None:
@@ -96,6 +101,26 @@ def test_an_answer_is_read_as_its_type() -> None:
     assert reader_of(Person)('{"name":"Ada","age":31}') == Person("Ada", 31)
     assert reader_of(Animal)('{"name":"Tom"}') == Animal(name="Tom")
     assert reader_of(Any)("[1]") == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (list[Animal], '[{"name":"Tom"}]', [Animal(name="Tom")]),
+        (dict[str, list[Animal]], '{"a":[{"name":"Tom"}]}', {"a": [Animal(name="Tom")]}),
+        (Animal | None, "null", None),
+        (Animal | None, '{"name":"Tom"}', Animal(name="Tom")),
+    ],
+)
+def test_a_type_may_have_a_pydantic_model_inside(kind: Any, text: str, value: object) -> None:
+    asked = read_format({}, kind)
+    schema = asked.fields["response_format"]["json_schema"]["schema"]
+    assert schema["$defs"]["Animal"]["additionalProperties"] is False
+    check_grammar(Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode()))
+    assert asked.read_value is not None
+    assert asked.read_value(text) == value
+    with pytest.raises(ClientError, match="does not fit"):
+        asked.read_value('[{"name":3}]')
 
 
 @pytest.mark.parametrize("kind", [Person, Animal])

@@ -181,8 +181,8 @@ def test_a_result_is_text_or_json() -> None:
         name: str
 
     assert text_of("as it is", "f") == "as it is"
-    assert text_of([Place("Rome"), None], "f") == '[{"city":"Rome"},null]'
-    assert text_of(Animal(name="Tom"), "f") == '{"name":"Tom"}'
+    assert text_of([Place("Rome"), None], "f") == '[{"city": "Rome"}, null]'
+    assert text_of(Animal(name="Tom"), "f") == '{"name": "Tom"}'
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(ClientError, match="f returned a value that JSON cannot hold"):

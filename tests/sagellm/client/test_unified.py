@@ -308,7 +308,7 @@ def test_tools_are_called_until_the_model_answers() -> None:
     with talking(calling(("get_weather", '{"city":"Paris"}'), ("get_weather", "{}"))) as pair:
         client, server = pair
         run = client.run_tools(ASK, tools=[get_weather], temperature=0)
-    assert run.text.startswith('{"city":"Paris","weather":"sunny"} Error: ')
+    assert run.text.startswith('{"city": "Paris", "weather": "sunny"} Error: ')
     first, second = server.asked
     assert first["tools"][0]["function"]["name"] == "get_weather"
     assert (first["temperature"], second["temperature"]) == (0, 0)

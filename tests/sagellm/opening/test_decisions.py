@@ -12,6 +12,7 @@ import sagellm
 from sagellm import Graph, Sampling, ops
 from sagellm.cli import main
 from sagellm.opening.decisions import DecisionFile, replay
+from sagellm.runtime.core.decision_log import are_same
 
 FIVE = Sampling(max_tokens=5, ignore_eos=True)
 NULL = {"model": "null", "device": "null"}
@@ -114,3 +115,21 @@ def test_a_log_of_an_earlier_version_replays() -> None:
     """The graph `pd` still had the outlet `joint`, and three short prompts went through it."""
     found = replay(Path(__file__).parent / "pd_with_joint.log", functions={})
     assert (found.difference, found.num_events) == (None, 42)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "replayed", "same"),
+    [
+        ([{"a": 1}], [{"a": 1, "later": None}], True),
+        ([{"a": [{"b": 2}]}], [{"a": [{"b": 2, "later": None}]}], True),
+        ([{"a": 1}], [{"a": 1, "later": 0}], False),
+        ([{"a": 1, "gone": None}], [{"a": 1}], False),
+        ([{"a": 1}], [{"a": 2}], False),
+        ([{"a": 1}], [{"a": True}], False),
+        ([{"a": 1}], [], False),
+    ],
+)
+def test_only_null_fields_of_later_versions_may_be_more(
+    recorded: object, replayed: object, same: bool
+) -> None:
+    assert are_same(recorded, replayed) is same

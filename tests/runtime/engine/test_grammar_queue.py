@@ -1,0 +1,190 @@
+"""What happens while a grammar is compiled: no other sequence waits, and any sequence may end."""
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+import trio
+import trio.testing
+from engine_driver import Driver, running
+from models_on_the_fly import make_model, random_prompts
+
+from sagellm.runtime.engine.kinds.local import open_engine
+from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.sampling import Grammar, Sampling
+
+PROMPTS = random_prompts((5, 17))
+BOUND = Sampling(max_tokens=60, grammar=Grammar(kind="regex", text="(ab|cd[0-9]{2}){3,20}"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model("qwen3", tmp_path_factory.mktemp("qwen3"))
+
+
+def open_on(folder):
+    options = EngineOptions(model=str(folder), deterministic=True, max_model_len=256)
+    return open_engine(options, name="e")
+
+
+@dataclass
+class HeldCompiler:
+    """Compiles when it may go on."""
+
+    inside: object
+    may_go_on: threading.Event
+    started: threading.Event
+
+    def compile(self, grammar, salt, *, ignores_eos):
+        self.started.set()
+        assert self.may_go_on.wait(30)
+        return self.inside.compile(grammar, salt, ignores_eos=ignores_eos)
+
+
+def held(engine):
+    queue = engine._loop.grammars
+    queue._compiler = HeldCompiler(queue._compiler, threading.Event(), threading.Event())
+    return queue._compiler
+
+
+async def test_no_other_sequence_waits_for_a_grammar(folder):
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = held(engine)
+        bound = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
+        free = await driver.submit("free", PROMPTS[1], max_tokens=8)
+        await free.done.wait()
+        assert not bound.events
+        compiler.may_go_on.set()
+        await bound.done.wait()
+    assert bound.token_ids
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "expired"])
+async def test_a_sequence_may_end_before_its_grammar_is_there(folder, reason):
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = held(engine)
+        expires_s = trio.current_time() + 0.05 if reason == "expired" else None
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND, expires_s=expires_s)
+        if reason == "cancelled":
+            engine.cancel("r", 0, 0)
+        await reply.done.wait()
+        compiler.may_go_on.set()
+    assert reply.last.finish_reason == reason
+    assert reply.token_ids == []
+
+
+async def test_choices_of_a_slow_grammar_leave_a_thread_to_others(folder):
+    async with running(engine := open_on(folder)) as [driver]:
+        queue, compile_ = engine._loop.grammars, engine._loop.grammars._compiler.compile
+        compiled, may_go_on = [], threading.Event()
+
+        class OneIsSlow:
+            def compile(self, grammar, salt, *, ignores_eos):
+                compiled.append(grammar)
+                if grammar is BOUND.grammar:
+                    assert may_go_on.wait(30)
+                return compile_(grammar, salt, ignores_eos=ignores_eos)
+
+        queue._compiler = OneIsSlow()
+        slow = [
+            await driver.submit("slow", PROMPTS[0], choice=choice, sampling=BOUND)
+            for choice in range(3)
+        ]
+        other = Sampling(max_tokens=60, grammar=choice_grammar(["yes", "no"]))
+        fast = await driver.submit("fast", PROMPTS[1], sampling=other)
+        with trio.move_on_after(5) as limit:
+            await fast.done.wait()
+        engine.cancel("slow", 2, 0)
+        may_go_on.set()
+        await driver.all_done()
+    assert not limit.cancelled_caught
+    assert slow[0].token_ids == slow[1].token_ids
+    assert slow[2].last.finish_reason == "cancelled"
+    assert len(compiled) == 3  # nothing for the cancelled choice
+
+
+async def test_choices_of_a_refused_grammar_share_the_refusal(folder):
+    bad = Sampling(max_tokens=8, grammar=Grammar(kind="regex", text="(?<=a)b"))
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = held(engine)
+        replies = [
+            await driver.submit("bad", PROMPTS[0], choice=choice, sampling=bad)
+            for choice in range(3)
+        ]
+        compiler.may_go_on.set()
+        await driver.all_done()
+    assert {(one.last.finish_reason, one.last.code) for one in replies} == {
+        ("refused", "invalid_grammar")
+    }
+    assert len({one.last.error for one in replies}) == 1
+
+
+async def test_a_deadline_ends_a_sequence_that_an_idle_engine_compiles_for(folder):
+    async with running(engine := open_on(folder)) as [driver]:
+        await trio.testing.wait_all_tasks_blocked()  # the loop waits for a change
+        compiler = held(engine)
+        expires_s = trio.current_time() + 0.05
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND, expires_s=expires_s)
+        with trio.move_on_after(5) as limit:
+            await reply.done.wait()
+        compiler.may_go_on.set()
+    assert not limit.cancelled_caught
+    assert reply.last.finish_reason == "expired"
+
+
+async def test_an_engine_that_waits_for_a_grammar_does_not_hang(folder):
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = held(engine)
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND)
+        await trio.to_thread.run_sync(compiler.started.wait)
+        later_s = trio.current_time() + 60
+        loop = engine._loop
+        assert not loop.watchdog.health(later_s, has_work=loop.has_work).is_hung
+        loop.watchdog.reset(trio.current_time() - 60)
+        compiler.may_go_on.set()
+        await trio.testing.wait_all_tasks_blocked()
+        while not reply.events:
+            assert not engine.health.is_hung
+            await trio.lowlevel.checkpoint()
+        await driver.all_done()
+
+
+async def test_an_engine_may_stop_while_a_grammar_is_compiled(folder):
+    engine = open_on(folder)
+    compiler = held(engine)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        await Driver(engine).submit("r", PROMPTS[0], sampling=BOUND)
+        await trio.to_thread.run_sync(compiler.started.wait)
+        nursery.cancel_scope.cancel()
+        compiler.may_go_on.set()
+    assert engine.pool.num_leased == 0
+    assert not [one for one in threading.enumerate() if one.name.startswith("sagellm-grammar")]
+
+
+async def test_a_compiler_that_fails_ends_its_sequence_alone(folder):
+    engine = open_on(folder)
+
+    class Failing:
+        def compile(self, *args, **options):
+            raise RuntimeError("no memory")
+
+    engine._loop.grammars._compiler = Failing()
+    async with running(engine) as [driver]:
+        reply = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
+        free = await driver.submit("free", PROMPTS[1], max_tokens=8)
+        await driver.all_done()
+    assert (reply.last.finish_reason, reply.last.code) == ("failed", "engine_failed")
+    assert len(free.token_ids) == 8
+
+
+async def test_a_bad_grammar_refuses_its_sequence_alone(folder):
+    async with running(open_on(folder)) as [driver]:
+        bad = Sampling(max_tokens=8, grammar=Grammar(kind="regex", text="(?<=a)b"))
+        refused = await driver.submit("bad", PROMPTS[0], sampling=bad)
+        good = await driver.submit("good", PROMPTS[1], max_tokens=8)
+        await driver.all_done()
+    assert (refused.last.finish_reason, refused.last.code) == ("refused", "invalid_grammar")
+    assert refused.last.error
+    assert len(good.token_ids) == 8
