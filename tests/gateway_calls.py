@@ -158,7 +158,7 @@ class Answered:
         """(index, text) of every chunk that has some choice."""
         choices = [choice for chunk in self.events for choice in chunk.get("choices", ())]
         return [
-            (choice["index"], choice["text"] if "text" in choice else choice["delta"]["content"])
+            (choice["index"], choice.get("text") or choice.get("delta", {}).get("content", ""))
             for choice in choices
         ]
 

@@ -171,7 +171,13 @@ def built(tmp_path_factory):
     return build
 
 
-@pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma", "-mf16c")], ids=["plain C", "AVX2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), id="plain C"),
+        pytest.param(("-mavx2", "-mfma", "-mf16c"), id="AVX2", marks=pytest.mark.soak),
+    ],
+)
 @FORMS
 def test_other_cpus_get_the_same(flags, bits, row_bits, built):
     if flags and not torch.cpu._is_avx2_supported():
@@ -184,6 +190,7 @@ def test_other_cpus_get_the_same(flags, bits, row_bits, built):
     assert error(found, own) < 1e-6
 
 
+@pytest.mark.soak
 def test_the_code_for_vnni_compiles(tmp_path):
     """The kernels without VNNI. Where the CPU has VNNI, all other tests here run with it."""
     command = [*compiler.c_compiler(), "-march=icelake-server", "-O1", "-Wno-psabi", "-c"]

@@ -40,7 +40,6 @@ def texts_of(streams: Streams) -> dict[int, str]:
     }
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("grammar", GRAMMARS)
 @pytest.mark.parametrize("how", HOW)
 async def test_a_killed_worker_changes_no_token(how: str, grammar: str) -> None:

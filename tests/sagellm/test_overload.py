@@ -116,7 +116,11 @@ async def peak_goodput(graph: str, options: dict[str, object], capacity: float) 
 
 
 @pytest.mark.parametrize(
-    ("graph", "options", "capacity"), [("joint", NULL, CAPACITY), ("pd", SPLIT, 10.0)]
+    ("graph", "options", "capacity"),
+    [
+        pytest.param("joint", NULL, CAPACITY, marks=pytest.mark.soak),
+        ("pd", SPLIT, 10.0),
+    ],
 )
 async def test_ten_times_overload_keeps_goodput_and_promises(
     graph: str, options: dict[str, object], capacity: float, autojump_clock: MockClock

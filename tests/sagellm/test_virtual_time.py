@@ -52,6 +52,7 @@ async def ask(session: Session, prompt_len: int, max_tokens: int, **fields: Any)
     return await generate(session, prompt, sampling=sampling, **fields)
 
 
+@pytest.mark.soak
 async def test_ten_thousand_requests_through_pd_many(autojump_clock: MockClock) -> None:
     draw = random.Random(0)
     async with Graph.load("pd_many").open(set=NULL) as session:

@@ -15,8 +15,8 @@ EXAMPLES = Path(__file__).parents[3] / "examples" / "chaos"
 TIMED = pytest.mark.alone  # they bound the gaps of streams in real time
 QUICK = (  # `make chaos` runs all
     pytest.param("kill", marks=TIMED),
-    "damaged_kv",
-    pytest.param("comings_and_goings", marks=TIMED),
+    pytest.param("damaged_kv", marks=pytest.mark.soak),
+    pytest.param("comings_and_goings", marks=(TIMED, pytest.mark.soak)),
 )
 
 

@@ -66,7 +66,6 @@ def seconds_of(name: str, text: str, special_tokens: Mapping[str, int]) -> float
     return time.process_time() - started
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("name", BEGINNINGS)
 def test_the_cost_is_linear(name: str) -> None:
     """Eight times the text takes about eight times as long, not 64 times."""
@@ -77,7 +76,6 @@ def test_the_cost_is_linear(name: str) -> None:
         assert seconds_of(name, text, special_tokens) < 20 * short + 0.1
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("name", ["plain", "qwen3"])
 def test_a_megabyte_takes_seconds(name: str) -> None:
     text = '<tool_call>{"name": "time", "arguments": {"a": "' + "a <b> {c}" * 110_000

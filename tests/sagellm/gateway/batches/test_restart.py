@@ -23,7 +23,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         return contents(results(client, batch.output_file_id))
 
 
-@pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
+@pytest.mark.parametrize("server", ["hypercorn", pytest.param("uvicorn", marks=pytest.mark.soak)])
 def test_a_killed_server_answers_the_rest_after_its_restart(
     server: str, tmp_path: Path, uninterrupted: dict[str, str]
 ) -> None:
