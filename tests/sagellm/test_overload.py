@@ -138,6 +138,7 @@ async def test_ten_times_overload_keeps_goodput_and_promises(
     assert all(answer.stamps.finished_s == answer.stamps.arrived_s for answer in load.refused)
 
 
+@pytest.mark.soak
 async def test_answers_that_begin_and_end_together_break_no_promise(
     autojump_clock: MockClock,
 ) -> None:

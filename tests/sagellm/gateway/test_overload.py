@@ -25,6 +25,7 @@ def served() -> Iterator[ServedProcess]:
         yield found
 
 
+@pytest.mark.soak
 async def test_goodput_and_promises_hold_at_ten_times_the_load(served: ServedProcess) -> None:
     await overloaded(served, 3 * CAPACITY, 1.0)  # a graph that has served before: there is evidence
     peak = await peak_goodput(served, 3.0, (1.0,))
