@@ -135,7 +135,7 @@ class SampledSequence(Protocol):
 
     @property
     def matcher(self) -> Matcher | None:
-        """Of the sequence's grammar; None without one."""
+        """The matcher of the sequence's grammar; None if the sequence has no grammar."""
         ...
 
 

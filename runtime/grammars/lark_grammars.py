@@ -123,7 +123,7 @@ def _check_attributes(head: str) -> None:
 
 
 def _block(text: str, kind: str, position: int) -> tuple[str, int]:
-    """What llguidance is given for %json or %regex and the JSON after it, and where that ends."""
+    """Return the text for llguidance of %json or %regex with its JSON, and where the JSON ends."""
     begin = _BLANKS.match(text, position).end()  # type: ignore[union-attr]  # it always matches
     try:
         found, end = json.JSONDecoder().raw_decode(text, begin)

@@ -18,7 +18,7 @@ _OPTIONS = '%llguidance {"no_forcing": true}'
 
 
 class Source(NamedTuple):
-    """What llguidance compiles. `has_lines`: its lines are those of the client's text."""
+    """The text that llguidance compiles. `has_lines`: its lines are those of the client's text."""
 
     text: str
     has_lines: bool = False

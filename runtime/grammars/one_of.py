@@ -76,7 +76,7 @@ class Disjointness:
         )
 
     def _target(self, reference: object) -> object:
-        """What a reference into the document leads to; None: it is not known."""
+        """Return the target of a reference into the document; None if the target is not known."""
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return None
         found: Any = self._document

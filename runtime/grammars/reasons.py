@@ -85,7 +85,7 @@ _OTHER = "the grammar is not valid"
 
 
 def reason(message: str, *, has_lines: bool = False) -> str:
-    """What a client is told for a message of llguidance.
+    """Return the reason that a client is told for a message of llguidance.
 
     `has_lines`: llguidance was given the client's own lines, so that their numbers are of use.
     """

@@ -41,7 +41,7 @@ def vocabulary_of(tokens: list[bytes], special: Iterable[int]) -> LLTokenizer:
 
 
 class _Vocabulary:
-    """What TokenizerWrapper reads."""
+    """The attributes that TokenizerWrapper reads."""
 
     bos_token_id = None
 

@@ -98,7 +98,7 @@ def _read_arguments(source: TextSource, writer: PartWriter) -> TextReading[None]
 
 
 def _begun(prompt: str) -> str:
-    """What the prompt has of the message that the answer begins in, after `<|start|>`."""
+    """Return the part of the answer's first message that the prompt has, after `<|start|>`."""
     _, start, message = prompt.rpartition(START)
     return message if start else ""
 

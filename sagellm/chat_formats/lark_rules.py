@@ -83,7 +83,7 @@ def text_up_to(name: str, tag: str, special_tokens: SpecialTokens) -> str:
 def bounded_text_up_to(
     name: str, tag: str, special_tokens: SpecialTokens, bounds: tuple[int, int | None], end: str
 ) -> str:
-    """As `text_up_to`, with a least and a greatest number of characters, which `end` follows."""
+    """Return the rule of `text_up_to` for a bounded number of characters, followed by `end`."""
     least, most = bounds
     text = f"/(?s:.{{{least},{'' if most is None else most}}})/ {literal(end)}"
     if tag in special_tokens:

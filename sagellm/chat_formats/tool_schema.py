@@ -59,7 +59,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _list(value: Any) -> Sequence[Any]:
-    """As `_mapping`, for an array."""
+    """Return the value if it is an array, else an empty one."""
     return value if isinstance(value, list | tuple) else ()
 
 

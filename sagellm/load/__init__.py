@@ -215,11 +215,13 @@ def _note(chunk: ResponseBody, record: RequestRecord, now_s: float) -> None:
 def _has_token(choice: Choice) -> bool:
     """Whether a choice of a chunk has a token.
 
-    An empty text is a token (an incomplete character), unless the chunk has a finish reason.
+    A chunk of reasoning or of a tool call has one. So has a chunk without any part (the token is an
+    incomplete character, or may begin a tool call), unless the chunk has a finish reason.
     """
-    if choice.content is None or choice.is_opening:
+    if choice.is_opening:
         return False
-    return bool(choice.content) or choice.finish_reason is None
+    has_part = bool(choice.content or choice.reasoning or choice.tool_calls)
+    return has_part or choice.finish_reason is None
 
 
 SendRequest = Callable[

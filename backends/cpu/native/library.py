@@ -257,7 +257,7 @@ class NativeKernels:
         return sum_
 
     def largest_allowed(self, scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
-        """As `largest_allowed` of token_masks.py."""
+        """The same result as `largest_allowed` of token_masks.py."""
         found: int = self._library.sage_largest_allowed(
             scores.ctypes.data, mask.ctypes.data, len(scores)
         )

@@ -10,8 +10,9 @@ import trio
 from scripted_server import MODEL, delta, error, text, used
 from trio.testing import MockClock
 
+from sagellm.client.replies import Choice
 from sagellm.client.server import AsyncServerConnection
-from sagellm.load import LoadTarget, RequestRecord, Sender
+from sagellm.load import LoadTarget, RequestRecord, Sender, _has_token
 from sagellm.load.workload import PlannedRequest, Prompts
 
 URL = "http://scripted"
@@ -176,3 +177,23 @@ async def test_a_refusal_in_the_middle_of_an_answer_is_not_tried_again(
     record, asked = await send(broken, stream((0.1, text("b", "stop"))), num_retries=1)
     assert len(asked) == 1
     assert (record.error, record.num_events, record.num_refusals) == ("http_503", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("delta", "finish", "has"),
+    [
+        ({"role": "assistant", "content": ""}, None, False),
+        ({"content": "a"}, None, True),
+        ({"content": ""}, None, True),
+        ({}, None, True),
+        ({"reasoning_content": "hm"}, None, True),
+        ({"tool_calls": [{"index": 0, "function": {"arguments": "1"}}]}, None, True),
+        ({}, "stop", False),
+        ({"content": "a"}, "length", True),
+    ],
+)
+def test_which_chunks_of_a_chat_have_a_token(
+    delta: dict[str, object], finish: str | None, has: bool
+) -> None:
+    choice = msgspec.convert({"index": 0, "delta": delta, "finish_reason": finish}, Choice)
+    assert _has_token(choice) is has
