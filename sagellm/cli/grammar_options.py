@@ -8,7 +8,7 @@ import msgspec
 from cyclopts import Parameter
 
 from sagellm.cli.errors import Failure
-from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.grammars import choice_grammar
 from sagellm.runtime.sampling import Grammar
 
 

@@ -7,7 +7,7 @@ import msgspec
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.json import read_json
 from sagellm.gateway.protocol.request import Generation, ResponseFormat, StructuredOutputs
-from sagellm.runtime.grammars.builders import choice_grammar, json_object_grammar
+from sagellm.runtime.grammars import choice_grammar, json_object_grammar
 from sagellm.runtime.sampling import Grammar
 
 # Field of a request -> the kind of its value, a field of StructuredOutputs.

@@ -11,7 +11,7 @@ from models_on_the_fly import make_model, random_prompts
 
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.grammars import choice_grammar
 from sagellm.runtime.sampling import Grammar, Sampling
 
 PROMPTS = random_prompts((5, 17))

@@ -8,8 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from grammar_walks import allowed, json_tokenizer
 
-from sagellm.runtime.grammars import GrammarError, compiled_grammar, grammar_compiler
-from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.grammars import (
+    GrammarError,
+    choice_grammar,
+    compiled_grammar,
+    grammar_compiler,
+)
 from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
 from sagellm.runtime.grammars.grammar_compiler import MAX_KEPT, GrammarCompiler
 from sagellm.runtime.grammars.token_bytes import open_vocabulary
@@ -149,7 +153,7 @@ def test_a_gateway_checks_grammars_without(library: str) -> None:
     program = (
         f"import sys; sys.modules[{library!r}] = None; "  # an import raises ImportError
         "from sagellm.runtime.grammars.grammar_compiler import check_grammar; "
-        "from sagellm.runtime.grammars.builders import json_object_grammar; "
+        "from sagellm.runtime.grammars import json_object_grammar; "
         "check_grammar(json_object_grammar())"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -11,8 +11,7 @@ from grammar_walks import RandomModel, allowed, eos_of, json_compiler, json_toke
 from llguidance import LLParserLimits
 
 from sagellm.backends.step import MatcherError
-from sagellm.runtime.grammars import GrammarError, compiled_grammar
-from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.grammars import GrammarError, choice_grammar, compiled_grammar
 from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.grammars.matcher import GrammarMatcher
 from sagellm.runtime.sampling import Grammar

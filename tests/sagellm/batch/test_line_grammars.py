@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from sagellm.batch.prompt_lines import LineError, LineRequest, parse_line
-from sagellm.runtime.grammars.builders import choice_grammar, json_object_grammar
+from sagellm.runtime.grammars import choice_grammar, json_object_grammar
 from sagellm.runtime.sampling import Grammar, Sampling
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

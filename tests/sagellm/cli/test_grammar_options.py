@@ -5,7 +5,7 @@ import pytest
 from sagellm.cli.errors import Failure
 from sagellm.cli.grammar_options import GrammarOptions
 from sagellm.cli.run_options import RunSamplingOptions
-from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.grammars import choice_grammar
 from sagellm.runtime.sampling import Grammar
 
 SCHEMA = Grammar(kind="json_schema", text='{"type":"object"}')

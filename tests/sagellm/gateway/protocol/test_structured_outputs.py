@@ -9,7 +9,7 @@ from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.protocol.bodies import read_chat, read_completion
 from sagellm.gateway.protocol.structured_outputs import constraint_of, grammar_of
 from sagellm.gateway.settings import RequestLimits
-from sagellm.runtime.grammars.builders import choice_grammar
+from sagellm.runtime.grammars import choice_grammar
 from sagellm.runtime.sampling import Grammar
 
 LIMITS = RequestLimits()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from grammar_walks import RandomModel, json_compiler, json_tokenizer
 
-from sagellm.runtime.grammars.builders import choice_grammar, json_object_grammar
+from sagellm.runtime.grammars import choice_grammar, json_object_grammar
 from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar
 
