@@ -10,7 +10,7 @@ from sagellm.gateway.protocol.bodies import ChatRequest, convert
 from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.json import fields_of, read_json, shown
 from sagellm.gateway.protocol.request import Effort, at_most
-from sagellm.gateway.protocol.responses_chat import ChatOfResponses, chat_of
+from sagellm.gateway.protocol.responses_chat import ChatOfResponses, FindItem, chat_of
 from sagellm.gateway.protocol.responses_fields import (
     INCLUDE_LOGPROBS,
     RENAMED,
@@ -26,6 +26,7 @@ from sagellm.gateway.protocol.responses_fields import (
     InputMessage,
     InputRole,
     InputTextPart,
+    ItemReference,
     JsonObject,
     JsonSchema,
     NamedFunction,
@@ -52,6 +53,7 @@ _ITEMS: Kinds = {
     "function_call": FunctionCallItem,
     "function_call_output": CallOutputItem,
     "reasoning": ReasoningItem,
+    "item_reference": ItemReference,
 }
 _CONTENT: Kinds = {
     "input_text": InputTextPart,
@@ -71,6 +73,7 @@ _PARTS: Mapping[str, Mapping[str, Kinds]] = {
     "function_call": {},
     "function_call_output": {"output": _OUTPUT},
     "reasoning": {"summary": _SUMMARY, "content": _REASONING},
+    "item_reference": {},
 }
 
 
@@ -82,15 +85,15 @@ class ResponsesCall(NamedTuple):
     made: ChatOfResponses
 
 
-def read_responses(body: bytes, limits: RequestLimits) -> ResponsesCall:
-    """Read a body of /v1/responses. Raises ApiError (400), which names the field of this API.
+def read_responses(body: bytes, limits: RequestLimits, find: FindItem) -> ResponsesCall:
+    """Read a body of /v1/responses. `find` finds the items that the body references.
 
-    The model's limits are checked later.
+    Raises ApiError, which names the field of this API. The model's limits are checked later.
     """
     said = _fields(read_json(body, max_depth=limits.json_depth), limits)
     asked = convert({name: said[name] for name in said if name in _OWN}, ResponsesRequest)
     _check_logprobs(said, asked)
-    made = chat_of(asked)
+    made = chat_of(asked, find)
     passed = {RENAMED.get(name, name): said[name] for name in said if name not in _OWN}
     made.body |= passed
     return ResponsesCall(asked, made.read(limits), made)
@@ -154,15 +157,11 @@ def _check_words(said: dict[str, Any], name: str, words: tuple[str, ...], where:
 
 
 def _item(item: Any, where: str) -> dict[str, Any]:
-    """Return one item of the input. A message may leave out its type."""
+    """Return one item of the input. Messages and references may leave out their type."""
     kind = "message"
     if isinstance(item, dict):
-        kind = kind if item.get("type") is None else item["type"]
-        if kind == "item_reference":
-            cure = (
-                "items are not stored; send the item itself (many clients do with `store`: false)"
-            )
-            raise wrong(where, cure, "unsupported_parameter")
+        is_id = {name for name, value in item.items() if value is not None} == {"id"}
+        kind = ("item_reference" if is_id else kind) if item.get("type") is None else item["type"]
         item = {**item, "type": kind}
     said = _object(item, _ITEMS, where)
     _check_words(said, "role", get_args(InputRole), f"{where}.")

@@ -21,6 +21,7 @@ from sagellm.gateway.protocol.bodies import (
 )
 from sagellm.gateway.protocol.openapi import OPERATIONS, openapi
 from sagellm.gateway.protocol.responses_body import read_responses
+from sagellm.gateway.protocol.responses_fields import ReasoningItem
 from sagellm.gateway.settings import RequestLimits
 
 
@@ -37,10 +38,16 @@ def read_messages(body: bytes, limits: RequestLimits) -> None:
         chat.read(limits)
 
 
+def read_items(body: bytes, limits: RequestLimits) -> None:
+    """Read a body of /v1/responses as a server that has any item."""
+    read_responses(body, limits, lambda item_id, place: ReasoningItem())
+
+
 READERS = {
     "/v1/completions": read_completion,
     "/v1/chat/completions": read_chat,
-    "/v1/responses": read_responses,
+    "/v1/responses": read_items,
+    "/v1/responses/input_tokens": read_items,
     "/v1/messages": read_messages,
     "/v1/messages/count_tokens": read_count_body,
     "/tokenize": read_tokenize,
@@ -155,6 +162,8 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "guided_json": "{}", "ebnf": None}),
     ("/v1/responses", {"input": "a"}),
     ("/v1/responses", {"input": [USER, {**USER, "type": "message", "id": None}]}),
+    ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}, {"id": "b"}]}),
+    ("/v1/responses/input_tokens", {"input": "a", "tools": [FLAT], "temperature": 0}),
     ("/v1/responses", {"input": "a", "store": True, "background": False, "top_k": 3}),
     ("/v1/responses", {"input": "a", "max_output_tokens": None, "text": {"format": None}}),
     ("/v1/responses", {"input": "a", "stream_options": {"include_obfuscation": False}}),
@@ -179,7 +188,9 @@ GOOD: list[tuple[str, Any]] = [
 BAD: list[tuple[str, Any]] = [
     ("/v1/responses", {"input": []}),
     ("/v1/responses", {"input": [{"role": "tool", "content": "a"}]}),
-    ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}]}),
+    ("/v1/responses", {"input": [{"type": "item_reference"}]}),
+    ("/v1/responses", {"input": "a", "store": "no"}),
+    ("/v1/responses/input_tokens", {"input": "a", "max_output_tokens": 0}),
     ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}),
     ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}),

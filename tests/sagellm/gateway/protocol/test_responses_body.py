@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.item_memory import ItemMemory, ReferencedItems
 from sagellm.gateway.protocol.responses_body import ResponsesCall, read_responses
+from sagellm.gateway.protocol.responses_chat import FindItem
 from sagellm.gateway.protocol.responses_fields import (
     RENAMED,
     RESPONSES,
     SENT,
     SHARED,
+    InputMessage,
     ResponsesRequest,
 )
 from sagellm.gateway.settings import RequestLimits
@@ -23,8 +26,11 @@ LIMITS = RequestLimits()
 USER = {"role": "user", "content": "hi"}
 
 
-def read(**body: Any) -> ResponsesCall:
-    return read_responses(json.dumps({"input": "hi", **body}).encode(), LIMITS)
+NOTHING_KEPT = ReferencedItems(ItemMemory(), "t", 0)
+
+
+def read(find: FindItem = NOTHING_KEPT, **body: Any) -> ResponsesCall:
+    return read_responses(json.dumps({"input": "hi", **body}).encode(), LIMITS, find)
 
 
 def refused(**body: Any) -> ApiError:
@@ -93,6 +99,19 @@ def test_what_an_answer_had_may_be_sent_back_as_it_was() -> None:
     assert call.chat.messages[1].content == "so"
 
 
+@pytest.mark.parametrize("reference", [{"type": "item_reference", "id": "m1"}, {"id": "m1"}])
+def test_a_referenced_item_stands_in_its_place(reference: Any) -> None:
+    asked = []
+
+    def find(item_id: str, place: str) -> InputMessage:
+        asked.append((item_id, place))
+        return InputMessage(role="assistant", content="so")
+
+    messages = read(find, input=[USER, reference, USER]).chat.messages
+    assert [message.content for message in messages] == ["hi", "so", "hi"]
+    assert asked == [("m1", "input[1]")]
+
+
 @pytest.mark.parametrize(
     "harmless",
     [
@@ -118,7 +137,6 @@ def test_what_asks_for_nothing_is_taken(harmless: Any) -> None:
         ({"conversation": {"id": "c"}}, "conversation", "are not stored"),
         ({"background": True}, "background", "use `stream`"),
         ({"prompt": {"id": "p"}}, "prompt", "no stored prompts"),
-        (item(type="item_reference", id="m1"), "input[0]", "items are not stored"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "`web_search` is not built"),
         ({"tools": [{"type": "mcp"}]}, "tools[0].type", "`mcp` is not built"),
         ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type", "`custom` is not built"),
@@ -165,6 +183,10 @@ def test_what_is_not_built_is_refused_with_a_reason(body: Any, param: str, told:
         (item(type="function_call", name="f", arguments=""), "input[0].call_id"),
         (item(type="function_call_output", call_id="c"), "input[0].output"),
         (item(type="reasoning", summary="x"), "input[0].summary"),
+        (item(type="item_reference"), "input[0].id"),
+        (item(type="item_reference", id=5), "input[0].id"),
+        (item(type="item_reference", id="m", role="user"), "input[0].role"),
+        ({"store": "no"}, "store"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -215,7 +237,15 @@ NAMES = [
 WORDS = [
     "",
     MARK,
-    *("message", "function_call", "function_call_output", "reasoning", "function", "allowed_tools"),
+    *(
+        "message",
+        "item_reference",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        "function",
+        "allowed_tools",
+    ),
     *("input_text", "output_text", "refusal", "summary_text", "reasoning_text", "text"),
     *("json_object", "json_schema", "user", "assistant", "system", "auto", "required", "low"),
 ]
@@ -246,7 +276,7 @@ BODIES = st.fixed_dictionaries(
 @given(body=BODIES)
 def test_any_object_is_a_request_or_refused(body: Any) -> None:
     try:
-        read_responses(json.dumps(body).encode(), LIMITS)
+        read_responses(json.dumps(body).encode(), LIMITS, NOTHING_KEPT)
     except ApiError as error:
         if error.status not in (400, 404) or MARK in f"{error.message} {error.param}":
             raise
