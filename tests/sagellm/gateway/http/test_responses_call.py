@@ -132,6 +132,18 @@ async def test_the_stream_has_the_items_of_the_whole_answer():
     assert streamed.is_whole
 
 
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ('<tool_call>{"name": "f", "arguments": {"x": ', "incomplete"),
+        ('<tool_call>{"name": "f", "arguments": {"x": 1}}', "completed"),
+    ],
+)
+async def test_a_call_that_a_stop_string_cut_is_incomplete(text: str, status: str):
+    found = await answer([event(text)], [last("", stop_reason="1")], tools=[TOOL])
+    assert found["output"][-1]["status"] == status
+
+
 async def test_without_reasoning_the_answer_has_none():
     found = await answer(*letters("<think>hm</think>so"), template=QWEN3, include_reasoning=False)
     assert [item["type"] for item in found["output"]] == ["message"]

@@ -211,6 +211,9 @@ def test_a_wrong_field_is_named(body: Any, param: str) -> None:
     [
         ("max_tokens", "max_output_tokens"),
         ("messages", "input"),
+        ("functions", "tools"),
+        ("function_call", "tool_choice"),
+        ("system", "instructions"),
         ("response_format", "text.format"),
         ("instruction", "instructions"),
     ],
@@ -219,6 +222,52 @@ def test_an_unknown_field_is_refused_with_the_one_that_was_meant(name: str, mean
     error = refused(**{name: {}})
     assert (error.param, error.code) == (name, "unknown_parameter")
     assert f"did you mean `{meant}`?" in error.message
+
+
+FUNCTION = {"name": "f", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "told"),
+    [
+        (
+            {"tools": [{"type": "function", "function": FUNCTION}]},
+            "tools[0].function",
+            "beside `type`",
+        ),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice.function",
+            "beside `type`",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "json_schema": {"name": "n"}}}},
+            "text.format.json_schema",
+            "beside `type`",
+        ),
+        (
+            {"tools": [{"type": "function", "name": "f", "input_schema": {}}]},
+            "tools[0].input_schema",
+            "`parameters`",
+        ),
+        (
+            item(role="assistant", content="", tool_calls=[{"id": "c"}]),
+            "input[0].tool_calls",
+            "`function_call`",
+        ),
+        (
+            item(role="tool", content="5", tool_call_id="c"),
+            "input[0].tool_call_id",
+            "`function_call_output`",
+        ),
+    ],
+)
+def test_an_object_of_a_chat_is_refused_with_the_form_of_this_api(
+    body: Any, param: str, told: str
+) -> None:
+    error = refused(**body)
+    assert (error.param, error.code) == (param, "unknown_parameter")
+    assert told in error.message
 
 
 def test_integers_beyond_64_bits_come_through() -> None:
