@@ -145,4 +145,9 @@ def _kept(item: OutputItem) -> KeptItem:
 
 
 def _sized(item: InputItem, *texts: str) -> KeptItem:
-    return KeptItem(item, ENTRY_BYTES + sum(sys.getsizeof(text) for text in texts))
+    return KeptItem(item, ENTRY_BYTES + sum(_num_bytes(text) for text in texts))
+
+
+def _num_bytes(text: str) -> int:
+    """Return the most memory that a text takes: when it is encoded, Python keeps its UTF-8 too."""
+    return sys.getsizeof(text) + (0 if text.isascii() else len(text.encode()))

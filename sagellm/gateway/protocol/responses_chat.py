@@ -121,6 +121,7 @@ class _Conversation:
 
     def _call(self, item: FunctionCallItem, place: str) -> None:
         calls = self._turn((), place).setdefault("tool_calls", [])
+        self._place("tool_calls", place)  # for an error about their number
         self._place(f"tool_calls[{len(calls)}]", place)
         self._place(f"tool_calls[{len(calls)}].function", place)
         function = {"name": item.name, "arguments": item.arguments}

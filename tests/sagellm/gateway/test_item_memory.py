@@ -66,6 +66,12 @@ def test_each_item_is_found_as_a_client_sends_it() -> None:
     ]
 
 
+def test_a_text_counts_its_utf8_too() -> None:
+    memory, text = ItemMemory(), "\u4e2d" * 1000
+    memory.keep("t", [OutputMessage(id="a", status="completed", content=[MessageText(text=text)])])
+    assert memory.num_bytes >= ENTRY_BYTES + 2000 + 3000
+
+
 def test_another_tenants_item_is_not_found() -> None:
     memory = memory_of(t="a")
     assert [ids(memory, tenant) for tenant in ("t", "u", "")] == ["a", "", ""]
