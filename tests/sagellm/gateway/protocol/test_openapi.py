@@ -47,7 +47,6 @@ READERS = {
     "/v1/completions": read_completion,
     "/v1/chat/completions": read_chat,
     "/v1/responses": read_items,
-    "/v1/responses/input_tokens": read_items,
     "/v1/messages": read_messages,
     "/v1/messages/count_tokens": read_count_body,
     "/tokenize": read_tokenize,
@@ -88,6 +87,15 @@ def test_every_route_is_there() -> None:
     assert [one["name"] for one in deep["parameters"]] == ["deep"]
     ids = [one["operationId"] for methods in DOCUMENT["paths"].values() for one in methods.values()]
     assert len(ids) == len(set(ids)) == len(ROUTES)
+
+
+def test_input_tokens_takes_the_body_of_a_response() -> None:
+    counted, made = (
+        DOCUMENT["paths"][path]["post"] for path in ("/v1/responses/input_tokens", "/v1/responses")
+    )
+    assert counted["requestBody"] == made["requestBody"]
+    (content,) = counted["responses"]["200"]["content"].values()
+    assert content["schema"]["$ref"].endswith("/CountedInput")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +171,6 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/responses", {"input": "a"}),
     ("/v1/responses", {"input": [USER, {**USER, "type": "message", "id": None}]}),
     ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}, {"id": "b"}]}),
-    ("/v1/responses/input_tokens", {"input": "a", "tools": [FLAT], "temperature": 0}),
     ("/v1/responses", {"input": "a", "store": True, "background": False, "top_k": 3}),
     ("/v1/responses", {"input": "a", "max_output_tokens": None, "text": {"format": None}}),
     ("/v1/responses", {"input": "a", "stream_options": {"include_obfuscation": False}}),
@@ -190,7 +197,6 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/responses", {"input": [{"role": "tool", "content": "a"}]}),
     ("/v1/responses", {"input": [{"type": "item_reference"}]}),
     ("/v1/responses", {"input": "a", "store": "no"}),
-    ("/v1/responses/input_tokens", {"input": "a", "max_output_tokens": 0}),
     ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}),
     ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}),
