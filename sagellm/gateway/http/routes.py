@@ -39,7 +39,7 @@ from sagellm.gateway.http.endpoints import (
     version,
 )
 from sagellm.gateway.http.messages_endpoints import count_tokens, messages
-from sagellm.gateway.http.responses_call import responses, stored_response
+from sagellm.gateway.http.responses_call import input_tokens, responses, stored_response
 from sagellm.gateway.http.stored_endpoints import (
     cancel_batch,
     create_batch,
@@ -223,6 +223,7 @@ ROUTES = (
     EndpointRoute("POST", "/v1/completions", completions, generates=True),
     EndpointRoute("POST", "/v1/chat/completions", chat, generates=True),
     EndpointRoute("POST", "/v1/responses", responses, generates=True),
+    EndpointRoute("POST", "/v1/responses/input_tokens", input_tokens),
     EndpointRoute("GET", "/v1/responses/{id}", stored_response),
     EndpointRoute("DELETE", "/v1/responses/{id}", stored_response),
     EndpointRoute("POST", "/v1/responses/{id}/cancel", stored_response),
