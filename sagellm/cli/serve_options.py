@@ -186,11 +186,8 @@ def read_settings(
     """
     _check_tracing(observability)
     check_tls(listen.tls_certificate, listen.tls_key)
-    keys = user_keys(listen.api_key, config)
-    _check_listen(listen, has_keys=bool(keys))
-    admin = admin_key(listen.admin_key, listen.admin_key_file)
-    if len({*keys.values(), admin}) <= len(keys):  # a tenant with the admin key would be admin
-        raise Failure("one API key is given twice, or is the admin key too", "give each its own")
+    keys, admin = _read_keys(listen, config)
+    compat = observability.metrics_compat
     changed = {**config.limits, **read_limits(limits)}
     budget = _changed(Settings(api_keys=keys).common_budget, changed)
     return Settings(
@@ -207,9 +204,7 @@ def read_settings(
         drain_s=listen.drain_s,
         linger_s=listen.linger_s,
         page=listen.page,
-        metrics_compat=()
-        if observability.metrics_compat == "none"
-        else (observability.metrics_compat,),
+        metrics_compat=() if compat == "none" else (compat,),
         open_metrics=observability.open_metrics,
         otlp_endpoint=observability.otlp_endpoint,
         trace_sample=observability.trace_sample,
@@ -226,6 +221,16 @@ def read_settings(
             if name in keys and key.budget  # --api-key replaces all keys of the file
         },
     )
+
+
+def _read_keys(listen: ListenOptions, config: ConfigFile) -> tuple[dict[str, str], str | None]:
+    """Return the keys by tenant, and the admin key. Raises Failure for keys that do not suffice."""
+    keys = user_keys(listen.api_key, config)
+    _check_listen(listen, has_keys=bool(keys))
+    admin = admin_key(listen.admin_key, listen.admin_key_file)
+    if len({*keys.values(), admin}) <= len(keys):  # a tenant with the admin key would be admin
+        raise Failure("one API key is given twice, or is the admin key too", "give each its own")
+    return keys, admin
 
 
 def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:

@@ -1,5 +1,6 @@
 """The folder of `--data-dir`: where files and batches lie, atomic writes, locks, and limits.
 
+    DATA_DIR/server.lock                            held by the one server that uses the folder
     DATA_DIR/lock                                   held while a limit is checked and a name is made
     DATA_DIR/TENANT/files/file-ID.json, .data       a file: its record, and its bytes
     DATA_DIR/TENANT/batches/batch_ID.json           the record of a batch
@@ -13,6 +14,7 @@ import fcntl
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +54,34 @@ def make_data_folder(path: Path) -> None:
     finally:
         for made in (probe, linked):
             made.unlink(missing_ok=True)
+
+
+class FolderInUse(Exception):
+    """Another server holds the data folder. The message says which server, as far as is known."""
+
+
+@contextmanager
+def held_data_folder(path: Path) -> Iterator[None]:
+    """Make a data folder, and hold it for this server during the `with` block.
+
+    Only the process that the user starts calls this. Its gateway processes share the folder. The
+    kernel frees the lock when that process ends, also after kill -9: child processes do not inherit
+    open files. Raises FolderInUse if a server holds the folder, and OSError if it cannot be used.
+    """
+    make_data_folder(path)
+    lock = path / "server.lock"
+    with open_private(lock, "ab", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(lock.read_text(errors="replace") or "another process") from None
+        # With the host, because containers that share a volume may have equal process ids.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def new_id(prefix: str) -> str:
@@ -149,7 +179,7 @@ def _sizes(folder: Path) -> Iterator[int]:
 
 
 class DataFolder:
-    """The folder of all tenants. Several processes may use it at once."""
+    """The folder of all tenants. All gateway processes of one server may use it at once."""
 
     def __init__(self, path: Path, limits: StorageLimits) -> None:
         self.path = path
