@@ -98,8 +98,9 @@ def scan_input(
     with path.open("rb") as file:
         for number, offset, raw in _lines(file, max_body_bytes + _FRAME_BYTES):
             try:
-                _check_number(number, len(seen), max_lines)
-                if not raw.strip():
+                is_blank = not raw.strip()
+                _check_number(number, len(seen) + (not is_blank), max_lines)
+                if is_blank:
                     continue
                 name = _checked(raw, endpoint, max_body_bytes).custom_id
                 if name in seen:
@@ -118,9 +119,12 @@ def scan_input(
     return scan
 
 
-def _check_number(number: int, num_seen: int, max_lines: int) -> None:
-    """Raise _WrongLine for one line too many. Blank lines count too: they also take time."""
-    if num_seen >= max_lines or number > _LINES_PER_REQUEST * max_lines:
+def _check_number(number: int, num_requests: int, max_lines: int) -> None:
+    """Raise _WrongLine for one request too many, or for too many lines. `number`: of the line.
+
+    Blank lines are bounded, because they take time too.
+    """
+    if num_requests > max_lines or number > _LINES_PER_REQUEST * max_lines:
         message = f"the file has more than {max_lines} requests, or too many blank lines"
         raise _WrongLine("too_many_requests", message, is_last=True)
 
