@@ -16,7 +16,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -27,9 +27,13 @@ from typing import IO, Literal, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.settings import StorageLimits
+from sagellm.graphs.log import get_logger
+
+LOG = get_logger("sagellm.gateway")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -92,6 +96,14 @@ def new_id(prefix: str) -> str:
 def is_id(text: str, prefix: str) -> bool:
     """Whether a client's text is the form of an id, so that it may become the name of a file."""
     return text.startswith(prefix) and _ID.fullmatch(text) is not None
+
+
+def ids_after(ids: Iterable[str], after: str, *, newest_first: bool) -> list[str]:
+    """Return the ids in the order of a list, without those up to the id `after` ("": all)."""
+    found = sorted(ids, reverse=newest_first)
+    if not after:
+        return found
+    return [each for each in found if (each < after if newest_first else each > after)]
 
 
 def open_private(path: Path, mode: Literal["xb", "ab"], *, buffering: int = -1) -> IO[bytes]:
@@ -186,6 +198,7 @@ class DataFolder:
         self.limits = limits
         self._sizing = Lock()
         self._sizes: dict[Path, tuple[float, int]] = {}  # time and bytes, by the tenant's folder
+        self._faults: dict[Path, object] = {}  # what was logged of a path, until it is sound again
 
     # Made at the first use: the owner may be built on another loop than it runs on.
     @cached_property
@@ -212,6 +225,34 @@ class DataFolder:
         with open_private(self.path / "lock", "ab") as file:  # closing it frees the lock
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def read_record(self, path: Path, kind: type[T]) -> T | None:
+        """Return the record at a path; None if there is none, or if the disk has damaged it.
+
+        A damaged record is logged once, and again after its content has changed. Raises OSError.
+        """
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            self.note_sound(path)
+            return None
+        try:
+            record = msgspec.json.decode(content, type=kind)
+        except ValueError:
+            self.note_fault("record_damaged", path, hash(content))
+            return None
+        self.note_sound(path)
+        return record
+
+    def note_fault(self, event: str, path: Path, state: object, **fields: object) -> None:
+        """Log a fault of a path, unless the last fault of that path had an equal `state`."""
+        if self._faults.get(path) != state:
+            self._faults[path] = state
+            LOG.warning(event, path=str(path), **fields)
+
+    def note_sound(self, path: Path) -> None:
+        """Forget the fault of a path, so that it is logged if it comes again."""
+        self._faults.pop(path, None)
 
     def check_room(self, folder: TenantFolder, num_bytes: int) -> None:
         """Raise ApiError if `num_bytes` more would exceed a limit. The lock must be held."""
