@@ -31,6 +31,9 @@ from sagellm.runtime.models.folder import BUILT_IN
 
 NAME = "models"
 MAX_QUEUED = 4096  # for each model; the shipped graphs have the same limit
+_ENGINE_FIX = (
+    "change the engine in the graph or by --set NAME.OPTION=VALUE, or give another --model"
+)
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
 _TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")  # names of other nodes, and reserved ones
 
@@ -41,10 +44,7 @@ def engine_failures(graph: str) -> Iterator[None]:
     try:
         yield
     except (UnknownBackend, LoweringError, EngineOptionError) as error:
-        fix = (
-            "change the engine in the graph or by --set NAME.OPTION=VALUE, or give another --model"
-        )
-        raise Failure(str(error), fix, graph) from None
+        raise Failure(str(error), _ENGINE_FIX, graph) from None
 
 
 def public_model_name(model: str) -> str:

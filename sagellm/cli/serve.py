@@ -87,19 +87,28 @@ def serve(
     opening = chosen.open(
         set=engine_overrides(chosen, served) | changes, model=model, executor=graph_options.executor
     )
+    with engine_failures(graph), _gateway_failures(graph):
+        _serve(opening, settings, graph_options, observability)
+    return 0
+
+
+def _serve(
+    opening: OpenGraph,
+    settings: Settings,
+    graph_options: GraphOptions,
+    observability: ObservabilityOptions,
+) -> None:
+    """Hold the data folder and the address, then open the graph and serve it until its end."""
     with (
         held_data_dir(settings.data_dir),
         server_logs(observability, settings),
         bound_socket(settings) as sock,
         show_start_progress() as progress,
-        engine_failures(graph),
-        _gateway_failures(graph),
     ):
         opening.report_to(progress)
         if graph_options.decisions is not None:
             opening.record_to(DecisionFile(graph_options.decisions, graph_options.decisions_bytes))
         trio.run(serve_graph, opening, settings, sock, _started)
-    return 0
 
 
 @contextmanager

@@ -74,18 +74,16 @@ def held_data_folder(path: Path) -> Iterator[None]:
     """
     make_data_folder(path)
     lock = path / "server.lock"
-    with open_private(lock, "ab", buffering=0) as file:
+    with open_private(lock, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderInUse(lock.read_text(errors="replace") or "another process") from None
-        # With the host, because containers that share a volume may have equal process ids.
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        try:
-            yield
-        finally:
-            file.truncate(0)
+        with suppress(OSError):  # a full disk must not keep a server from its batches
+            os.ftruncate(file.fileno(), 0)
+            # With the host, because containers that share a volume may have equal process ids.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
 
 
 def new_id(prefix: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_batches import TENANT, claimed, new_batch, stored, stores_in
+from stored_batches import TENANT, claimed, full_disk, new_batch, stored, stores_in
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.batches import data_folder
@@ -73,20 +73,26 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
 
 
 def test_a_killed_server_leaves_its_folder_free(tmp_path: Path) -> None:
-    with held_data_folder(tmp_path):
-        pass
-    program = "import fcntl,sys; f=open(sys.argv[1],'r+'); fcntl.flock(f,2); f.write('process 7');"
-    program += "print(1,flush=True); sys.stdin.read()"
+    program = "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.flock(f,2); f.write('process 7');"
+    program += "f.flush(); print(1,flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path / "server.lock")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        refused(tmp_path, "another process")
+        refused(tmp_path, "process 7")
         holder.kill()
         holder.wait()
     with held_data_folder(tmp_path):
         pass
+
+
+def test_a_full_disk_keeps_no_server_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "write", full_disk)
+    with held_data_folder(tmp_path):
+        refused(tmp_path, "another process")
 
 
 def test_no_child_process_holds_the_folder_of_its_parent(tmp_path: Path) -> None:
