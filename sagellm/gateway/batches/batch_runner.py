@@ -122,7 +122,7 @@ class BatchRunner:
             await anyio.sleep(FAULT_S)
 
     async def _sweep(self) -> None:
-        """Delete what has expired, now and then."""
+        """Delete every `SWEEP_S` seconds what has expired."""
         while True:
             try:
                 await self._folder.run(self._stores.files.sweep)

@@ -46,14 +46,9 @@ from sagellm.gateway.settings import StorageLimits
 PREFIX = "batch_"
 KEPT_S = 30 * 86_400  # how long the record of an ended batch is kept
 MAX_RECORDS = 10_000  # records of one tenant, ended batches included
-_PARTS = (
-    ".input",
-    ".output",
-    ".errors",
-    ".cancel",
-    ".lock",
-)  # the lock last: until then it is open
-_LONE_S = 3600.0
+# In the order of their deletion. The lock is last: a batch is open until then.
+_PARTS = (".input", ".output", ".errors", ".cancel", ".lock")
+_LONE_S = 3600.0  # files of a batch without a record are deleted after that time
 
 
 class BatchClaim:

@@ -47,7 +47,7 @@ _ID = re.compile(r"(file-|batch_)[0-9a-f]{32}")
 
 
 def make_data_folder(path: Path) -> None:
-    """Make the folder if it is missing, and try what it is needed for. Raises OSError."""
+    """Make the folder if it is missing, and try a file lock and a hard link. Raises OSError."""
     path.mkdir(mode=_MODE, parents=True, exist_ok=True)
     probe = path / f"probe-{secrets.token_hex(8)}"
     linked = probe.with_suffix(".link")

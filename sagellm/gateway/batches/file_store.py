@@ -57,9 +57,9 @@ def not_found(what: str) -> ApiError:
 
 
 class Upload:
-    """A file that is being written. Exactly one of `commit` and `discard` must be called.
+    """A file that is being written. The owner calls `discard` at the end, also after `commit`.
 
-    The bytes of `num_reserved` count in the limits until then.
+    The bytes of `num_reserved` count in the limits until the first of these calls.
     """
 
     def __init__(self, folder: DataFolder, tenant: str, num_reserved: int) -> None:

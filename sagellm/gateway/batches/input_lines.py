@@ -20,7 +20,7 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.messages import PRIORITIES
 
 MAX_CUSTOM_ID_LEN = 512
-MAX_ERRORS = 100  # no more are told of one batch
+MAX_ERRORS = 100  # the most mistakes that a batch reports
 _FRAME_BYTES = 8 << 10  # of a line besides its body
 _LINES_PER_REQUEST = 4  # lines of a file, blank ones too, by the requests that it may have
 _TEXT_BYTES = 8 * MAX_CUSTOM_ID_LEN  # of a text in a frame, with escapes
@@ -81,7 +81,7 @@ class _WrongLine(Exception):
         self.param = param
         self.is_last = is_last
 
-    def told(self, line: int | None = None) -> InputError:
+    def input_error(self, line: int | None = None) -> InputError:
         return InputError(code=self.code, message=self.message, line=line, param=self.param)
 
 
@@ -106,7 +106,7 @@ def scan_input(
                 if name in seen:
                     raise _WrongLine("duplicate_custom_id", "an earlier line has this custom_id")
             except _WrongLine as error:
-                scan.errors.append(error.told(number))
+                scan.errors.append(error.input_error(number))
                 if len(scan.errors) >= MAX_ERRORS or error.is_last:
                     return scan
             else:
@@ -115,7 +115,7 @@ def scan_input(
                     scan.pending.append(offset)
     scan.total = len(seen)
     if not seen and not scan.errors:
-        scan.errors.append(_WrongLine("empty_file", "the file has no requests").told())
+        scan.errors.append(_WrongLine("empty_file", "the file has no requests").input_error())
     return scan
 
 
