@@ -250,6 +250,17 @@ async def test_several_tokens_in_one_event_share_its_reasoning() -> None:
     assert details["reasoning_tokens"] == 3
 
 
+async def test_reasoning_after_a_preamble_is_counted() -> None:
+    between = "<|end|><|start|>assistant"
+    text = (
+        f"<|channel|>commentary<|message|>I look.{between}<|channel|>analysis<|message|>hm"
+        f"{between}<|channel|>final<|message|>yes"
+    )
+    for batches in (letters(text), [[event(text, num=len(text))], [last()]]):
+        usage = (await answer(HARMONY, *batches)).json["usage"]
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == len("hm")
+
+
 async def test_harmony_shows_its_channels() -> None:
     text = (
         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
