@@ -8,6 +8,13 @@ offer formats as entry points `sagellm.chat_formats`.
 from typing import Any
 
 from sagellm.chat_formats.block_format import PLAIN, THINKING
+from sagellm.chat_formats.call_sections import (
+    DEEPSEEK_R1,
+    DEEPSEEK_V3,
+    DEEPSEEK_V3_1,
+    KIMI_K2,
+    KIMI_K2_THINKING,
+)
 from sagellm.chat_formats.chat_format import (
     NO_SPECIAL_TOKENS,
     NO_TOOLS,
@@ -58,6 +65,7 @@ __all__ = [
 ]
 
 _SHIPPED = (
+    *(DEEPSEEK_R1, DEEPSEEK_V3_1, DEEPSEEK_V3, KIMI_K2_THINKING, KIMI_K2),
     *(HARMONY, GEMMA4, FUNCTION_GEMMA, QWEN3_5, QWEN3_CODER, QWEN3, HERMES, LLAMA3),
     *(MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST, THINKING, PLAIN),
 )

@@ -50,6 +50,8 @@ RICH: dict[str, Any] = {
 }
 TOOLS = (WEATHER, TIME, ToolSpec(name="rich", parameters=RICH))
 SCHEMAS = {tool.name: {"type": "object", **(tool.parameters or {})} for tool in TOOLS}
+DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>")
+KIMI = ("<|tool_calls_section_begin|>", "<|tool_call_end|>", "<|tool_calls_section_end|>")
 SPECIAL = {
     "harmony": ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"),
     "gemma4": ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"),
@@ -63,6 +65,8 @@ SPECIAL = {
     "magistral_2506": ("[TOOL_CALLS]", "[ARGS]"),
     "mistral": ("[TOOL_CALLS]", "[ARGS]"),
     "mistral_list": ("[TOOL_CALLS]",),
+    **dict.fromkeys(("deepseek_v3", "deepseek_r1", "deepseek_v3_1"), DEEPSEEK),
+    **dict.fromkeys(("kimi_k2", "kimi_k2_thinking"), KIMI),
 }
 HINTS = (
     *("</parameter>", "<escape>", '<|"|>', "</think>", "<channel|>", "</tool_call>", "[/THINK]"),
@@ -82,6 +86,8 @@ BEGINNINGS = {
     "gemma4": "Hm.<|tool_call>",
     "function_gemma": "Hm.<start_function_call>",
     "llama3": '{"name',
+    **dict.fromkeys(("deepseek_v3", "deepseek_r1", "deepseek_v3_1"), f"Hm.{DEEPSEEK[0]}"),
+    **dict.fromkeys(("kimi_k2", "kimi_k2_thinking"), f"Hm.{KIMI[0]}"),
 }
 SEEDS = range(6)
 

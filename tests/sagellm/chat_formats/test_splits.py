@@ -27,13 +27,31 @@ FRAGMENTS = [
     ),
     *("call:time{", "time", "city:", '{"city": "', "}", "]", "[", "{", '"', "\\", ",", ": ", ";"),
     *("\n", " ", "<", "é☃", "Hi", "1", "<pad>", "<pa"),
+    *(
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>",
+        "function<｜tool▁sep｜>",
+        "```json",
+        "```",
+    ),
+    *("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|tool_calls_section_begin|>"),
+    *("<|tool_call_begin|>functions.time:0", "<|tool_call_argument_begin|>{}"),
+    *("<|tool_call_end|>", "<|tool_calls_section_end|>"),
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 SPECIAL = {"<pad>": 1, "<|channel>": 2, "<|end|>": 3, "<tool_call>": 4}
 PROMPTS = st.sampled_from(["", "<think>\n", "[THINK]", "<|start|>assistant", "</think>\n\n"])
 
+# Formats whose parser does nothing that the parser of another format does not do.
+SHARED = frozenset(
+    {
+        *("hermes", "qwen3_coder", "mistral", "mistral_list", "magistral_2506"),
+        *("deepseek_v3", "deepseek_v3_1", "kimi_k2"),
+    }
+)
 
-@pytest.mark.parametrize("name", FORMATS)
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in SHARED])
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS, prompt=PROMPTS, cuts=st.lists(st.integers(0, 80), max_size=12))
 def test_pieces_do_not_matter(name: str, text: str, prompt: str, cuts: list[int]) -> None:
@@ -54,6 +72,7 @@ BEGINNINGS = {
     "mistral": ["[TOOL_CALLS]", "[TOOL_CALLS]["],
     "gemma4": ["<|tool_call>call:time{a:["],
     "harmony": ["", "<|channel|>analysis<|message|>"],
+    "deepseek_v3_1": ["<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>time<｜tool▁sep｜>{"],
 }
 REPEATED = ["a", "\n", "<", "[1,", "<tool_call>", "</think", "<pad>"]
 

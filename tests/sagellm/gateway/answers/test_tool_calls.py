@@ -9,6 +9,7 @@ from chat_templates import (
     CARD,
     HARMONY,
     HERMES,
+    KIMI,
     LLAMA3,
     MISTRAL,
     PLAIN,
@@ -129,6 +130,16 @@ async def test_an_answer_and_its_results_go_back_through_the_template() -> None:
         _, _, rendered = request.prompt.partition("user: hi\n")
         made = '<tool_call>{"name": "f", "arguments": {"x": 1}}'
         assert rendered == f"assistant: Wait.{made}\ntool: 12\nassistant: "
+
+
+async def test_the_ids_that_kimi_writes_go_back_to_it() -> None:
+    made = "<|tool_call_begin|>functions.g:3"
+    text = f"<|tool_calls_section_begin|>{made}<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    first = (await answer(KIMI, *letters(text), tools=TOOLS)).json["choices"][0]["message"]
+    bridge, tokenizer = playing([last("done")]), TemplateTokenizer(KIMI)
+    body = {"messages": [first], "tools": TOOLS}
+    assert (await post(chat, bridge, body, tokenizer=tokenizer, model=CARD)).status == 200
+    assert made in bridge.requests[0].prompt
 
 
 async def test_a_call_that_was_cut_off_goes_back_as_text() -> None:
