@@ -39,6 +39,7 @@ from sagellm.chat_formats.harmony import HARMONY
 from sagellm.chat_formats.hermes import HERMES, QWEN3
 from sagellm.chat_formats.llama3 import LLAMA3
 from sagellm.chat_formats.mistral import MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST
+from sagellm.chat_formats.pythonic import PYTHONIC
 from sagellm.chat_formats.qwen_coder import QWEN3_5, QWEN3_CODER
 from sagellm.runtime.registry import Registry
 
@@ -66,7 +67,7 @@ __all__ = [
 
 _SHIPPED = (
     *(DEEPSEEK_R1, DEEPSEEK_V3_1, DEEPSEEK_V3, KIMI_K2_THINKING, KIMI_K2),
-    *(HARMONY, GEMMA4, FUNCTION_GEMMA, QWEN3_5, QWEN3_CODER, QWEN3, HERMES, LLAMA3),
+    *(HARMONY, GEMMA4, FUNCTION_GEMMA, QWEN3_5, QWEN3_CODER, QWEN3, HERMES, PYTHONIC, LLAMA3),
     *(MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST, THINKING, PLAIN),
 )
 

@@ -20,9 +20,11 @@ from typing import Any
 
 from sagellm.chat_formats.answer_readers import THINK
 from sagellm.chat_formats.block_format import BlockFormat
-from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse, UnboundSchema
+from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
 from sagellm.chat_formats.hermes import CLOSING, OPENING
+from sagellm.chat_formats.json_call import PYTHON_SCALARS
 from sagellm.chat_formats.lark_rules import (
+    Rules,
     bounded_text_up_to,
     inline_json,
     literal,
@@ -33,9 +35,11 @@ from sagellm.chat_formats.lark_rules import (
 from sagellm.chat_formats.part_writer import PartWriter
 from sagellm.chat_formats.text_source import MarkerFinder, TextReading, TextSource, Write
 from sagellm.chat_formats.tool_schema import (
+    OBJECT_KEYWORDS,
     ToolSchema,
     check_bound,
     constants,
+    definitions,
     length_bounds,
     member_schema,
     members_of,
@@ -48,7 +52,6 @@ FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 NEWLINE = "\n"
 _AFTER_NAME = re.compile(r"[<>\s]")
-_PYTHON = {"True": "true", "False": "false", "None": "null"}  # as models write them by mistake
 
 
 def read_xml_block(source: TextSource, writer: PartWriter, opening: str) -> TextReading[bool]:
@@ -124,7 +127,7 @@ class _WithoutLastNewline:
 
 def _json_of(text: str, types: frozenset[str]) -> str:
     """The JSON text of an argument: the text itself if it is JSON of such a type, else a string."""
-    given = _PYTHON.get(text.strip(), text.strip())
+    given = PYTHON_SCALARS.get(text.strip(), text.strip())
     try:
         value = json.loads(given, parse_constant=_no_json)
     except (ValueError, RecursionError):
@@ -137,42 +140,24 @@ def _no_json(constant: str) -> Any:
     raise ValueError(constant)
 
 
-_OBJECT = frozenset({"type", "properties", "required", "additionalProperties"})
-_MAX_CHARS = 128 << 10  # no engine takes a longer grammar
 _STRING = frozenset({"type", "enum", "const", "minLength", "maxLength", "anyOf", "oneOf"})
 
 
 def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
     closing = marker(CLOSING, special_tokens)
-    values = _Values()
-    calls = one_of(use, lambda tool: _call(tool, values))
-    return "\n".join([f'block: "\\n" call "{END_FUNCTION}\\n" {closing}', calls, *values.rules])
+    rules = Rules()
+    calls = one_of(use, lambda tool: _call(tool, rules))
+    return "\n".join([f'block: "\\n" call "{END_FUNCTION}\\n" {closing}', calls, *rules.lines])
 
 
-class _Values:
-    """Collects the rules of arguments. Arguments may share a schema, and each repeats its text."""
-
-    def __init__(self) -> None:
-        self.rules: list[str] = []
-        self._num_chars = 0
-
-    def add(self, tool: ToolSpec, schema: ToolSchema) -> str:
-        """Add the rule of an argument, and return its name. Raises UnboundSchema."""
-        name = f"value_{len(self.rules)}"
-        self.rules.append(_value(name, tool, schema))
-        self._num_chars += len(self.rules[-1])
-        if self._num_chars > _MAX_CHARS:
-            raise UnboundSchema(f"the rules of arguments are longer than {_MAX_CHARS >> 10} KiB")
-        return name
-
-
-def _call(tool: ToolSpec, values: _Values) -> str:
-    """The text of a call. Adds the rules of its arguments to `values`."""
+def _call(tool: ToolSpec, rules: Rules) -> str:
+    """The text of a call. Adds the rules of its arguments to `rules`. Raises UnboundSchema."""
     root = schema_of(tool)
-    check_bound(tool, root, _OBJECT)
+    check_bound(tool, root, OBJECT_KEYWORDS)
     parts = [literal(f"{FUNCTION}{tool.name}>\n")]
     for member in members_of(root, root):
-        name = values.add(tool, member.schema)
+        name = rules.new_name()
+        rules.append(_value(name, tool, member.schema))
         argument = f'{literal(f"{PARAMETER}{member.name}>" + NEWLINE)} {name} "\\n"'
         parts.append(argument if member.is_required else f"({argument})?")
     return " ".join(parts)
@@ -183,8 +168,7 @@ def _value(name: str, tool: ToolSpec, schema: ToolSchema) -> str:
     root = schema_of(tool)
     types = types_of(schema, root)
     if "string" not in types:
-        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        value = inline_json({**shared, **schema}, is_strict=tool.strict)
+        value = inline_json({**definitions(root), **schema}, is_strict=tool.strict)
         return f"{name}: {value} {literal(NEWLINE + END_PARAMETER)}"
     check_bound(tool, schema, _STRING)
     texts = constants(schema)

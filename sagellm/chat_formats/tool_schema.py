@@ -23,8 +23,17 @@ class Member(NamedTuple):
     is_required: bool
 
 
+# The keywords of an object that grammars of arguments know where the arguments are not JSON.
+OBJECT_KEYWORDS = frozenset({"type", "properties", "required", "additionalProperties"})
+
+
 def schema_of(tool: ToolSpec) -> ToolSchema:
     return {"type": "object", **(tool.parameters or {})}
+
+
+def definitions(root: ToolSchema) -> ToolSchema:
+    """The keywords of a schema to which the `$ref` of its parts lead."""
+    return {key: root[key] for key in ("$defs", "definitions") if key in root}
 
 
 def members_of(schema: ToolSchema, root: ToolSchema) -> list[Member]:

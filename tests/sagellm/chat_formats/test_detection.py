@@ -38,6 +38,7 @@ TEMPLATES = {
     "qwen3_coder": CODER,
     "qwen3_5": f"{CODER}{{{{- '<think>\\n\\n</think>' }}}}",
     "llama3": LLAMA,
+    "pythonic": "{{- 'Use exact format: [func_name1(param1=value1), func_name2(...)]' }}",
     "mistral_list": "{{- '[TOOL_CALLS][' }}{{- tool_call.function | tojson }}",
     "mistral": "{{- '[TOOL_CALLS]' + name + '[CALL_ID]' + id + '[ARGS]' + arguments }}",
     "magistral": "{{- '[THINK]' + text + '[/THINK]' }}{{- '[TOOL_CALLS]' + name + '[ARGS]' }}",

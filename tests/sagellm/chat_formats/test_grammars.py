@@ -61,6 +61,7 @@ SPECIAL = {
     "qwen3": (),
     "hermes": ("<tool_call>", "</tool_call>"),
     "llama3": ("<|python_tag|>",),
+    "pythonic": ("<|python_start|>", "<|python_end|>"),
     "magistral": ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"),
     "magistral_2506": ("[TOOL_CALLS]", "[ARGS]"),
     "mistral": ("[TOOL_CALLS]", "[ARGS]"),
@@ -86,6 +87,7 @@ BEGINNINGS = {
     "gemma4": "Hm.<|tool_call>",
     "function_gemma": "Hm.<start_function_call>",
     "llama3": '{"name',
+    "pythonic": "[",
     **dict.fromkeys(("deepseek_v3", "deepseek_r1", "deepseek_v3_1"), f"Hm.{DEEPSEEK[0]}"),
     **dict.fromkeys(("kimi_k2", "kimi_k2_thinking"), f"Hm.{KIMI[0]}"),
 }

@@ -37,6 +37,7 @@ FRAGMENTS = [
     *("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|tool_calls_section_begin|>"),
     *("<|tool_call_begin|>functions.time:0", "<|tool_call_argument_begin|>{}"),
     *("<|tool_call_end|>", "<|tool_calls_section_end|>"),
+    *("[time(", "get_weather(city='", "x=", "'", "\\u00", "True", ")", "'}", "<|python_start|>["),
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 SPECIAL = {"<pad>": 1, "<|channel>": 2, "<|end|>": 3, "<tool_call>": 4}
@@ -69,10 +70,11 @@ BEGINNINGS = {
     "qwen3": ["\n", "<think>", "<tool_call>", '<tool_call>{"arguments": "'],
     "qwen3_5": ["<function=time><parameter=x>", "<function=get_weather><parameter=days>"],
     "llama3": ['{"name": "time", "parameters": {"a": '],
+    "pythonic": ["[time(a='"],
     "mistral": ["[TOOL_CALLS]", "[TOOL_CALLS]["],
     "gemma4": ["<|tool_call>call:time{a:["],
     "harmony": ["", "<|channel|>analysis<|message|>"],
-    "deepseek_v3_1": ["<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>time<｜tool▁sep｜>{"],
+    "deepseek_v3_1": ["<｜tool▁call▁begin｜>time<｜tool▁sep｜>{"],
 }
 REPEATED = ["a", "\n", "<", "[1,", "<tool_call>", "</think", "<pad>"]
 
