@@ -35,6 +35,7 @@ from sagellm.chat_formats.chat_format import (
     random_id,
 )
 from sagellm.chat_formats.gemma import FUNCTION_GEMMA, GEMMA4
+from sagellm.chat_formats.glm import GLM
 from sagellm.chat_formats.harmony import HARMONY
 from sagellm.chat_formats.hermes import HERMES, QWEN3
 from sagellm.chat_formats.llama3 import LLAMA3
@@ -66,7 +67,7 @@ __all__ = [
 ]
 
 _SHIPPED = (
-    *(DEEPSEEK_R1, DEEPSEEK_V3_1, DEEPSEEK_V3, KIMI_K2_THINKING, KIMI_K2),
+    *(DEEPSEEK_R1, DEEPSEEK_V3_1, DEEPSEEK_V3, KIMI_K2_THINKING, KIMI_K2, GLM),
     *(HARMONY, GEMMA4, FUNCTION_GEMMA, QWEN3_5, QWEN3_CODER, QWEN3, HERMES, PYTHONIC, LLAMA3),
     *(MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST, THINKING, PLAIN),
 )

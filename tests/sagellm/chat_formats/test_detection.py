@@ -38,6 +38,7 @@ TEMPLATES = {
     "qwen3_coder": CODER,
     "qwen3_5": f"{CODER}{{{{- '<think>\\n\\n</think>' }}}}",
     "llama3": LLAMA,
+    "glm": "<tool_call>{{ name }}\n<arg_key>{{ key }}</arg_key> </think>",
     "pythonic": "{{- 'Use exact format: [func_name1(param1=value1), func_name2(...)]' }}",
     "mistral_list": "{{- '[TOOL_CALLS][' }}{{- tool_call.function | tojson }}",
     "mistral": "{{- '[TOOL_CALLS]' + name + '[CALL_ID]' + id + '[ARGS]' + arguments }}",
@@ -75,9 +76,11 @@ def test_a_model_without_a_template_is_plain() -> None:
 
 
 def test_tags_of_other_calls_are_not_taken_for_json() -> None:
-    form = format_of("<tool_call>{{name}}\n<arg_key>{{key}}</arg_key> </think>")
-    assert form.name == "thinking"
+    form = format_of("<tool_call>{{name}}\n<arg_key>{{key}}</arg_key>")
+    assert form.name == "plain"
     assert not form.takes_tools
+    other = "<tool_call>{{ name }}<tool_sep><arg_key>{{ key }}</arg_key> </think>"
+    assert format_of(other).name == "thinking"
 
 
 def test_calls_in_a_template_that_shows_no_tools_are_not_taken() -> None:

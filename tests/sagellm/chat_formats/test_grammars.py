@@ -61,6 +61,7 @@ SPECIAL = {
     "qwen3": (),
     "hermes": ("<tool_call>", "</tool_call>"),
     "llama3": ("<|python_tag|>",),
+    "glm": ("</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     "pythonic": ("<|python_start|>", "<|python_end|>"),
     "magistral": ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"),
     "magistral_2506": ("[TOOL_CALLS]", "[ARGS]"),
@@ -81,8 +82,9 @@ HINTS = (
         "[TOOL_CALLS]",
     ),
 )
+GLM_HINTS = ("</arg_value>", "</think>", "<tool_call>", "</tool_call>")
 BEGINNINGS = {
-    **dict.fromkeys(("hermes", "qwen3", "qwen3_coder", "qwen3_5"), "Hm.\n<tool_call>"),
+    **dict.fromkeys(("hermes", "qwen3", "qwen3_coder", "qwen3_5", "glm"), "Hm.\n<tool_call>"),
     "harmony": "<|channel|>commentary to=functions.",
     "gemma4": "Hm.<|tool_call>",
     "function_gemma": "Hm.<start_function_call>",
@@ -92,6 +94,10 @@ BEGINNINGS = {
     **dict.fromkeys(("kimi_k2", "kimi_k2_thinking"), f"Hm.{KIMI[0]}"),
 }
 SEEDS = range(6)
+
+
+def walked(name: str, tokens: ByteTokens, grammar: Grammar, seed: int, begin: str = "") -> str:
+    return Walk(tokens, grammar, seed, GLM_HINTS if name == "glm" else HINTS, begin).text()
 
 
 def tokens_of(name: str, *, special: bool = True) -> ByteTokens:
@@ -105,7 +111,7 @@ def test_an_answer_that_must_call_is_valid_calls(name: str, special: bool) -> No
     grammar = named(name).grammar(use, "", special_tokens=tokens.special_tokens)
     assert grammar is not None
     for seed in SEEDS:
-        text = Walk(tokens, grammar, seed, HINTS).text()
+        text = walked(name, tokens, grammar, seed)
         parts = parsed(name, text, use=use, special_tokens=tokens.special_tokens)
         calls = calls_in(parts)
         assert calls
@@ -126,7 +132,7 @@ def test_a_named_tool_is_the_only_one(name: str) -> None:
     grammar = named(name).grammar(use, "", special_tokens=tokens.special_tokens)
     assert grammar is not None
     for seed in SEEDS:
-        text = Walk(tokens, grammar, seed, HINTS).text()
+        text = walked(name, tokens, grammar, seed)
         (call,) = calls_in(parsed(name, text, use=use, special_tokens=tokens.special_tokens))
         assert call[0] == "time"
 
@@ -138,7 +144,7 @@ def test_a_strict_tool_binds_the_calls_of_a_free_answer(name: str) -> None:
     grammar = named(name).grammar(use, "", special_tokens=tokens.special_tokens)
     assert grammar is not None
     for seed in SEEDS:
-        text = Walk(tokens, grammar, seed, HINTS, BEGINNINGS.get(name, "[TOOL_CALLS]")).text()
+        text = walked(name, tokens, grammar, seed, BEGINNINGS.get(name, "[TOOL_CALLS]"))
         calls = calls_in(parsed(name, text, use=use, special_tokens=tokens.special_tokens))
         assert calls
         for tool, arguments in calls:
@@ -210,9 +216,7 @@ def test_a_free_answer_is_calls_or_a_response(name: str) -> None:
     assert grammar is not None
     kinds = set()
     for seed in range(24):
-        parts = parsed(
-            name, Walk(tokens, grammar, seed, HINTS).text(), use=use, special_tokens=special
-        )
+        parts = parsed(name, walked(name, tokens, grammar, seed), use=use, special_tokens=special)
         calls, texts = calls_in(parts), [part.text for part in parts if isinstance(part, Content)]
         for tool, arguments in calls:
             jsonschema_rs.validate(SCHEMAS[tool], arguments)

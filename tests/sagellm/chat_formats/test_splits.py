@@ -36,6 +36,7 @@ FRAGMENTS = [
     ),
     *("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|tool_calls_section_begin|>"),
     *("<|tool_call_begin|>functions.time:0", "<|tool_call_argument_begin|>{}"),
+    *("time\n<arg_key>", "city", "</arg_key>", "<arg_value>", "</arg_value>"),
     *("<|tool_call_end|>", "<|tool_calls_section_end|>"),
     *("[time(", "get_weather(city='", "x=", "'", "\\u00", "True", ")", "'}", "<|python_start|>["),
 ]
@@ -70,6 +71,7 @@ BEGINNINGS = {
     "qwen3": ["\n", "<think>", "<tool_call>", '<tool_call>{"arguments": "'],
     "qwen3_5": ["<function=time><parameter=x>", "<function=get_weather><parameter=days>"],
     "llama3": ['{"name": "time", "parameters": {"a": '],
+    "glm": ["<tool_call>time<arg_key>x</arg_key><arg_value>"],
     "pythonic": ["[time(a='"],
     "mistral": ["[TOOL_CALLS]", "[TOOL_CALLS]["],
     "gemma4": ["<|tool_call>call:time{a:["],
