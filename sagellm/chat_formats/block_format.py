@@ -164,11 +164,7 @@ class BlockFormat:
         return f"answer: (head block){many} {ANY_TEXT}\n{head}"
 
     def response_grammar(
-        self,
-        grammar: Grammar,
-        prompt: str,
-        *,
-        special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
+        self, grammar: Grammar, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
     ) -> Grammar:
         if self.tags is None or self.tags.is_closed(prompt):
             return grammar

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from sagellm.chat_formats.answer_readers import ReasoningTags
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse, UnboundSchema
 from sagellm.chat_formats.tool_schema import (
+    OBJECT_KEYWORDS,
+    Member,
     ToolSchema,
+    check_bound,
     check_shape,
     closed,
     loosened,
+    members_of,
     schema_of,
 )
 from sagellm.runtime.sampling import Grammar
@@ -85,6 +89,22 @@ def inline_json(schema: ToolSchema, *, is_strict: bool) -> str:
     """A JSON value. If not `is_strict`, keywords that no grammar can express are left out."""
     bound = closed(schema if is_strict else loosened(schema))
     return "%json " + json.dumps(bound, ensure_ascii=False)
+
+
+def arguments_of(tool: ToolSpec, unwritable: re.Pattern[str]) -> list[Member]:
+    """The arguments of a tool in a form of its own, required ones first.
+
+    Raises UnboundSchema, also where `unwritable` is found in a name, which the form cannot write.
+    """
+    schema = schema_of(tool)
+    check_bound(tool, schema, OBJECT_KEYWORDS)
+    found = members_of(schema, schema)
+    if any(not member.name or unwritable.search(member.name) for member in found):
+        raise UnboundSchema(
+            "an argument has a name that this model's form of calls cannot write; use letters, "
+            "digits and `_`"
+        )
+    return found
 
 
 def json_call(tool: ToolSpec, member: str) -> str:

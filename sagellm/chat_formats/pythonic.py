@@ -12,19 +12,23 @@ import json
 import re
 
 from sagellm.chat_formats.block_format import BlockFormat
-from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse, UnboundSchema
+from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
 from sagellm.chat_formats.json_call import PYTHON_SCALARS, is_json_scalar, json_text
-from sagellm.chat_formats.lark_rules import Rules, inline_json, literal, members, one_of
+from sagellm.chat_formats.lark_rules import (
+    Rules,
+    arguments_of,
+    inline_json,
+    literal,
+    members,
+    one_of,
+)
 from sagellm.chat_formats.nested_values import read_nested
 from sagellm.chat_formats.part_writer import PartWriter
 from sagellm.chat_formats.text_source import TextReading, TextSource, Write
 from sagellm.chat_formats.tool_schema import (
-    OBJECT_KEYWORDS,
     ToolSchema,
-    check_bound,
     constants,
     definitions,
-    members_of,
     schema_of,
     types_of,
 )
@@ -45,8 +49,8 @@ _HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
 def read_pythonic_block(source: TextSource, writer: PartWriter, opening: str) -> TextReading[bool]:
     if opening in TOKENS:
         yield from source.space()
-    if opening in TOKENS and not (yield from source.accept("[")):
-        return False
+        if not (yield from source.accept("[")):
+            return False
     return (yield from read_python_calls(source, writer))
 
 
@@ -183,15 +187,9 @@ def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
 def _call(tool: ToolSpec, rules: Rules) -> str:
     """The text of a call. Adds the rules of its arguments to `rules`. Raises UnboundSchema."""
     root = schema_of(tool)
-    check_bound(tool, root, OBJECT_KEYWORDS)
     required: list[str] = []
     optional: list[str] = []
-    for member in members_of(root, root):
-        if not member.name or _AFTER_WORD.search(member.name):
-            raise UnboundSchema(
-                "an argument has a name that this model's form of calls cannot write; use letters, "
-                "digits and `_`"
-            )
+    for member in arguments_of(tool, _AFTER_WORD):
         value = _value(tool, member.schema, root)
         name = rules.add(f"{literal(f'{member.name}=')} ({value})")
         (required if member.is_required else optional).append(name)

@@ -21,11 +21,10 @@ from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
 from sagellm.chat_formats.hermes import CLOSING, OPENING
 from sagellm.chat_formats.json_call import json_text
-from sagellm.chat_formats.lark_rules import Rules, literal, marker, one_of
+from sagellm.chat_formats.lark_rules import Rules, arguments_of, literal, marker, one_of
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.tagged_values import ValueRules, read_tagged_value
+from sagellm.chat_formats.tagged_values import UNWRITABLE, ValueRules, read_tagged_value
 from sagellm.chat_formats.text_source import TextReading, TextSource
-from sagellm.chat_formats.tool_schema import OBJECT_KEYWORDS, check_bound, members_of, schema_of
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
@@ -82,10 +81,8 @@ def _rules(use: ToolUse, special_tokens: SpecialTokens) -> str:
 
 def _call(tool: ToolSpec, values: ValueRules) -> str:
     """The text of a call. Adds the rules of its arguments to `values`. Raises UnboundSchema."""
-    root = schema_of(tool)
-    check_bound(tool, root, OBJECT_KEYWORDS)
     parts = [literal(f"{FUNCTION}{tool.name}>\n")]
-    for member in members_of(root, root):
+    for member in arguments_of(tool, UNWRITABLE):
         name = values.add(tool, member.schema)
         argument = f'{literal(f"{PARAMETER}{member.name}>" + NEWLINE)} {name} "\\n"'
         parts.append(argument if member.is_required else f"({argument})?")

@@ -4,6 +4,7 @@ The schema of the tool says which arguments are strings.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from sagellm.chat_formats.tool_schema import (
     types_of,
 )
 
+UNWRITABLE = re.compile(r"[<>\n]|^\s|\s$")  # in the names of arguments
 _STRING = frozenset({"type", "enum", "const", "minLength", "maxLength", "anyOf", "oneOf"})
 
 

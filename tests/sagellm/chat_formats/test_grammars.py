@@ -274,6 +274,16 @@ def test_a_strict_tool_with_a_pattern_is_refused(name: str) -> None:
     ByteTokens().matcher(grammar)
 
 
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("pythonic", "a b"), ("glm", "a</arg_key>"), ("qwen3_coder", "a\nb"), ("glm", "")],
+)
+def test_an_argument_whose_name_the_form_cannot_write_is_refused(form: str, name: str) -> None:
+    tool = ToolSpec(name="f", parameters={"type": "object", "properties": {name: {}}})
+    with pytest.raises(UnboundSchema, match="a name that"):
+        named(form).grammar(ToolUse(tools=(tool,), choice="required"), "")
+
+
 def test_a_name_is_quoted_in_a_grammar() -> None:
     use = ToolUse(tools=(ToolSpec(name='a"b\\'),), choice="required")
     grammar = named("hermes").grammar(use, "")

@@ -12,7 +12,6 @@ from sagellm.chat_formats import (
     ToolCallDelta,
     ToolSpec,
     ToolUse,
-    UnboundSchema,
 )
 
 PARIS = call(0, "get_weather", '{"city": "Paris"}')
@@ -132,10 +131,3 @@ def test_optional_arguments_may_be_left_out(arguments: str) -> None:
     assert grammar is not None
     assert ByteTokens().accepts(grammar, f"[f({arguments})]")
     assert not ByteTokens().accepts(grammar, "[f(b=True, a=1)]")
-
-
-def test_a_name_that_python_cannot_write_is_refused() -> None:
-    schema = {"type": "object", "properties": {"a b": {}}}
-    use = ToolUse(tools=(ToolSpec(name="f", parameters=schema),), choice="required")
-    with pytest.raises(UnboundSchema, match="a name that"):
-        named("pythonic").grammar(use, "")
