@@ -9,6 +9,8 @@ ToolSchema: TypeAlias = Mapping[str, Any]
 
 _MAX_REFERENCES = 32  # a longer chain of `$ref` may be a circle
 _MAX_OPTIONS = 1024  # the types of more options are not read: the event loop would wait
+# The keywords of an object that grammars of arguments know where the arguments are not JSON.
+OBJECT_KEYWORDS = frozenset({"type", "properties", "required", "additionalProperties"})
 _DOCUMENTS = frozenset(
     {"$schema", "$id", "$defs", "definitions", "title", "description", "default"}
 )
@@ -21,10 +23,6 @@ class Member(NamedTuple):
     name: str
     schema: ToolSchema
     is_required: bool
-
-
-# The keywords of an object that grammars of arguments know where the arguments are not JSON.
-OBJECT_KEYWORDS = frozenset({"type", "properties", "required", "additionalProperties"})
 
 
 def schema_of(tool: ToolSpec) -> ToolSchema:
