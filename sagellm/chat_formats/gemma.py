@@ -4,29 +4,25 @@
     <|tool_call>call:f{x:<|"|>text<|"|>,n:[1,true]}<tool_call|>
 
 Names of members are bare, texts stand between quotes of their own, the rest is as in JSON. The
-arguments are written as JSON. The template of Gemma 3 knows no tools.
+arguments are written as JSON. The template that ships with Gemma 3 knows no tools.
 
 Source: the chat templates of google/functiongemma-270m-it and google/gemma-4-31B-it.
 """
 
-import json
 import re
 from functools import partial
 
 from sagellm.chat_formats.answer_readers import ReasoningTags
 from sagellm.chat_formats.block_format import BlockFormat
 from sagellm.chat_formats.gemma_rules import gemma_rules
-from sagellm.chat_formats.json_call import read_json
+from sagellm.chat_formats.json_call import is_json_scalar, json_text, read_json
+from sagellm.chat_formats.nested_values import read_nested
 from sagellm.chat_formats.part_writer import PartWriter
 from sagellm.chat_formats.text_source import MarkerFinder, TextReading, TextSource, Write
 
 _AFTER_NAME = re.compile(r"[^\w.-]")
 _AFTER_KEY = re.compile(r"[:,{}\[\]<]")
 _AFTER_SCALAR = re.compile(r"[,{}\[\]<]")
-
-_JSON_SCALAR = re.compile(
-    r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|true|false|null", re.ASCII
-)
 
 
 def read_gemma_block(
@@ -40,7 +36,8 @@ def read_gemma_block(
     if (yield from source.peek()) != "{" or writer.begin_call("".join(name)) is None:
         return False
     source.stop_record()
-    if not (yield from _read_value(source, writer.arguments, quote)):
+    scalar, key = partial(_read_scalar, quote=quote), partial(_read_key, quote=quote)
+    if not (yield from read_nested(source, writer.arguments, scalar, key)):
         return False
     yield from source.space()
     if not (yield from source.accept(closing)):
@@ -48,49 +45,12 @@ def read_gemma_block(
     return True
 
 
-def _read_value(source: TextSource, write: Write, quote: str) -> TextReading[bool]:
-    """Read a value, and write it as JSON. Return whether it is complete.
-
-    The brackets that are open are a list, not calls in calls: a model may open very many.
-    """
-    closings: list[str] = []
-    while True:
-        yield from source.space()
-        bracket = yield from _accept_bracket(source)
-        if bracket:
-            write(bracket)
-            closings.append("}" if bracket == "{" else "]")
-        elif not (yield from _read_scalar(source, write, quote)):
-            return False
-        is_first = bool(bracket)
-        yield from source.space()
-        while closings and (yield from source.accept(closings[-1])):
-            write(closings.pop())
-            is_first = False
-            yield from source.space()
-        if not closings:
-            return True
-        if not is_first:
-            if not (yield from source.accept(",")):
-                return False
-            write(", ")
-        if closings[-1] == "}" and not (yield from _read_key(source, write, quote)):
-            return False
-
-
-def _accept_bracket(source: TextSource) -> TextReading[str]:
-    for bracket in "{[":
-        if (yield from source.accept(bracket)):
-            return bracket
-    return ""
-
-
 def _read_key(source: TextSource, write: Write, quote: str) -> TextReading[bool]:
     yield from source.space()
     if not (yield from _read_text(source, write, quote)):
         name: list[str] = []
         yield from source.before(_AFTER_KEY, name.append)
-        write(_json("".join(name).strip()))
+        write(json_text("".join(name).strip()))
     yield from source.space()
     if not (yield from source.accept(":")):
         return False
@@ -106,7 +66,7 @@ def _read_text(source: TextSource, write: Write, quote: str) -> TextReading[bool
         return False
     write('"')
     finder = MarkerFinder((quote,))
-    if (yield from source.until(finder, lambda text: write(_json(text)[1:-1]))):
+    if (yield from source.until(finder, lambda text: write(json_text(text)[1:-1]))):
         write('"')
     return True
 
@@ -119,16 +79,8 @@ def _read_scalar(source: TextSource, write: Write, quote: str) -> TextReading[bo
     end = yield from source.before(_AFTER_SCALAR, pieces.append)
     text = "".join(pieces).strip()
     if end and text:
-        write(text if _is_json_scalar(text) else _json(text))
+        write(text if is_json_scalar(text) else json_text(text))
     return bool(end and text)
-
-
-def _json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _is_json_scalar(text: str) -> bool:
-    return _JSON_SCALAR.fullmatch(text) is not None
 
 
 def _gemma_format(

@@ -6,14 +6,17 @@ from typing import Any
 
 from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
 from sagellm.chat_formats.lark_rules import (
+    Rules,
     bounded_text_up_to,
     inline_json,
     literal,
     marker,
+    members,
     one_of,
     text_up_to,
 )
 from sagellm.chat_formats.tool_schema import (
+    OBJECT_KEYWORDS,
     ToolSchema,
     alternatives,
     check_bound,
@@ -28,7 +31,7 @@ _BARE = re.compile(r"[\w.-]+")
 _KNOWN = {
     "string": frozenset({"type", "minLength", "maxLength"}),
     "array": frozenset({"type", "items", "minItems", "maxItems"}),
-    "object": frozenset({"type", "properties", "required", "additionalProperties"}),
+    "object": OBJECT_KEYWORDS,
 }
 _SCALARS = frozenset({"number", "integer", "boolean", "null"})
 
@@ -37,7 +40,7 @@ def gemma_rules(use: ToolUse, special_tokens: SpecialTokens, *, quote: str, clos
     notation = _Notation(quote, special_tokens)
     calls = one_of(use, lambda tool: f"{literal(f'call:{tool.name}')} {notation.arguments(tool)}")
     block = f"block: call {marker(closing, special_tokens)}"
-    return "\n".join([block, calls, *notation.rules])
+    return "\n".join([block, calls, *notation.lines])
 
 
 class _Notation:
@@ -47,7 +50,8 @@ class _Notation:
         self._quote = quote
         self._special_tokens = special_tokens
         self._named: dict[int, tuple[ToolSchema, str]] = {}  # id of a schema -> it, and its rule
-        self.rules = [
+        self._rules = Rules()
+        for rule in (
             f"text: {marker(quote, special_tokens)} text_end",
             text_up_to("text_end", quote, special_tokens),
             "any: text | any_scalar | any_list | any_object",
@@ -55,25 +59,24 @@ class _Notation:
             'any_object: "{" (any_member ("," any_member)*)? "}"',
             'any_member: /[A-Za-z_][A-Za-z0-9_]*/ ":" any',
             f"any_scalar: {inline_json({'type': ['number', 'boolean', 'null']}, is_strict=True)}",
-        ]
+        ):
+            self._rules.append(rule)
+
+    @property
+    def lines(self) -> list[str]:
+        return self._rules.lines
 
     def arguments(self, tool: ToolSpec) -> str:
         """The name of the rule for the arguments of a tool."""
         root = schema_of(tool)
         return self._value(root, tool, root)
 
-    def _add(self, right: str) -> str:
-        """Add a rule, and return its name."""
-        name = f"rule_{len(self.rules)}"
-        self.rules.append(f"{name}: {right}")
-        return name
-
     def _value(self, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
         """The name of the rule for the values of a schema. `root`: the schema of all arguments."""
         if id(schema) not in self._named:
             name = f"value_{len(self._named)}"
             self._named[id(schema)] = schema, name
-            self.rules.append(f"{name}: {self._values(schema, tool, root)}")
+            self._rules.append(f"{name}: {self._values(schema, tool, root)}")
         return self._named[id(schema)][1]
 
     def _values(self, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
@@ -112,9 +115,10 @@ class _Notation:
         bounds = length_bounds(schema)
         if bounds is None:
             return "text"
-        name = f"text_{len(self.rules)}"
+        name = self._rules.new_name()
         rule = bounded_text_up_to(f"{name}_end", self._quote, self._special_tokens, bounds, "")
-        self.rules += [f"{name}: {marker(self._quote, self._special_tokens)} {name}_end", rule]
+        self._rules.append(f"{name}: {marker(self._quote, self._special_tokens)} {name}_end")
+        self._rules.append(rule)
         return name
 
     def _list(self, schema: ToolSchema, tool: ToolSpec, root: ToolSchema) -> str:
@@ -134,18 +138,9 @@ class _Notation:
         optional: list[str] = []
         for member in members_of(schema, root):
             value = self._value(member.schema, tool, root)
-            name = self._add(f'{self._key(member.name)} ":" {value}')
+            name = self._rules.add(f'{self._key(member.name)} ":" {value}')
             (required if member.is_required else optional).append(name)
-        if required:
-            more = [f'("," {name})?' for name in optional]
-            return " ".join(['"{"', ' "," '.join(required), *more, '"}"'])
-        if not optional:
-            return '"{" "}"'
-        first = rest = ""  # rules: the members from this one on, and those after a comma
-        for name in reversed(optional):  # one rule with all choices would be quadratic
-            first = self._add(f"{name} {rest} | {first}" if first else name)
-            rest = self._add(f'("," {name})? {rest}'.rstrip())
-        return f'"{{" {first}? "}}"'
+        return f'"{{" {members(required, optional, self._rules)} "}}"'
 
     def _key(self, name: str) -> str:
         return literal(name) if _BARE.fullmatch(name) else self._constant(name)

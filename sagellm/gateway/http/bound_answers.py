@@ -86,8 +86,11 @@ def check_tool_use(served: HostedModel, use: ToolUse) -> None:
     if not use.allowed:
         return
     if not served.format.takes_tools:
+        why = (
+            "the chat template of this model knows no tools, or only a form of calls not known here"
+        )
         cure = "leave them out, or send `tool_choice`: `none`"
-        raise _unsupported("tools", f"the chat template of this model knows no tools; {cure}")
+        raise _unsupported("tools", f"{why}; {cure}")
     if use.is_bound:
         _check_able(served, "tool_choice" if use.must_call else "tools")
 

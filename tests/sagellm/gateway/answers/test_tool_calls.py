@@ -9,6 +9,7 @@ from chat_templates import (
     CARD,
     HARMONY,
     HERMES,
+    KIMI,
     LLAMA3,
     MISTRAL,
     PLAIN,
@@ -131,6 +132,16 @@ async def test_an_answer_and_its_results_go_back_through_the_template() -> None:
         assert rendered == f"assistant: Wait.{made}\ntool: 12\nassistant: "
 
 
+async def test_the_ids_that_kimi_writes_go_back_to_it() -> None:
+    made = "<|tool_call_begin|>functions.g:3"
+    text = f"<|tool_calls_section_begin|>{made}<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    first = (await answer(KIMI, *letters(text), tools=TOOLS)).json["choices"][0]["message"]
+    bridge, tokenizer = playing([last("done")]), TemplateTokenizer(KIMI)
+    body = {"messages": [first], "tools": TOOLS}
+    assert (await post(chat, bridge, body, tokenizer=tokenizer, model=CARD)).status == 200
+    assert made in bridge.requests[0].prompt
+
+
 async def test_a_call_that_was_cut_off_goes_back_as_text() -> None:
     """Agents send back what the model wrote, with the error, so that it can correct itself."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": '}}
@@ -248,6 +259,17 @@ async def test_several_tokens_in_one_event_share_its_reasoning() -> None:
     answered = await answer(QWEN3, [event("<think>abc</think>xyz", num=21)], [last()])
     details = answered.json["usage"]["completion_tokens_details"]
     assert details["reasoning_tokens"] == 3
+
+
+async def test_reasoning_after_a_preamble_is_counted() -> None:
+    between = "<|end|><|start|>assistant"
+    text = (
+        f"<|channel|>commentary<|message|>I look.{between}<|channel|>analysis<|message|>hm"
+        f"{between}<|channel|>final<|message|>yes"
+    )
+    for batches in (letters(text), [[event(text, num=len(text))], [last()]]):
+        usage = (await answer(HARMONY, *batches)).json["usage"]
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == len("hm")
 
 
 async def test_harmony_shows_its_channels() -> None:
