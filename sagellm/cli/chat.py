@@ -73,8 +73,6 @@ def chat(
         raise Failure("--json needs a question", "add --question TEXT")
     only = None if question is None else read_text(question, "--question")
     options = {**sampling.given, **grammar.fields}
-    if stats or json:
-        options["stream_options"] = {"include_usage": True}
     with translate_client_errors():
         offered = load_tools(tools, yes=yes)
     session = ChatSession(_resolved(server), options, offered)

@@ -137,7 +137,6 @@ class StreamedAnswer:
         self.num_pieces += has_part
         self.text += piece
         self.finish_reason = piece.finish_reason or self.finish_reason
-        self.usage = piece.usage or self.usage
 
 
 def complete(
@@ -163,8 +162,6 @@ def complete(
     """
     prompt = read_text(text, "TEXT")
     options = {**sampling.given, **grammar.fields}
-    if stats or json:
-        options["stream_options"] = {"include_usage": True}
     with translate_client_errors():
         model, answer = trio.run(_complete, prompt, server, options, json)
     if json and not answer.is_stopped:
@@ -233,7 +230,7 @@ async def print_stream(
                 thoughts.show(piece)
                 if not silent:
                     print(piece, end="", flush=True)
-            answer.reply = stream.reply
+            answer.reply, answer.usage = stream.reply, stream.usage
     answer.is_stopped = scope.cancelled_caught
     if not silent and not (answer.calls_tools and not answer.text):
         print(flush=True)

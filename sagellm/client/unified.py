@@ -59,7 +59,8 @@ class UnifiedInferenceClient:
     A failed call raises ClientError. Options of `chat` and `generate` have the names of the OpenAI
     API, and go to the server unchanged. `timeout`: the longest time, in seconds, that the server
     may send nothing. The client never retries; `ClientError.retry_after_s` is the time that the
-    server asks it to wait.
+    server asks it to wait. A stream asks for its `usage`; if the server refuses `stream_options`,
+    the client sends this call and later ones without them.
     """
 
     def __init__(

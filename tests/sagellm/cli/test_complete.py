@@ -18,7 +18,9 @@ def test_the_answer_is_all_that_goes_to_stdout(capsys: pytest.CaptureFixture[str
     code, asked = run(telling("Good", " day"), "complete", "Say", "--max-tokens", "5")
     shown = capsys.readouterr()
     assert (code, shown.out, shown.err) == (0, "Good day\n", "")
-    assert asked == [{"model": MODEL, "prompt": "Say", "max_tokens": 5, "stream": True}]
+    usage = {"include_usage": True}
+    wanted = {"model": MODEL, "prompt": "Say", "max_tokens": 5, "stream_options": usage}
+    assert asked == [{**wanted, "stream": True}]
 
 
 def test_options_go_to_the_server() -> None:
