@@ -59,7 +59,8 @@ def chat(
     system
         What the model is told first.
     tools
-        A Python file, whose public functions the model may call. You are asked before each call.
+        A Python file, whose public functions the model may call, decorated ones too, but not those
+        that the file imports. You are asked before each call.
     yes
         Make the calls of tools without asking.
     question
