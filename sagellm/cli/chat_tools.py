@@ -51,8 +51,10 @@ def _shown(text: str) -> str:
 
 
 def _is_allowed() -> bool:
+    # Not the prompt of `input`: it would go to stdout, which may be a file.
+    print("run it? [y/N] ", end="", file=sys.stderr, flush=True)
     try:
-        return input("run it? [y/N] ").strip().lower() in ("y", "yes")
+        return input().strip().lower() in ("y", "yes")
     except EOFError:
         return False
 

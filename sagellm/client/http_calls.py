@@ -93,10 +93,11 @@ def no_server() -> ClientError:
     return ClientError(f"no server answers at {tried}; {fix}", code=UNREACHABLE)
 
 
-def check_embedded(url: str | None) -> None:
-    """Raise ClientError if a URL is given together with `embedded`, which would ignore it."""
-    if url is not None:
-        cause = "an embedded graph has no URL; leave one of the two out"
+def check_embedded(url: str | None, api_key: str | None) -> None:
+    """Raise ClientError if a URL or a key is given with `embedded`, which would ignore it."""
+    given = "URL" if url is not None else "API key"
+    if url is not None or api_key is not None:
+        cause = f"an embedded graph has no {given}; leave one of the two out"
         raise ClientError(cause, code=NOT_OFFERED)
 
 

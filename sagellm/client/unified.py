@@ -97,7 +97,7 @@ class UnifiedInferenceClient:
         served: InferenceService
         if embedded:
             _check_place("UnifiedInferenceClient.create(embedded=True)")
-            check_embedded(control_plane_url)
+            check_embedded(control_plane_url, api_key)
             # Imported on demand: a client of a server needs neither the gateway nor an engine.
             served = import_module("sagellm.client.embedded").Embedded(default_llm_model)
         else:

@@ -255,13 +255,20 @@ def test_a_tool_is_called_and_the_answer_follows(
 
 @pytest.mark.parametrize(("consent", "is_called"), [("y", True), ("", False), ("no", False)])
 def test_the_user_is_asked_before_a_call(
-    consent: str, is_called: bool, tools: Path, monkeypatch: pytest.MonkeyPatch
+    consent: str,
+    is_called: bool,
+    tools: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     say(monkeypatch, "Weather?", consent)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     with scripted(calling(PARIS)) as server:
         assert talk(server, "--tools", str(tools)) == 0
     assert tools.with_name("called").exists() is is_called
+    shown = capsys.readouterr()
+    assert "run it? [y/N] " in shown.err
+    assert "run it?" not in shown.out
     result = server.asked[1]["messages"][-1]["content"]
     assert result == RESULT if is_called else "did not allow" in result
 
