@@ -99,7 +99,7 @@ def _is_tool(name: str, value: object, file: str) -> bool:
     if isinstance(value, partial) or getattr(value, "__module__", file) == file:
         return True
     # A function that another one returned, such as a decorator that hides what it decorates.
-    is_made = "<locals>" in getattr(value, "__qualname__", "")
+    is_made = "<locals>" in str(getattr(value, "__qualname__", ""))
     if is_made or not inspect.isroutine(value):
         warn(f"{name} is no tool: its code is in another file; define a function that calls it")
     return False

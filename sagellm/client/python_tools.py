@@ -85,13 +85,18 @@ def read_tool(function: ToolCallable, name: str | None = None) -> PythonTool:
 def _function_inside(function: ToolCallable) -> tuple[ToolCallable, set[str]]:
     """The function inside of decorators and partial objects, and the names of the arguments that
     partial objects give. Decorators keep the function as `functools.wraps` does.
+
+    Raises ClientError for an object that wraps itself, as those do that have every attribute.
     """
     given: set[str] = set()
-    function = inspect.unwrap(function)
-    while isinstance(function, partial):
-        given |= function.keywords.keys()
-        function = inspect.unwrap(function.func)
-    return function, given
+    try:
+        inner = inspect.unwrap(function)
+        while isinstance(inner, partial):
+            given |= inner.keywords.keys()
+            inner = inspect.unwrap(inner.func)
+    except ValueError:
+        raise _unfit(type(function).__name__, "it wraps itself; give a function") from None
+    return inner, given
 
 
 def _arguments_of(

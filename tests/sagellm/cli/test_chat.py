@@ -330,6 +330,7 @@ from functools import cache, partial, wraps
 from itertools import chain
 from operator import itemgetter
 from typing import NewType
+from unittest.mock import call
 
 def hide(function):
     def hidden(*args): ...
@@ -361,6 +362,7 @@ lookup = _Lookup()
 def hidden(x: int) -> int: ...
 
 first = itemgetter(0)
+second = call
 del hide
 """
 
@@ -375,7 +377,9 @@ def test_wrapped_functions_are_tools_and_others_are_named(
     said = capsys.readouterr().err
     assert "hidden is no tool: its code is in another file" in said
     assert "first is no tool" in said
-    assert said.count("warning") == 2
+    assert "call is no tool" in said
+    assert "second is no tool" in said
+    assert said.count("warning") == 4
 
 
 @pytest.mark.parametrize(

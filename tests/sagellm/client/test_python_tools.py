@@ -1,5 +1,6 @@
 from functools import cache, partial, wraps
 from typing import Annotated, Any, Literal
+from unittest import mock
 
 import anyio
 import anyio.lowlevel
@@ -157,6 +158,7 @@ def unknown(value: "Nothing") -> None: ...  # type: ignore[name-defined] # noqa:
         (unknown, "cannot be read"),
         (lambda: 1, "a tool's name has"),
         (partial(many), "many is no tool"),
+        (mock.call, "wraps itself"),
     ],
 )
 def test_a_function_that_is_no_tool_is_refused(function: Any, said: str) -> None:
