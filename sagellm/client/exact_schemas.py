@@ -121,7 +121,7 @@ def _rank(info: types.Type) -> int:
 def _bind(node: TypeSchema, info: types.Type) -> None:
     if isinstance(info, types.DictType):
         if (keys := _key_pattern(info.key_type)) is not None:
-            _bind_keys(node, keys)
+            _bind_keys(node, f"^(?:{keys})$")
         return
     pattern = _text_pattern(info)
     if pattern is None or node.get("type") != "string":
@@ -178,14 +178,17 @@ def _key_pattern(info: types.Type) -> str | None:
 
 
 def _bind_named_keys(schema: TypeSchema, keys: TypeSchema) -> None:
-    """Bind keys by `propertyNames` where it is a pattern or a format: no grammar follows it."""
-    pattern = keys.get("pattern") or _PATTERNS.get(keys.get("format", ""))
-    if pattern is not None and set(keys) <= {"pattern", "format", "type", "title"}:
+    """Replace `propertyNames`, which no grammar follows, if it is a pattern or a format."""
+    if not set(keys) <= {"pattern", "format", "type", "title"}:
+        return
+    format_pattern = _PATTERNS.get(keys.get("format", ""))
+    pattern = keys.get("pattern") or (format_pattern and f"^(?:{format_pattern})$")
+    if pattern is not None:
         del schema["propertyNames"]
         _bind_keys(schema, pattern)
 
 
 def _bind_keys(schema: TypeSchema, pattern: str) -> None:
     values = schema.pop("additionalProperties", {})
-    schema["patternProperties"] = {f"^(?:{pattern})$": values}
+    schema["patternProperties"] = {pattern: values}
     schema["additionalProperties"] = False

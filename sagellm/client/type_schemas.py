@@ -103,12 +103,12 @@ def _references(value: Any) -> set[str]:
 
 
 def _close(schema: TypeSchema) -> None:
-    """Add `additionalProperties: false`, if the schema lists properties."""
+    """Add `additionalProperties: false`, if the schema names properties or their patterns."""
     schema.pop("uniqueItems", None)  # servers refuse it; a set takes each value once by itself
     if schema.get("format") == "decimal":  # msgspec's name; it reads numbers too
         del schema["format"]
         schema["type"] = "number"
-    if "properties" in schema:
+    if "properties" in schema or "patternProperties" in schema:
         schema.setdefault("additionalProperties", False)
 
 

@@ -64,6 +64,7 @@ class Times(pydantic.BaseModel):
     data: bytes
     key: uuid.UUID
     days: dict[datetime.date, uuid.UUID]
+    named: dict[Annotated[str, pydantic.StringConstraints(pattern="^[a-c]{1,3}$")], bool]
 
 
 KINDS: list[Any] = [
@@ -154,6 +155,13 @@ def test_a_pattern_takes_what_the_type_reads(
 def test_a_pattern_of_the_type_itself_stays() -> None:
     extra = {"pattern": "^2026-"}
     assert exact_pattern(Annotated[datetime.date, Meta(extra_json_schema=extra)]) == "^2026-"
+
+
+def test_a_pattern_of_keys_is_searched_in_them() -> None:
+    schema = exact_schema_of(dict[Annotated[str, Meta(pattern="b")], int])
+    assert schema["patternProperties"] == {"b": {"type": "integer"}}
+    assert schema["additionalProperties"] is False
+    assert "propertyNames" not in schema
 
 
 def test_a_text_stays_any_text() -> None:
