@@ -1,6 +1,5 @@
 from functools import cache, partial, wraps
 from typing import Annotated, Any, Literal
-from unittest import mock
 
 import anyio
 import anyio.lowlevel
@@ -132,6 +131,14 @@ def test_what_a_partial_object_gives_stays() -> None:
 def bare(city) -> None: ...  # type: ignore[no-untyped-def]
 
 
+class Endless:
+    @property
+    def __wrapped__(self) -> "Endless":
+        return self
+
+    def __call__(self) -> None: ...
+
+
 def many(*cities: str) -> None: ...
 
 
@@ -158,7 +165,7 @@ def unknown(value: "Nothing") -> None: ...  # type: ignore[name-defined] # noqa:
         (unknown, "cannot be read"),
         (lambda: 1, "a tool's name has"),
         (partial(many), "many is no tool"),
-        (mock.call, "wraps itself"),
+        (Endless(), "Endless is no tool: it wraps itself"),
     ],
 )
 def test_a_function_that_is_no_tool_is_refused(function: Any, said: str) -> None:
