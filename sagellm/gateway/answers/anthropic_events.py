@@ -34,6 +34,7 @@ from sagellm.gateway.answers.anthropic_objects import (
 from sagellm.gateway.answers.event_stream import escaped
 from sagellm.gateway.answers.logprobs import Texts
 from sagellm.gateway.answers.objects import ApiUsage
+from sagellm.gateway.answers.parts import is_json_object
 from sagellm.gateway.answers.writer import AnswerSpec, Indexed
 from sagellm.gateway.api_errors import ApiError
 from sagellm.runtime.messages import TokenEvent
@@ -246,8 +247,4 @@ def _filled(block: AnswerContent, text: str) -> AnswerContent:
 
 def _input(text: str) -> msgspec.Raw:
     """Return the JSON text of a tool call's input: {} if the model did not write a whole one."""
-    try:
-        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    except msgspec.DecodeError:
-        return _EMPTY
-    return msgspec.Raw(text.encode())
+    return msgspec.Raw(text.encode()) if is_json_object(text) else _EMPTY

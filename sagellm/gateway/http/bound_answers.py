@@ -73,10 +73,14 @@ async def chat_grammar(
     if not use.needs_grammar(response):
         return None
 
+    names = [tool.function.name for tool in asked.tools]
+
     def make() -> Grammar | None:
         special = served.special_tokens
         form = served.format
-        return call_grammar(form, use, prompt, special_tokens=special, response=response)
+        return call_grammar(
+            form, use, prompt, names=names, special_tokens=special, response=response
+        )
 
     return await gateway.grammars.run("tools", make)
 

@@ -31,12 +31,12 @@ from sagellm.gateway.protocol.request import (
 )
 from sagellm.gateway.protocol.structured_outputs import check_constraints
 from sagellm.gateway.protocol.tool_choice import (
-    AllowedTools,
+    Tool,
     ToolChoice,
     ToolMode,
     Tools,
-    allowed_only,
     check_tools,
+    offered_tools,
     read_tools,
 )
 from sagellm.gateway.settings import RequestLimits
@@ -179,9 +179,7 @@ def _check_prompt(prompt: str | list[Any], limits: RequestLimits) -> None:
 
 class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
-    those of the k most likely as well. In a request that was read, `tools` are those that the model
-    sees: none if `tool_choice` is "none"; and `tool_choice` is no `AllowedTools`. Without
-    `include_reasoning`, the answer has no reasoning.
+    those of the k most likely as well. Without `include_reasoning`, the answer has no reasoning.
     """
 
     messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
@@ -196,6 +194,11 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
     add_generation_prompt: bool | None = None  # None: unless the final message goes on
     continue_final_message: bool = False
     chat_template_kwargs: Variables = msgspec.field(default_factory=dict)
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model sees."""
+        return offered_tools(self.tools, self.tool_choice)
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
@@ -224,11 +227,6 @@ def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
         raise wrong("top_logprobs", "needs `logprobs`: true")
     if request.tools or request.tool_choice is not None:
         check_tools(request.tools, request.tool_choice)
-    if isinstance(request.tool_choice, AllowedTools):
-        tools, choice = allowed_only(request.tools, request.tool_choice)
-        request = msgspec.structs.replace(request, tools=tools, tool_choice=choice)
-    if request.tool_choice == "none":  # a model that sees tools calls them all the same
-        request = msgspec.structs.replace(request, tools=[])
     return request
 
 
@@ -252,6 +250,11 @@ class TokenizeChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: Variables = {}
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model sees."""
+        return self.tools
 
     @property
     def conversation(self) -> list[dict[str, Any]]:

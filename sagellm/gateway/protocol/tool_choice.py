@@ -12,7 +12,7 @@ from sagellm.gateway.protocol.other_apis import TOOL, TOOL_FUNCTION
 from sagellm.gateway.protocol.request import at_most
 from sagellm.graphs.vocabulary import nearest
 
-MAX_TOOLS = 128  # as in the OpenAI API; also the most tool calls in one message
+MAX_TOOLS = 1024  # agents with several MCP servers pass the 128 of the OpenAI API
 # The lookahead excludes a line end, which "$" alone would allow.
 ToolName: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$(?!\n)")]
 
@@ -99,9 +99,11 @@ def _known(tool: Any, where: str) -> dict[str, Any]:
 def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
     """Raise ApiError (400) for a name that two tools have, and for a choice that has no tool."""
     names = [tool.function.name for tool in tools]
+    earlier: set[str] = set()
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if name in earlier:
             raise wrong(f"tools[{index}].function.name", "is the name of an earlier tool, too")
+        earlier.add(name)
     if isinstance(choice, NamedTool):
         _check_name("tool_choice.function.name", choice.function.name, names)
     elif isinstance(choice, AllowedTools):
@@ -123,15 +125,21 @@ def _check_name(place: str, name: str, names: list[str]) -> None:
     raise wrong(place, f"is none of the {len(names)} tools{hint}")
 
 
-def allowed_only(tools: list[Tool], choice: AllowedTools) -> tuple[list[Tool], ToolMode]:
-    """Return the allowed tools, and how the model may call them. Both have been checked."""
+def offered_tools(tools: list[Tool], choice: ToolChoice | None) -> list[Tool]:
+    """Return the tools that the model sees. `check_tools` has passed."""
+    if choice == "none":
+        return []  # a model that sees tools calls them all the same
+    if not isinstance(choice, AllowedTools):
+        return tools
     allowed = {tool.function.name for tool in choice.allowed_tools.tools}
-    kept = [tool for tool in tools if tool.function.name in allowed]
-    return kept, choice.allowed_tools.mode
+    return [tool for tool in tools if tool.function.name in allowed]
 
 
 def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse:
-    """Return the tools of a request that was read, in the form that chat formats take."""
+    """Return the offered tools of a request, in the form that chat formats take.
+
+    `check_tools` has passed.
+    """
     specs = tuple(
         ToolSpec(
             name=tool.function.name,
@@ -139,9 +147,10 @@ def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool)
             parameters=tool.function.parameters,
             strict=tool.function.strict or False,
         )
-        for tool in tools
+        for tool in offered_tools(tools, choice)
     )
     if isinstance(choice, NamedTool):  # one call, as in vLLM: clients expect no second one
         return ToolUse(tools=specs, named=choice.function.name, parallel=False)
-    assert not isinstance(choice, AllowedTools), "`read_chat` has replaced it"
+    if isinstance(choice, AllowedTools):
+        return ToolUse(tools=specs, choice=choice.allowed_tools.mode, parallel=parallel)
     return ToolUse(tools=specs, choice=choice or "auto", parallel=parallel)

@@ -75,9 +75,9 @@ def test_a_choice_says_which_tools_may_and_must_be_called(
 
 def test_the_model_sees_the_tools_that_it_may_call() -> None:
     both = tool("f"), tool("g")
-    assert len(read(*both, choice=named("g")).tools) == 2
-    assert read(*both, choice="none").tools == []
-    (only,) = read(*both, choice=allowed("auto", "g")).tools
+    assert len(read(*both, choice=named("g")).offered_tools) == 2
+    assert read(*both, choice="none").offered_tools == []
+    (only,) = read(*both, choice=allowed("auto", "g")).offered_tools
     assert only.function.name == "g"
 
 
