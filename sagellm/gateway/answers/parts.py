@@ -81,7 +81,7 @@ class ChoiceParts:
         self._arguments.append(part.arguments)
 
     def _has_whole_call(self, event: TokenEvent) -> bool:
-        """Whether there is a call that no stop string has cut. Broken JSON of the model is whole."""
+        """Whether there is a call that no stop string has cut; its JSON may be broken."""
         if self._arguments is None:
             return False
         return event.stop_reason is None or is_json_object("".join(self._arguments))

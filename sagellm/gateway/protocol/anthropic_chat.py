@@ -189,6 +189,8 @@ class _Conversation:
                 self._call(block, place, message.setdefault("tool_calls", []))
 
     def _call(self, block: ToolUseBlock, place: str, calls: list[dict[str, Any]]) -> None:
+        if not calls:
+            self._place("tool_calls", place)
         name = f"tool_calls[{len(calls)}]"
         self._place(name, place)
         self._place(f"{name}.function", place)

@@ -16,7 +16,7 @@ from sagellm.gateway.protocol.chat_messages import (
     read_messages,
 )
 from sagellm.gateway.protocol.json import fields_of, read_json
-from sagellm.gateway.protocol.other_apis import REQUEST
+from sagellm.gateway.protocol.other_apis import CHAT, COMPLETION, REQUEST
 from sagellm.gateway.protocol.request import (
     Effort,
     Generation,
@@ -27,7 +27,6 @@ from sagellm.gateway.protocol.request import (
     check_generation,
     check_model_name,
     known_fields,
-    read_fields,
 )
 from sagellm.gateway.protocol.structured_outputs import check_constraints
 from sagellm.gateway.protocol.tool_choice import (
@@ -37,6 +36,7 @@ from sagellm.gateway.protocol.tool_choice import (
     Tools,
     check_tools,
     offered_tools,
+    read_tool_choice,
     read_tools,
 )
 from sagellm.gateway.settings import RequestLimits
@@ -151,7 +151,8 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
 
 def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
     """Read a completion's body. Raises ApiError (400). The model's limits are checked later."""
-    request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
+    value = read_json(body, max_depth=limits.json_depth)
+    request = convert(known_fields(value, CompletionRequest, COMPLETION), CompletionRequest)
     check_generation(request, limits)
     if request.is_structured:
         check_constraints(request)
@@ -213,11 +214,13 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
 
 def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
     """Return the chat of a body that was parsed. Raises ApiError (400), as `read_chat`."""
-    said = known_fields(value, ChatRequest)
+    said = known_fields(value, ChatRequest, CHAT)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
     if "tools" in said:
         said["tools"] = read_tools(said["tools"])
+    if "tool_choice" in said:
+        said["tool_choice"] = read_tool_choice(said["tool_choice"])
     request = convert(said, ChatRequest)
     check_generation(request, limits)
     if request.is_structured:
@@ -290,7 +293,8 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
 
 def read_detokenize(body: bytes, limits: RequestLimits) -> DetokenizeRequest:
     """Read a body of /detokenize. Raises ApiError (400). The vocabulary is checked later."""
-    said = read_fields(body, DetokenizeRequest, limits)
+    value = read_json(body, max_depth=limits.json_depth)
+    said = fields_of(value, DetokenizeRequest.__struct_fields__, REQUEST)
     request = convert(said, DetokenizeRequest)
     check_model_name(request.model, limits)
     return request

@@ -8,7 +8,7 @@ from msgspec import Meta
 from sagellm.chat_formats import ToolSpec, ToolUse
 from sagellm.gateway.api_errors import wrong
 from sagellm.gateway.protocol.json import fields_of
-from sagellm.gateway.protocol.other_apis import TOOL, TOOL_FUNCTION
+from sagellm.gateway.protocol.other_apis import TOOL, TOOL_CHOICE, TOOL_FUNCTION, Foreign
 from sagellm.gateway.protocol.request import at_most
 from sagellm.graphs.vocabulary import nearest
 
@@ -72,6 +72,12 @@ class AllowedTools(
     allowed_tools: AllowedToolList
 
 
+# Type of a choice -> the fields of the object that it names.
+_CHOICES = {
+    "function": FunctionName.__struct_fields__,
+    "allowed_tools": AllowedToolList.__struct_fields__,
+}
+_NONE = Foreign({}, {})
 Tools: TypeAlias = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
 ToolMode: TypeAlias = Literal["none", "auto", "required"]
 ToolChoice: TypeAlias = ToolMode | NamedTool | AllowedTools
@@ -84,8 +90,12 @@ def read_tools(value: Any) -> Any:
     """
     if not isinstance(value, list):
         return value
-    at_most("tools", len(value), MAX_TOOLS, "tools")
-    return [_known(tool, f"tools[{index}]") for index, tool in enumerate(value)]
+    return _known_tools(value, "tools")
+
+
+def _known_tools(tools: list[Any], where: str) -> list[dict[str, Any]]:
+    at_most(where, len(tools), MAX_TOOLS, "tools")
+    return [_known(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
 
 
 def _known(tool: Any, where: str) -> dict[str, Any]:
@@ -93,6 +103,23 @@ def _known(tool: Any, where: str) -> dict[str, Any]:
     if "function" in said:
         known = ToolFunction.__struct_fields__
         said["function"] = fields_of(said["function"], known, TOOL_FUNCTION, f"{where}.function")
+    return said
+
+
+def read_tool_choice(value: Any) -> Any:
+    """Return the choice with its known fields only. Types are not yet checked.
+
+    Raises ApiError (400) with the place of the first field that is unknown.
+    """
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _CHOICES:
+        return value
+    said = fields_of(value, ("type", kind), TOOL_CHOICE, "tool_choice")
+    if kind in said:
+        place = f"tool_choice.{kind}"
+        inner = said[kind] = fields_of(said[kind], _CHOICES[kind], _NONE, place)
+        if isinstance(inner.get("tools"), list):  # some clients send the whole tools again
+            inner["tools"] = _known_tools(inner["tools"], f"{place}.tools")
     return said
 
 
