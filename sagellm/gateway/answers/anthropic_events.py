@@ -31,7 +31,7 @@ from sagellm.gateway.answers.anthropic_objects import (
     anthropic_error,
     message_usage,
 )
-from sagellm.gateway.answers.event_stream import escaped
+from sagellm.gateway.answers.event_stream import named_event
 from sagellm.gateway.answers.logprobs import Texts
 from sagellm.gateway.answers.objects import ApiUsage
 from sagellm.gateway.answers.parts import is_json_object
@@ -199,12 +199,10 @@ class MessagesForm:
 
 
 def _encoded(events: Iterable[MessageEvent]) -> bytes:
-    return b"".join(map(_sse_event, events))
-
-
-def _sse_event(event: MessageEvent) -> bytes:
-    name = str(event.__struct_config__.tag).encode()
-    return b"event: %b\ndata: %b\n\n" % (name, escaped(msgspec.json.encode(event)))
+    return b"".join(
+        named_event(str(event.__struct_config__.tag), msgspec.json.encode(event))
+        for event in events
+    )
 
 
 def _content(events: Sequence[MessageEvent]) -> list[AnswerContent]:

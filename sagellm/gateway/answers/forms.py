@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sagellm.chat_formats import open_plain_parser
-from sagellm.gateway.answers.event_stream import DONE, escaped, event, failure
+from sagellm.gateway.answers.event_stream import DONE, escaped, failure
 from sagellm.gateway.answers.event_stream import event as sse_event
 from sagellm.gateway.answers.logprobs import (
     CompletionLogprobsWriter,
@@ -49,7 +49,7 @@ class ChunkTemplate:
 
     def __init__(self, chunk: msgspec.Struct) -> None:
         """`chunk` must have MARK as its text."""
-        self._head, _, self._tail = event(_encode(chunk)).partition(_ENCODED_MARK)
+        self._head, _, self._tail = sse_event(_encode(chunk)).partition(_ENCODED_MARK)
 
     def with_text(self, text: str) -> bytes:
         return self._head + escaped(_encode(text)) + self._tail

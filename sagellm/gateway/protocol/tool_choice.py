@@ -13,6 +13,7 @@ from sagellm.gateway.protocol.request import at_most
 from sagellm.graphs.vocabulary import nearest
 
 MAX_TOOLS = 1024  # agents with several MCP servers pass the 128 of the OpenAI API
+_NUM_GUESSED = 128  # tools that a wrong name is compared with: one takes up to 0.3 ms of the loop
 # The lookahead excludes a line end, which "$" alone would allow.
 ToolName: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$(?!\n)")]
 
@@ -125,29 +126,28 @@ def read_tool_choice(value: Any) -> Any:
 
 def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
     """Raise ApiError (400) for a name that two tools have, and for a choice that has no tool."""
-    names = [tool.function.name for tool in tools]
-    earlier: set[str] = set()
-    for index, name in enumerate(names):
-        if name in earlier:
+    names: dict[str, None] = {}  # a set that keeps the order
+    for index, tool in enumerate(tools):
+        if tool.function.name in names:
             raise wrong(f"tools[{index}].function.name", "is the name of an earlier tool, too")
-        earlier.add(name)
+        names[tool.function.name] = None
     if isinstance(choice, NamedTool):
         _check_name("tool_choice.function.name", choice.function.name, names)
     elif isinstance(choice, AllowedTools):
-        for index, tool in enumerate(choice.allowed_tools.tools):
+        for index, named in enumerate(choice.allowed_tools.tools):
             place = f"tool_choice.allowed_tools.tools[{index}].function.name"
-            _check_name(place, tool.function.name, names)
+            _check_name(place, named.function.name, names)
     elif choice == "required" and not names:
         raise wrong("tool_choice", "is `required`, but there are no `tools`")
 
 
-def _check_name(place: str, name: str, names: list[str]) -> None:
+def _check_name(place: str, name: str, names: dict[str, None]) -> None:
     if name in names:
         return
     if not names:
         raise wrong(place, "names a tool, but there are no `tools`")
     # A name longer than any tool's is no typo, and comparing it would take long.
-    close = nearest(name, names) if len(name) <= 64 else None
+    close = nearest(name, list(names)[:_NUM_GUESSED]) if len(name) <= 64 else None
     hint = f"; did you mean `{close}`?" if close else ""
     raise wrong(place, f"is none of the {len(names)} tools{hint}")
 

@@ -1,6 +1,7 @@
 """Which tools a chat offers, which it must call, and what is said of a wrong choice."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -124,6 +125,14 @@ def test_a_wrong_choice_is_refused_by_its_place(choice: Any, param: str, says: s
     error = refusal(tool("get_weather"), choice=choice)
     assert error.param == param
     assert says in error.message
+
+
+def test_a_wrong_name_is_not_compared_for_long() -> None:
+    tools = [tool(f"t{number:03d}".ljust(64, "x")) for number in range(1024)]
+    started = time.process_time()
+    error = refusal(*tools, choice=named("tq".ljust(64, "x")))
+    assert time.process_time() - started < 0.25
+    assert "did you mean" in error.message
 
 
 @pytest.mark.parametrize("choice", ["required", named("f")])
