@@ -4,7 +4,7 @@ from functools import partial
 
 import msgspec
 
-from sagellm.chat_formats import OpenParser, ToolUse, open_plain_parser
+from sagellm.chat_formats import NO_TOOLS, OpenParser, ToolUse, open_plain_parser
 from sagellm.gateway.answers.forms import ChatForm
 from sagellm.gateway.answers.writer import MakeAnswerForm
 from sagellm.gateway.api_errors import wrong
@@ -33,8 +33,10 @@ async def chat_call(
     `make_form`: writes the answer in that API. `prefix`: the start of the answer's id.
     """
     served = served_model(gateway, asked.model)
-    use = tool_use_of(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
-    check_tool_use(served, use)
+    use = NO_TOOLS
+    if asked.tools:
+        use = tool_use_of(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
+        check_tool_use(served, use)
     prompt = await chat_prompt(served, asked)
     grammar = None
     if asked.is_structured or use.allowed:

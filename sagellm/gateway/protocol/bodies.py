@@ -199,7 +199,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def offered_tools(self) -> list[Tool]:
         """The tools that the model sees."""
-        return offered_tools(self.tools, self.tool_choice)
+        return offered_tools(self.tools, self.tool_choice) if self.tools else []
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
