@@ -122,9 +122,10 @@ PromptField: TypeAlias = (
 
 
 class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of a completion. `logprobs` k: those of the chosen and the k most likely tokens,
-    with `echo` of the prompt's tokens too. With `echo`, `max_tokens` may be 0: then the answer is
-    the prompt, and its logprobs.
+    """The body of a completion.
+
+    `logprobs` k asks for those of the answer's tokens and of the k most likely ones, with `echo`
+    for those of the prompt as well. With `echo`, `max_tokens` may be 0: the answer is the prompt.
     """
 
     prompt: PromptField
@@ -179,8 +180,10 @@ def _check_prompt(prompt: str | list[Any], limits: RequestLimits) -> None:
 
 
 class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
-    those of the k most likely as well. Without `include_reasoning`, the answer has no reasoning.
+    """The body of a chat.
+
+    `logprobs` asks for those of the answer's tokens, `top_logprobs` k for those of the k most
+    likely as well. Without `include_reasoning`, the answer has no reasoning.
     """
 
     messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
