@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias
 
-import msgspec
-
 from sagellm.chat_formats import AnswerPart, Content, Reasoning, ToolCallDelta
 from sagellm.gateway.answers.logprobs import Texts, chat_logprobs
 from sagellm.gateway.answers.objects import ChatLogprob
+from sagellm.gateway.answers.parts import is_json_object
 from sagellm.gateway.answers.responses_objects import (
     ItemStatus,
     MessageText,
@@ -131,12 +130,8 @@ class GrowingCall:
         )
 
     @property
-    def is_json_object(self) -> bool:
-        try:
-            msgspec.json.decode("".join(self._arguments), type=dict[str, msgspec.Raw])
-        except (msgspec.DecodeError, RecursionError):
-            return False
-        return True
+    def is_whole(self) -> bool:
+        return is_json_object("".join(self._arguments))
 
     def takes(self, part: AnswerPart) -> bool:
         return isinstance(part, ToolCallDelta) and part.index == self._begin.index
@@ -204,7 +199,7 @@ class OutputItems:
         return (
             event.stop_reason is not None
             and isinstance(growing, GrowingCall)
-            and not growing.is_json_object
+            and not growing.is_whole
         )
 
     def _end(self, *, is_whole: bool) -> Iterator[ItemEvent]:

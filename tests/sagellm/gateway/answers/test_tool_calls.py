@@ -108,6 +108,25 @@ async def test_ids_are_unique_and_of_the_familys_form(family: str) -> None:
     assert all(re.fullmatch(form, each) for each in ids)
 
 
+CUT_CALLS = [
+    ('<tool_call>{"name": "f", "arguments": {"x": 1', "stop"),
+    ('<tool_call>{"name": "f"', "stop"),
+    ('<tool_call>{"name": "f", "arguments": {"x": 1}', "tool_calls"),
+    ('<tool_call>{"name": "g", "arguments": {}}</tool_call><tool_call>{"na', "tool_calls"),
+    ('<tool_call>{"name": "g"}</tool_call><tool_call>{"name": "f", "arguments": {', "stop"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), CUT_CALLS)
+async def test_a_call_that_a_stop_string_cut_is_no_call_to_make(text: str, reason: str) -> None:
+    events = letters(text, stop_reason="#")
+    whole = (await answer(HERMES, *events, tools=TOOLS)).json["choices"][0]
+    stream = (await answer(HERMES, *events, tools=TOOLS, stream=True)).events[-1]["choices"][0]
+    assert whole["finish_reason"] == stream["finish_reason"] == reason
+    assert whole["stop_reason"] == stream["stop_reason"] == "#"
+    assert whole["message"]["tool_calls"]
+
+
 async def test_a_token_without_a_part_has_an_empty_delta() -> None:
     """An empty content would begin a text beside the call, for clients that gather parts."""
     choices = await streamed(HERMES, 'a <tool_call>{"name": "f", "arguments": {}}</tool_call>')

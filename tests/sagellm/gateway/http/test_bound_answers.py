@@ -166,6 +166,24 @@ async def test_wrong_parameters_are_refused_by_their_tool_where_they_bind(choice
     assert (await refused(HERMES, playing([last()]), tools=[*TOOLS, wrong])).status == 200
 
 
+async def test_a_wrong_tool_has_its_place_among_all_tools_that_were_sent():
+    wrong = {"type": "function", "function": {"name": "h", "parameters": WRONG}}
+    few = {"mode": "required", "tools": [F, {"type": "function", "function": {"name": "h"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": few}
+    found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice=choice))
+    assert found["param"] == "tools[2].function.parameters"
+
+
+async def test_a_thousand_tools_are_offered_and_may_be_too_many_to_bind(monkeypatch):
+    many = [tool(f"tool_{number}", x=number) for number in range(1024)]
+    card = replace(CARD, max_model_len=1 << 20)
+    assert (await refused(HERMES, playing([last()]), tools=many, card=card)).status == 200
+    monkeypatch.setattr(grammar_checks, "CHECK_S", 60.0)
+    found = error(await refused(HERMES, tools=many, tool_choice="required", card=card))
+    assert (found["param"], found["code"]) == ("tools", "invalid_grammar")
+    assert "send fewer tools" in found["message"]
+
+
 def _chain(length: int) -> dict[str, Any]:
     """A schema whose objects lead to each other."""
     kinds = [{"$ref": f"#/$defs/{at + 1}"} for at in range(length)]
