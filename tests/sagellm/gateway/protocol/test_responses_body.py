@@ -184,7 +184,7 @@ def test_what_is_not_built_is_refused_with_a_reason(body: Any, param: str, told:
         (item(type="function_call", name="f", arguments=""), "input[0].call_id"),
         (item(type="function_call_output", call_id="c"), "input[0].output"),
         (item(type="reasoning", summary="x"), "input[0].summary"),
-        ({"input": [CALL] * 129}, "input[128]"),
+        ({"input": [CALL] * 1025}, "input[1024]"),
         (item(type="item_reference"), "input[0].id"),
         (item(type="item_reference", id=5), "input[0].id"),
         (item(type="item_reference", id="m", role="user"), "input[0].role"),
