@@ -113,6 +113,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
             emitted_text=self.emitted_text,
             num_emitted_without_ids=self.num_emitted_without_ids,
             sampling=self.sampling,
+            user_id=self.user_id,
             salt=self.salt,
             hold_kv=hold_kv,
             lease=lease,

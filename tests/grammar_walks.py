@@ -146,7 +146,7 @@ def follow_random_schemas(seeds: Iterable[int], max_tokens: int = 400) -> Outcom
         try:
             matcher = json_compiler().compile(grammar, "", ignores_eos=False)
         except GrammarError as error:
-            found.refused[str(error)] += 1
+            found.refused[str(error).partition(" (at ")[0]] += 1
             continue
         model = RandomModel(tokenizer, np.random.default_rng(seed))
         output, is_finished = model.answer(matcher, max_tokens)

@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "50,000 alternatives": (
         lark("start: " + " | ".join(f'"{one:x}"' for one in range(12_000))), "64 KiB",
     ),
-    "deep rules": (lark("start: " + "(" * 5000 + '"a"' + ")" * 5000), "not valid"),
+    "deep rules": (lark("start: " + "(" * 5000 + '"a"' + ")" * 5000), "500 levels"),
     "unknown name": (lark("start: b"), "not defined (line 1, column 8)"),
     "brackets": (lark("start: a" + "\na[a" * 15_000), "attributes of a rule"),
     "quotes": (lark('start: "' + '\\"' * 30_000), "has no end"),
@@ -178,3 +178,51 @@ ACCEPTED: dict[str, Grammar] = {
         "root ::= r0\n" + "".join(f'r{one} ::= "a" r{one + 1} | "b"\n' for one in range(400))
         + 'r400 ::= "c"'),
 }  # fmt: skip
+
+
+def chained(length: int, **keywords: object) -> Grammar:
+    """Definitions, each of which refers to the next one inside of `keywords`, which hold `next`."""
+
+    def level(name: str) -> Any:
+        reference = json.dumps({"$ref": f"#/$defs/{name}"})
+        return json.loads(json.dumps(keywords).replace('"next"', reference))
+
+    levels = {f"d{one}": level(f"d{one + 1}") for one in range(length)}
+    return schema({"$ref": "#/$defs/d0", "$defs": {**levels, f"d{length}": {"type": "string"}}})
+
+
+def ruled(length: int, depth: int) -> Grammar:
+    """Rules, each of which names the next one inside of groups."""
+    left, right = "(" * depth, ")" * depth
+    rules = (f'r{one}: {left}"a" r{one + 1}{right}\n' for one in range(length))
+    return lark("start: r0\n" + "".join(rules) + f'r{length}: "a"')
+
+
+# llguidance itself overflows the stack, which ends the process.
+CHAINS: dict[str, Grammar] = {
+    "anyOf": chained(2500, anyOf=["next", {"type": "null"}]),
+    "allOf": chained(3000, allOf=["next"]),
+    "properties": chained(1500, type="object", properties={"a": "next"}),
+    "items": chained(2500, type="array", items="next"),
+    "prefixItems": chained(2500, type="array", prefixItems=["next"]),
+    "references alone": schema(
+        {"$ref": "#/0", **{str(one): {"$ref": f"#/{one + 1}"} for one in range(6000)}}
+    ),
+    "circle": schema({str(one): {"$ref": f"#/{(one + 1) % 6000}"} for one in range(6000)}
+                     | {"$ref": "#/0"}),
+    "anchors": schema({"$ref": "#a0", "$defs": {
+        str(one): {"$anchor": f"a{one}", "$ref": f"#a{one + 1}"} for one in range(3000)}}),
+    "bases": schema({"$id": "http://x/", "$ref": "a0", "$defs": {
+        str(one): {"$id": f"a{one}", "$ref": f"a{one + 1}"} for one in range(3000)}}),
+    "escaped names": schema({"$ref": "#/" + 12 * "$", 12 * "$": {"prefixItems": [
+        {"$ref": "#/" + "".join("%24" if one >> bit & 1 else "$" for bit in range(12))}
+        for one in range(4000)]}}),
+    "rules": ruled(3000, 0),
+    "rules of groups": ruled(500, 20),
+}  # fmt: skip
+LONGEST = (
+    chained(199, type="array", prefixItems=["next"]),
+    chained(199, type="object", properties={"a": "next"}),
+    ruled(498, 0),
+    ruled(45, 10),
+)

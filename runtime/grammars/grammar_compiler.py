@@ -13,7 +13,6 @@ from sagellm.runtime.grammars.compiled_grammar import LIMITS, CompiledGrammar
 from sagellm.runtime.grammars.lark_grammars import special_tokens
 from sagellm.runtime.grammars.llguidance_text import llguidance_text
 from sagellm.runtime.grammars.matcher import GrammarMatcher
-from sagellm.runtime.grammars.reasons import reason
 from sagellm.runtime.grammars.token_bytes import open_vocabulary, vocabulary_of
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.sampling import Grammar
@@ -36,7 +35,7 @@ def check_grammar(grammar: Grammar) -> None:
     if not any(name.startswith("[") for name in special):
         CompiledGrammar(_byte_vocabulary(*special), source)
     elif fault := LLMatcher.validate_grammar(source.text, limits=LIMITS):  # tokens by number
-        raise GrammarError(reason(fault, has_lines=source.has_lines))
+        raise source.fault(fault)
 
 
 @functools.lru_cache(8)

@@ -1,0 +1,87 @@
+"""The place in a JSON schema of a fault that llguidance found without saying where."""
+
+import re
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any, TypeAlias
+
+from sagellm.runtime.grammars.json_schemas import DEFAULTS, UNKNOWN_FORMATS, read_schema
+from sagellm.runtime.grammars.one_of import TYPES, Disjointness
+from sagellm.runtime.grammars.references import has_target
+from sagellm.runtime.grammars.schema_walk import schemas_in
+
+_Test: TypeAlias = Callable[[object, dict[str, Any]], bool]  # of the value of a keyword, in a schema
+_KEYWORD = re.compile(r"[$\w]+")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+def fault_place(text: str, cause: str) -> str:
+    """Where the fault is, for a message, or "" if it may be at several places.
+
+    `text`: a schema that was read and refused. `cause`: the reason that the client is told.
+    """
+    schema = read_schema(text)
+    for begin, (keywords, test) in _FAULTS.items():
+        if cause.startswith(begin):
+            named = keywords or tuple(_KEYWORD.findall(cause.removeprefix(begin)))
+            places = _places(schema, named, test)
+            return places[0] if len(places) == 1 or (places and test) else ""
+    return ""
+
+
+def _places(schema: dict[str, Any], keywords: tuple[str, ...], test: _Test | None) -> list[str]:
+    """The first two places of some keywords whose values do not pass a test."""
+    found = (
+        f" (at {place.shown(keyword)})"
+        for place in schemas_in(schema)
+        for keyword in keywords
+        if keyword in place.schema
+        and (keyword not in DEFAULTS or place.schema[keyword] != DEFAULTS[keyword])
+        and (test is None or not test(place.schema[keyword], schema))
+    )
+    return list(islice(found, 2))
+
+
+def _is_type(value: object, schema: dict[str, Any]) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return all(name in (*TYPES, "integer") for name in names)
+
+
+def _is_supported(value: object, schema: dict[str, Any]) -> bool:
+    return False
+
+
+def _is_known_format(value: object, schema: dict[str, Any]) -> bool:
+    return not isinstance(value, str) or value not in UNKNOWN_FORMATS
+
+
+def _are_disjoint(value: object, schema: dict[str, Any]) -> bool:
+    return Disjointness(schema).holds(value)
+
+
+def _is_local(value: object, schema: dict[str, Any]) -> bool:
+    return not isinstance(value, str) or value.startswith("#")
+
+
+def _is_positive(value: object, schema: dict[str, Any]) -> bool:
+    return not isinstance(value, int | float) or value > 0
+
+
+# The beginning of a reason -> the keywords that may be the cause (none: those that follow in the
+# reason), and what their values must pass. Without a test, the place is clear only if it is alone.
+_FAULTS: Mapping[str, tuple[tuple[str, ...], _Test | None]] = {
+    "the schema has keywords that are not supported: ": ((), _is_supported),
+    "the schema has a format": (("format",), _is_known_format),
+    "the schema has a type": (("type",), _is_type),
+    "the schema has a value of a wrong type: ": ((), None),
+    "oneOf: ": (("oneOf",), _are_disjoint),
+    "$ref: only": (("$ref",), _is_local),
+    "$ref: the schema has nothing": (("$ref",), has_target),
+    "multipleOf: the number is not above 0": (("multipleOf",), _is_positive),
+    "multipleOf: ": (("multipleOf",), None),
+    "patternProperties: ": (("patternProperties",), None),
+    "minProperties and maxProperties": (("minProperties", "maxProperties"), None),
+    "minimum and maximum: ": (_BOUNDS, None),
+    "a regular expression": (("pattern", "patternProperties"), None),
+    "regular expressions": (("pattern", "patternProperties"), None),
+}
