@@ -142,6 +142,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     emitted_text: str = ""
     num_emitted_without_ids: int = 0
     sampling: Sampling = Sampling()  # the session has set a seed
+    user_id: str = ""
     salt: str = ""
     adapter: str | None = None
     task: Literal["generate", "embed"] = "generate"

@@ -10,7 +10,9 @@ from sagellm.runtime.grammars.one_of import TYPES, Disjointness
 from sagellm.runtime.grammars.references import has_target
 from sagellm.runtime.grammars.schema_walk import schemas_in
 
-_Test: TypeAlias = Callable[[object, dict[str, Any]], bool]  # of the value of a keyword, in a schema
+_Test: TypeAlias = Callable[
+    [object, dict[str, Any]], bool
+]  # of the value of a keyword, in a schema
 _KEYWORD = re.compile(r"[$\w]+")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
