@@ -179,7 +179,7 @@ def read_json(text: str) -> object:
 
 def _has_shape(name: str) -> Callable[[str], bool]:
     validator = jsonschema_rs.Draft202012Validator({"format": name}, validate_formats=True)
-    long_part = "[^@.]{60,}" if name == "email" else "(?!)"
+    long_part = "^[^@]{60,}(?=@)|[^@.]{60,}" if name == "email" else "(?!)"
     return lambda text: validator.is_valid(re.sub(long_part, "x", text.replace(":60", ":59")))
 
 

@@ -110,6 +110,19 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "optional parts": (regex(".?" * 4000), "in a row"),
     "optional groups": (regex("(ab)?" * 1100 + "|x"), "in a row"),
     "pattern": (schema({"type": "string", "pattern": "a?" * 2000}), "in a row"),
+    "enum beside a pattern": (
+        schema({"enum": [f"{one:x}" for one in range(15_000)], "pattern": "^.*a.*$"}), "too long",
+    ),
+    "arrays in enum": (schema({"enum": [[one] for one in range(8000)]}), "too long"),
+    "bounds of numbers": (
+        schema({"anyOf": [{"type": "number", "minimum": one + 1 / 3, "maximum": 10**9 + one / 7}
+                          for one in range(2000)]}), "too long",
+    ),
+    "uris": (schema(properties(1000, type="string", format="uri")), "too long"),
+    "many patternProperties": (
+        schema({"type": "object", "patternProperties": {f"^p{one}x$": {} for one in range(1000)}}),
+        "may have 100",
+    ),
     "many patterns": (
         schema({"anyOf": [{"type": "string", "pattern": "a?" * 300} for _ in range(20)]}),
         "in a row",
@@ -159,6 +172,11 @@ ACCEPTED: dict[str, Grammar] = {
     "anyOf^20": doubled(20, type="string"),
     "depth 20 of objects": doubled(20, **properties(1, type="string")),
     "enum": schema({"enum": [f"v{one}" for one in range(10_000)]}),
+    "enum beside a pattern": schema({"enum": [f"c{one}" for one in range(500)],
+                                     "pattern": "^[a-z][0-9]+$"}),
+    "bounds of numbers": schema(properties(400, type="integer", minimum=0, maximum=100)),
+    "patternProperties": schema({
+        "type": "object", "patternProperties": {f"^p{one}x$": {} for one in range(100)}}),
     "pattern": schema({"type": "string", "pattern": ".*a.{30}$"}),
     "length": schema({"type": "string", "minLength": 10**6}),
     "items": schema({"type": "array", "items": {"type": "integer"}, "minItems": 10**6}),

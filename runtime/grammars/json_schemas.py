@@ -52,10 +52,8 @@ def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS)
     rest.
     """
     _check_cost(schema)
-    nodes = [place.schema for place in schemas_in(schema)]
-    has_bases = any(isinstance(node.get(key), str) for node in nodes[1:] for key in ("$id", "id"))
-    disjointness = Disjointness({} if has_bases else schema)  # references would lead elsewhere
-    for node in nodes:
+    disjointness = disjointness_of(schema)
+    for node in [place.schema for place in schemas_in(schema)]:
         if _is_annotation(node.get("format")):
             del node["format"]
         for key, default in DEFAULTS.items():
@@ -66,6 +64,13 @@ def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS)
             node.clear()
             node.update(renamed)  # in the order that they had: it is that of the properties
     return json.dumps({**schema, _OPTIONS_KEY: options})
+
+
+def disjointness_of(schema: dict[str, Any]) -> Disjointness:
+    """What tells whether options of the schema exclude each other."""
+    inner = [place.schema for place in schemas_in(schema)][1:]
+    has_bases = any(isinstance(node.get(key), str) for node in inner for key in ("$id", "id"))
+    return Disjointness({} if has_bases else schema)  # references would lead elsewhere
 
 
 def own_options(schema: dict[str, Any]) -> Mapping[str, object]:

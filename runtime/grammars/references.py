@@ -27,17 +27,15 @@ def num_levels(schema: dict[str, Any]) -> int:
 
     Where the target of a reference depends on a base (`$id`), all possible targets count.
     """
-    return _References(schema).num_levels()
+    return References(schema).num_levels()
 
 
-def has_target(reference: object, schema: dict[str, Any]) -> bool:
-    """Whether a reference leads to something in a schema."""
-    if not isinstance(reference, str):
-        return True
-    return any(target is not None for target in _References(schema).targets(reference))
+class References:
+    """The targets of references in a schema, found in a number of steps that is bounded.
 
+    Methods raise GrammarError when the steps are used up.
+    """
 
-class _References:
     def __init__(self, schema: dict[str, Any]) -> None:
         self._num_left = _MAX_STEPS
         self._bases = [schema]
@@ -79,6 +77,7 @@ class _References:
         return Definition(deepest, names)
 
     def targets(self, reference: str) -> Iterator[object]:
+        """What a reference may lead to; None where it leads to nothing."""
         fragment = unquote(reference.partition("#")[2])
         if fragment and not fragment.startswith("/"):
             yield from self._anchors.get(fragment, ())

@@ -18,7 +18,7 @@ CHECK_S = 0.25  # CPU time for the grammar of one request; more is refused as it
 WAIT_S = 10.0  # wall time with the wait for a thread; more means an overloaded server
 RETRY_S = 1.0
 _NUM_THREADS = 2  # late work keeps its thread
-_PLACE = re.compile(r" \(line \d+, column \d+\)")
+_PLACE = re.compile(r" \((line \d+, column \d+|at \$[^)]*)\)")
 T = TypeVar("T")
 
 
@@ -82,7 +82,7 @@ def call_grammar(
         try:
             make(msgspec.structs.replace(use, tools=(tool,)))
         except (GrammarError, UnboundSchema) as error:
-            # Lines and columns are those of our grammar around the schema.
+            # Places are those in our grammar around the schema.
             reason = _PLACE.sub("", str(error))
             raise invalid_grammar(f"tools[{index}].function.parameters", reason) from None
     raise invalid_grammar("tools", reason)

@@ -19,7 +19,7 @@ SECRET = "the-schema-nobody-may-see"
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))
 FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-WRONG = {"type": "object", "properties": {SECRET: {"type": "no-such-type"}}}
+WRONG = {"type": "object", "properties": {"age": {"type": SECRET}}}
 TOOLS = [tool("f", x=0), tool("g")]
 F = {"type": "function", "function": {"name": "f"}}
 
