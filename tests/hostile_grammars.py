@@ -232,6 +232,8 @@ CHAINS: dict[str, Grammar] = {
         str(one): {"$anchor": f"a{one}", "$ref": f"#a{one + 1}"} for one in range(3000)}}),
     "bases": schema({"$id": "http://x/", "$ref": "a0", "$defs": {
         str(one): {"$id": f"a{one}", "$ref": f"a{one + 1}"} for one in range(3000)}}),
+    "padded indices": schema({"$ref": "#/x/0", "x": [
+        {"$ref": f"#/x/{'+' * (one % 2)}{'0' * 9}{one + 1}"} for one in range(4000)]}),
     "escaped names": schema({"$ref": "#/" + 12 * "$", 12 * "$": {"prefixItems": [
         {"$ref": "#/" + "".join("%24" if one >> bit & 1 else "$" for bit in range(12))}
         for one in range(4000)]}}),

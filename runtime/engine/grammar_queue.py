@@ -77,16 +77,20 @@ class GrammarQueue:
             self._submit(*waiting)
 
     def _next(self) -> tuple[str, _Key, list[Sequence]] | None:
-        """Take the next grammar of the next tenant, whose turn then comes last."""
+        """Take the next grammar of the next tenant."""
         for user_id, grammars in self._waiting.items():
             for key in grammars:
                 if key not in self._running:
-                    sequences = grammars.pop(key)
-                    del self._waiting[user_id]
-                    if grammars:
-                        self._waiting[user_id] = grammars
-                    return user_id, key, sequences
+                    return user_id, key, self._take(user_id, key)
         return None
+
+    def _take(self, user_id: str, key: _Key) -> list[Sequence]:
+        """Take the sequences that wait for a grammar. The tenant's next turn comes last."""
+        grammars = self._waiting.pop(user_id, {})
+        sequences = grammars.pop(key, [])
+        if grammars:
+            self._waiting[user_id] = grammars
+        return sequences
 
     def _submit(self, user_id: str, key: _Key, sequences: list[Sequence]) -> None:
         if self._threads is None:
@@ -137,7 +141,7 @@ class GrammarQueue:
         if compiled.cancelled():
             return  # the engine is being closed
         if error := compiled.exception():
-            sequences = sequences + self._waiting.get(user_id, {}).pop(key, [])
+            sequences = sequences + self._take(user_id, key)
             outcomes: list[Outcome | None] = [_refusal(error)] * len(sequences)
         else:
             outcomes = compiled.result()

@@ -90,13 +90,11 @@ def _check_cost(schema: dict[str, Any]) -> None:
     """
     cost = SchemaCost()
     for node in objects(schema):
-        try:
-            keyword = ""
-            for keyword, count in COUNTED.items():
-                if keyword in node:
-                    count(cost, node[keyword], node)
-        except GrammarError as error:
-            raise GrammarError(f"{error}{_place(schema, node, keyword)}") from None
+        for keyword in [one for one in COUNTED if one in node]:
+            try:
+                COUNTED[keyword](cost, node[keyword], node)
+            except GrammarError as error:
+                raise GrammarError(f"{error}{_place(schema, node, keyword)}") from None
 
 
 def _place(schema: dict[str, Any], node: dict[str, Any], keyword: str) -> str:

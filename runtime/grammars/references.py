@@ -90,10 +90,10 @@ class References:
         """What a JSON pointer leads to; None if there is nothing."""
         for step in steps:
             self._count()
-            if isinstance(found, list) and step.isdecimal() and int(step[:9]) < len(found):
-                found = found[int(step[:9])]
-            elif isinstance(found, dict):
+            if isinstance(found, dict):
                 found = found.get(step)
+            elif isinstance(found, list):
+                found = _item(found, step)
             else:
                 return None
         return found
@@ -102,3 +102,10 @@ class References:
         self._num_left -= 1
         if self._num_left < 0:
             raise GrammarError("$ref: the targets of references overlap too often")
+
+
+def _item(items: list[Any], step: str) -> object:
+    """The item at an index as llguidance reads it: with a plus, and with zeros before."""
+    digits = step.removeprefix("+").lstrip("0") or "0"
+    is_index = digits.isdecimal() and len(digits) < 10 and int(digits) < len(items)
+    return items[int(digits)] if is_index else None
