@@ -22,9 +22,8 @@ from sagellm.chat_formats.lark_rules import (
     members,
     one_of,
 )
-from sagellm.chat_formats.nested_values import read_nested
 from sagellm.chat_formats.part_writer import PartWriter
-from sagellm.chat_formats.text_source import TextReading, TextSource, Write
+from sagellm.chat_formats.text_source import TextReading, TextSource, Write, read_nested
 from sagellm.chat_formats.tool_schema import (
     ToolSchema,
     constants,

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 import anyio
+import msgspec
 from msgspec.structs import replace
 
 from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolSpec, ToolUse, UnboundSchema
+from sagellm.chat_formats.tool_schema import schema_of
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
 from sagellm.runtime.grammars import GrammarError
@@ -19,7 +21,7 @@ WAIT_S = 10.0  # wall time with the wait for a thread; more means an overloaded 
 RETRY_S = 1.0
 _NUM_THREADS = 2  # late work keeps its thread
 _FEWER = "send fewer tools, or bind none of their calls: `tool_choice` `auto`, and no `strict`"
-_PLACE = re.compile(r" \(line \d+, column \d+\)")
+_PLACE = re.compile(r" \((line \d+, column \d+|at \$[^)]*)\)")
 T = TypeVar("T")
 ToolSpecs: TypeAlias = tuple[ToolSpec, ...]
 
@@ -84,10 +86,21 @@ def call_grammar(
     except (GrammarError, UnboundSchema) as error:
         reason = str(error)
     tools, reason = _faulty(use.tools, reason, lambda some: make(replace(use, tools=some)))
-    reason = _PLACE.sub("", reason)  # lines and columns of our grammar around the schemas
+    reason = _PLACE.sub("", reason)  # of our grammar around the schemas
     if len(tools) > 1:
         raise invalid_grammar("tools", f"{reason}; {_FEWER}")
-    raise invalid_grammar(f"tools[{names.index(tools[0].name)}].function.parameters", reason)
+    place = f"tools[{names.index(tools[0].name)}].function.parameters"
+    raise invalid_grammar(place, _own_fault(tools[0]) or reason)
+
+
+def _own_fault(tool: ToolSpec) -> str:
+    """The fault of a tool's parameters by themselves, with its place in them; "" for none."""
+    try:
+        schema = msgspec.json.encode(schema_of(tool)).decode()
+        check_grammar(Grammar(kind="json_schema", text=schema))
+    except (GrammarError, RecursionError) as error:
+        return str(error) if isinstance(error, GrammarError) else ""
+    return ""
 
 
 def _faulty(

@@ -19,7 +19,7 @@ SECRET = "the-schema-nobody-may-see"
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))
 FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-WRONG = {"type": "object", "properties": {SECRET: {"type": "no-such-type"}}}
+WRONG = {"type": "object", "properties": {"age": {"type": SECRET}}}
 TOOLS = [tool("f", x=0), tool("g")]
 F = {"type": "function", "function": {"name": "f"}}
 
@@ -164,6 +164,14 @@ async def test_wrong_parameters_are_refused_by_their_tool_where_they_bind(choice
     found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice=choice))
     assert (found["param"], found["code"]) == ("tools[2].function.parameters", "invalid_grammar")
     assert (await refused(HERMES, playing([last()]), tools=[*TOOLS, wrong])).status == 200
+
+
+async def test_a_refusal_names_the_place_in_the_parameters_of_a_tool():
+    odd = {"properties": {"tags": {"items": {"not": {"type": "null"}}}}}
+    wrong = {"type": "function", "function": {"name": "h", "parameters": odd}}
+    found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice="required"))
+    assert found["param"] == "tools[2].function.parameters"
+    assert "(at $.properties.tags.items.not)" in found["message"]
 
 
 async def test_a_wrong_tool_has_its_place_among_all_tools_that_were_sent():
