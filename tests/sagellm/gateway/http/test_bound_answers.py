@@ -167,9 +167,10 @@ async def test_wrong_parameters_are_refused_by_their_tool_where_they_bind(choice
 
 
 async def test_a_refusal_names_the_place_in_the_parameters_of_a_tool():
-    odd = {"properties": {"tags": {"items": {"not": {"type": "null"}}}}}
-    wrong = {"type": "function", "function": {"name": "h", "parameters": odd}}
-    found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice="required"))
+    parameters = {"properties": {"tags": {"items": {"not": {"type": "null"}}}}}
+    function = {"name": "h", "parameters": parameters, "strict": True}
+    odd = {"type": "function", "function": function}
+    found = error(await refused(HERMES, tools=[*TOOLS, odd]))
     assert found["param"] == "tools[2].function.parameters"
     assert "(at $.properties.tags.items.not)" in found["message"]
 
