@@ -121,7 +121,7 @@ page: $(STAMPS)/test $(CLIENTS)/page/.ready
 		echo "make page needs Debian's packages chromium and chromium-driver" >&2; exit 2; }
 	SAGELLM_BIN=$(CURDIR)/$(BIN)/sagellm $(CLIENTS)/page/bin/python -m pytest \
 		-c /dev/null --rootdir tests/page --confcutdir tests/page \
-		-p no:cacheprovider --timeout 120 -q tests/page
+		-p no:cacheprovider --timeout 180 -q tests/page
 
 $(CLIENTS)/%/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)/$*

@@ -9,10 +9,11 @@ import json
 import statistics
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,9 @@ from benchmarks.engine import RESULTS
 from benchmarks.machine import cpu_name, describe
 from benchmarks.ours import bench_graph
 from benchmarks.overhead import Call, noted_calls
+from benchmarks.peers.engines import PEERS
+from benchmarks.peers.group import LOAD_S, RUN_S
+from benchmarks.peers.living import LivingPeer
 from benchmarks.shape import QWEN05
 from benchmarks.weights import cache_folder, model_folder
 from sagellm import Sampling
@@ -57,7 +61,7 @@ GRAMMAR = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
 @APP.default
 def grammars(
     *, rounds: int = 4, batch: int = 32, out_tokens: int = 96, threads: int = 2,
-    output: Path = RESULTS,
+    vllm: bool = False, output: Path = RESULTS,
 ) -> None:  # fmt: skip
     """Measure, print, and keep the result.
 
@@ -71,14 +75,21 @@ def grammars(
         Tokens of each answer.
     threads
         Threads of the engine.
+    vllm
+        Measure vLLM's CPU build too, in turns; its environment is made when first needed.
     output
         The folder for grammars-CPU.json.
     """
     torch.set_num_threads(threads)
     cell = Cell("grammars", "batch", batch, 128, out_tokens)
-    with bench_graph(tokenized_folder(), threads).open() as session:
+    beside = living_vllm(cell, threads) if vllm else nullcontext()
+    with bench_graph(tokenized_folder(), threads).open() as session, beside as peer:
         warm_up(session, cell)
-        runs = [measure(session, cell, number) for number in range(rounds)]
+        runs, peer_runs = [], []
+        for number in range(rounds):
+            runs.append(measure(session, cell, number))
+            if peer is not None:
+                peer_runs.append(measure_peer(peer, cell, number))
     record = {
         "command": " ".join(["sagellm bench grammars", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -88,9 +99,11 @@ def grammars(
         "rounds": runs,
         "overhead": overhead(runs),
     }
+    if peer_runs:
+        record |= {"vllm_rounds": peer_runs, "vllm_overhead": overhead(peer_runs)}
     name = "-".join(cpu_name().lower().replace("(", "").replace(")", "").split())
     (output / f"grammars-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["overhead"], indent=1))
+    print(json.dumps({key: record[key] for key in record if "overhead" in key}, indent=1))
 
 
 def tokenized_folder() -> Path:
@@ -160,6 +173,54 @@ def decode(session: BlockingSession, cell: Cell, number: int, grammar: Grammar |
     num_tokens = sum(len(event.token_ids) for stream in streams for event in stream)
     if num_tokens != cell.num_sequences * cell.num_out:
         raise RuntimeError(f"{num_tokens} tokens came out")
+
+
+@contextmanager
+def living_vllm(cell: Cell, threads: int) -> Iterator[LivingPeer]:
+    """vLLM with the same model, after a short answer of each kind."""
+    peer = PEERS["vllm"]
+    length = cell.prompt_len + cell.num_out + 8
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LivingPeer(peer.command(), peer.variables(threads), Path(folder) / "log") as living,
+    ):
+        living.ask(
+            "load",
+            timeout_s=LOAD_S,
+            path=str(tokenized_folder()),
+            row="bf16",
+            threads=threads,
+            max_len=length,
+            max_seqs=cell.num_sequences,
+            max_tokens=cell.num_sequences * length,
+            tokenizer=True,
+        )
+        for schema in (None, GRAMMAR.text):
+            ask_peer(living, Cell("warm", "batch", cell.num_sequences, 128, 4), 0, schema)
+        yield living
+
+
+def measure_peer(peer: LivingPeer, cell: Cell, number: int) -> dict[str, float]:
+    """One round of the peer: the median time between two tokens of a sequence."""
+    order = (None, GRAMMAR.text) if number % 2 else (GRAMMAR.text, None)
+    found = {
+        "free_ms" if schema is None else "bound_ms": ask_peer(peer, cell, number, schema)
+        for schema in order
+    }
+    print({"vllm": found}, file=sys.stderr)
+    return found
+
+
+def ask_peer(peer: LivingPeer, cell: Cell, number: int, schema: str | None) -> float:
+    answer = peer.ask(
+        "run",
+        timeout_s=RUN_S,
+        prompts=cell.prompts(number),
+        num_out=cell.num_out,
+        schema=schema,
+    )
+    gaps = [after - before for times in answer["times"] for before, after in pairwise(times)]
+    return float(round(1e3 * statistics.median(gaps), 3))
 
 
 def steps(calls: Sequence[Call], num_decoding: int) -> list[tuple[float, float]]:

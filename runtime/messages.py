@@ -113,6 +113,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
             emitted_text=self.emitted_text,
             num_emitted_without_ids=self.num_emitted_without_ids,
             sampling=self.sampling,
+            user_id=self.user_id,
             salt=self.salt,
             hold_kv=hold_kv,
             lease=lease,
@@ -141,6 +142,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     emitted_text: str = ""
     num_emitted_without_ids: int = 0
     sampling: Sampling = Sampling()  # the session has set a seed
+    user_id: str = ""
     salt: str = ""
     adapter: str | None = None
     task: Literal["generate", "embed"] = "generate"

@@ -17,9 +17,9 @@ from sagellm.builder import Graph
 from sagellm.cli.errors import RESOURCES, Failure
 from sagellm.cli.serve import (
     bound_socket,
-    check_data_dir,
     check_server_installed,
     engine_overrides,
+    held_data_dir,
     print_address,
     served_names,
     server_logs,
@@ -48,8 +48,9 @@ def serve(graph: Graph | OpenGraph, *, log_level: LogLevel | None = "info", **op
 
     The first signal drains the server, the second ends it at once; outside the main thread signals
     have no effect. Prints the address on stderr. `log_level` None leaves logging unchanged. Raises
-    TypeError and ValueError for wrong options, OSError for an address that is not available,
-    GraphError for a wrong graph, and RuntimeError under trio or asyncio.
+    TypeError and ValueError for wrong options, OSError for an address that is not available or a
+    data folder that another server uses, GraphError for a wrong graph, and RuntimeError under trio
+    or asyncio.
     """
     try:
         library = sniffio.current_async_library()
@@ -78,8 +79,11 @@ async def serve_async(
     opening = graph.open() if isinstance(graph, Graph) else graph
     with _plain_errors():
         opening, settings = _prepared(opening, options)
-        check_data_dir(settings.data_dir)
-        with _logs(log_level, options, settings), bound_socket(settings) as sock:
+        with (
+            held_data_dir(settings.data_dir),
+            _logs(log_level, options, settings),
+            bound_socket(settings) as sock,
+        ):
 
             def started(line: str) -> None:
                 print_address(line)

@@ -27,6 +27,11 @@ LLAMA3 = """{# {"name": function name, "parameters": #}""" + _MESSAGES
 GEMMA4 = "{# <|tool_call> #}" + _MESSAGES
 MISTRAL = "{# [TOOL_CALLS] [ARGS] #}" + _MESSAGES
 HARMONY = "{# <|channel|> <|message|> #}" + _MESSAGES
+KIMI = """{# <|tool_calls_section_begin|> #}
+{%- for message in messages %}{{ message.role }}: {{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}<|tool_call_begin|>{{ call.id }}
+{%- endfor %}
+{% endfor %}"""
 PLAIN = _MESSAGES
 
 

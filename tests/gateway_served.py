@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import h11
+import pytest
 import trio
 from gateway_calls import event, gateway_before, last
 from starlette.requests import Request
@@ -35,6 +36,8 @@ from sagellm.runtime.messages import TokenEvent
 from sagellm.session.requests import Timing
 
 SERVERS = ("hypercorn", "uvicorn")
+# For long tests: `make soak` runs the other one.
+DEFAULT_SERVER = ("hypercorn", pytest.param("uvicorn", marks=pytest.mark.soak))
 GATEWAYS = int(os.environ.get("SAGELLM_TEST_GATEWAYS", "0"))  # processes; see conftest
 KEYS = {"api_keys": {"alice": "user-key"}, "admin_key": "admin-key"}
 

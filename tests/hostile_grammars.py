@@ -110,6 +110,19 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "optional parts": (regex(".?" * 4000), "in a row"),
     "optional groups": (regex("(ab)?" * 1100 + "|x"), "in a row"),
     "pattern": (schema({"type": "string", "pattern": "a?" * 2000}), "in a row"),
+    "enum beside a pattern": (
+        schema({"enum": [f"{one:x}" for one in range(15_000)], "pattern": "^.*a.*$"}), "too long",
+    ),
+    "arrays in enum": (schema({"enum": [[one] for one in range(8000)]}), "too long"),
+    "bounds of numbers": (
+        schema({"anyOf": [{"type": "number", "minimum": one + 1 / 3, "maximum": 10**9 + one / 7}
+                          for one in range(2000)]}), "too long",
+    ),
+    "uris": (schema(properties(1000, type="string", format="uri")), "too long"),
+    "many patternProperties": (
+        schema({"type": "object", "patternProperties": {f"^p{one}x$": {} for one in range(1000)}}),
+        "may have 100",
+    ),
     "many patterns": (
         schema({"anyOf": [{"type": "string", "pattern": "a?" * 300} for _ in range(20)]}),
         "in a row",
@@ -128,7 +141,7 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "50,000 alternatives": (
         lark("start: " + " | ".join(f'"{one:x}"' for one in range(12_000))), "64 KiB",
     ),
-    "deep rules": (lark("start: " + "(" * 5000 + '"a"' + ")" * 5000), "not valid"),
+    "deep rules": (lark("start: " + "(" * 5000 + '"a"' + ")" * 5000), "500 levels"),
     "unknown name": (lark("start: b"), "not defined (line 1, column 8)"),
     "brackets": (lark("start: a" + "\na[a" * 15_000), "attributes of a rule"),
     "quotes": (lark('start: "' + '\\"' * 30_000), "has no end"),
@@ -159,6 +172,11 @@ ACCEPTED: dict[str, Grammar] = {
     "anyOf^20": doubled(20, type="string"),
     "depth 20 of objects": doubled(20, **properties(1, type="string")),
     "enum": schema({"enum": [f"v{one}" for one in range(10_000)]}),
+    "enum beside a pattern": schema({"enum": [f"c{one}" for one in range(500)],
+                                     "pattern": "^[a-z][0-9]+$"}),
+    "bounds of numbers": schema(properties(400, type="integer", minimum=0, maximum=100)),
+    "patternProperties": schema({
+        "type": "object", "patternProperties": {f"^p{one}x$": {} for one in range(100)}}),
     "pattern": schema({"type": "string", "pattern": ".*a.{30}$"}),
     "length": schema({"type": "string", "minLength": 10**6}),
     "items": schema({"type": "array", "items": {"type": "integer"}, "minItems": 10**6}),
@@ -178,3 +196,53 @@ ACCEPTED: dict[str, Grammar] = {
         "root ::= r0\n" + "".join(f'r{one} ::= "a" r{one + 1} | "b"\n' for one in range(400))
         + 'r400 ::= "c"'),
 }  # fmt: skip
+
+
+def chained(length: int, **keywords: object) -> Grammar:
+    """Definitions, each of which refers to the next one inside of `keywords`, which hold `next`."""
+
+    def level(name: str) -> Any:
+        reference = json.dumps({"$ref": f"#/$defs/{name}"})
+        return json.loads(json.dumps(keywords).replace('"next"', reference))
+
+    levels = {f"d{one}": level(f"d{one + 1}") for one in range(length)}
+    return schema({"$ref": "#/$defs/d0", "$defs": {**levels, f"d{length}": {"type": "string"}}})
+
+
+def ruled(length: int, depth: int) -> Grammar:
+    """Rules, each of which names the next one inside of groups."""
+    left, right = "(" * depth, ")" * depth
+    rules = (f'r{one}: {left}"a" r{one + 1}{right}\n' for one in range(length))
+    return lark("start: r0\n" + "".join(rules) + f'r{length}: "a"')
+
+
+# llguidance itself overflows the stack, which ends the process.
+CHAINS: dict[str, Grammar] = {
+    "anyOf": chained(2500, anyOf=["next", {"type": "null"}]),
+    "allOf": chained(3000, allOf=["next"]),
+    "properties": chained(1500, type="object", properties={"a": "next"}),
+    "items": chained(2500, type="array", items="next"),
+    "prefixItems": chained(2500, type="array", prefixItems=["next"]),
+    "references alone": schema(
+        {"$ref": "#/0", **{str(one): {"$ref": f"#/{one + 1}"} for one in range(6000)}}
+    ),
+    "circle": schema({str(one): {"$ref": f"#/{(one + 1) % 6000}"} for one in range(6000)}
+                     | {"$ref": "#/0"}),
+    "anchors": schema({"$ref": "#a0", "$defs": {
+        str(one): {"$anchor": f"a{one}", "$ref": f"#a{one + 1}"} for one in range(3000)}}),
+    "bases": schema({"$id": "http://x/", "$ref": "a0", "$defs": {
+        str(one): {"$id": f"a{one}", "$ref": f"a{one + 1}"} for one in range(3000)}}),
+    "padded indices": schema({"$ref": "#/x/0", "x": [
+        {"$ref": f"#/x/{'+' * (one % 2)}{'0' * 9}{one + 1}"} for one in range(4000)]}),
+    "escaped names": schema({"$ref": "#/" + 12 * "$", 12 * "$": {"prefixItems": [
+        {"$ref": "#/" + "".join("%24" if one >> bit & 1 else "$" for bit in range(12))}
+        for one in range(4000)]}}),
+    "rules": ruled(3000, 0),
+    "rules of groups": ruled(500, 20),
+}  # fmt: skip
+LONGEST = (
+    chained(199, type="array", prefixItems=["next"]),
+    chained(199, type="object", properties={"a": "next"}),
+    ruled(498, 0),
+    ruled(45, 10),
+)

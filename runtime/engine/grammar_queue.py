@@ -36,8 +36,9 @@ Outcome: TypeAlias = Matcher | Refusal
 class GrammarQueue:
     """The grammars of one engine that wait for a thread. Threads start with the first grammar.
 
-    `sequences`: the open sequences of the engine. `done` is called on the trio loop, for open
-    sequences only. `compiler` None: no sequence has a grammar.
+    Tenants take turns: one that sends many slow grammars delays its own. `sequences`: the open
+    sequences of the engine. `done` is called on the trio loop, for open sequences only. `compiler`
+    None: no sequence has a grammar.
     """
 
     def __init__(
@@ -50,35 +51,58 @@ class GrammarQueue:
         self._sequences = sequences
         self._done = done
         self._threads: ThreadPoolExecutor | None = None
-        # By grammar that a thread compiles: the sequences that came after it began. They take no
-        # second thread, which could only wait for the first.
-        self._later: dict[_Key, list[Sequence]] = {}
+        # By tenant, whose turn comes first, and by grammar.
+        self._waiting: dict[str, dict[_Key, list[Sequence]]] = {}
+        # Sequences that come after a thread began with their grammar wait until it has ended. They
+        # take no second thread, which could only wait for the first.
+        self._running: set[_Key] = set()
 
     def put(self, sequence: Sequence) -> None:
         """Compile the grammar of a sequence, and call `done` with the outcome."""
         key = sequence.state.salt, sequence.sampling.grammar
-        if key in self._later:
-            self._later[key].append(sequence)
-        else:
-            self._start(key, [sequence])
+        grammars = self._waiting.setdefault(sequence.state.user_id, {})
+        grammars.setdefault(key, []).append(sequence)
+        self._start()
 
     async def close(self) -> None:
         """End the threads. Grammars that still wait are dropped."""
+        self._waiting.clear()
         threads, self._threads = self._threads, None
         if threads is not None:
             await trio.to_thread.run_sync(partial(threads.shutdown, cancel_futures=True))
 
-    def _start(self, key: _Key, sequences: list[Sequence]) -> None:
+    def _start(self) -> None:
+        """Give free threads to grammars that wait."""
+        while len(self._running) < _NUM_THREADS and (waiting := self._next()):
+            self._submit(*waiting)
+
+    def _next(self) -> tuple[str, _Key, list[Sequence]] | None:
+        """Take the next grammar of the next tenant."""
+        for user_id, grammars in self._waiting.items():
+            for key in grammars:
+                if key not in self._running:
+                    return user_id, key, self._take(user_id, key)
+        return None
+
+    def _take(self, user_id: str, key: _Key) -> list[Sequence]:
+        """Take the sequences that wait for a grammar. The tenant's next turn comes last."""
+        grammars = self._waiting.pop(user_id, {})
+        sequences = grammars.pop(key, [])
+        if grammars:
+            self._waiting[user_id] = grammars
+        return sequences
+
+    def _submit(self, user_id: str, key: _Key, sequences: list[Sequence]) -> None:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(
                 _NUM_THREADS, thread_name_prefix="sagellm-grammar-compile"
             )
-        self._later[key] = []
+        self._running.add(key)
         token = trio.lowlevel.current_trio_token()
 
         def hand_over(compiled: "Future[list[Outcome | None]]") -> None:
             with suppress(trio.RunFinishedError):  # the engine ended first
-                token.run_sync_soon(self._finish, key, sequences, compiled)
+                token.run_sync_soon(self._finish, user_id, key, sequences, compiled)
 
         self._threads.submit(self._compile, sequences).add_done_callback(hand_over)
 
@@ -94,7 +118,10 @@ class GrammarQueue:
         assert sampling.grammar is not None
         assert self._compiler is not None
         matcher = self._compiler.compile(
-            sampling.grammar, state.salt, ignores_eos=sampling.ignore_eos
+            sampling.grammar,
+            state.salt,
+            user_id=state.user_id,
+            ignores_eos=sampling.ignore_eos,
         )
         try:
             if not state.emitted_token_ids or matcher.follow(state.emitted_token_ids):
@@ -104,21 +131,24 @@ class GrammarQueue:
         return Refusal("refused", "the tokens so far do not belong to the grammar")
 
     def _finish(
-        self, key: _Key, sequences: list[Sequence], compiled: "Future[list[Outcome | None]]"
+        self,
+        user_id: str,
+        key: _Key,
+        sequences: list[Sequence],
+        compiled: "Future[list[Outcome | None]]",
     ) -> None:
-        later = self._later.pop(key)
+        self._running.remove(key)
         if compiled.cancelled():
             return  # the engine is being closed
         if error := compiled.exception():
-            outcomes: list[Outcome | None] = [_refusal(error)] * len(sequences + later)
-            sequences, later = sequences + later, []
+            sequences = sequences + self._take(user_id, key)
+            outcomes: list[Outcome | None] = [_refusal(error)] * len(sequences)
         else:
             outcomes = compiled.result()
         for sequence, outcome in zip(sequences, outcomes, strict=True):
             if outcome is not None and self._is_open(sequence):
                 self._done(sequence, outcome)
-        if later and self._threads is not None:
-            self._start(key, later)
+        self._start()
 
     def _is_open(self, sequence: Sequence) -> bool:
         return self._sequences.get(sequence.fence) is sequence

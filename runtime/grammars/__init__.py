@@ -11,7 +11,7 @@ _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/\x00-\x20]")
 
 class GrammarError(ValueError):
     """A grammar cannot be used. The message gives the reason, and is safe to show to the client: it
-    has no text of the grammar but names of JSON schema keywords.
+    has no text of the grammar but keywords of JSON schema, and property names that are plain words.
     """
 
 

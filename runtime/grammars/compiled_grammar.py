@@ -86,7 +86,7 @@ class CompiledGrammar:
             probe.try_consume_tokens([token])
             _first_allowed(probe)
         if probe.is_error() and (token is None or not probe.get_error().startswith(DEAD_END)):
-            raise GrammarError(reason(probe.get_error(), has_lines=self._source.has_lines))
+            raise self._source.fault(probe.get_error())
         return start
 
 

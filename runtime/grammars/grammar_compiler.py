@@ -2,9 +2,9 @@
 
 import functools
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import Future
-from typing import TypeAlias
+from typing import NamedTuple
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -13,14 +13,26 @@ from sagellm.runtime.grammars.compiled_grammar import LIMITS, CompiledGrammar
 from sagellm.runtime.grammars.lark_grammars import special_tokens
 from sagellm.runtime.grammars.llguidance_text import llguidance_text
 from sagellm.runtime.grammars.matcher import GrammarMatcher
-from sagellm.runtime.grammars.reasons import reason
 from sagellm.runtime.grammars.token_bytes import open_vocabulary, vocabulary_of
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.sampling import Grammar
 
 MAX_KEPT = 64  # compiled grammars of one engine: a lexer takes up to 30 MB
 MAX_KEPT_BYTES = 4 << 20  # of their texts
-_Key: TypeAlias = tuple[str, Grammar]
+
+
+class _Key(NamedTuple):
+    """What a compiled grammar is kept for."""
+
+    user_id: str
+    salt: str
+    grammar: Grammar
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.salt) + len(self.grammar.text)
+
+
 _BYTES = [bytes([value]) for value in range(256)]
 
 
@@ -36,7 +48,7 @@ def check_grammar(grammar: Grammar) -> None:
     if not any(name.startswith("[") for name in special):
         CompiledGrammar(_byte_vocabulary(*special), source)
     elif fault := LLMatcher.validate_grammar(source.text, limits=LIMITS):  # tokens by number
-        raise GrammarError(reason(fault, has_lines=source.has_lines))
+        raise source.fault(fault)
 
 
 @functools.lru_cache(8)
@@ -73,16 +85,18 @@ class GrammarCompiler:
     def num_kept(self) -> int:
         return len(self._kept)
 
-    def compile(self, grammar: Grammar, salt: str, *, ignores_eos: bool) -> GrammarMatcher:
+    def compile(
+        self, grammar: Grammar, salt: str, *, user_id: str = "", ignores_eos: bool
+    ) -> GrammarMatcher:
         """A matcher of a grammar. Blocks the thread. Raises GrammarError.
 
-        `salt`: the tenant's. Tenants share no compiled grammar, because the time of a call would
-        tell one what another uses. `ignores_eos`: the model's end tokens are never allowed; a
-        finished answer then has an empty mask.
+        Only requests of one tenant (`user_id`) and one `salt` share a compiled grammar, because the
+        time of a call would tell one what another uses. `ignores_eos`: the model's end tokens are
+        never allowed; a finished answer then has an empty mask.
         """
         if self._vocabulary is None:
             raise GrammarError(self._fault)
-        compiled = self._compiled((salt, grammar), self._vocabulary)
+        compiled = self._compiled(_Key(user_id, salt, grammar), self._vocabulary)
         end_ids = frozenset[int]() if ignores_eos else self._end_ids
         return GrammarMatcher(compiled, self._vocab_size, end_ids)
 
@@ -99,7 +113,7 @@ class GrammarCompiler:
             assert found is not None
             return found.result()
         try:
-            mine.set_result(CompiledGrammar(vocabulary, llguidance_text(key[1])))
+            mine.set_result(CompiledGrammar(vocabulary, llguidance_text(key.grammar)))
         except BaseException as error:
             self._forget(key, mine)
             mine.set_exception(error)
@@ -107,26 +121,30 @@ class GrammarCompiler:
         return mine.result()
 
     def _keep(self, key: _Key) -> "Future[CompiledGrammar]":
-        """Make room for a grammar. The caller holds the lock."""
+        """Make room for a grammar. The caller holds the lock.
+
+        The tenant that keeps the most loses the grammar that it has not used for the longest time.
+        """
         if key not in self._kept:
-            self._num_bytes += _num_bytes(key)
+            self._num_bytes += key.num_bytes
         mine = self._kept[key] = Future[CompiledGrammar]()
         self._kept.move_to_end(key)
         while len(self._kept) > MAX_KEPT or self._num_bytes > MAX_KEPT_BYTES:
-            oldest, _ = self._kept.popitem(last=False)
-            self._num_bytes -= _num_bytes(oldest)
+            shares = Counter[str]()
+            for kept in self._kept:
+                shares[kept.user_id] += 1 if len(self._kept) > MAX_KEPT else kept.num_bytes
+            largest = max(shares, key=shares.__getitem__)
+            oldest = next(kept for kept in self._kept if kept.user_id == largest)
+            del self._kept[oldest]
+            self._num_bytes -= oldest.num_bytes
         return mine
 
     def _forget(self, key: _Key, failed: "Future[CompiledGrammar]") -> None:
         with self._lock:
             if self._kept.get(key) is failed:
                 del self._kept[key]
-                self._num_bytes -= _num_bytes(key)
+                self._num_bytes -= key.num_bytes
 
 
 def _is_exhausted(future: "Future[CompiledGrammar]") -> bool:
     return future.done() and future.exception() is None and future.result().is_exhausted
-
-
-def _num_bytes(key: _Key) -> int:
-    return len(key[0]) + len(key[1].text)

@@ -1,14 +1,13 @@
 """JSON schemas: what is checked and changed before llguidance compiles one."""
 
 import json
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
-from math import lcm
+from collections.abc import Mapping
 from typing import Any
 
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.compile_cost import COUNTED, SchemaCost, check_regex_cost, regex_cost
 from sagellm.runtime.grammars.one_of import Disjointness
-from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
+from sagellm.runtime.grammars.schema_walk import objects, schemas_in
 
 # Between the tokens of JSON: up to two blanks, and one line break with indentation. json.dumps and
 # pretty-printers write no more; a model that likes blanks would write them for ever.
@@ -18,7 +17,7 @@ _OPTIONS_KEY = "x-guidance"
 _REGEX_OPTIONS = ("whitespace_pattern", "item_separator", "key_separator")
 
 # Keywords that llguidance does not know, and values that exclude nothing. zod writes the second.
-_DEFAULTS: Mapping[str, object] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
+DEFAULTS: Mapping[str, object] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
 
 # Formats of the standard that llguidance knows, and those that it does not. Names outside of the
 # standard, such as `binary` of OpenAPI or `path` of pydantic, are annotations.
@@ -29,15 +28,6 @@ UNKNOWN_FORMATS = frozenset(
     {"idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template",
      "json-pointer", "relative-json-pointer", "regex"}
 )  # fmt: skip
-
-MAX_PROPERTIES = 1000  # of one object: llguidance takes time quadratic in their number
-# llguidance builds a state for each remainder, without a limit of its own.
-MAX_MULTIPLE = 10_000
-
-_ONE = ("additionalProperties", "items", "additionalItems", "contains", "not", "if", "then", "else",
-        "propertyNames", "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
-_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def read_schema(text: str) -> dict[str, Any]:
@@ -61,13 +51,11 @@ def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS)
     rest.
     """
     _check_cost(schema)
-    nodes = list(_subschemas(schema))
-    has_bases = any(isinstance(node.get(key), str) for node in nodes[1:] for key in ("$id", "id"))
-    disjointness = Disjointness({} if has_bases else schema)  # references would lead elsewhere
-    for node in nodes:
+    disjointness = disjointness_of(schema)
+    for node in [place.schema for place in schemas_in(schema)]:
         if _is_annotation(node.get("format")):
             del node["format"]
-        for key, default in _DEFAULTS.items():
+        for key, default in DEFAULTS.items():
             if node.get(key) == default:
                 del node[key]
         if "anyOf" not in node and disjointness.holds(node.get("oneOf")):
@@ -75,6 +63,13 @@ def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS)
             node.clear()
             node.update(renamed)  # in the order that they had: it is that of the properties
     return json.dumps({**schema, _OPTIONS_KEY: options})
+
+
+def disjointness_of(schema: dict[str, Any]) -> Disjointness:
+    """What tells whether options of the schema exclude each other."""
+    inner = [place.schema for place in schemas_in(schema)][1:]
+    has_bases = any(isinstance(node.get(key), str) for node in inner for key in ("$id", "id"))
+    return Disjointness({} if has_bases else schema)  # references would lead elsewhere
 
 
 def own_options(schema: dict[str, Any]) -> Mapping[str, object]:
@@ -92,69 +87,20 @@ def _check_cost(schema: dict[str, Any]) -> None:
 
     A reference may make a schema of any part, so all parts are looked at.
     """
-    cost, multiple = 0, 1
-    for node in _objects(schema):
-        properties = node.get("properties")
-        if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
-            raise GrammarError(f"properties: an object has more than {MAX_PROPERTIES}")
-        patterns = node.get("patternProperties")
-        regexes = [node.get("pattern"), *(patterns if isinstance(patterns, dict) else ())]
-        cost += sum(regex_cost(regex) for regex in regexes if isinstance(regex, str))
-        multiple = lcm(multiple, _digits(node.get("multipleOf")))
-        if multiple > MAX_MULTIPLE:
-            cause = f"the values, without zeros, have a common multiple above {MAX_MULTIPLE}"
-            raise GrammarError(f"multipleOf: {cause}")
-    check_regex_cost(cost)
+    cost = SchemaCost()
+    for node in objects(schema):
+        for keyword in [one for one in COUNTED if one in node]:
+            try:
+                COUNTED[keyword](cost, node[keyword], node)
+            except GrammarError as error:
+                raise GrammarError(f"{error}{_place(schema, node, keyword)}") from None
 
 
-def _digits(multiple: object) -> int:
-    """The digits of a value of `multipleOf`: 5 for 0.05 and 500. llguidance judges the type."""
-    if isinstance(multiple, bool) or not isinstance(multiple, int | float):
-        return 1
-    try:
-        digits = Fraction(repr(multiple))
-    except ValueError:  # infinite
-        return 1
-    while digits.denominator > 1:
-        digits *= 10
-    number = abs(digits.numerator) or 1
-    while number % 10 == 0:
-        number //= 10
-    return number
+def _place(schema: dict[str, Any], node: dict[str, Any], keyword: str) -> str:
+    """Where a keyword of a part stands, for a message; "" if the part is data."""
+    found = (place for place in schemas_in(schema) if place.schema is node)
+    return next((f" (at {place.shown(keyword)})" for place in found), "")
 
 
 def _is_annotation(name: object) -> bool:
     return isinstance(name, str) and name not in FORMATS | UNKNOWN_FORMATS
-
-
-def _objects(value: object) -> Iterator[dict[str, Any]]:
-    """All JSON objects in a value."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            waiting += part.values()
-            yield part
-        elif isinstance(part, list):
-            waiting += part
-
-
-def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The schema itself, then all schemas in it. Data, as in `const` or `examples`, is none."""
-    waiting: list[object] = [schema]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, dict):
-            waiting += _children(node)
-            yield node
-
-
-def _children(node: dict[str, Any]) -> Iterator[object]:
-    for key in _ONE:
-        yield node.get(key)
-    for key in _LISTS:
-        if isinstance(options := node.get(key), list):
-            yield from options
-    for key in _MAPS:
-        if isinstance(named := node.get(key), dict):
-            yield from named.values()

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.compile_cost import check_regex_cost, num_optional, regex_cost
 from sagellm.runtime.grammars.json_schemas import own_options, schema_text
-from sagellm.runtime.grammars.regex_cost import check_regex_cost, num_optional, regex_cost
+from sagellm.runtime.grammars.references import Definition, longest_chain, num_levels
 
 MAX_LARK_CHARS = 64 << 10  # without the schemas in it
+# Rules and groups in each other. Each takes about 3 KB of the stack of llguidance, and a thread has
+# 2 MB under `ulimit -s unlimited`. A level of a schema takes more.
+MAX_LEVELS = 500
+_LEVELS_OF_SCHEMA = 1.6
 MAX_GBNF_CHARS = 16 << 10  # the conversion takes time quadratic in it
 _BLANKS = re.compile(r"\s*")
 _GBNF_RULE = re.compile(r"(?m)^[ \t]*[\w-]+[ \t]*::=")
@@ -44,12 +49,33 @@ _ATTRIBUTE = re.compile(r"[\[,]\s*(stop|stop_capture|max_tokens|temperature)\s*=
 @dataclass(slots=True)
 class _Definition:
     """A rule or a terminal. `num_optional`: its optional parts, also those in its regular
-    expressions. `regexes`: the cost of these. `names`: how often the body has each name.
+    expressions. `regexes`: the cost of these. `names`: how often the body has each name. `depths`:
+    the deepest level that has each name. `num_levels`: how deeply the body is nested.
     """
 
     num_optional: int = 0
     regexes: int = 0
     names: "Counter[str]" = field(default_factory=Counter)
+    depths: dict[str, int] = field(default_factory=dict)
+    num_levels: int = 1
+    _level: int = 1
+
+    def add_name(self, name: str) -> None:
+        self.names[name] += 1
+        self.depths[name] = max(self._level, self.depths.get(name, 0))
+
+    def add_sign(self, text: str) -> None:
+        self.num_optional += num_optional(text) + text.count("[") + text.count("~")
+        for sign in text:
+            if sign in "([":
+                self._level += 1
+                self.add_levels(0)
+            elif sign in ")]":
+                self._level = max(1, self._level - 1)
+
+    def add_levels(self, number: int) -> None:
+        """Count the levels of what stands here."""
+        self.num_levels = max(self.num_levels, self._level + number)
 
 
 def lark_text(text: str) -> str:
@@ -57,6 +83,8 @@ def lark_text(text: str) -> str:
     grammar is too expensive, or has what is not taken.
     """
     pieces, definitions = _scan(text)
+    if _num_levels(definitions) > MAX_LEVELS:
+        raise GrammarError(f"rules and groups lead to each other through {MAX_LEVELS} levels")
     check_regex_cost(_cost(definitions))
     return "".join(pieces)
 
@@ -95,14 +123,15 @@ def _scan(text: str) -> tuple[list[str], dict[str, _Definition]]:
                 _check_attributes(piece)
                 current = definitions.setdefault(found["head"], _Definition())
             case "json" | "regex_block":
-                piece, position = _block(text, kind, position)
+                piece, position, levels = _block(text, kind, position)
+                current.add_levels(int(levels * _LEVELS_OF_SCHEMA))
             case "name":
-                current.names[piece] += 1
+                current.add_name(piece)
             case "regex":
                 current.num_optional += num_optional(piece)
                 current.regexes += regex_cost(found["regex"])
             case "sign":
-                current.num_optional += num_optional(piece) + piece.count("[") + piece.count("~")
+                current.add_sign(piece)
             case "string":
                 current.num_optional += len(piece) == len('""')
             case "stray":
@@ -122,8 +151,10 @@ def _check_attributes(head: str) -> None:
         raise GrammarError(f"the attribute {attribute[1]} of rules is not supported")
 
 
-def _block(text: str, kind: str, position: int) -> tuple[str, int]:
-    """Return the text for llguidance of %json or %regex with its JSON, and where the JSON ends."""
+def _block(text: str, kind: str, position: int) -> tuple[str, int, int]:
+    """Return the text for llguidance of %json or %regex with its JSON, where the JSON ends, and how
+    many levels it has.
+    """
     begin = _BLANKS.match(text, position).end()  # type: ignore[union-attr]  # it always matches
     try:
         found, end = json.JSONDecoder().raw_decode(text, begin)
@@ -134,8 +165,16 @@ def _block(text: str, kind: str, position: int) -> tuple[str, int]:
     if not isinstance(found, dict):
         raise GrammarError("what follows %json or %regex is not a JSON object")
     if kind == "json":
-        return f"%json {schema_text(found, own_options(found))}", end
-    return f"%regex {text[begin:end]}", end
+        levels = num_levels(found)
+        return f"%json {schema_text(found, own_options(found))}", end, levels
+    return f"%regex {text[begin:end]}", end, 0
+
+
+def _num_levels(definitions: dict[str, _Definition]) -> int:
+    """The most levels that llguidance goes through from a definition into others."""
+    known = {name: Definition(one.num_levels, one.depths) for name, one in definitions.items()}
+    known[""] = Definition(0, dict.fromkeys(definitions, 0))
+    return longest_chain(known, "")
 
 
 def _cost(definitions: dict[str, _Definition]) -> int:
@@ -162,7 +201,7 @@ def _add_up(name: str, definitions: dict[str, _Definition], totals: dict[str, in
             for one, number in definitions[current].names.items()
             if one in definitions and _is_terminal(one)
         }
-        if unknown := inner.keys() - totals.keys():
+        if unknown := [one for one in inner if one not in totals]:
             waiting += unknown
             continue
         totals[current] = definitions[current].num_optional + sum(

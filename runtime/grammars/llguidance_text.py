@@ -6,9 +6,11 @@ from typing import NamedTuple
 from llguidance import LLMatcher
 
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.compile_cost import check_regex_cost, regex_cost
 from sagellm.runtime.grammars.json_schemas import read_schema, schema_text
 from sagellm.runtime.grammars.lark_grammars import from_gbnf, has_gbnf_rules, lark_text
-from sagellm.runtime.grammars.regex_cost import check_regex_cost, regex_cost
+from sagellm.runtime.grammars.reasons import fault_place, reason
+from sagellm.runtime.grammars.references import check_levels
 from sagellm.runtime.sampling import Grammar
 
 MAX_TEXT_BYTES = 256 << 10
@@ -18,10 +20,18 @@ _OPTIONS = '%llguidance {"no_forcing": true}'
 
 
 class Source(NamedTuple):
-    """The text that llguidance compiles. `has_lines`: its lines are those of the client's text."""
+    """The text that llguidance compiles. `has_lines`: its lines are those of the client's text.
+    `schema`: the client's text, if it is a JSON schema.
+    """
 
     text: str
     has_lines: bool = False
+    schema: str = ""
+
+    def fault(self, message: str) -> GrammarError:
+        """The error for a message of llguidance, with the place of the fault if that is known."""
+        cause = reason(message, has_lines=self.has_lines)
+        return GrammarError(f"{cause}{fault_place(self.schema, cause)}" if self.schema else cause)
 
 
 def llguidance_text(grammar: Grammar) -> Source:
@@ -37,8 +47,11 @@ def llguidance_text(grammar: Grammar) -> Source:
 def _of_schema(text: str) -> Source:
     # The schema is a grammar of its own, because only a grammar in Lark has options.
     start = json.dumps({"name": "start", "lark_grammar": f"start: @schema\n{_OPTIONS}"})
-    schema = schema_text(read_schema(text))
-    return Source(f'{{"grammars": [{start}, {{"name": "schema", "json_schema": {schema}}}]}}')
+    read = read_schema(text)
+    check_levels(read)
+    schema = schema_text(read)
+    grammars = f'{{"grammars": [{start}, {{"name": "schema", "json_schema": {schema}}}]}}'
+    return Source(grammars, schema=text)
 
 
 def _of_regex(text: str) -> Source:

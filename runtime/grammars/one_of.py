@@ -4,7 +4,7 @@ from typing import Any
 
 _MAX_STEPS = 5_000  # comparisons for one schema
 _MAX_DEPTH = 16
-_TYPES = ("null", "boolean", "number", "string", "array", "object")
+TYPES = ("null", "boolean", "number", "string", "array", "object")
 
 
 class Disjointness:
@@ -93,7 +93,7 @@ class Disjointness:
 def _types(schema: dict[str, Any]) -> set[str]:
     """The types that a value may have."""
     given = schema.get("type")
-    names = {given} if isinstance(given, str) else set(_TYPES)
+    names = {given} if isinstance(given, str) else set(TYPES)
     if isinstance(given, list):
         names = {name for name in given if isinstance(name, str)}
     names = {"number" if name == "integer" else name for name in names}

@@ -8,6 +8,13 @@ offer formats as entry points `sagellm.chat_formats`.
 from typing import Any
 
 from sagellm.chat_formats.block_format import PLAIN, THINKING
+from sagellm.chat_formats.call_sections import (
+    DEEPSEEK_R1,
+    DEEPSEEK_V3,
+    DEEPSEEK_V3_1,
+    KIMI_K2,
+    KIMI_K2_THINKING,
+)
 from sagellm.chat_formats.chat_format import (
     NO_SPECIAL_TOKENS,
     NO_TOOLS,
@@ -28,10 +35,12 @@ from sagellm.chat_formats.chat_format import (
     random_id,
 )
 from sagellm.chat_formats.gemma import FUNCTION_GEMMA, GEMMA4
+from sagellm.chat_formats.glm import GLM
 from sagellm.chat_formats.harmony import HARMONY
 from sagellm.chat_formats.hermes import HERMES, QWEN3
 from sagellm.chat_formats.llama3 import LLAMA3
 from sagellm.chat_formats.mistral import MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST
+from sagellm.chat_formats.pythonic import PYTHONIC
 from sagellm.chat_formats.qwen_coder import QWEN3_5, QWEN3_CODER
 from sagellm.runtime.registry import Registry
 
@@ -58,7 +67,8 @@ __all__ = [
 ]
 
 _SHIPPED = (
-    *(HARMONY, GEMMA4, FUNCTION_GEMMA, QWEN3_5, QWEN3_CODER, QWEN3, HERMES, LLAMA3),
+    *(DEEPSEEK_R1, DEEPSEEK_V3_1, DEEPSEEK_V3, KIMI_K2_THINKING, KIMI_K2, GLM),
+    *(HARMONY, GEMMA4, FUNCTION_GEMMA, QWEN3_5, QWEN3_CODER, QWEN3, HERMES, PYTHONIC, LLAMA3),
     *(MAGISTRAL, MAGISTRAL_2506, MISTRAL, MISTRAL_LIST, THINKING, PLAIN),
 )
 

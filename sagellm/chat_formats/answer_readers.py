@@ -133,16 +133,16 @@ def read_blocks(
 ) -> TextReading[None]:
     """Read content and blocks of calls.
 
-    `first`: an opening that counts only where no content comes before it: at the beginning of the
-    answer, and after a block. `space`: white space that comes before. White space before a block is
-    dropped at these places, as in vLLM.
+    `first`: characters that are openings only where no content comes before them: at the beginning
+    of the answer, and after a block. `space`: white space that comes before. White space before a
+    block is dropped at these places, as in vLLM.
     """
     space += yield from source.space()
     may_be_first, is_after_block = True, False
     while True:
         content = _Content(writer, space)
-        if first and may_be_first and (yield from source.accept(first)):
-            opening = first
+        if may_be_first and first and (yield from source.peek()) in {*first}:
+            opening = yield from source.take(lambda text: None)
         else:
             opening = yield from source.until(openings, content.write)
         if not opening:

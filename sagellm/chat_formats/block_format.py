@@ -1,5 +1,6 @@
 """Formats in which a marker opens a block of tool calls, as data; and those without tools."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -158,16 +159,12 @@ class BlockFormat:
         """The rule `answer` of any text in which what follows an opening is a block."""
         many = "*" if use.parallel else "?"
         if not self.opening:
-            return "answer: block | /\\s*([^{\\s](?s:.*))?/"
+            return f"answer: block | /\\s*([^{re.escape(self.first)}\\s](?s:.*))?/"
         head = text_up_to("head", self.opening, special_tokens)
         return f"answer: (head block){many} {ANY_TEXT}\n{head}"
 
     def response_grammar(
-        self,
-        grammar: Grammar,
-        prompt: str,
-        *,
-        special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
+        self, grammar: Grammar, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
     ) -> Grammar:
         if self.tags is None or self.tags.is_closed(prompt):
             return grammar

@@ -147,11 +147,7 @@ class HarmonyFormat:
         return _grammar(last, rules, prompt, special_tokens)
 
     def response_grammar(
-        self,
-        grammar: Grammar,
-        prompt: str,
-        *,
-        special_tokens: SpecialTokens = NO_SPECIAL_TOKENS,
+        self, grammar: Grammar, prompt: str, *, special_tokens: SpecialTokens = NO_SPECIAL_TOKENS
     ) -> Grammar:
         return _grammar("final response", response_rules(grammar), prompt, special_tokens)
 

@@ -9,8 +9,20 @@ from sagellm.chat_formats.text_source import TextReading, TextSource, Write
 _IN_STRING = re.compile(r'["\\]')
 _IN_CONTAINER = re.compile(r'["{}\[\]]')
 _AFTER_SCALAR = re.compile(r'[\s,:{}\[\]"]')
+_SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|true|false|null", re.ASCII)
 _ARGUMENTS = ("arguments", "parameters")
+PYTHON_SCALARS = {"True": "true", "False": "false", "None": "null"}
 _KNOWN = frozenset({"name", "type", "id", *_ARGUMENTS})  # members that may come before the name
+
+
+def json_text(text: str) -> str:
+    """The JSON string of a text."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def is_json_scalar(text: str) -> bool:
+    """Whether the text is a number, true, false or null of JSON."""
+    return _SCALAR.fullmatch(text) is not None
 
 
 def read_json(source: TextSource, write: Write) -> TextReading[bool]:

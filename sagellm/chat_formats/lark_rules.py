@@ -5,20 +5,68 @@ Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sagellm.chat_formats.answer_readers import ReasoningTags
-from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse
+from sagellm.chat_formats.chat_format import SpecialTokens, ToolSpec, ToolUse, UnboundSchema
 from sagellm.chat_formats.tool_schema import (
+    OBJECT_KEYWORDS,
+    Member,
     ToolSchema,
+    check_bound,
     check_shape,
     closed,
     loosened,
+    members_of,
     schema_of,
 )
 from sagellm.runtime.sampling import Grammar
 
 ANY_TEXT = "/(?s:.*)/"
+_MAX_CHARS = 128 << 10  # no engine takes a longer grammar
+
+
+class Rules:
+    """Collects the rules of arguments. Arguments may share a schema, and each repeats its text."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._num_chars = 0
+
+    def append(self, rule: str) -> None:
+        """Add a whole rule. Raises UnboundSchema if the rules become too long."""
+        self.lines.append(rule)
+        self._num_chars += len(rule)
+        if self._num_chars > _MAX_CHARS:
+            raise UnboundSchema(f"the rules of arguments are longer than {_MAX_CHARS >> 10} KiB")
+
+    def new_name(self) -> str:
+        """Return a name for the next rule."""
+        return f"rule_{len(self.lines)}"
+
+    def add(self, right: str) -> str:
+        """Add a rule of this right side, and return its name."""
+        name = self.new_name()
+        self.append(f"{name}: {right}")
+        return name
+
+
+def members(
+    required: Sequence[str], optional: Sequence[str], rules: Rules, comma: str = ","
+) -> str:
+    """The members of an object in their order, each the name of a rule. Adds to `rules`."""
+    between = literal(comma)
+    if required:
+        return " ".join(
+            [f" {between} ".join(required), *(f"({between} {name})?" for name in optional)]
+        )
+    if not optional:
+        return ""
+    first = rest = ""  # rules: the members from this one on, and those after a comma
+    for name in reversed(optional):  # one rule with all choices would be quadratic
+        first = rules.add(f"{name} {rest} | {first}" if first else name)
+        rest = rules.add(f"({between} {name})? {rest}".rstrip())
+    return f"{first}?"
 
 
 def literal(text: str) -> str:
@@ -41,6 +89,22 @@ def inline_json(schema: ToolSchema, *, is_strict: bool) -> str:
     """A JSON value. If not `is_strict`, keywords that no grammar can express are left out."""
     bound = closed(schema if is_strict else loosened(schema))
     return "%json " + json.dumps(bound, ensure_ascii=False)
+
+
+def arguments_of(tool: ToolSpec, unwritable: re.Pattern[str]) -> list[Member]:
+    """The arguments of a tool in a form of its own, required ones first.
+
+    Raises UnboundSchema, also where `unwritable` is found in a name, which the form cannot write.
+    """
+    schema = schema_of(tool)
+    check_bound(tool, schema, OBJECT_KEYWORDS)
+    found = members_of(schema, schema)
+    if any(not member.name or unwritable.search(member.name) for member in found):
+        raise UnboundSchema(
+            "an argument has a name that this model's form of calls cannot write; use letters, "
+            "digits and `_`"
+        )
+    return found
 
 
 def json_call(tool: ToolSpec, member: str) -> str:

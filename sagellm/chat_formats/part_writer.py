@@ -23,6 +23,7 @@ class PartWriter:
         self._pieces: list[str] = []  # of the part at the end, which may go on
         self._kind: type[AnswerPart] | None = None  # of that part
         self._num_calls = 0
+        self._ids: set[str] = set()  # of the calls so far
 
     def content(self, text: str) -> None:
         self._add(Content, text)
@@ -30,10 +31,11 @@ class PartWriter:
     def reasoning(self, text: str) -> None:
         self._add(Reasoning, text)
 
-    def begin_call(self, name: str) -> ToolSpec | None:
+    def begin_call(self, name: str, call_id: str = "") -> ToolSpec | None:
         """Begin a call, and return its tool. Return None, and do nothing, if no allowed tool has
         the name.
 
+        `call_id`: the id that the model wrote; "" or one that the answer has already gets a new id.
         Without parallel calls, all calls after the first are dropped, as in vLLM.
         """
         tool = self._tools.get(name)
@@ -41,7 +43,9 @@ class PartWriter:
             self._close()
             self._num_calls += 1
             if not self._is_dropped:
-                self._parts.append(ToolCallDelta(self._num_calls - 1, self._new_id(), name))
+                new_id = call_id if call_id and call_id not in self._ids else self._new_id()
+                self._ids.add(new_id)
+                self._parts.append(ToolCallDelta(self._num_calls - 1, new_id, name))
         return tool
 
     def arguments(self, text: str) -> None:

@@ -9,6 +9,8 @@ ToolSchema: TypeAlias = Mapping[str, Any]
 
 _MAX_REFERENCES = 32  # a longer chain of `$ref` may be a circle
 _MAX_OPTIONS = 1024  # the types of more options are not read: the event loop would wait
+# The keywords of an object that grammars of arguments know where the arguments are not JSON.
+OBJECT_KEYWORDS = frozenset({"type", "properties", "required", "additionalProperties"})
 _DOCUMENTS = frozenset(
     {"$schema", "$id", "$defs", "definitions", "title", "description", "default"}
 )
@@ -25,6 +27,11 @@ class Member(NamedTuple):
 
 def schema_of(tool: ToolSpec) -> ToolSchema:
     return {"type": "object", **(tool.parameters or {})}
+
+
+def definitions(root: ToolSchema) -> ToolSchema:
+    """The keywords of a schema to which the `$ref` of its parts lead."""
+    return {key: root[key] for key in ("$defs", "definitions") if key in root}
 
 
 def members_of(schema: ToolSchema, root: ToolSchema) -> list[Member]:

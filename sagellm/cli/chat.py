@@ -59,7 +59,8 @@ def chat(
     system
         What the model is told first.
     tools
-        A Python file, whose public functions the model may call. You are asked before each call.
+        A Python file, whose public functions the model may call, decorated ones too, but not those
+        that the file imports. You are asked before each call.
     yes
         Make the calls of tools without asking.
     question
@@ -73,8 +74,6 @@ def chat(
         raise Failure("--json needs a question", "add --question TEXT")
     only = None if question is None else read_text(question, "--question")
     options = {**sampling.given, **grammar.fields}
-    if stats or json:
-        options["stream_options"] = {"include_usage": True}
     with translate_client_errors():
         offered = load_tools(tools, yes=yes)
     session = ChatSession(_resolved(server), options, offered)

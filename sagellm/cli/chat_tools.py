@@ -4,16 +4,19 @@ import inspect
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import GenericAlias
 
 from rich.console import Console
 
-from sagellm.cli.errors import Failure
-from sagellm.client.python_tools import ToolBox, ToolCallable, read_tool
+from sagellm.cli.errors import Failure, warn
+from sagellm.client.python_tools import PythonTool, ToolBox, read_tool
 from sagellm.client.replies import ResponseToolCall
 from sagellm.extensions import ImportMistake, import_named
 
 _SHOWN_CHARS = 400  # of a result on the terminal; the model reads all of it
+_TYPE_MODULES = ("typing", "typing_extensions")  # of objects that can be called, such as NewType
 _DECLINED = "Error: the user did not allow this call"
 
 
@@ -21,14 +24,13 @@ _DECLINED = "Error: the user did not allow this call"
 class ChatTools:
     """The functions that the model may call. `asks`: the user is asked before each call."""
 
-    functions: tuple[ToolCallable, ...] = ()
+    functions: tuple[PythonTool, ...] = ()
     asks: bool = True
 
     @property
     def descriptions(self) -> dict[str, str]:
         """The first line of each tool's description, by name."""
-        tools = (read_tool(function) for function in self.functions)
-        return {tool.name: tool.description.partition("\n")[0] for tool in tools}
+        return {tool.name: tool.description.partition("\n")[0] for tool in self.functions}
 
     def run(self, call: ResponseToolCall, box: ToolBox) -> str:
         """Show a call, make it if the user allows that, and return the text for the model."""
@@ -49,8 +51,10 @@ def _shown(text: str) -> str:
 
 
 def _is_allowed() -> bool:
+    # Not the prompt of `input`: it would go to stdout, which may be a file.
+    print("run it? [y/N] ", end="", file=sys.stderr, flush=True)
     try:
-        return input("run it? [y/N] ").strip().lower() in ("y", "yes")
+        return input().strip().lower() in ("y", "yes")
     except EOFError:
         return False
 
@@ -58,8 +62,8 @@ def _is_allowed() -> bool:
 def load_tools(path: Path | None, *, yes: bool) -> ChatTools:
     """The public functions of a Python file as tools. `yes`: no call is asked for.
 
-    Raises Failure for a file without functions, and where nobody can be asked; ClientError for a
-    function that is no tool.
+    Warns about objects that may be meant as tools. Raises Failure for a file without functions, and
+    where nobody can be asked; ClientError for a function that is no tool.
     """
     if path is None:
         if yes:
@@ -73,13 +77,29 @@ def load_tools(path: Path | None, *, yes: bool) -> ChatTools:
     except ImportMistake as mistake:
         raise Failure(mistake.cause, mistake.fix, "--tools") from None
     found = tuple(
-        value
+        read_tool(value, name)
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and not name.startswith("_")
-        if value.__module__ == module.__name__  # an imported function is no tool of this file
+        if not name.startswith("_") and _is_tool(name, value, module.__name__)
     )
     if not found:
         fix = "define a function with annotated parameters and a docstring"
         raise Failure(f"{path} defines no public function", fix, "--tools")
-    ToolBox(found)  # a function that is no tool is reported before the first question
     return ChatTools(found, asks=not yes)
+
+
+def _is_tool(name: str, value: object, file: str) -> bool:
+    """Whether a public name of a file is a tool: a function that the file defines, decorated or
+    not, a partial object, or an object that can be called, of a class of the file.
+
+    Warns about what may be meant as a tool, but whose code is in another file.
+    """
+    is_type = isinstance(value, type | GenericAlias) or type(value).__module__ in _TYPE_MODULES
+    if is_type or not callable(value):
+        return False
+    if isinstance(value, partial) or getattr(value, "__module__", file) == file:
+        return True
+    # A function that another one returned, such as a decorator that hides what it decorates.
+    is_made = "<locals>" in str(getattr(value, "__qualname__", ""))
+    if is_made or not inspect.isroutine(value):
+        warn(f"{name} is no tool: its code is in another file; define a function that calls it")
+    return False

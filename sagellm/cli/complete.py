@@ -1,10 +1,11 @@
 """`sagellm complete`, and the code that it shares with `chat`: server options, streams, errors."""
 
+import re
 import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import msgspec
 import trio
@@ -41,6 +42,7 @@ _OPTIONS_OF_FIELDS = {
     "structured_outputs.choice": "--choice",
     "structured_outputs.grammar": "--grammar",
 }
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # not tab and line breaks
 _MISTAKES = (400, 401, 403, 404, 405, 413, 422)  # HTTP statuses that the caller can avoid
 
 
@@ -137,7 +139,6 @@ class StreamedAnswer:
         self.num_pieces += has_part
         self.text += piece
         self.finish_reason = piece.finish_reason or self.finish_reason
-        self.usage = piece.usage or self.usage
 
 
 def complete(
@@ -163,8 +164,6 @@ def complete(
     """
     prompt = read_text(text, "TEXT")
     options = {**sampling.given, **grammar.fields}
-    if stats or json:
-        options["stream_options"] = {"include_usage": True}
     with translate_client_errors():
         model, answer = trio.run(_complete, prompt, server, options, json)
     if json and not answer.is_stopped:
@@ -199,6 +198,16 @@ def read_text(text: str, where: str) -> str:
     return read
 
 
+def terminal_text(text: str, stream: TextIO) -> str:
+    """The text, on a terminal with its control characters spelt out.
+
+    A model must not hide lines of the terminal, such as the call of a tool that the user allows.
+    """
+    if not stream.isatty():
+        return text
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 class ThoughtPrinter:
     """Shows the reasoning of a streamed answer on stderr, dimmed: stdout has the answer alone."""
 
@@ -209,7 +218,8 @@ class ThoughtPrinter:
     def show(self, piece: Piece) -> None:
         """Show the reasoning in a piece. Call before the piece's text is printed."""
         if piece.reasoning:
-            self._console.print(piece.reasoning, style="dim", markup=False, end="")
+            shown = terminal_text(piece.reasoning, sys.stderr)
+            self._console.print(shown, style="dim", markup=False, end="")
             self._is_line_open = True
         elif self._is_line_open:
             self._console.print()
@@ -232,8 +242,8 @@ async def print_stream(
                 answer.take(piece, trio.current_time() - started_s)
                 thoughts.show(piece)
                 if not silent:
-                    print(piece, end="", flush=True)
-            answer.reply = stream.reply
+                    print(terminal_text(piece, sys.stdout), end="", flush=True)
+            answer.reply, answer.usage = stream.reply, stream.usage
     answer.is_stopped = scope.cancelled_caught
     if not silent and not (answer.calls_tools and not answer.text):
         print(flush=True)

@@ -23,8 +23,6 @@ from sagellm.runtime.models.folder import ModelError
 FAILED, CONFIGURATION, RESOURCES, INTERRUPTED = 1, 2, 3, 130
 BROKEN_PIPE = 128 + 13  # the exit code that a shell gives to a command ended by SIGPIPE
 
-ENGINE_FIX = "change the engine in the graph or by --set NAME.OPTION=VALUE, or give another --model"
-
 _EXHAUSTED = {
     errno.ENOSPC: "free some disk space",
     errno.EDQUOT: "free some of your disk quota",

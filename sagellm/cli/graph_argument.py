@@ -1,7 +1,8 @@
 """The GRAPH argument: a file, a shipped graph, a model, or several models."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import msgspec
 from cyclopts import Parameter
 
 from sagellm import ops
+from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.builder import Graph
 from sagellm.cli.errors import Failure, suggestion, warn
 from sagellm.extensions import ImportMistake, import_each
@@ -23,13 +25,26 @@ from sagellm.opening.sources import (
     shipped_names,
     suggest_graph,
 )
+from sagellm.runtime.engine.options import EngineOptionError
 from sagellm.runtime.models.files import is_model_file
 from sagellm.runtime.models.folder import BUILT_IN
 
 NAME = "models"
 MAX_QUEUED = 4096  # for each model; the shipped graphs have the same limit
+_ENGINE_FIX = (
+    "change the engine in the graph or by --set NAME.OPTION=VALUE, or give another --model"
+)
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
 _TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")  # names of other nodes, and reserved ones
+
+
+@contextmanager
+def engine_failures(graph: str) -> Iterator[None]:
+    """Raise Failure if the block finds that an engine of `graph` cannot be opened."""
+    try:
+        yield
+    except (UnknownBackend, LoweringError, EngineOptionError) as error:
+        raise Failure(str(error), _ENGINE_FIX, graph) from None
 
 
 def public_model_name(model: str) -> str:

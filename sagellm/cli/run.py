@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import trio
 
-from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.batch import (
     BatchRun,
     OutputFile,
@@ -22,7 +21,6 @@ from sagellm.batch import (
 from sagellm.batch.prompt_lines import LinePrompt, LineRequest, numbered_lines
 from sagellm.cli.errors import (
     CONFIGURATION,
-    ENGINE_FIX,
     FAILED,
     INTERRUPTED,
     Failure,
@@ -34,6 +32,7 @@ from sagellm.cli.graph_argument import (
     Imports,
     choose_graph,
     choose_model,
+    engine_failures,
     parse_assignments,
 )
 from sagellm.cli.run_options import (
@@ -43,7 +42,6 @@ from sagellm.cli.run_options import (
     check_run_options,
 )
 from sagellm.cli.terminal import FileProgress, print_summary, show_start_progress, show_summary
-from sagellm.runtime.engine.options import EngineOptionError
 from sagellm.runtime.messages import SERVED, Answer
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.sampling import Sampling
@@ -101,14 +99,11 @@ def run(
     opening = chosen.open(
         set=parse_assignments(set_), model=model, executor=executor, decisions=decisions
     )
-    try:
-        with show_start_progress() as progress:
-            opening.report_to(progress)
-            if prompt_options.prompt is None:
-                return trio.run(answer_file, opening, files, sampling, json, requested)
-            return trio.run(answer_prompt, opening, prompt_options, sampling, json, requested)
-    except (UnknownBackend, LoweringError, EngineOptionError) as error:
-        raise Failure(str(error), ENGINE_FIX, graph) from None
+    with engine_failures(graph), show_start_progress() as progress:
+        opening.report_to(progress)
+        if prompt_options.prompt is None:
+            return trio.run(answer_file, opening, files, sampling, json, requested)
+        return trio.run(answer_prompt, opening, prompt_options, sampling, json, requested)
 
 
 async def answer_prompt(

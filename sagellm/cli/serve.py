@@ -4,16 +4,20 @@ import errno
 import gc
 import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import trio
 
-from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.builder import Graph
 from sagellm.cli.config_file import ConfigFile, format_config, read_config
-from sagellm.cli.errors import CONFIGURATION, ENGINE_FIX, RESOURCES, Failure, warn
-from sagellm.cli.graph_argument import choose_graphs, parse_assignments, public_model_name
+from sagellm.cli.errors import CONFIGURATION, RESOURCES, Failure, warn
+from sagellm.cli.graph_argument import (
+    choose_graphs,
+    engine_failures,
+    parse_assignments,
+    public_model_name,
+)
 from sagellm.cli.keys import readable_secrets
 from sagellm.cli.serve_options import (
     CONFIG_FILE_OPTIONS,
@@ -26,7 +30,7 @@ from sagellm.cli.serve_options import (
 )
 from sagellm.cli.setting import merge_given
 from sagellm.cli.terminal import show_start_progress
-from sagellm.gateway.batches.data_folder import make_data_folder
+from sagellm.gateway.batches.data_folder import FolderInUse, held_data_folder
 from sagellm.gateway.lifecycle import serve_graph, server_class
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.settings import LEAST_FILES, Settings, bind, num_files, raise_open_files
@@ -36,7 +40,8 @@ from sagellm.logs import LEVELS, process_logs
 from sagellm.logs.lines import write_line
 from sagellm.opening.decisions import DecisionFile
 from sagellm.opening.open_graph import OpenGraph
-from sagellm.runtime.engine.options import EngineOptionError
+
+_FOLDER_FIX = "name a folder that this user may write to, on a disk with hard links and file locks"
 
 
 def serve(
@@ -79,11 +84,23 @@ def serve(
         print(format_config(options, settings, file, changes), end="")
         return 0
     check_open_files()
-    check_data_dir(settings.data_dir)
     opening = chosen.open(
         set=engine_overrides(chosen, served) | changes, model=model, executor=graph_options.executor
     )
+    with engine_failures(graph), _gateway_failures(graph):
+        _serve(opening, settings, graph_options, observability)
+    return 0
+
+
+def _serve(
+    opening: OpenGraph,
+    settings: Settings,
+    graph_options: GraphOptions,
+    observability: ObservabilityOptions,
+) -> None:
+    """Hold the data folder and the address, then open the graph and serve it until its end."""
     with (
+        held_data_dir(settings.data_dir),
         server_logs(observability, settings),
         bound_socket(settings) as sock,
         show_start_progress() as progress,
@@ -91,16 +108,19 @@ def serve(
         opening.report_to(progress)
         if graph_options.decisions is not None:
             opening.record_to(DecisionFile(graph_options.decisions, graph_options.decisions_bytes))
-        try:
-            trio.run(serve_graph, opening, settings, sock, _started)
-        except (UnknownBackend, LoweringError, EngineOptionError) as error:
-            raise Failure(str(error), ENGINE_FIX, graph) from None
-        except GatewaysFailed as error:
-            # An OSError means that the machine could not start the processes.
-            code = RESOURCES if isinstance(error.__cause__, OSError) else CONFIGURATION
-            fix = "see the log; --gateways 0 serves without"
-            raise Failure(str(error), fix, graph, code) from None
-    return 0
+        trio.run(serve_graph, opening, settings, sock, _started)
+
+
+@contextmanager
+def _gateway_failures(graph: str) -> Iterator[None]:
+    """Raise Failure if the block finds that gateway processes cannot serve `graph`."""
+    try:
+        yield
+    except GatewaysFailed as error:
+        # An OSError means that the machine could not start the processes.
+        code = RESOURCES if isinstance(error.__cause__, OSError) else CONFIGURATION
+        fix = "see the log; --gateways 0 serves without"
+        raise Failure(str(error), fix, graph, code) from None
 
 
 def _started(text: str) -> None:
@@ -178,16 +198,25 @@ def check_open_files() -> None:
         raise Failure(cause, "raise the limit: ulimit -n 4096", code=RESOURCES)
 
 
-def check_data_dir(path: Path | None) -> None:
-    """Make the folder if it is missing. Raises Failure if it cannot hold files and batches."""
-    if path is None:
-        return
-    try:
-        make_data_folder(path)
-    except OSError as error:
-        cause = f"--data-dir cannot be used: {error.strerror or 'it is no folder'}"
-        fix = "name a folder that this user may write to, on a disk with hard links and file locks"
-        raise Failure(cause, fix, str(path)) from None
+@contextmanager
+def held_data_dir(path: Path | None) -> Iterator[None]:
+    """Make the folder of files and batches, and hold it for this server during the block.
+
+    Has no effect without a path. Raises Failure if the folder cannot hold files and batches, or if
+    another server holds it. Enter the block before weights load, so that this error comes at once.
+    """
+    with ExitStack() as stack:
+        if path is not None:
+            try:
+                stack.enter_context(held_data_folder(path))
+            except FolderInUse as error:
+                cause = f"--data-dir is in use: the server of {error} works there"
+                fix = "stop that server, or give this one a folder of its own"
+                raise Failure(cause, fix, str(path), RESOURCES) from None
+            except OSError as error:
+                cause = f"--data-dir cannot be used: {error.strerror or 'it is no folder'}"
+                raise Failure(cause, _FOLDER_FIX, str(path)) from None
+        yield
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The options of `sagellm serve`, and their conversion to the gateway's settings."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -186,11 +186,8 @@ def read_settings(
     """
     _check_tracing(observability)
     check_tls(listen.tls_certificate, listen.tls_key)
-    keys = user_keys(listen.api_key, config)
-    _check_listen(listen, has_keys=bool(keys))
-    admin = admin_key(listen.admin_key, listen.admin_key_file)
-    if len({*keys.values(), admin}) <= len(keys):  # a tenant with the admin key would be admin
-        raise Failure("one API key is given twice, or is the admin key too", "give each its own")
+    keys, admin = _read_keys(listen, config)
+    compat = observability.metrics_compat
     changed = {**config.limits, **read_limits(limits)}
     budget = _changed(Settings(api_keys=keys).common_budget, changed)
     return Settings(
@@ -207,9 +204,7 @@ def read_settings(
         drain_s=listen.drain_s,
         linger_s=listen.linger_s,
         page=listen.page,
-        metrics_compat=()
-        if observability.metrics_compat == "none"
-        else (observability.metrics_compat,),
+        metrics_compat=() if compat == "none" else (compat,),
         open_metrics=observability.open_metrics,
         otlp_endpoint=observability.otlp_endpoint,
         trace_sample=observability.trace_sample,
@@ -220,12 +215,27 @@ def read_settings(
         streaming=_changed(Streaming(), changed),
         storage=_changed(StorageLimits(), changed),
         budget=budget,
-        budgets={
-            name: _changed(budget, key.budget)
-            for name, key in config.keys.items()
-            if name in keys and key.budget  # --api-key replaces all keys of the file
-        },
+        budgets=_own_budgets(budget, keys, config),
     )
+
+
+def _read_keys(listen: ListenOptions, config: ConfigFile) -> tuple[dict[str, str], str | None]:
+    """Return the keys by tenant, and the admin key. Raises Failure for repeated or missing keys."""
+    keys = user_keys(listen.api_key, config)
+    _check_listen(listen, has_keys=bool(keys))
+    admin = admin_key(listen.admin_key, listen.admin_key_file)
+    if len({*keys.values(), admin}) <= len(keys):  # a tenant with the admin key would be admin
+        raise Failure("one API key is given twice, or is the admin key too", "give each its own")
+    return keys, admin
+
+
+def _own_budgets(common: Budget, keys: Container[str], config: ConfigFile) -> dict[str, Budget]:
+    """Return the budgets of the tenants that have one of their own. `keys`: the known tenants."""
+    return {
+        name: _changed(common, key.budget)
+        for name, key in config.keys.items()
+        if name in keys and key.budget  # --api-key replaces all keys of the file
+    }
 
 
 def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:

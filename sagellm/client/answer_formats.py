@@ -7,9 +7,10 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from sagellm.client.exact_schemas import exact_schema_of
 from sagellm.client.python_tools import plain_tools
 from sagellm.client.responses import BAD_ANSWER, MISUSED, ClientError
-from sagellm.client.type_schemas import is_strict, pydantic_type, schema_of, type_name
+from sagellm.client.type_schemas import is_strict, pydantic_type, type_name
 
 ReadValue = Callable[[str], Any]
 S = TypeVar("S", bound="Readable")
@@ -81,7 +82,7 @@ def _json_format(asked: object) -> tuple[Mapping[str, Any], ReadValue | None]:
         is_json = asked.get("type") in _JSON_FORMATS
         return asked, reader_of(Any) if is_json else None
     try:
-        schema, read_value = schema_of(asked), reader_of(asked)
+        schema, read_value = exact_schema_of(asked), reader_of(asked)
     except TypeError as error:
         fix = "give a msgspec.Struct, dataclass, TypedDict or pydantic model type, or a dict"
         raise _misused(f"response_format: it cannot be read from JSON ({error}); {fix}") from None

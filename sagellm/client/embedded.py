@@ -72,8 +72,7 @@ def _response_call(call: ToolCallDelta) -> ResponseToolCall:
 
 
 def _finish_reason(event: Output, parts: ChoiceParts) -> str | None:
-    is_call = parts.has_calls and event.finish_reason == "stop"
-    return "tool_calls" if is_call else event.finish_reason
+    return "tool_calls" if parts.ends_in_calls else event.finish_reason
 
 
 def reply_of(answers: Sequence[Answer], model: str, read: SessionCall) -> TextReply:

@@ -93,10 +93,11 @@ def no_server() -> ClientError:
     return ClientError(f"no server answers at {tried}; {fix}", code=UNREACHABLE)
 
 
-def check_embedded(url: str | None) -> None:
-    """Raise ClientError if a URL is given together with `embedded`, which would ignore it."""
-    if url is not None:
-        cause = "an embedded graph has no URL; leave one of the two out"
+def check_embedded(url: str | None, api_key: str | None) -> None:
+    """Raise ClientError if a URL or a key is given with `embedded`, which would ignore it."""
+    given = "URL" if url is not None else "API key"
+    if url is not None or api_key is not None:
+        cause = f"an embedded graph has no {given}; leave one of the two out"
         raise ClientError(cause, code=NOT_OFFERED)
 
 
@@ -104,6 +105,8 @@ Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MODELS, HEALTH, LOAD, VERSION = "/v1/models", "/health", "/load", "/version"
+_STREAM_OPTIONS = "stream_options"
+_REFUSED_FIELD = (400, 422)  # HTTP statuses for an unknown field
 _ABSENT = (404, 405, 501)  # HTTP statuses of a server without the endpoint
 
 
@@ -112,6 +115,21 @@ def encode_call(
 ) -> bytes:
     """The body of a call. Options go to the server unchanged."""
     return encode_json({"model": model, **call, **options, "stream": stream})
+
+
+def with_usage(options: Mapping[str, Any], stream: bool) -> Mapping[str, Any]:
+    """The options of a call, which ask for the usage of a stream unless `stream_options` is given.
+
+    Returns `options` itself if nothing is added.
+    """
+    if not stream or options.get(_STREAM_OPTIONS) is not None:
+        return options
+    return {**options, _STREAM_OPTIONS: {"include_usage": True}}
+
+
+def refuses_usage(error: ClientError) -> bool:
+    """Whether a server refused a call because it does not know `stream_options`."""
+    return error.status in _REFUSED_FIELD and _STREAM_OPTIONS in f"{error.param} {error.message}"
 
 
 def encode_json(body: Mapping[str, Any]) -> bytes:

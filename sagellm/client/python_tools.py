@@ -56,21 +56,25 @@ class PythonTool:
         return partial(self.function, **msgspec.structs.asdict(read))
 
 
-def read_tool(function: ToolCallable) -> PythonTool:
+def read_tool(function: ToolCallable, name: str | None = None) -> PythonTool:
     """Read name, types and docstring of a function. Raises ClientError for one that is no tool.
 
-    The description is the docstring before its sections. A parameter's description is that of its
-    `Meta`, or else its line of the docstring.
+    A decorated function and a partial object are read as the function inside. `name`: in place of
+    the function's own. The description is the docstring before its sections. A parameter's
+    description is that of its `Meta`, or else its line of the docstring.
     """
-    name = getattr(function, "__name__", type(function).__name__)
+    if not callable(function):
+        raise ClientError(f"{type(function).__name__} is no function to call", code=MISUSED)
+    inner, given = _function_inside(function)
+    name = name or str(getattr(inner, "__name__", type(inner).__name__))
     if not _NAME.fullmatch(name):
         raise _unfit(name, "a tool's name has letters, digits, _ and -, at most 64")
-    arguments = _arguments_of(name, function)
+    arguments = _arguments_of(name, function, inner, given)
     try:
         schema, decoder = schema_of(arguments), msgspec.json.Decoder(arguments)
     except TypeError as error:
         raise _unfit(name, f"a parameter's type cannot be JSON: {error}") from None
-    doc = docstring_parser.parse(inspect.getdoc(function) or "")
+    doc = docstring_parser.parse(inspect.getdoc(inner) or "")
     for param in doc.params:
         if (known := schema["properties"].get(param.arg_name)) is not None:
             known.setdefault("description", param.description or "")
@@ -78,16 +82,36 @@ def read_tool(function: ToolCallable) -> PythonTool:
     return PythonTool(function, name, (doc.description or "").strip(), schema, decoder)
 
 
-def _arguments_of(name: str, function: ToolCallable) -> type[msgspec.Struct]:
-    """A struct with a field for each parameter. Raises ClientError."""
-    hinted = function if inspect.isroutine(function) else type(function).__call__
+def _function_inside(function: ToolCallable) -> tuple[ToolCallable, set[str]]:
+    """The function inside of decorators and partial objects, and the names of the arguments that
+    partial objects give. Decorators keep the function as `functools.wraps` does.
+
+    Raises ClientError for an object that wraps itself, as those do that have every attribute.
+    """
+    given: set[str] = set()
     try:
-        hints = get_type_hints(hinted, include_extras=True)
+        inner = inspect.unwrap(function)
+        while isinstance(inner, partial):
+            given |= inner.keywords.keys()
+            inner = inspect.unwrap(inner.func)
+    except ValueError:
+        raise _unfit(type(function).__name__, "it wraps itself; give a function") from None
+    return inner, given
+
+
+def _arguments_of(
+    name: str, function: ToolCallable, inner: ToolCallable, given: set[str]
+) -> type[msgspec.Struct]:
+    """A struct with a field for each parameter that the model gives. Raises ClientError."""
+    try:
+        hints = get_type_hints(_annotated(inner), include_extras=True)
         parameters = inspect.signature(function).parameters.values()
     except (NameError, TypeError, ValueError) as error:
         raise _unfit(name, f"its signature cannot be read: {error}") from None
     fields: list[Any] = []
     for each in parameters:
+        if each.name in given:
+            continue
         if each.kind not in _NAMED_KINDS:
             raise _unfit(name, f"parameter {each} cannot be given by name")
         if each.name not in hints:
@@ -96,6 +120,12 @@ def _arguments_of(name: str, function: ToolCallable) -> type[msgspec.Struct]:
         is_needed = each.default is inspect.Parameter.empty
         fields.append(field if is_needed else (*field, _default_field(each.default)))
     return msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
+
+
+def _annotated(function: ToolCallable) -> ToolCallable:
+    """What has the annotations of a function: of an object, the method `__call__` of its class."""
+    is_function = inspect.isroutine(function) or inspect.isclass(function)
+    return function if is_function else type(function).__call__
 
 
 def _default_field(default: Any) -> Any:
@@ -117,10 +147,10 @@ class ToolBox:
     can correct the call.
     """
 
-    def __init__(self, functions: Sequence[ToolCallable], on_error: OnError | None = None) -> None:
-        if unfit := next((each for each in functions if not callable(each)), None):
-            raise ClientError(f"{type(unfit).__name__} is no function to call", code=MISUSED)
-        tools = [read_tool(each) for each in functions]
+    def __init__(
+        self, functions: Sequence[ToolCallable | PythonTool], on_error: OnError | None = None
+    ) -> None:
+        tools = [each if isinstance(each, PythonTool) else read_tool(each) for each in functions]
         self._tools = {each.name: each for each in tools}
         self._on_error = on_error
         if len(self._tools) < len(tools):

@@ -185,8 +185,8 @@ class TextReply(str, Generic[T]):
 class Piece(str):
     """The next text of one choice of a stream. The last piece of a choice has a finish reason.
 
-    `reasoning` and `tool_calls` are the next parts of these; the text of such a piece is empty. A
-    server may send the usage in a piece without text after all other pieces.
+    `reasoning` and `tool_calls` are the next parts of these; the text of such a piece is empty.
+    `usage`: where the server sends it with a piece; the stream has it in any case.
     """
 
     choice: int

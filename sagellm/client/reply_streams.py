@@ -1,7 +1,7 @@
 """Streamed answers: the parser of chunks, and streams of pieces, blocking and async."""
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -102,8 +102,11 @@ class ChunkReader:
         self._error, self.is_over = error, True
 
 
-def chunk_pieces(body: ResponseBody) -> list[Piece]:
-    """The pieces of one chunk, one for each choice. The last piece has the usage, if any."""
+def chunk_pieces(body: ResponseBody) -> Sequence[Piece | Usage]:
+    """The pieces of one chunk, one for each choice. The last piece has the usage, if any.
+
+    Servers send the usage of a call in a chunk without choices: that is the usage alone.
+    """
     pieces = [
         make_piece(
             choice.content or "",
@@ -117,16 +120,12 @@ def chunk_pieces(body: ResponseBody) -> list[Piece]:
         for choice in body.choices
         if not choice.is_opening
     ]
-    if body.usage is not None:
-        _attach_usage(pieces, body.usage)
+    if body.usage is None:
+        return pieces
+    if not pieces:
+        return [body.usage]
+    pieces[-1].usage = body.usage
     return pieces
-
-
-def _attach_usage(pieces: list[Piece], usage: Usage) -> None:
-    if pieces:
-        pieces[-1].usage = usage
-    else:
-        pieces.append(make_piece(usage=usage))
 
 
 C = TypeVar("C")
@@ -180,7 +179,8 @@ class GatheredChoice:
 class _StreamState(Generic[C, T]):
     """The base of both kinds of stream: gathers the pieces, and keeps the usage.
 
-    `read_value`: see `TextReply`.
+    `usage`: complete after the last piece; None if the server sends none. `read_value`: see
+    `TextReply`.
     """
 
     usage: Usage | None = None
@@ -215,7 +215,11 @@ class _StreamState(Generic[C, T]):
         """
         return self.reply.parsed
 
-    def _note(self, piece: Piece) -> Piece:
+    def _note(self, piece: Piece | Usage) -> Piece | None:
+        """Gather a piece and return it; None for the usage alone, which is no piece."""
+        if isinstance(piece, Usage):
+            self.usage = piece
+            return None
         gathered = self._gathered.get(piece.choice)
         if gathered is None:
             gathered = self._gathered[piece.choice] = GatheredChoice()
@@ -236,7 +240,7 @@ class ReplyStream(_StreamState[None, T]):
     ClientError if the answer breaks off.
     """
 
-    def __init__(self, pieces: Iterator[Piece], close: Callable[[], None]) -> None:
+    def __init__(self, pieces: Iterator[Piece | Usage], close: Callable[[], None]) -> None:
         super().__init__(close)
         self._pieces = pieces
 
@@ -249,7 +253,9 @@ class ReplyStream(_StreamState[None, T]):
         fault = blocked_loop("reading a blocking stream", "AsyncUnifiedInferenceClient")
         if fault is not None:
             raise ClientError(fault, code=MISUSED)
-        return self._note(next(self._pieces))
+        while (piece := self._note(next(self._pieces))) is None:
+            pass
+        return piece
 
     def close(self) -> None:
         """Close the stream: iteration ends. Idempotent."""
@@ -273,7 +279,9 @@ class ReplyStream(_StreamState[None, T]):
 class AsyncReplyStream(_StreamState[Awaitable[None], T]):
     """The pieces of one answer, for trio and asyncio. Only `async with` and `aclose` close it."""
 
-    def __init__(self, pieces: AsyncIterator[Piece], close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, pieces: AsyncIterator[Piece | Usage], close: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(close)
         self._pieces = pieces
 
@@ -283,7 +291,9 @@ class AsyncReplyStream(_StreamState[Awaitable[None], T]):
     async def __anext__(self) -> Piece:
         if self._is_closed:
             raise StopAsyncIteration
-        return self._note(await anext(self._pieces))
+        while (piece := self._note(await anext(self._pieces))) is None:
+            pass
+        return piece
 
     async def aclose(self) -> None:
         """Close the stream: iteration ends. Idempotent."""

@@ -15,18 +15,8 @@ from sagellm.client.http_calls import (
     request_headers,
     transport_options,
 )
-from sagellm.client.replies import (
-    Piece,
-    TextReply,
-    read_body,
-    whole_reply,
-)
-from sagellm.client.reply_streams import (
-    AsyncReplyStream,
-    ChunkReader,
-    ReplyStream,
-    chunk_pieces,
-)
+from sagellm.client.replies import Piece, TextReply, Usage, read_body, whole_reply
+from sagellm.client.reply_streams import AsyncReplyStream, ChunkReader, ReplyStream, chunk_pieces
 from sagellm.client.responses import BodyBytes, ClientError, raising_client_errors, response_error
 
 _JSON_HEADERS = {"Content-Type": "application/json"}
@@ -56,6 +46,7 @@ class ServerConnection:
         options: Any = transport_options(url, api_key, timeout_s)
         self._http = httpx2.Client(**options)
         self._first: str | None = None
+        self._takes_usage = True  # until the server refuses `stream_options`
 
     def ask(
         self,
@@ -66,8 +57,17 @@ class ServerConnection:
         stream: bool,
     ) -> TextReply | ReplyStream:
         """The whole text, or a stream once the server has accepted the request."""
-        content = http_calls.encode_call(call, options, model or self._first_model(), stream)
-        response = self._send("POST", path, content)
+        model = model or self._first_model()
+        asked = http_calls.with_usage(options, stream and self._takes_usage)
+        try:
+            content = http_calls.encode_call(call, asked, model, stream)
+            response = self._send("POST", path, content)
+        except ClientError as error:
+            if asked is options or not http_calls.refuses_usage(error):
+                raise
+            self._takes_usage = False
+            content = http_calls.encode_call(call, options, model, stream)
+            response = self._send("POST", path, content)
         if stream:
             return self._streamed(response)
         return whole_reply(read_body(self._read(response)))
@@ -131,7 +131,7 @@ class ServerConnection:
             return ReplyStream(self._pieces(response), response.close)
         raise http_calls.not_streamed(self._read(response))
 
-    def _pieces(self, response: httpx2.Response) -> Iterator[Piece]:
+    def _pieces(self, response: httpx2.Response) -> Iterator[Piece | Usage]:
         reader = ChunkReader()
         body = response.iter_bytes()
         with closing(response):
@@ -173,6 +173,7 @@ class AsyncServerConnection:
         options: Any = transport_options(url, api_key, timeout_s)
         self._http = httpx2.AsyncClient(**options, transport=transport)
         self._first: str | None = None
+        self._takes_usage = True  # until the server refuses `stream_options`
 
     async def ask(
         self,
@@ -183,8 +184,17 @@ class AsyncServerConnection:
         stream: bool,
     ) -> TextReply | AsyncReplyStream:
         """The whole text, or a stream once the server has accepted the request."""
-        content = http_calls.encode_call(call, options, model or await self.first_model(), stream)
-        response = await self.send("POST", path, content)
+        model = model or await self.first_model()
+        asked = http_calls.with_usage(options, stream and self._takes_usage)
+        try:
+            content = http_calls.encode_call(call, asked, model, stream)
+            response = await self.send("POST", path, content)
+        except ClientError as error:
+            if asked is options or not http_calls.refuses_usage(error):
+                raise
+            self._takes_usage = False
+            content = http_calls.encode_call(call, options, model, stream)
+            response = await self.send("POST", path, content)
         if stream:
             return await self._streamed(response)
         return whole_reply(read_body(await self.read(response)))
@@ -262,7 +272,7 @@ class AsyncServerConnection:
         return AsyncReplyStream(generator, close)
 
 
-async def _read_pieces(body: BodyBytes) -> AsyncGenerator[Piece, None]:
+async def _read_pieces(body: BodyBytes) -> AsyncGenerator[Piece | Usage, None]:
     reader = ChunkReader()
     async with body:
         while not reader.is_over:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from sagellm.client.http_calls import Messages
-from sagellm.client.python_tools import OnError, ToolBox, ToolCallable
+from sagellm.client.python_tools import OnError, PythonTool, ToolBox, ToolCallable
 from sagellm.client.replies import ResponseToolCall, T, TextReply
 from sagellm.client.responses import CUT_OFF, MISUSED, ClientError
 
@@ -59,7 +59,7 @@ class ToolLoop:
     def __init__(
         self,
         messages: Messages,
-        tools: Sequence[ToolCallable],
+        tools: Sequence[ToolCallable | PythonTool],
         options: Mapping[str, Any],
         *,
         max_rounds: int = MAX_ROUNDS,

@@ -1,18 +1,22 @@
 """JSON schemas of Python types: of msgspec's kinds, and of pydantic models."""
 
 import sys
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import is_dataclass
 from typing import Any, Protocol, TypeAlias, get_args
 
 import msgspec
 
 TypeSchema: TypeAlias = dict[str, Any]
+NAIVE = "naive-date-time"  # a format of our own: a time without a zone
+_BOUNDS = ("multiple_of", "le", "ge", "lt", "gt")  # of numbers, as pydantic names them
 
 
 class PydanticType(Protocol):
     """The members of pydantic's TypeAdapter that are used. pydantic itself is never imported."""
 
-    def json_schema(self) -> TypeSchema: ...
+    def json_schema(self, *, schema_generator: type) -> TypeSchema: ...
 
     def validate_json(self, data: str, /) -> Any: ...
 
@@ -40,6 +44,25 @@ def _is_model(kind: Any) -> bool:
     return pydantic is not None and isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
 
 
+def _pydantic_schema(adapter: PydanticType) -> TypeSchema:
+    """The schema as pydantic makes it, but a Decimal is a number, not any text too, and a time that
+    must have no zone is no `date-time`, which has one.
+    """
+    generator: Any = sys.modules["pydantic.json_schema"].GenerateJsonSchema
+
+    class TypeSchemaGenerator(generator):  # type: ignore[misc]
+        def decimal_schema(self, schema: Any) -> Any:
+            bounds = {name: float(schema[name]) for name in _BOUNDS if name in schema}
+            return self.float_schema({"type": "float", **bounds})
+
+        def datetime_schema(self, schema: Any) -> Any:
+            is_naive = schema.get("tz_constraint") == "naive"
+            made: TypeSchema = super().datetime_schema(schema)
+            return {**made, "format": NAIVE} if is_naive else made
+
+    return adapter.json_schema(schema_generator=TypeSchemaGenerator)
+
+
 def schema_of(kind: Any) -> TypeSchema:
     """The JSON schema of a type, with closed objects. Raises TypeError for any other value."""
     own = type(kind)
@@ -47,10 +70,12 @@ def schema_of(kind: Any) -> TypeSchema:
         raise TypeError(f"a value of {own.__name__} is no type; give {own.__name__} itself")
     try:
         adapter = pydantic_type(kind)
-        plain = msgspec.json.schema(kind) if adapter is None else adapter.json_schema()
+        plain = msgspec.json.schema(kind) if adapter is None else _pydantic_schema(adapter)
     except TypeError as error:  # the last line of msgspec's message names the type
         raise TypeError(str(error).splitlines()[-1]) from None
-    schema: TypeSchema = _closed(_inlined(plain))
+    schema = _inlined(plain)
+    for each in list(subschemas(schema)):
+        _close(each)
     return schema
 
 
@@ -64,7 +89,8 @@ def _inlined(schema: TypeSchema) -> TypeSchema:
     root = definitions[name]
     others = {key: each for key, each in definitions.items() if key != name}
     kept = definitions if reference in _references([root, *others.values()]) else others
-    return {**root, "$defs": kept} if kept else dict(root)
+    # A copy: a definition that stays must not share its parts with the root.
+    return {**deepcopy(root), "$defs": kept} if kept else root
 
 
 def _references(value: Any) -> set[str]:
@@ -76,25 +102,30 @@ def _references(value: Any) -> set[str]:
     return _references(list(value.values())) | ({own} if isinstance(own, str) else set())
 
 
-def _closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` in each object that lists its properties."""
+def _close(schema: TypeSchema) -> None:
+    """Add `additionalProperties: false`, if the schema names properties or their patterns."""
+    schema.pop("uniqueItems", None)  # servers refuse it; a set takes each value once by itself
+    if schema.get("format") == "decimal":  # msgspec's name; it reads numbers too
+        del schema["format"]
+        schema["type"] = "number"
+    if "properties" in schema or "patternProperties" in schema:
+        schema.setdefault("additionalProperties", False)
+
+
+def subschemas(schema: Any) -> Iterator[TypeSchema]:
+    """The schema and all schemas in it. Values such as those of `default` are no schemas."""
     if not isinstance(schema, dict):
-        return schema
-    # Servers refuse what no grammar can hold: a set takes each value once by itself.
-    kept = {key: part for key, part in schema.items() if key != "uniqueItems"}
-    if kept.get("format") == "decimal":  # msgspec's name; it reads numbers too
-        kept = {key: part for key, part in kept.items() if key != "format"} | {"type": "number"}
-    found = {key: _closed_part(key, part) for key, part in kept.items()}
-    return {"additionalProperties": False, **found} if "properties" in found else found
-
-
-def _closed_part(key: str, part: Any) -> Any:
-    """A keyword's value with its schemas closed. Values such as `default` are no schemas."""
-    if key in ("properties", "$defs"):
-        return {name: _closed(each) for name, each in part.items()}
-    if key in ("anyOf", "oneOf", "allOf", "prefixItems"):
-        return [_closed(each) for each in part]
-    return _closed(part) if key in ("items", "additionalProperties") else part
+        return
+    yield schema
+    for key, part in schema.items():
+        if key in ("properties", "patternProperties", "$defs"):
+            part = list(part.values())
+        elif key in ("items", "additionalProperties"):
+            part = [part]
+        elif key not in ("anyOf", "oneOf", "allOf", "prefixItems"):
+            part = []
+        for each in part:
+            yield from subschemas(each)
 
 
 def is_strict(schema: Any) -> bool:

@@ -59,7 +59,8 @@ class UnifiedInferenceClient:
     A failed call raises ClientError. Options of `chat` and `generate` have the names of the OpenAI
     API, and go to the server unchanged. `timeout`: the longest time, in seconds, that the server
     may send nothing. The client never retries; `ClientError.retry_after_s` is the time that the
-    server asks it to wait.
+    server asks it to wait. A stream asks for its `usage`; if the server refuses `stream_options`,
+    the client sends this call and later ones without them.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class UnifiedInferenceClient:
         served: InferenceService
         if embedded:
             _check_place("UnifiedInferenceClient.create(embedded=True)")
-            check_embedded(control_plane_url)
+            check_embedded(control_plane_url, api_key)
             # Imported on demand: a client of a server needs neither the gateway nor an engine.
             served = import_module("sagellm.client.embedded").Embedded(default_llm_model)
         else:

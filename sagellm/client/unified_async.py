@@ -92,7 +92,7 @@ class AsyncUnifiedInferenceClient:
     ) -> "AsyncUnifiedInferenceClient":
         """Create like `UnifiedInferenceClient.create`, but look for a server at the first call."""
         if embedded:
-            check_embedded(control_plane_url)
+            check_embedded(control_plane_url, api_key)
         return cls(
             url=None if embedded else configured_url(control_plane_url),
             api_key=configured_key(api_key),
@@ -297,12 +297,11 @@ class AsyncUnifiedInferenceClient:
 
     async def __aenter__(self) -> "AsyncUnifiedInferenceClient":
         self._is_closed = False  # a closed client may be entered again
-        if self._is_embedded:
+        if self._is_embedded and self._found is None:
             opened = import_module("sagellm.client.embedded").AsyncEmbedded(self._llm)
             await opened.open()
             self._found = opened
-        else:
-            await self._served()
+        await self._served()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -15,6 +15,7 @@ from sagellm.gateway.budgets import Budgets, Counter, LocalCounter
 from sagellm.gateway.encoding import PromptEncoder
 from sagellm.gateway.grammar_checks import GrammarChecker
 from sagellm.gateway.graph_bridge import GraphBridge
+from sagellm.gateway.item_memory import ItemMemory
 from sagellm.gateway.metrics.meters import Meters
 from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard
 from sagellm.gateway.readiness import Readiness
@@ -82,6 +83,7 @@ class Gateway:
     # Open calls, summed over all gateways of the graph.
     num_calls: Counter = field(default_factory=LocalCounter)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
+    items: ItemMemory = field(default_factory=ItemMemory)
     _open_ids: dict[str, int] = field(default_factory=dict)  # id of a call -> number of requests
     # The ids of calls that ended with an exception, oldest first.
     _broken_ids: dict[str, None] = field(default_factory=dict)

@@ -1,13 +1,15 @@
 """Makes and checks the grammars of requests without stalling the event loop."""
 
 import re
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
 
 import anyio
 import msgspec
+from msgspec.structs import replace
 
-from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolUse, UnboundSchema
+from sagellm.chat_formats import ChatFormat, SpecialTokens, ToolSpec, ToolUse, UnboundSchema
+from sagellm.chat_formats.tool_schema import schema_of
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
 from sagellm.runtime.grammars import GrammarError
@@ -18,8 +20,10 @@ CHECK_S = 0.25  # CPU time for the grammar of one request; more is refused as it
 WAIT_S = 10.0  # wall time with the wait for a thread; more means an overloaded server
 RETRY_S = 1.0
 _NUM_THREADS = 2  # late work keeps its thread
-_PLACE = re.compile(r" \(line \d+, column \d+\)")
+_FEWER = "send fewer tools, or bind none of their calls: `tool_choice` `auto`, and no `strict`"
+_PLACE = re.compile(r" \((line \d+, column \d+|at \$[^)]*)\)")
 T = TypeVar("T")
+ToolSpecs: TypeAlias = tuple[ToolSpec, ...]
 
 
 class GrammarChecker:
@@ -40,7 +44,8 @@ class GrammarChecker:
         except GrammarError as error:
             raise invalid_grammar(param, str(error)) from None
         except Overrun:
-            late = f"it takes more than {CHECK_S:g} s of CPU time to compile"
+            cure = _FEWER if param == "tools" else "make it smaller"
+            late = f"its grammar takes more than {CHECK_S:g} s of CPU time to compile; {cure}"
             raise invalid_grammar(param, late) from None
         except (NoThread, TimeoutError):
             late = "the grammar could not be checked in time"
@@ -56,13 +61,15 @@ def call_grammar(
     use: ToolUse,
     prompt: str,
     *,
+    names: Sequence[str],
     special_tokens: SpecialTokens,
     response: Grammar | None = None,
 ) -> Grammar | None:
     """Return the grammar of answers that call tools; None if any text may be an answer.
 
-    `response`: the checked grammar of an answer that calls no tool; None: any text. Raises ApiError
-    (400) that names the first tool whose parameters cannot be a grammar. Blocks the thread.
+    `names`: those of the request's tools, of which `use` may have some. `response`: the checked
+    grammar of an answer that calls no tool; None: any text. Raises ApiError (400) that names the
+    first tool whose parameters cannot be a grammar. Blocks the thread.
     """
 
     def make(use: ToolUse) -> Grammar | None:
@@ -78,11 +85,38 @@ def call_grammar(
         return make(use)
     except (GrammarError, UnboundSchema) as error:
         reason = str(error)
-    for index, tool in enumerate(use.tools):
+    tools, reason = _faulty(use.tools, reason, lambda some: make(replace(use, tools=some)))
+    reason = _PLACE.sub("", reason)  # of our grammar around the schemas
+    if len(tools) > 1:
+        raise invalid_grammar("tools", f"{reason}; {_FEWER}")
+    place = f"tools[{names.index(tools[0].name)}].function.parameters"
+    raise invalid_grammar(place, _own_fault(tools[0]) or reason)
+
+
+def _own_fault(tool: ToolSpec) -> str:
+    """The fault of a tool's parameters by themselves, with its place in them; "" for none."""
+    try:
+        schema = msgspec.json.encode(schema_of(tool)).decode()
+        check_grammar(Grammar(kind="json_schema", text=schema))
+    except (GrammarError, RecursionError) as error:
+        return str(error) if isinstance(error, GrammarError) else ""
+    return ""
+
+
+def _faulty(
+    tools: ToolSpecs, reason: str, make: Callable[[ToolSpecs], Grammar | None]
+) -> tuple[ToolSpecs, str]:
+    """Return the first of the tools whose grammar has a fault, and the fault.
+
+    Several tools are returned if their grammar has a fault that no half of them has. `reason`: the
+    fault of all tools.
+    """
+    if len(tools) == 1:
+        return tools, reason
+    middle = len(tools) // 2
+    for half in (tools[:middle], tools[middle:]):
         try:
-            make(msgspec.structs.replace(use, tools=(tool,)))
+            make(half)
         except (GrammarError, UnboundSchema) as error:
-            # Lines and columns are those of our grammar around the schema.
-            reason = _PLACE.sub("", str(error))
-            raise invalid_grammar(f"tools[{index}].function.parameters", reason) from None
-    raise invalid_grammar("tools", reason)
+            return _faulty(half, str(error), make)
+    return tools, reason

@@ -97,5 +97,6 @@ def test_a_stopped_driver_does_not_outlive_a_killed_measurement(tmp_path: Path) 
     command = [sys.executable, "-c", ORPHAN, str(tmp_path / "log"), *driver]
     root = str(DRIVERS.parents[2])
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == -9, done.stderr
     with suppress(psutil.NoSuchProcess):  # it is another's child now: gone, or about to be
         psutil.Process(int(done.stdout)).wait(10)

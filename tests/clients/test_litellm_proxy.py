@@ -150,6 +150,14 @@ def test_a_message_is_made_and_streamed(messages, model):
     assert "rain" in messages.create(**fields).content[0].text
 
 
+@pytest.mark.parametrize("model", ["openai", "anthropic"])  # the others count by themselves
+def test_the_server_counts_tokens(client, messages, model):
+    asked = [{"role": "user", "content": "What is the weather in Paris?" * 9}]
+    counted = messages.count_tokens(model=model, messages=asked).input_tokens
+    answer = client.chat.completions.create(model=model, messages=asked, max_tokens=1)
+    assert counted == answer.usage.prompt_tokens
+
+
 def test_an_error_of_the_server_comes_through(client, messages, model):
     fields = {"model": model, "messages": QUESTION}
     with pytest.raises(openai.BadRequestError, match="temperature: is -1"):

@@ -62,6 +62,33 @@ def test_items_and_instructions_are_the_conversation(client, options):
     assert answer.usage.input_tokens > alone.usage.input_tokens
 
 
+def test_an_earlier_item_is_named_by_its_id(client, options):
+    asked = {"role": "user", "content": QUESTION}
+    first = client.responses.create(**options)
+    said = {
+        **options,
+        "input": [asked, {"type": "item_reference", "id": first.output[0].id}, asked],
+    }
+    whole = {**options, "input": [asked, first.output[0].to_dict(), asked]}
+    named, sent = client.responses.create(**said), client.responses.create(**whole)
+    assert named.output_text == sent.output_text
+    assert named.usage.input_tokens == sent.usage.input_tokens
+
+
+def test_an_unknown_item_is_not_found(client, options):
+    unknown = [{"type": "item_reference", "id": "msg_1"}]
+    with pytest.raises(openai.NotFoundError, match="Send the item itself"):
+        client.responses.create(**{**options, "input": unknown})
+
+
+def test_the_tokens_of_the_input_are_counted(client, options):
+    said = {"model": options["model"], "input": QUESTION, "tools": [TOOL], "instructions": "Hi."}
+    counted = client.responses.input_tokens.count(**said)
+    answer = client.responses.create(**said, max_output_tokens=1)
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == answer.usage.input_tokens > 9
+
+
 def test_an_answer_that_is_cut_says_so(client, options):
     answer = client.responses.create(**{**options, "max_output_tokens": 1})
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")

@@ -149,6 +149,7 @@ def test_an_answer_beside_a_tool_is_a_call_or_has_the_form(chats):
 def test_each_choice_obeys_the_schema(chats):
     options = {**FIELDS, "temperature": 1.0, "n": 2}
     answer = chats.create(**options, response_format=SCHEMA)
+    assert len(answer.choices) == 2
     for choice in answer.choices:
         Report.model_validate_json(choice.message.content)
 

@@ -22,6 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 KEY = "sk-of-the-tests"
 START_S, WAIT_S = 60.0, 20.0
+AUDIT_S = 100.0  # axe-core takes half a minute for the reference of the API on a busy machine
 CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 FLAGS = (  # without these, Chromium connects to hosts outside this machine
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -148,6 +149,7 @@ def page():
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
+    browser.set_script_timeout(AUDIT_S)
     page = Page(browser)
     page.emulate("light")
     yield page

@@ -62,7 +62,7 @@ async def test_answers_are_those_of_one_process(graph: str, sampling: Sampling) 
     assert set(found.reasons.values()) == {"length"}
 
 
-@pytest.fixture(params=["tcp", "nixl"])
+@pytest.fixture(params=["tcp", pytest.param("nixl", marks=pytest.mark.soak)])
 def links(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Options of an executor whose workers are linked as those of several hosts would be."""
     create_keys(tmp_path / "keys")
@@ -423,7 +423,7 @@ async def test_cancelled_requests_leave_nothing_in_a_worker() -> None:
             assert num_leased(session) == 0
 
 
-@pytest.mark.parametrize("kv", ["memory", "tcp"])
+@pytest.mark.parametrize("kv", [pytest.param("memory", marks=pytest.mark.soak), "tcp"])
 async def test_two_hundred_cancels_at_random_points_free_every_block(kv: str) -> None:
     """While queued, while prefilling, while blocks move, while decoding."""
     draw = random.Random(kv)

@@ -28,12 +28,14 @@ class Vllm:
             "HF_HUB_OFFLINE": "1",
         }
         from vllm import LLM, SamplingParams  # reads the environment variables
+        from vllm.sampling_params import StructuredOutputsParams
 
         self._params = SamplingParams
+        self._bound = StructuredOutputsParams
         self._engine: Any = LLM(
             model=request.path,
             dtype="bfloat16",
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not request.tokenizer,
             max_model_len=request.max_len,
             max_num_seqs=request.max_seqs,
             enable_prefix_caching=False,
@@ -42,7 +44,9 @@ class Vllm:
 
     def run(self, request: Ask) -> list[list[float]]:
         clock = Clock(request)
-        names = [self._add(prompt, self._greedy(request.num_out)) for prompt in request.prompts]
+        bound = self._bound(json=request.schema) if request.schema else None
+        params = self._greedy(request.num_out, structured_outputs=bound)
+        names = [self._add(prompt, params) for prompt in request.prompts]
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 sequence = names.index(output.request_id)

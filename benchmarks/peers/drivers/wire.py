@@ -23,7 +23,8 @@ from typing import Any, Protocol
 class Load:
     """A model to load, for requests of at most `max_len` tokens, `max_seqs` at once.
 
-    `max_tokens`: the tokens of all requests together, which the KV cache must hold.
+    `max_tokens`: the tokens of all requests together, which the KV cache must hold. `tokenizer`:
+    load the folder's tokenizer, which grammars need.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Load:
     max_len: int
     max_seqs: int
     max_tokens: int
+    tokenizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Ask:
 
     `together`: run until the sequence that starts last has `num_out` tokens; the others go on
     decoding meanwhile. `cap_s`: stop this many seconds after the first token; 0 for never.
+    `schema`: the text of a JSON schema that binds all answers; only vLLM's driver takes it.
     """
 
     prompts: list[list[int]]
     num_out: int
     together: bool = False
     cap_s: float = 0.0
+    schema: str | None = None
 
 
 class Driver(Protocol):

@@ -31,9 +31,10 @@ from sagellm.gateway.answers.anthropic_objects import (
     anthropic_error,
     message_usage,
 )
-from sagellm.gateway.answers.event_stream import escaped
+from sagellm.gateway.answers.event_stream import named_event
 from sagellm.gateway.answers.logprobs import Texts
 from sagellm.gateway.answers.objects import ApiUsage
+from sagellm.gateway.answers.parts import is_json_object
 from sagellm.gateway.answers.writer import AnswerSpec, Indexed
 from sagellm.gateway.api_errors import ApiError
 from sagellm.runtime.messages import TokenEvent
@@ -198,12 +199,10 @@ class MessagesForm:
 
 
 def _encoded(events: Iterable[MessageEvent]) -> bytes:
-    return b"".join(map(_sse_event, events))
-
-
-def _sse_event(event: MessageEvent) -> bytes:
-    name = str(event.__struct_config__.tag).encode()
-    return b"event: %b\ndata: %b\n\n" % (name, escaped(msgspec.json.encode(event)))
+    return b"".join(
+        named_event(str(event.__struct_config__.tag), msgspec.json.encode(event))
+        for event in events
+    )
 
 
 def _content(events: Sequence[MessageEvent]) -> list[AnswerContent]:
@@ -246,8 +245,4 @@ def _filled(block: AnswerContent, text: str) -> AnswerContent:
 
 def _input(text: str) -> msgspec.Raw:
     """Return the JSON text of a tool call's input: {} if the model did not write a whole one."""
-    try:
-        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    except msgspec.DecodeError:
-        return _EMPTY
-    return msgspec.Raw(text.encode())
+    return msgspec.Raw(text.encode()) if is_json_object(text) else _EMPTY

@@ -117,7 +117,7 @@ async def event_stream(
     stays unfinished, and `on_gone` is called.
     """
     events, is_over = EventWriter(send), False
-    failure: Exception | None = None
+    raised: Exception | None = None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_attend, receive, events, streaming, tasks.cancel_scope)
         try:
@@ -127,10 +127,10 @@ async def event_stream(
         except ClientDisconnect:
             is_over = False
         except Exception as error:  # raised outside the group, which would wrap it
-            is_over, failure = True, error
+            is_over, raised = True, error
         tasks.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    if raised is not None:
+        raise raised
     if not is_over:
         on_gone()
 
@@ -200,7 +200,7 @@ class AttendedClient:
 async def attended(receive: Receive) -> AsyncIterator[AttendedClient]:
     """Cancel the `async with` block if the client leaves. Exceptions are raised without a group."""
     client = AttendedClient(has_left=True)
-    failure: Exception | None = None
+    raised: Exception | None = None
 
     async def attend() -> None:
         await until_gone(receive)
@@ -212,7 +212,7 @@ async def attended(receive: Receive) -> AsyncIterator[AttendedClient]:
             yield client
             client.has_left = False
         except Exception as error:  # raised outside the group, which would wrap it
-            client.has_left, failure = False, error
+            client.has_left, raised = False, error
         tasks.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    if raised is not None:
+        raise raised

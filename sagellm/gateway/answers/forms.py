@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sagellm.chat_formats import open_plain_parser
-from sagellm.gateway.answers.event_stream import DONE, escaped, event, failure
+from sagellm.gateway.answers.event_stream import DONE, escaped, failure
 from sagellm.gateway.answers.event_stream import event as sse_event
 from sagellm.gateway.answers.logprobs import (
     CompletionLogprobsWriter,
@@ -31,7 +31,7 @@ from sagellm.gateway.answers.objects import (
     Ids,
     PromptLogprobs,
 )
-from sagellm.gateway.answers.parts import ChoiceParts, delta_of, finish_reason, message_of
+from sagellm.gateway.answers.parts import ChoiceParts, delta_of, message_of
 from sagellm.gateway.answers.writer import FINISH, AnswerSpec, Indexed
 from sagellm.gateway.api_errors import ApiError
 from sagellm.runtime.messages import TokenEvent
@@ -49,7 +49,7 @@ class ChunkTemplate:
 
     def __init__(self, chunk: msgspec.Struct) -> None:
         """`chunk` must have MARK as its text."""
-        self._head, _, self._tail = event(_encode(chunk)).partition(_ENCODED_MARK)
+        self._head, _, self._tail = sse_event(_encode(chunk)).partition(_ENCODED_MARK)
 
     def with_text(self, text: str) -> bytes:
         return self._head + escaped(_encode(text)) + self._tail
@@ -193,7 +193,7 @@ class ChatForm:
         is_usual = self._is_plain and event.finish_reason is None and usage is None
         if is_usual and piece.has_only_content:
             return self._frame(index).with_text(piece.content)
-        finish = finish_reason(event, has_calls=parts.has_calls)
+        finish = parts.finish_reason(event)
         return self._encoded_chunk(index, event, usage, delta_of(piece), finish)
 
     def _encoded_chunk(
@@ -243,7 +243,7 @@ class ChatForm:
             index=index,
             message=message,
             logprobs=self._logprobs(event),
-            finish_reason=finish_reason(event, has_calls=parts.has_calls),
+            finish_reason=parts.finish_reason(event),
             stop_reason=event.stop_reason,
             token_ids=self._token_ids(event),
         )

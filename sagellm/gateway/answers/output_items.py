@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias
 from sagellm.chat_formats import AnswerPart, Content, Reasoning, ToolCallDelta
 from sagellm.gateway.answers.logprobs import Texts, chat_logprobs
 from sagellm.gateway.answers.objects import ChatLogprob
+from sagellm.gateway.answers.parts import is_json_object
 from sagellm.gateway.answers.responses_objects import (
     ItemStatus,
     MessageText,
@@ -128,6 +129,10 @@ class GrowingCall:
             arguments="".join(self._arguments),
         )
 
+    @property
+    def is_whole(self) -> bool:
+        return is_json_object("".join(self._arguments))
+
     def takes(self, part: AnswerPart) -> bool:
         return isinstance(part, ToolCallDelta) and part.index == self._begin.index
 
@@ -176,7 +181,7 @@ class OutputItems:
             if self._asked.shows_reasoning or not isinstance(part, Reasoning):
                 yield from self._add(part)
         if event.finish_reason is not None:
-            yield from self._end(event.finish_reason == "stop")
+            yield from self._end(is_whole=event.finish_reason == "stop" and not self._is_cut(event))
 
     def _add(self, part: AnswerPart) -> Iterator[ItemEvent]:
         growing = self._growing
@@ -188,7 +193,16 @@ class OutputItems:
         logprobs, self._logprobs = self._logprobs, []
         yield from self._placed(growing, growing.grown(part, logprobs))
 
-    def _end(self, is_whole: bool) -> Iterator[ItemEvent]:
+    def _is_cut(self, event: TokenEvent) -> bool:
+        """Whether a stop string or token of the client has cut a call."""
+        growing = self._growing
+        return (
+            event.stop_reason is not None
+            and isinstance(growing, GrowingCall)
+            and not growing.is_whole
+        )
+
+    def _end(self, *, is_whole: bool) -> Iterator[ItemEvent]:
         """End the last item. An answer without any item gets an empty message."""
         is_message = isinstance(self._growing, GrowingMessage)
         if (self._growing is None and not self.items) or (is_message and self._logprobs):

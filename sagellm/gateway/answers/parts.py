@@ -41,33 +41,64 @@ _NOTHING = ChatPiece()
 
 
 class ChoiceParts:
-    """Splits the events of one choice into their parts."""
+    """Splits the events of one choice into their parts.
+
+    `ends_in_calls`: the choice has ended with tool calls, and the last of them is whole.
+    """
 
     def __init__(self, open_parser: OpenParser, *, shows_reasoning: bool = True) -> None:
         """`shows_reasoning` False: the parts of the reasoning are dropped."""
         self._parser = open_parser()
         self._shows_reasoning = shows_reasoning
-        self.has_calls = False
+        self._arguments: list[str] | None = None  # of the last call; None: there is no call
+        self.ends_in_calls = False
 
     def push(self, event: TokenEvent) -> ChatPiece:
         """Return what the next event adds. The last event adds the text that was held back, too."""
         parts = self._parser.push(event.text)
         if event.is_last:
             parts = parts + self._parser.finish()
+        for part in parts:
+            if isinstance(part, ToolCallDelta):
+                self._add_arguments(part)
+        self.ends_in_calls = event.finish_reason == "stop" and self._has_whole_call(event)
         if not parts:
             return _NOTHING
-        calls = _merged(parts)
-        self.has_calls = self.has_calls or bool(calls)
         return ChatPiece(
             "".join(part.text for part in parts if isinstance(part, Content)),
             self._reasoning(parts),
-            calls,
+            _merged(parts),
         )
+
+    def finish_reason(self, event: TokenEvent) -> ApiFinishReason | None:
+        """Return the reason of the event that was pushed last."""
+        # As in the OpenAI API, also if the request named the tool (vLLM then says "stop").
+        return "tool_calls" if self.ends_in_calls else FINISH[event.finish_reason]
+
+    def _add_arguments(self, part: ToolCallDelta) -> None:
+        if self._arguments is None or part.name:
+            self._arguments = []
+        self._arguments.append(part.arguments)
+
+    def _has_whole_call(self, event: TokenEvent) -> bool:
+        """Whether there is a call that no stop string has cut; its JSON may be broken."""
+        if self._arguments is None:
+            return False
+        return event.stop_reason is None or is_json_object("".join(self._arguments))
 
     def _reasoning(self, parts: Sequence[AnswerPart]) -> str:
         if not self._shows_reasoning:
             return ""
         return "".join(part.text for part in parts if isinstance(part, Reasoning))
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text is the JSON of an object that is not nested very deeply."""
+    try:
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
 
 
 def _merged(parts: Sequence[AnswerPart]) -> list[ToolCallDelta]:
@@ -113,12 +144,4 @@ def message_of(piece: ChatPiece) -> ChatMessage:
             for call in piece.calls
         ]
         or UNSET,
-    )
-
-
-def finish_reason(event: TokenEvent, *, has_calls: bool) -> ApiFinishReason | None:
-    """Return the reason of an event: "tool_calls" for a choice that has calls and was not cut."""
-    # As in the OpenAI API, also if the request named the tool (vLLM then says "stop").
-    return (
-        "tool_calls" if has_calls and event.finish_reason == "stop" else FINISH[event.finish_reason]
     )

@@ -1,8 +1,9 @@
 """The answer to /v1/responses: a whole response object, or a stream of named events."""
 
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable, Iterable
 from time import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -13,6 +14,7 @@ from sagellm.gateway.answers.output_items import OutputItems
 from sagellm.gateway.answers.responses_objects import (
     FaultCode,
     IncompleteDetails,
+    OutputItem,
     ResponseFault,
     ResponseObject,
     ResponseStatus,
@@ -21,6 +23,8 @@ from sagellm.gateway.answers.responses_objects import (
 from sagellm.gateway.answers.writer import FINISH, AnswerSpec, Indexed
 from sagellm.gateway.api_errors import ApiError
 from sagellm.runtime.messages import TokenEvent
+
+KeepItems: TypeAlias = Callable[[Iterable[OutputItem]], None]
 
 PREFIX = "resp_"
 _INCOMPLETE = {
@@ -40,12 +44,24 @@ class ResponsesForm:
     A stream has no [DONE]: its last event is response.completed, .incomplete or .failed.
     """
 
-    def __init__(self, echo: ResponseObject, asked: AnswerSpec, texts: Texts) -> None:
-        """`echo`: a response with the fields that repeat the request."""
+    def __init__(
+        self,
+        echo: ResponseObject,
+        asked: AnswerSpec,
+        texts: Texts,
+        *,
+        keep: KeepItems | None = None,
+    ) -> None:
+        """`echo`: a response with the fields that repeat the request.
+
+        `keep`: takes the items of the finished response, before its last bytes are returned.
+        """
         self._begin = msgspec.structs.replace(
             echo, id=asked.id, created_at=asked.created, model=asked.model
         )
-        self._output = OutputItems(asked, texts, asked.id.removeprefix(PREFIX))
+        # Not from the call's id: clients choose it, and may use it again.
+        self._output = OutputItems(asked, texts, secrets.token_hex(16))
+        self._keep = keep
         self._incomplete: IncompleteDetails | None = None
         self._num_events = 0
 
@@ -88,6 +104,8 @@ class ResponsesForm:
         return self._output.add(event)
 
     def _ended(self, usage: ApiUsage) -> ResponseObject:
+        if self._keep is not None:
+            self._keep(self._output.items)
         return self._response(
             "completed" if self._incomplete is None else "incomplete",
             completed_at=int(time()) if self._incomplete is None else None,

@@ -87,6 +87,13 @@ def response_usage(usage: ApiUsage) -> ResponseUsage:
     )
 
 
+class CountedInput(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to /v1/responses/input_tokens."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: TokenCount
+
+
 class IncompleteDetails(msgspec.Struct, frozen=True):
     """Why an answer ended before its end."""
 

@@ -174,18 +174,18 @@ class MakeAnswerForm(Protocol):
 
 
 class ReasoningCounter:
-    """Counts the tokens of one choice that are reasoning, without the marks around it."""
+    """Counts the tokens of one choice that are reasoning, without the marks around it.
+
+    Reasoning may come after content: gpt-oss may write a preamble before it.
+    """
 
     def __init__(self, open_parser: OpenParser) -> None:
         self._parser = open_parser()
         self._is_inside = False
-        self._is_over = False  # the answer has begun, and no reasoning follows
         self._num_pending = 0  # tokens inside that completed no part: reasoning, or its end
 
     def count(self, event: TokenEvent) -> int:
         """Return the number of tokens that the event shows to be reasoning."""
-        if self._is_over:
-            return 0
         parts = self._parser.push(event.text)
         if event.is_last:
             parts = parts + self._parser.finish()
@@ -193,12 +193,13 @@ class ReasoningCounter:
             self._num_pending += event.num_tokens if self._is_inside else 0
             return 0
         inside = sum(len(part.text) for part in parts if isinstance(part, Reasoning))
-        self._is_over = not isinstance(parts[-1], Reasoning)
+        before, self._num_pending = self._num_pending, 0
+        self._is_inside = isinstance(parts[-1], Reasoning)
         if not inside:
             return 0
-        before, self._num_pending, self._is_inside = self._num_pending, 0, True
         # Only if several tokens share an event may some of them be no reasoning.
-        share = inside / max(inside, len(event.text)) if self._is_over else 1.0
+        is_all = all(isinstance(part, Reasoning) for part in parts)
+        share = 1.0 if is_all else inside / max(inside, len(event.text))
         return before + round(event.num_tokens * share)
 
 

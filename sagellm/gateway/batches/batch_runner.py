@@ -71,6 +71,7 @@ class BatchRunner:
         self._meters = meters
         self._tenants = tuple(tenants)
         self._woken: anyio.Event | None = None  # made on the loop that `run` runs on
+        self._fault: str | None = None  # of the last look for batches; logged when it changes
 
     def wake(self) -> None:
         """Look for new batches at once."""
@@ -93,8 +94,11 @@ class BatchRunner:
         try:
             claims = await self._folder.run(lambda: [*self._stores.batches.claims(self._tenants)])
         except OSError as error:
-            LOG.warning("batches_unreadable", error=error.strerror)
+            if error.strerror != self._fault:
+                self._fault = error.strerror
+                LOG.warning("batches_unreadable", error=error.strerror)
             return
+        self._fault = None
         for claim in claims:
             tasks.start_soon(self._work, claim, turns)
 
@@ -118,7 +122,7 @@ class BatchRunner:
             await anyio.sleep(FAULT_S)
 
     async def _sweep(self) -> None:
-        """Delete what has expired, now and then."""
+        """Delete every `SWEEP_S` seconds what has expired."""
         while True:
             try:
                 await self._folder.run(self._stores.files.sweep)

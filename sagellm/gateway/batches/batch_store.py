@@ -15,7 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -27,6 +27,7 @@ from sagellm.gateway.batches.batch_record import BatchRecord
 from sagellm.gateway.batches.data_folder import (
     DataFolder,
     TenantFolder,
+    ids_after,
     is_id,
     new_id,
     sync_folder,
@@ -41,21 +42,13 @@ from sagellm.gateway.batches.file_store import (
     not_found,
 )
 from sagellm.gateway.settings import StorageLimits
-from sagellm.graphs.log import get_logger
-
-LOG = get_logger("sagellm.gateway")
 
 PREFIX = "batch_"
 KEPT_S = 30 * 86_400  # how long the record of an ended batch is kept
 MAX_RECORDS = 10_000  # records of one tenant, ended batches included
-_PARTS = (
-    ".input",
-    ".output",
-    ".errors",
-    ".cancel",
-    ".lock",
-)  # the lock last: until then it is open
-_LONE_S = 3600.0
+# In the order of their deletion. The lock is last: a batch is open until then.
+_PARTS = (".input", ".output", ".errors", ".cancel", ".lock")
+_LONE_S = 3600.0  # files of a batch without a record are deleted after that time
 
 
 class BatchClaim:
@@ -137,16 +130,16 @@ class BatchStore:
     def record(self, tenant: str, batch_id: str) -> BatchRecord:
         """Return the record of a batch. Raises ApiError 404."""
         own = self.folder.of(tenant)
-        found = _load(own, batch_id) if is_id(batch_id, PREFIX) else None
+        found = self._load(own, batch_id) if is_id(batch_id, PREFIX) else None
         if found is None:
             raise not_found("batch")
         return _seen(own, found)
 
-    def records(self, tenant: str) -> Iterator[BatchRecord]:
-        """Yield the records of a tenant's batches, newest first."""
+    def records(self, tenant: str, *, after: str = "") -> Iterator[BatchRecord]:
+        """Yield the records of a tenant's batches, newest first. `after`: as in `ids_after`."""
         own = self.folder.of(tenant)
-        for batch_id in sorted(_ids(own), reverse=True):
-            found = _load(own, batch_id)
+        for batch_id in ids_after(_ids(own), after, newest_first=True):
+            found = self._load(own, batch_id)
             if found is not None:
                 yield _seen(own, found)
 
@@ -165,12 +158,18 @@ class BatchStore:
         """Yield claims of the batches that no process works on, oldest first.
 
         Only batches of `tenants`: a key that was removed must not cause work. The caller must
-        release each claim.
+        release each claim. A batch that cannot be read is logged and left out.
         """
         for tenant in tenants:
             own = self.folder.of(tenant)
-            for lock in sorted(own.open.glob("*.lock")):
-                claim = _claim(own, lock)
+            for path in sorted(own.open.glob("*.lock")):
+                try:
+                    claim = self._claim(own, path)
+                except OSError as error:
+                    fault = error.strerror
+                    self.folder.note_fault("batch_unreadable", path, fault, error=fault)
+                    continue
+                self.folder.note_sound(path)
                 if claim is not None:
                     yield claim
 
@@ -178,7 +177,7 @@ class BatchStore:
         """Delete records of batches that ended `KEPT_S` ago, and remains of processes that died."""
         for own in self.folder.tenants:
             for batch_id in _ids(own):
-                record = _load(own, batch_id)
+                record = self._load(own, batch_id)
                 if record is not None and time.time() - record.ended_at > KEPT_S:
                     _record_path(own, batch_id).unlink(missing_ok=True)
             delete_abandoned(own.batches.glob("*.new"))
@@ -217,6 +216,25 @@ class BatchStore:
                 raise not_found("file") from None
             raise
 
+    def _load(self, own: TenantFolder, batch_id: str) -> BatchRecord | None:
+        return self.folder.read_record(_record_path(own, batch_id), BatchRecord)
+
+    def _claim(self, own: TenantFolder, path: Path) -> BatchClaim | None:
+        """Lock a batch, and return its claim; None if it is locked, or has no open record."""
+        with ExitStack() as opened:
+            try:
+                lock = opened.enter_context(path.open("rb"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (FileNotFoundError, BlockingIOError):
+                return None
+            record = self._load(own, path.stem)
+            if record is not None and not record.has_ended:
+                opened.pop_all()  # the claim closes it
+                return BatchClaim(own, record, lock)
+            if record is not None or not _record_path(own, path.stem).exists():
+                _close_remains(path, record)  # a damaged record keeps its results
+            return None
+
 
 def _record_path(own: TenantFolder, batch_id: str) -> Path:
     return own.batches / f"{batch_id}.json"
@@ -224,17 +242,6 @@ def _record_path(own: TenantFolder, batch_id: str) -> Path:
 
 def _ids(own: TenantFolder) -> list[str]:
     return [path.stem for path in own.batches.glob(f"{PREFIX}*.json")]
-
-
-def _load(own: TenantFolder, batch_id: str) -> BatchRecord | None:
-    """Return a record; None if there is none, or if the disk has damaged it."""
-    try:
-        return msgspec.json.decode(_record_path(own, batch_id).read_bytes(), type=BatchRecord)
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        LOG.warning("batch_record_damaged", batch=batch_id)
-        return None
 
 
 def _seen(own: TenantFolder, record: BatchRecord) -> BatchRecord:
@@ -249,27 +256,7 @@ def _seen(own: TenantFolder, record: BatchRecord) -> BatchRecord:
     return msgspec.structs.replace(record, status="cancelling", times=times)
 
 
-def _claim(own: TenantFolder, path: Path) -> BatchClaim | None:
-    """Lock a batch, and return its claim. Return None if it is locked, or has no open record."""
-    try:
-        lock = path.open("rb")
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        record = _load(own, path.stem)
-    except BlockingIOError:
-        record = None
-    else:
-        if record is not None and not record.has_ended:
-            return BatchClaim(own, record, lock)
-        if record is not None or not _record_path(own, path.stem).exists():
-            _close_remains(own, path, record)  # a damaged record keeps its results
-    lock.close()
-    return None
-
-
-def _close_remains(own: TenantFolder, lock: Path, record: BatchRecord | None) -> None:
+def _close_remains(lock: Path, record: BatchRecord | None) -> None:
     """Delete the open files of a batch that has ended, or that never got a record."""
     with suppress(FileNotFoundError):
         if record is not None or time.time() - lock.stat().st_mtime > _LONE_S:

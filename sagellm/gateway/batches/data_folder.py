@@ -1,5 +1,6 @@
 """The folder of `--data-dir`: where files and batches lie, atomic writes, locks, and limits.
 
+    DATA_DIR/server.lock                            held by the one server that uses the folder
     DATA_DIR/lock                                   held while a limit is checked and a name is made
     DATA_DIR/TENANT/files/file-ID.json, .data       a file: its record, and its bytes
     DATA_DIR/TENANT/batches/batch_ID.json           the record of a batch
@@ -13,8 +14,9 @@ import fcntl
 import os
 import re
 import secrets
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -25,9 +27,13 @@ from typing import IO, Literal, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.settings import StorageLimits
+from sagellm.graphs.log import get_logger
+
+LOG = get_logger("sagellm.gateway")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,7 +47,7 @@ _ID = re.compile(r"(file-|batch_)[0-9a-f]{32}")
 
 
 def make_data_folder(path: Path) -> None:
-    """Make the folder if it is missing, and try what it is needed for. Raises OSError."""
+    """Make the folder if it is missing, and try a file lock and a hard link. Raises OSError."""
     path.mkdir(mode=_MODE, parents=True, exist_ok=True)
     probe = path / f"probe-{secrets.token_hex(8)}"
     linked = probe.with_suffix(".link")
@@ -54,6 +60,32 @@ def make_data_folder(path: Path) -> None:
             made.unlink(missing_ok=True)
 
 
+class FolderInUse(Exception):
+    """Another server holds the data folder. The message says which server, as far as is known."""
+
+
+@contextmanager
+def held_data_folder(path: Path) -> Iterator[None]:
+    """Make a data folder, and hold it for this server during the `with` block.
+
+    Only the process that the user starts calls this. Its gateway processes share the folder. The
+    kernel frees the lock when that process ends, also after kill -9: child processes do not inherit
+    open files. Raises FolderInUse if a server holds the folder, and OSError if it cannot be used.
+    """
+    make_data_folder(path)
+    lock = path / "server.lock"
+    with open_private(lock, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(lock.read_text(errors="replace") or "another process") from None
+        with suppress(OSError):  # a full disk must not keep a server from its batches
+            os.ftruncate(file.fileno(), 0)
+            # With the host, because containers that share a volume may have equal process ids.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+
+
 def new_id(prefix: str) -> str:
     """Return an id that no one can guess. Ids sort by the time at which they were made."""
     return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
@@ -62,6 +94,14 @@ def new_id(prefix: str) -> str:
 def is_id(text: str, prefix: str) -> bool:
     """Whether a client's text is the form of an id, so that it may become the name of a file."""
     return text.startswith(prefix) and _ID.fullmatch(text) is not None
+
+
+def ids_after(ids: Iterable[str], after: str, *, newest_first: bool) -> list[str]:
+    """Return the ids in the order of a list, without those up to the id `after` ("": all)."""
+    found = sorted(ids, reverse=newest_first)
+    if not after:
+        return found
+    return [each for each in found if (each < after if newest_first else each > after)]
 
 
 def open_private(path: Path, mode: Literal["xb", "ab"], *, buffering: int = -1) -> IO[bytes]:
@@ -149,13 +189,14 @@ def _sizes(folder: Path) -> Iterator[int]:
 
 
 class DataFolder:
-    """The folder of all tenants. Several processes may use it at once."""
+    """The folder of all tenants. All gateway processes of one server may use it at once."""
 
     def __init__(self, path: Path, limits: StorageLimits) -> None:
         self.path = path
         self.limits = limits
         self._sizing = Lock()
         self._sizes: dict[Path, tuple[float, int]] = {}  # time and bytes, by the tenant's folder
+        self._faults: dict[Path, object] = {}  # what was logged of a path, until it is sound again
 
     # Made at the first use: the owner may be built on another loop than it runs on.
     @cached_property
@@ -182,6 +223,34 @@ class DataFolder:
         with open_private(self.path / "lock", "ab") as file:  # closing it frees the lock
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def read_record(self, path: Path, kind: type[T]) -> T | None:
+        """Return the record at a path; None if there is none, or if the disk has damaged it.
+
+        A damaged record is logged once, and again after its content has changed. Raises OSError.
+        """
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            self.note_sound(path)
+            return None
+        try:
+            record = msgspec.json.decode(content, type=kind)
+        except ValueError:
+            self.note_fault("record_damaged", path, hash(content))
+            return None
+        self.note_sound(path)
+        return record
+
+    def note_fault(self, event: str, path: Path, state: object, **fields: object) -> None:
+        """Log a fault of a path, unless the last fault of that path had an equal `state`."""
+        if self._faults.get(path) != state:
+            self._faults[path] = state
+            LOG.warning(event, path=str(path), **fields)
+
+    def note_sound(self, path: Path) -> None:
+        """Forget the fault of a path, so that it is logged if it comes again."""
+        self._faults.pop(path, None)
 
     def check_room(self, folder: TenantFolder, num_bytes: int) -> None:
         """Raise ApiError if `num_bytes` more would exceed a limit. The lock must be held."""

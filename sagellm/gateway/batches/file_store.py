@@ -14,6 +14,7 @@ from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.batches.data_folder import (
     DataFolder,
     TenantFolder,
+    ids_after,
     is_id,
     new_id,
     open_private,
@@ -21,9 +22,6 @@ from sagellm.gateway.batches.data_folder import (
     telling_full_disk,
     write_atomically,
 )
-from sagellm.graphs.log import get_logger
-
-LOG = get_logger("sagellm.gateway")
 
 PREFIX = "file-"
 DEFAULT_LIFE_S = 30 * 86_400  # of an uploaded file, as in the OpenAI API
@@ -59,9 +57,9 @@ def not_found(what: str) -> ApiError:
 
 
 class Upload:
-    """A file that is being written. Exactly one of `commit` and `discard` must be called.
+    """A file that is being written. The owner calls `discard` at the end, also after `commit`.
 
-    The bytes of `num_reserved` count in the limits until then.
+    The bytes of `num_reserved` count in the limits until the first of these calls.
     """
 
     def __init__(self, folder: DataFolder, tenant: str, num_reserved: int) -> None:
@@ -150,16 +148,18 @@ class FileStore:
     def record(self, tenant: str, file_id: str) -> FileRecord:
         """Return the record of a file. Raises ApiError 404."""
         own = self.folder.of(tenant)
-        found = _load(record_path(own, file_id)) if is_id(file_id, PREFIX) else None
+        found = self._load(own, file_id) if is_id(file_id, PREFIX) else None
         if found is None or _is_over(found):
             raise not_found("file")
         return found
 
-    def records(self, tenant: str, *, newest_first: bool = True) -> Iterator[FileRecord]:
-        """Yield the records of a tenant's files, by the time of their creation."""
+    def records(
+        self, tenant: str, *, after: str = "", newest_first: bool = True
+    ) -> Iterator[FileRecord]:
+        """Yield the records of a tenant's files by their time. `after`: as in `ids_after`."""
         own = self.folder.of(tenant)
-        for file_id in sorted(_ids(own.files), reverse=newest_first):
-            found = _load(record_path(own, file_id))
+        for file_id in ids_after(_ids(own.files), after, newest_first=newest_first):
+            found = self._load(own, file_id)
             if found is not None and not _is_over(found):
                 yield found
 
@@ -180,7 +180,7 @@ class FileStore:
         """Delete files that have expired, and remains of uploads that were cut off."""
         for own in self.folder.tenants:
             for file_id in _ids(own.files):
-                record = _load(record_path(own, file_id))
+                record = self._load(own, file_id)
                 if record is not None and _is_over(record):
                     _delete(own, file_id)
             delete_abandoned(own.files.glob("*.part"))
@@ -189,20 +189,12 @@ class FileStore:
                 path for path in own.files.glob("*.data") if not path.with_suffix(".json").exists()
             )
 
+    def _load(self, own: TenantFolder, file_id: str) -> FileRecord | None:
+        return self.folder.read_record(record_path(own, file_id), FileRecord)
+
 
 def _ids(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob(f"{PREFIX}*.json")}
-
-
-def _load(path: Path) -> FileRecord | None:
-    """Return a record; None if there is none, or if the disk has damaged it."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=FileRecord)
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        LOG.warning("file_record_damaged", file=path.stem)
-        return None
 
 
 def _is_over(record: FileRecord) -> bool:

@@ -20,7 +20,7 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.messages import PRIORITIES
 
 MAX_CUSTOM_ID_LEN = 512
-MAX_ERRORS = 100  # no more are told of one batch
+MAX_ERRORS = 100  # the most mistakes that a batch reports
 _FRAME_BYTES = 8 << 10  # of a line besides its body
 _LINES_PER_REQUEST = 4  # lines of a file, blank ones too, by the requests that it may have
 _TEXT_BYTES = 8 * MAX_CUSTOM_ID_LEN  # of a text in a frame, with escapes
@@ -81,7 +81,7 @@ class _WrongLine(Exception):
         self.param = param
         self.is_last = is_last
 
-    def told(self, line: int | None = None) -> InputError:
+    def input_error(self, line: int | None = None) -> InputError:
         return InputError(code=self.code, message=self.message, line=line, param=self.param)
 
 
@@ -98,14 +98,15 @@ def scan_input(
     with path.open("rb") as file:
         for number, offset, raw in _lines(file, max_body_bytes + _FRAME_BYTES):
             try:
-                _check_number(number, len(seen), max_lines)
-                if not raw.strip():
+                is_blank = not raw.strip()
+                _check_number(number, len(seen) + (not is_blank), max_lines)
+                if is_blank:
                     continue
                 name = _checked(raw, endpoint, max_body_bytes).custom_id
                 if name in seen:
                     raise _WrongLine("duplicate_custom_id", "an earlier line has this custom_id")
             except _WrongLine as error:
-                scan.errors.append(error.told(number))
+                scan.errors.append(error.input_error(number))
                 if len(scan.errors) >= MAX_ERRORS or error.is_last:
                     return scan
             else:
@@ -114,13 +115,16 @@ def scan_input(
                     scan.pending.append(offset)
     scan.total = len(seen)
     if not seen and not scan.errors:
-        scan.errors.append(_WrongLine("empty_file", "the file has no requests").told())
+        scan.errors.append(_WrongLine("empty_file", "the file has no requests").input_error())
     return scan
 
 
-def _check_number(number: int, num_seen: int, max_lines: int) -> None:
-    """Raise _WrongLine for one line too many. Blank lines count too: they also take time."""
-    if num_seen >= max_lines or number > _LINES_PER_REQUEST * max_lines:
+def _check_number(number: int, num_requests: int, max_lines: int) -> None:
+    """Raise _WrongLine for one request too many, or for too many lines. `number`: of the line.
+
+    Blank lines are bounded, because they take time too.
+    """
+    if num_requests > max_lines or number > _LINES_PER_REQUEST * max_lines:
         message = f"the file has more than {max_lines} requests, or too many blank lines"
         raise _WrongLine("too_many_requests", message, is_last=True)
 

@@ -130,7 +130,11 @@ class ResultFiles:
         return tally
 
     def append(self, lines: Sequence[ResultLine]) -> None:
-        """Append lines. They are on the disk after the return. Raises OSError, and adds nothing."""
+        """Append lines. They are on the disk after the return.
+
+        Raises OSError. Then the answers may have been appended, and the failures have not: `open`
+        tells which lines there are.
+        """
         output, errors = self._files
         answers = [line.encoded for line in lines if line.is_answer]
         failures = [line.encoded for line in lines if not line.is_answer]

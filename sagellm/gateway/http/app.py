@@ -177,7 +177,8 @@ class App:
         call, method, status = scope["state"]["call"], scope["method"], sending.end_status
         now = anyio.current_time()
         self.gateway.meters.request_ended(route.path, method, status, now - call.started_s)
-        LOG.info("call_ended", **call_fields(call, scope, status, now), route=route.path)
+        log = LOG.debug if status in route.quiet_on else LOG.info
+        log("call_ended", **call_fields(call, scope, status, now), route=route.path)
 
 
 class _Sending:

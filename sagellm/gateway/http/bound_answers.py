@@ -73,10 +73,14 @@ async def chat_grammar(
     if not use.needs_grammar(response):
         return None
 
+    names = [tool.function.name for tool in asked.tools]
+
     def make() -> Grammar | None:
         special = served.special_tokens
         form = served.format
-        return call_grammar(form, use, prompt, special_tokens=special, response=response)
+        return call_grammar(
+            form, use, prompt, names=names, special_tokens=special, response=response
+        )
 
     return await gateway.grammars.run("tools", make)
 
@@ -86,17 +90,22 @@ def check_tool_use(served: HostedModel, use: ToolUse) -> None:
     if not use.allowed:
         return
     if not served.format.takes_tools:
-        cure = "leave them out, or send `tool_choice`: `none`"
-        raise _unsupported("tools", f"the chat template of this model knows no tools; {cure}")
+        why = (
+            "the chat template of this model knows no tools, or only a form of calls not known here"
+        )
+        cure = "leave them out, or choose `none` in `tool_choice`"
+        raise _unsupported("tools", f"{why}; {cure}")
     if use.is_bound:
-        _check_able(served, "tool_choice" if use.must_call else "tools")
+        if use.must_call:
+            _check_able(served, "tool_choice", "choose `auto`")
+        else:
+            _check_able(served, "tools", "leave `strict` out")
 
 
-def _check_able(served: HostedModel, param: str) -> None:
+def _check_able(served: HostedModel, param: str, cure: str = "leave it out") -> None:
     """Raise ApiError (400) if an engine of the model binds no answer to a grammar."""
     if not served.card.takes_grammars:
-        why = "an engine of this model binds no answer to a grammar; leave it out"
-        raise _unsupported(param, why)
+        raise _unsupported(param, f"an engine of this model binds no answer to a grammar; {cure}")
 
 
 def _unsupported(param: str, message: str) -> ApiError:

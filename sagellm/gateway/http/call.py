@@ -33,7 +33,8 @@ class EndpointRoute:
 
     In a path, `{name}` matches one segment, and `{name:path}` may match slashes. `while_draining`:
     the route answers during a drain. `generates`: it makes tokens, so an overloaded server refuses
-    its calls. `dialect`: the API of its clients. `uploads`: the body goes to the disk.
+    its calls. `dialect`: the API of its clients. `uploads`: the body goes to the disk. `quiet_on`:
+    statuses of calls that are logged at level debug, for routes that are called again and again.
     """
 
     method: str
@@ -44,6 +45,7 @@ class EndpointRoute:
     generates: bool = False
     dialect: ApiDialect = OPENAI
     uploads: bool = False
+    quiet_on: tuple[int, ...] = ()
 
 
 async def not_found(gateway: Gateway, request: Request) -> Response:
@@ -128,11 +130,7 @@ class RouteTable:
         route = methods.get(scope["method"]) or next(iter(methods.values()))
         scope["redirected_to"] = route.path
         return EndpointRoute(
-            scope["method"],
-            route.path,
-            without_slash,
-            while_draining=True,
-            dialect=route.dialect,
+            scope["method"], route.path, without_slash, while_draining=True, dialect=route.dialect
         )
 
     def _not_found(self, scope: Scope) -> EndpointRoute:

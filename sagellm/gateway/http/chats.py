@@ -74,6 +74,14 @@ def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
     return Encoded("", (), tuple(asked.conversation))
 
 
+async def num_prompt_tokens(gateway: Gateway, asked: ChatRequest) -> int:
+    """Return the number of tokens that the model would read. Raises ApiError."""
+    served = served_model(gateway, asked.model)
+    if served.facts.takes_text:
+        raise wrong("model", "has an engine that takes text; its tokens are not known here")
+    return len((await chat_prompt(served, asked)).token_ids)
+
+
 async def chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
     """Return the prompt of a chat: rendered by the model's template, and truncated."""
     how = rendering_of(asked, await served.encoder.variables(), asked.reasoning_effort)

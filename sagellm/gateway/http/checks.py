@@ -338,16 +338,16 @@ def check_body(scope: Scope, limits: RequestLimits, bodies: OpenBodies) -> None:
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
             raise ApiError(415, "compressed bodies are not taken", param="content-encoding")
         if name == b"content-length":
-            if _length(value) > limits.body_bytes:
+            if read_length(value) > limits.body_bytes:
                 raise too_large(limits)
-            bodies.check(_length(value))
+            bodies.check(read_length(value))
 
 
 def too_large(limits: RequestLimits) -> ApiError:
     return ApiError(413, f"the body is larger than {limits.body_bytes} bytes")
 
 
-def _length(value: bytes) -> float:
+def read_length(value: bytes) -> float:
     """Return the number of a Content-Length header; infinity if it has more than 18 digits."""
     # Converting a very long number to an integer would take long.
     digits = value.lstrip(b"0")

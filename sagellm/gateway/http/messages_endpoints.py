@@ -9,9 +9,8 @@ from starlette.responses import Response
 
 from sagellm.gateway.answers.anthropic_events import MessageOptions, MessagesForm, ShownThinking
 from sagellm.gateway.answers.anthropic_objects import CountedTokens
-from sagellm.gateway.api_errors import wrong
-from sagellm.gateway.gateway import Gateway, served_model
-from sagellm.gateway.http.chats import chat_call, chat_prompt
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.http.chats import chat_call, num_prompt_tokens
 from sagellm.gateway.http.generation import GenerationCall, GenerationResponse
 from sagellm.gateway.protocol.anthropic_body import read_count_body, read_messages_body
 from sagellm.gateway.protocol.anthropic_chat import chat_of
@@ -70,7 +69,4 @@ async def _num_tokens(gateway: Gateway, body: bytes) -> int:
     chat = chat_of(read_count_body(body, limits))
     asked = chat.read(limits)
     with chat.naming():
-        served = served_model(gateway, asked.model)
-        if served.facts.takes_text:
-            raise wrong("model", "has an engine that takes text; its tokens are not known here")
-        return len((await chat_prompt(served, asked)).token_ids)
+        return await num_prompt_tokens(gateway, asked)

@@ -1,4 +1,4 @@
-"""The endpoints of /v1/responses: a response is made, and never stored."""
+"""The endpoints of /v1/responses and its input_tokens. Responses are not stored."""
 
 from functools import partial
 from typing import Any
@@ -8,18 +8,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.answers.responses_events import PREFIX, ResponsesForm
-from sagellm.gateway.answers.responses_objects import ResponseObject
+from sagellm.gateway.answers.responses_objects import CountedInput, ResponseObject
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.http.chats import chat_call
+from sagellm.gateway.http.call import Call
+from sagellm.gateway.http.chats import chat_call, num_prompt_tokens
 from sagellm.gateway.http.generation import GenerationCall, GenerationResponse
+from sagellm.gateway.item_memory import ReferencedItems
 from sagellm.gateway.protocol.responses_body import ResponsesCall, read_responses
 from sagellm.gateway.protocol.responses_fields import PlainText, ReasoningOptions, TextOptions
 
 
 async def responses(gateway: Gateway, request: Request) -> GenerationResponse:
     """Answer a response, whole or as a stream of events."""
-    return GenerationResponse(gateway, request, _responses_call)
+    return GenerationResponse(gateway, request, partial(_responses_call, request.state.call))
 
 
 async def stored_response(gateway: Gateway, request: Request) -> Response:
@@ -28,12 +30,33 @@ async def stored_response(gateway: Gateway, request: Request) -> Response:
     raise ApiError(404, message, param="response_id", code="response_not_found")
 
 
-async def _responses_call(gateway: Gateway, body: bytes) -> GenerationCall:
+async def _responses_call(call: Call, gateway: Gateway, body: bytes) -> GenerationCall:
     """Read the body of /v1/responses. Raises ApiError."""
-    read = read_responses(body, gateway.settings.limits)
-    form = partial(ResponsesForm, _echo(read))
+    read = _read(call, gateway, body)
+    # Nobody goes on with a conversation of a batch, whose many items would push out all others.
+    is_kept = read.asked.store and not call.is_background
+    keep = partial(gateway.items.keep, call.tenant) if is_kept else None
+    form = partial(ResponsesForm, _echo(read), keep=keep)
     with read.made.naming():
         return await chat_call(gateway, read.chat, form, PREFIX)
+
+
+def _read(call: Call, gateway: Gateway, body: bytes) -> ResponsesCall:
+    limits = gateway.settings.limits
+    return read_responses(
+        body, limits, ReferencedItems(gateway.items, call.tenant, limits.body_bytes)
+    )
+
+
+async def input_tokens(gateway: Gateway, request: Request) -> Response:
+    """Answer the number of tokens that the model would read for a body of /v1/responses."""
+    call: Call = request.state.call
+    # Tokenizing costs threads, so it counts in the tenant's budget like a request.
+    with gateway.budgets.hold(call.tenant):
+        read = _read(call, gateway, await request.body())
+        with read.made.naming():
+            counted = CountedInput(input_tokens=await num_prompt_tokens(gateway, read.chat))
+    return Response(msgspec.json.encode(counted), media_type="application/json")
 
 
 def _echo(read: ResponsesCall) -> ResponseObject:

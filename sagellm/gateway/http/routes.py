@@ -39,7 +39,7 @@ from sagellm.gateway.http.endpoints import (
     version,
 )
 from sagellm.gateway.http.messages_endpoints import count_tokens, messages
-from sagellm.gateway.http.responses_call import responses, stored_response
+from sagellm.gateway.http.responses_call import input_tokens, responses, stored_response
 from sagellm.gateway.http.stored_endpoints import (
     cancel_batch,
     create_batch,
@@ -206,15 +206,20 @@ def _page(limits: RequestLimits, needs_key: bool) -> Response:
 
 _JSON = "application/json"
 
+# A probe that fails is quiet too: each change of the readiness, and a drain, has a line of its own.
+_PROBE, _POLL = (200, 503), (200,)
+
 ROUTES = (
-    EndpointRoute("GET", "/live", live, access="open", while_draining=True),
-    EndpointRoute("GET", "/ready", ready, access="open", while_draining=True),
-    EndpointRoute("GET", "/health", health, while_draining=True),
-    EndpointRoute("GET", "/ping", health, while_draining=True),
-    EndpointRoute("POST", "/ping", health, while_draining=True),
+    EndpointRoute("GET", "/live", live, access="open", while_draining=True, quiet_on=_POLL),
+    EndpointRoute("GET", "/ready", ready, access="open", while_draining=True, quiet_on=_PROBE),
+    EndpointRoute("GET", "/health", health, while_draining=True, quiet_on=_PROBE),
+    EndpointRoute("GET", "/ping", health, while_draining=True, quiet_on=_PROBE),
+    EndpointRoute("POST", "/ping", health, while_draining=True, quiet_on=_PROBE),
     EndpointRoute("GET", "/version", version, while_draining=True),
-    EndpointRoute("GET", "/load", load, while_draining=True),
-    EndpointRoute("GET", "/metrics", metrics, access="metrics", while_draining=True),
+    EndpointRoute("GET", "/load", load, while_draining=True, quiet_on=_POLL),
+    EndpointRoute(
+        "GET", "/metrics", metrics, access="metrics", while_draining=True, quiet_on=_POLL
+    ),
     # Without a key, because a browser sends none. The documents contain no secret.
     EndpointRoute("GET", "/openapi.json", described, access="open", while_draining=True),
     EndpointRoute("GET", "/docs", docs, access="open", while_draining=True),
@@ -223,6 +228,7 @@ ROUTES = (
     EndpointRoute("POST", "/v1/completions", completions, generates=True),
     EndpointRoute("POST", "/v1/chat/completions", chat, generates=True),
     EndpointRoute("POST", "/v1/responses", responses, generates=True),
+    EndpointRoute("POST", "/v1/responses/input_tokens", input_tokens),
     EndpointRoute("GET", "/v1/responses/{id}", stored_response),
     EndpointRoute("DELETE", "/v1/responses/{id}", stored_response),
     EndpointRoute("POST", "/v1/responses/{id}/cancel", stored_response),

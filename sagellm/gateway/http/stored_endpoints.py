@@ -1,11 +1,13 @@
 """The endpoints of files and batches."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from itertools import islice
 from typing import BinaryIO, TypeVar
 
 import anyio
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,10 +23,11 @@ from sagellm.gateway.batches.batch_store import Stores
 from sagellm.gateway.batches.data_folder import DataFolder
 from sagellm.gateway.batches.file_store import FileRecord, file_object
 from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.http.checks import read_length
 from sagellm.gateway.http.endpoints import json_response
 from sagellm.gateway.http.line_calls import BATCHED
 from sagellm.gateway.http.uploads import UploadForm, boundary_of, read_upload
-from sagellm.gateway.protocol.batch_bodies import PageQuery, read_batch, read_page
+from sagellm.gateway.protocol.batch_bodies import read_batch, read_page
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
@@ -47,9 +50,10 @@ async def create_file(gateway: Gateway, request: Request) -> Response:
     boundary = boundary_of(request.headers.get("content-type", ""))
     most = stores.folder.limits.upload_bytes
     # Without a length, the largest file is reserved until the last byte.
-    length = min(int(request.headers.get("content-length", most)), most)
+    length = request.headers.get("content-length")
+    reserved = most if length is None else int(min(read_length(length.encode()), most))
     with stores.uploading(tenant):
-        upload = await stores.folder.run(stores.files.begin_upload, tenant, length)
+        upload = await stores.folder.run(stores.files.begin_upload, tenant, reserved)
         try:
             form = UploadForm(boundary, upload, most)
             fields = await read_upload(request.stream(), form, stores.folder)
@@ -67,15 +71,10 @@ async def list_files(gateway: Gateway, request: Request) -> Response:
     known = ("limit", "after", "order", "purpose")
     query = read_page(request.query_params.multi_items(), known=known, default=10_000, most=10_000)
 
-    def find() -> Sequence[FileRecord]:
-        records = stores.files.records(tenant, newest_first=query.is_newest_first)
-        return _page((one for one in records if query.purpose in (None, one.purpose)), query)
-
-    found = await stores.folder.run(find)
-    data = [file_object(record) for record in found[: query.limit]]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    has_more = len(found) > query.limit
-    return json_response(StoredFiles(data=data, first_id=first, last_id=last, has_more=has_more))
+    records = stores.files.records(tenant, after=query.after, newest_first=query.is_newest_first)
+    chosen = (record for record in records if query.purpose in (None, record.purpose))
+    page = await stores.folder.run(_page, chosen, query.limit, file_object, StoredFiles)
+    return json_response(page)
 
 
 async def retrieve_file(gateway: Gateway, request: Request) -> Response:
@@ -107,7 +106,7 @@ class FileContent:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with closing(self._file):
-            num_left = self._file.seek(0, 2)
+            num_left = self._file.seek(0, os.SEEK_END)
             self._file.seek(0)
             headers = [
                 (b"content-type", b"application/octet-stream"),
@@ -115,15 +114,16 @@ class FileContent:
                 (b"x-content-type-options", b"nosniff"),
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            while num_left and scope["method"] != "HEAD":
+            if not num_left or scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
+            while num_left:
                 piece = await self._folder.run(self._file.read, min(num_left, _PIECE_BYTES))
                 if not piece:
                     raise OSError("the file became shorter")
                 num_left -= len(piece)
                 more = num_left > 0
                 await send({"type": "http.response.body", "body": piece, "more_body": more})
-            if scope["method"] == "HEAD":
-                await send({"type": "http.response.body", "body": b""})
 
 
 async def create_batch(gateway: Gateway, request: Request) -> Response:
@@ -153,11 +153,9 @@ async def list_batches(gateway: Gateway, request: Request) -> Response:
     stores, tenant = _stores(gateway), request.state.call.tenant
     known = ("limit", "after")
     query = read_page(request.query_params.multi_items(), known=known, default=20, most=100)
-    found = await stores.folder.run(lambda: _page(stores.batches.records(tenant), query))
-    data = [batch_object(record) for record in found[: query.limit]]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    has_more = len(found) > query.limit
-    return json_response(StoredBatches(data=data, first_id=first, last_id=last, has_more=has_more))
+    records = stores.batches.records(tenant, after=query.after)
+    page = await stores.folder.run(_page, records, query.limit, batch_object, StoredBatches)
+    return json_response(page)
 
 
 async def retrieve_batch(gateway: Gateway, request: Request) -> Response:
@@ -173,11 +171,18 @@ async def cancel_batch(gateway: Gateway, request: Request) -> Response:
     return json_response(batch_object(record))
 
 
-def _page(records: Iterable[R], query: PageQuery) -> list[R]:
-    """Return the records of a page, and one more if the list goes on. Ids sort by time."""
-    if query.after:
-        if query.is_newest_first:
-            records = (one for one in records if one.id < query.after)
-        else:
-            records = (one for one in records if one.id > query.after)
-    return list(islice(records, query.limit + 1))
+def _page(
+    records: Iterable[R],
+    limit: int,
+    shown: Callable[[R], msgspec.Struct],
+    page: Callable[..., msgspec.Struct],
+) -> msgspec.Struct:
+    """Return a `page` of the first `limit` records, each as `shown`. Blocks: it reads them."""
+    found = list(islice(records, limit + 1))
+    data = found[:limit]
+    return page(
+        data=[shown(record) for record in data],
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=len(found) > limit,
+    )

@@ -8,6 +8,7 @@ import msgspec
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.anthropic_fields import (
     SENT_OBJECTS,
+    TOOL_CURE,
     AssistantTurn,
     CallerLabels,
     ChoiceType,
@@ -33,6 +34,7 @@ from sagellm.gateway.protocol.bodies import convert
 from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.json import fields_of, read_json
 from sagellm.gateway.protocol.request import at_most
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS
 from sagellm.gateway.settings import RequestLimits
 
 V = TypeVar("V")
@@ -110,7 +112,17 @@ def _turns(value: Any, where: str) -> Any:
     return _each(value, where, _turn)
 
 
+_ROLE_CURES = {
+    "developer": "send the role `system`",
+    "function": "send a `tool_result` block in a message of the user",
+    "tool": "send a `tool_result` block in a message of the user",
+}
+
+
 def _turn(value: Any, where: str) -> dict[str, Any]:
+    role = value.get("role") if isinstance(value, dict) else None
+    if isinstance(role, str) and role in _ROLE_CURES:
+        raise wrong(f"{where}.role", f"is of another API; {_ROLE_CURES[role]}")
     role, place, said = _tagged(value, "role", _ROLES, where)
     assert place.turn is not None
     said = _fields(said, place.turn, where)
@@ -163,17 +175,24 @@ def _block(value: Any, where: str, place: _Place) -> dict[str, Any]:
 
 
 def _tools(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        at_most(where, len(value), MAX_TOOLS, "tools")
     return _each(value, where, _tool)
 
 
 def _tool(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, dict) and value.get("type") not in (None, "custom"):
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function":
+        raise wrong(f"{where}.type", f"is of another API; leave it out, and {TOOL_CURE}")
+    if kind not in (None, "custom"):
         message = "this server has no tools of its own; it takes only `custom` tools"
         raise wrong(f"{where}.type", message, "unsupported_parameter")
     return _fields(value, ToolDefinition, where)
 
 
 def _choice(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise wrong(where, 'must be an object such as {"type": "auto"}')
     return _fields(value, ToolSelection, where, type=get_args(ChoiceType))
 
 
@@ -229,7 +248,8 @@ def _check_choice(choice: ToolSelection, asked: CountTokensRequest) -> None:
     if choice.type != "tool" and choice.name is not None:
         raise wrong("tool_choice.name", "is only for the type `tool`")
     if choice.type in ("any", "tool") and not asked.tools:
-        raise wrong("tool_choice", "wants a call, but there are no `tools`")
+        what = f"has the type `{choice.type}`, but there are no `tools`; send some, or `auto`"
+        raise wrong("tool_choice", what)
 
 
 def _missing(param: str) -> ApiError:

@@ -22,6 +22,8 @@ from sagellm.gateway.protocol.anthropic_fields import (
     UserBlock,
     UserTurn,
 )
+from sagellm.gateway.protocol.request import at_most
+from sagellm.gateway.protocol.tool_choice import MAX_TOOLS
 from sagellm.gateway.protocol.translated_chat import TranslatedChat
 
 # Field of the chat -> field of this API. Those of messages and tools depend on the body.
@@ -184,9 +186,10 @@ class _Conversation:
         if thoughts:
             message["reasoning_content"] = "".join(thoughts)
         self._add(message, blocks[0][1])
-        for block, place in blocks:
-            if isinstance(block, ToolUseBlock):
-                self._call(block, place, message.setdefault("tool_calls", []))
+        calls = [(block, place) for block, place in blocks if isinstance(block, ToolUseBlock)]
+        at_most(blocks[0][1], len(calls), MAX_TOOLS, "tool calls, with those of the next messages")
+        for block, place in calls:
+            self._call(block, place, message.setdefault("tool_calls", []))
 
     def _call(self, block: ToolUseBlock, place: str, calls: list[dict[str, Any]]) -> None:
         name = f"tool_calls[{len(calls)}]"

@@ -160,6 +160,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True, forbid_unkn
 
 _CACHED = {"cache_control": IgnoredField("object", "prefixes are kept in any case")}
 _NONE = Foreign({}, {})
+_FORMAT_CURE = "send `output_config.format`"
 BODY = Foreign(
     unbuilt={
         "billing_policy": (),
@@ -183,10 +184,41 @@ BODY = Foreign(
         "service_tier": IgnoredField("string", "there is one tier"),
         "user_profile_id": IgnoredField("string", "a label for the caller's own records"),
     },
+    cures={
+        "function_call": "send `tool_choice`",
+        "functions": "send `tools`",
+        "input": "send `messages`",
+        "instructions": "send `system`",
+        "max_completion_tokens": "send `max_tokens`",
+        "max_output_tokens": "send `max_tokens`",
+        "parallel_tool_calls": "send `tool_choice.disable_parallel_tool_use`",
+        "prompt": "send `messages`",
+        "reasoning": "send `output_config.effort`",
+        "reasoning_effort": "send `output_config.effort`",
+        "response_format": _FORMAT_CURE,
+        "stop": "send `stop_sequences`",
+        "stream_options": "leave it out: every stream has the usage",
+        "text": _FORMAT_CURE,
+        "user": "send `metadata.user_id`",
+    },
 )
+_ASSISTANT_TURN = Foreign(
+    {},
+    {},
+    {
+        "reasoning": "send a `thinking` block in `content`",
+        "reasoning_content": "send a `thinking` block in `content`",
+        "tool_calls": "send `tool_use` blocks in `content`",
+    },
+)
+_TOOL_SELECTION = Foreign({}, {}, {"function": "send its `name`"})
+_OUTPUT_SCHEMA = Foreign({}, {}, {"json_schema": "send its `schema`"})
+TOOL_CURE = "send its `name` and `description`, and its parameters as `input_schema`"
 TEXT_BLOCK = Foreign(unbuilt={"citations": ([],)}, taken=_CACHED)
-TOOL_USE_BLOCK = Foreign(unbuilt={"caller": ({"type": "direct"},)}, taken=_CACHED)
-TOOL_RESULT_BLOCK = Foreign(unbuilt={}, taken=_CACHED)
+TOOL_USE_BLOCK = Foreign(
+    unbuilt={"caller": ({"type": "direct"},)}, taken=_CACHED, cures={"arguments": "send `input`"}
+)
+TOOL_RESULT_BLOCK = Foreign(unbuilt={}, taken=_CACHED, cures={"tool_call_id": "send `tool_use_id`"})
 TOOL_DEFINITION = Foreign(
     unbuilt={
         "allowed_callers": (["direct"],),
@@ -197,13 +229,14 @@ TOOL_DEFINITION = Foreign(
         **_CACHED,
         "eager_input_streaming": IgnoredField("boolean", "inputs are streamed in any case"),
     },
+    cures={"function": TOOL_CURE, "parameters": "send `input_schema`"},
 )
 # The objects that clients send, and the fields without effect that each may also have.
 SENT_OBJECTS: dict[type[msgspec.Struct], Foreign] = {
     MessagesRequest: BODY,
     CountTokensRequest: BODY,
     UserTurn: _NONE,
-    AssistantTurn: _NONE,
+    AssistantTurn: _ASSISTANT_TURN,
     SystemTurn: _NONE,
     TextBlock: TEXT_BLOCK,
     ThinkingBlock: _NONE,
@@ -211,9 +244,9 @@ SENT_OBJECTS: dict[type[msgspec.Struct], Foreign] = {
     ToolUseBlock: TOOL_USE_BLOCK,
     ToolResultBlock: TOOL_RESULT_BLOCK,
     ToolDefinition: TOOL_DEFINITION,
-    ToolSelection: _NONE,
+    ToolSelection: _TOOL_SELECTION,
     ThinkingOptions: _NONE,
-    OutputSchema: _NONE,
+    OutputSchema: _OUTPUT_SCHEMA,
     OutputOptions: _NONE,
     CallerLabels: _NONE,
 }

@@ -16,7 +16,7 @@ from sagellm.gateway.protocol.chat_messages import (
     read_messages,
 )
 from sagellm.gateway.protocol.json import fields_of, read_json
-from sagellm.gateway.protocol.other_apis import REQUEST
+from sagellm.gateway.protocol.other_apis import CHAT, COMPLETION, REQUEST
 from sagellm.gateway.protocol.request import (
     Effort,
     Generation,
@@ -27,16 +27,16 @@ from sagellm.gateway.protocol.request import (
     check_generation,
     check_model_name,
     known_fields,
-    read_fields,
 )
 from sagellm.gateway.protocol.structured_outputs import check_constraints
 from sagellm.gateway.protocol.tool_choice import (
-    AllowedTools,
+    Tool,
     ToolChoice,
     ToolMode,
     Tools,
-    allowed_only,
     check_tools,
+    offered_tools,
+    read_tool_choice,
     read_tools,
 )
 from sagellm.gateway.settings import RequestLimits
@@ -122,9 +122,10 @@ PromptField: TypeAlias = (
 
 
 class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of a completion. `logprobs` k: those of the chosen and the k most likely tokens,
-    with `echo` of the prompt's tokens too. With `echo`, `max_tokens` may be 0: then the answer is
-    the prompt, and its logprobs.
+    """The body of a completion.
+
+    `logprobs` k asks for those of the answer's tokens and of the k most likely ones, with `echo`
+    for those of the prompt as well. With `echo`, `max_tokens` may be 0: the answer is the prompt.
     """
 
     prompt: PromptField
@@ -151,7 +152,8 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
 
 def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
     """Read a completion's body. Raises ApiError (400). The model's limits are checked later."""
-    request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
+    value = read_json(body, max_depth=limits.json_depth)
+    request = convert(known_fields(value, CompletionRequest, COMPLETION), CompletionRequest)
     check_generation(request, limits)
     if request.is_structured:
         check_constraints(request)
@@ -178,10 +180,10 @@ def _check_prompt(prompt: str | list[Any], limits: RequestLimits) -> None:
 
 
 class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
-    those of the k most likely as well. In a request that was read, `tools` are those that the model
-    sees: none if `tool_choice` is "none"; and `tool_choice` is no `AllowedTools`. Without
-    `include_reasoning`, the answer has no reasoning.
+    """The body of a chat.
+
+    `logprobs` asks for those of the answer's tokens, `top_logprobs` k for those of the k most
+    likely as well. Without `include_reasoning`, the answer has no reasoning.
     """
 
     messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
@@ -198,6 +200,11 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
     chat_template_kwargs: Variables = msgspec.field(default_factory=dict)
 
     @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model sees."""
+        return offered_tools(self.tools, self.tool_choice) if self.tools else []
+
+    @property
     def conversation(self) -> list[dict[str, Any]]:
         """The messages in the form that chat templates take."""
         return plain_messages(self)
@@ -210,11 +217,13 @@ def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
 
 def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
     """Return the chat of a body that was parsed. Raises ApiError (400), as `read_chat`."""
-    said = known_fields(value, ChatRequest)
+    said = known_fields(value, ChatRequest, CHAT)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
     if "tools" in said:
         said["tools"] = read_tools(said["tools"])
+    if "tool_choice" in said:
+        said["tool_choice"] = read_tool_choice(said["tool_choice"])
     request = convert(said, ChatRequest)
     check_generation(request, limits)
     if request.is_structured:
@@ -224,11 +233,6 @@ def chat_request(value: Any, limits: RequestLimits) -> ChatRequest:
         raise wrong("top_logprobs", "needs `logprobs`: true")
     if request.tools or request.tool_choice is not None:
         check_tools(request.tools, request.tool_choice)
-    if isinstance(request.tool_choice, AllowedTools):
-        tools, choice = allowed_only(request.tools, request.tool_choice)
-        request = msgspec.structs.replace(request, tools=tools, tool_choice=choice)
-    if request.tool_choice == "none":  # a model that sees tools calls them all the same
-        request = msgspec.structs.replace(request, tools=[])
     return request
 
 
@@ -252,6 +256,11 @@ class TokenizeChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: Variables = {}
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model sees."""
+        return self.tools
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
@@ -287,7 +296,8 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
 
 def read_detokenize(body: bytes, limits: RequestLimits) -> DetokenizeRequest:
     """Read a body of /detokenize. Raises ApiError (400). The vocabulary is checked later."""
-    said = read_fields(body, DetokenizeRequest, limits)
+    value = read_json(body, max_depth=limits.json_depth)
+    said = fields_of(value, DetokenizeRequest.__struct_fields__, REQUEST)
     request = convert(said, DetokenizeRequest)
     check_model_name(request.model, limits)
     return request

@@ -185,7 +185,7 @@ class Conversation(Protocol):
     def messages(self) -> Sequence[ConversationMessage]: ...
 
     @property
-    def tools(self) -> Sequence[Tool]: ...
+    def offered_tools(self) -> Sequence[Tool]: ...
 
     @property
     def add_generation_prompt(self) -> bool | None: ...
@@ -226,7 +226,7 @@ def rendering_of(asked: Conversation, read: frozenset[str], effort: str | None =
     return Rendering(
         add_generation_prompt=not asked.continue_final_message if add is None else add,
         continue_final_message=asked.continue_final_message,
-        tools=tuple(tool.plain for tool in asked.tools),
+        tools=tuple(tool.plain for tool in asked.offered_tools),
         variables={
             name: value
             for name, value in {**_effort_variables(effort), **given}.items()

@@ -184,9 +184,10 @@ def _is_said(name: str, said: Any, known: tuple[str, ...], foreign: Foreign, pre
     if name in foreign.taken:
         check_ignored(prefix + name, said, foreign.taken[name])
     elif name in foreign.unbuilt:
-        refuse_unbuilt(prefix + name, said, foreign.unbuilt[name])
+        cure = foreign.cures.get(name)
+        refuse_unbuilt(prefix + name, said, foreign.unbuilt[name], cure=cure)
     else:
-        raise _unknown(name, known, prefix)
+        raise _unknown(name, known, foreign, prefix)
     return False
 
 
@@ -194,9 +195,10 @@ def _no_object() -> ApiError:
     return ApiError(400, "the body is no JSON object; send {...}")
 
 
-def _unknown(name: str, known: tuple[str, ...], prefix: str) -> ApiError:
-    close = nearest(name, known) if len(name) <= _GUESSED_LEN else None
-    hint = f"; did you mean `{prefix}{close}`?" if close else ""
+def _unknown(name: str, known: tuple[str, ...], foreign: Foreign, prefix: str) -> ApiError:
+    cure = foreign.cures.get(name)
+    close = nearest(name, known) if cure is None and len(name) <= _GUESSED_LEN else None
+    hint = f"; did you mean `{prefix}{close}`?" if close else f"; {cure}" if cure else ""
     plain = shown(name)
     message = f"unknown field {plain}{f' in {prefix[:-1]}' if prefix else ''}{hint}"
     param = prefix + name if plain == f"`{name}`" else prefix[:-1] or None

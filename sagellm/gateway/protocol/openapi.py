@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from sagellm.gateway.answers import anthropic_objects, objects
 from sagellm.gateway.answers import stored_objects as stored
-from sagellm.gateway.answers.responses_objects import ResponseObject
+from sagellm.gateway.answers.responses_objects import CountedInput, ResponseObject
 from sagellm.gateway.protocol.anthropic_fields import CountTokensRequest, MessagesRequest
 from sagellm.gateway.protocol.batch_bodies import LIFE_S, BatchCreation
 from sagellm.gateway.protocol.bodies import (
@@ -83,6 +83,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "/v1/responses": Operation(
         "Answer a conversation of items", (ResponsesRequest,), (ResponseObject,), EVENTS
+    ),
+    "/v1/responses/input_tokens": Operation(
+        "Count the tokens of a conversation of items", (ResponsesRequest,), (CountedInput,)
     ),
     "/v1/responses/{id}": Operation("Nothing: responses are not stored", is_empty=True),
     "/v1/responses/{id}/cancel": Operation("Nothing: responses are not stored", is_empty=True),

@@ -2,10 +2,12 @@
 
 An unbuilt field is refused, unless its value is the default of its API. A taken field does not
 change the answer: its type is checked, and the field is dropped. If a body's own type has a field
-of these tables, the field is read and the table has no effect.
+of these tables, the field is read and the table has no effect. A cure names the field that this API
+has for a field of another API.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from sagellm.gateway.api_errors import ApiError, wrong
@@ -25,10 +27,11 @@ class IgnoredField(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """The fields of other APIs that one object may have."""
+    """The fields of other APIs that one object may have, and what to send instead of others."""
 
     unbuilt: Unbuilt
     taken: Mapping[str, IgnoredField]
+    cures: Mapping[str, str] = MappingProxyType({})
 
 
 REQUEST = Foreign(
@@ -93,9 +96,40 @@ REQUEST = Foreign(
         "verbosity": IgnoredField("string", "a hint"),
     },
 )
+_FORMAT_CURE = "send `response_format`"
+COMPLETION = REQUEST._replace(
+    cures={
+        "input": "send `prompt`",
+        "max_output_tokens": "send `max_tokens`",
+        "messages": "send chats to /v1/chat/completions",
+        "stop_sequences": "send `stop`",
+        "text": _FORMAT_CURE,
+    }
+)
+_SYSTEM_CURE = "send it as a message of the role `system`"
+CHAT = REQUEST._replace(
+    cures={
+        "function_call": "send `tool_choice`",
+        "functions": "send `tools`",
+        "input": "send `messages`",
+        "instructions": _SYSTEM_CURE,
+        "max_output_tokens": "send `max_completion_tokens`",
+        "output_config": _FORMAT_CURE,
+        "output_format": _FORMAT_CURE,
+        "prompt": "send `messages`",
+        "stop_sequences": "send `stop`",
+        "system": _SYSTEM_CURE,
+        "text": _FORMAT_CURE,
+        "thinking": "send `reasoning_effort`",
+    }
+)
 STREAM_OPTIONS = Foreign(unbuilt={"include_obfuscation": (False,)}, taken={})
-RESPONSE_FORMAT = Foreign({}, {})
-JSON_SCHEMA = Foreign({}, {})
+RESPONSE_FORMAT = Foreign(
+    {}, {}, dict.fromkeys(("description", "name", "schema", "strict"), "send it in `json_schema`")
+)
+JSON_SCHEMA = Foreign(
+    {}, {}, dict.fromkeys(("$defs", "properties", "required", "type"), "send it in `schema`")
+)
 STRUCTURED_OUTPUTS = Foreign(
     unbuilt={
         "disable_additional_properties": (False,),
@@ -122,6 +156,7 @@ MESSAGE = Foreign(
         "reasoning_details": IgnoredField("array", "`reasoning` has the text"),
         "thinking_blocks": IgnoredField("array", "`reasoning_content` has the text"),
     },
+    cures={"function_call": "send `tool_calls`", "tool_use_id": "send `tool_call_id`"},
 )
 PART = Foreign(
     unbuilt={
@@ -141,16 +176,36 @@ PART = Foreign(
 TOOL = Foreign(
     unbuilt={},
     taken={"cache_control": IgnoredField("object", "prefixes are kept in any case")},
+    cures={
+        **dict.fromkeys(("description", "name", "parameters", "strict"), "send it in `function`"),
+        "input_schema": "send it as `parameters` in `function`",
+    },
 )
 TOOL_FUNCTION = Foreign(
     unbuilt={},
     taken={"return": IgnoredField("object", "transformers adds it; templates show arguments")},
+    cures={"input_schema": "send `parameters`"},
+)
+TOOL_CHOICE = Foreign(
+    {},
+    {},
+    {
+        "disable_parallel_tool_use": "send `parallel_tool_calls`",
+        "mode": "send it in `allowed_tools`",
+        "name": "send it in `function`",
+        "tools": "send it in `allowed_tools`",
+    },
 )
 TOOL_CALL = Foreign(
     unbuilt={},
     taken={
         "index": IgnoredField("integer", "the place of a call in its list says the same"),
         "provider_specific_fields": IgnoredField("object", "LiteLLM adds it to answers"),
+    },
+    cures={
+        **dict.fromkeys(("arguments", "name"), "send it in `function`"),
+        "call_id": "send `id`",
+        "input": "send its JSON text as `arguments` in `function`",
     },
 )
 FUNCTION_CALL = Foreign(
@@ -171,11 +226,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def refuse_unbuilt(param: str, value: Any, harmless: tuple[Any, ...]) -> None:
+def refuse_unbuilt(
+    param: str, value: Any, harmless: tuple[Any, ...], *, cure: str | None = None
+) -> None:
     """Raise ApiError (400) unless the value is null or one of `harmless`, the defaults."""
     if value is None or any(_is_same(value, plain) for plain in harmless):
         return
-    message = f"{param}: this server does not support it; leave it out"
+    message = f"{param}: this server does not support it; {cure or 'leave it out'}"
     raise ApiError(400, message, param=param, code="unsupported_parameter")
 
 

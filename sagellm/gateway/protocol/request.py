@@ -8,10 +8,9 @@ import msgspec
 from msgspec import Meta
 
 from sagellm.gateway.api_errors import ApiError, wrong
-from sagellm.gateway.protocol.json import fields_of, read_json
+from sagellm.gateway.protocol.json import fields_of
 from sagellm.gateway.protocol.other_apis import (
     JSON_SCHEMA,
-    REQUEST,
     RESPONSE_FORMAT,
     STREAM_OPTIONS,
     STRUCTURED_OUTPUTS,
@@ -233,17 +232,12 @@ def _check_pairs(request: Generation) -> None:
         raise wrong("truncate_prompt_tokens", "is 0; it must be 1 or more, or -1 for the context")
 
 
-def read_fields(body: bytes, struct: type[msgspec.Struct], limits: RequestLimits) -> dict[str, Any]:
-    """Parse a body, and return the fields that `struct` has. Types are not yet checked.
+def known_fields(value: Any, struct: type[msgspec.Struct], foreign: Foreign) -> dict[str, Any]:
+    """Return the fields of a parsed body that `struct` has. Types are not yet checked.
 
-    Raises ApiError (400) for invalid JSON and for unknown or unsupported fields.
+    Raises ApiError (400) for unknown or unsupported fields.
     """
-    return known_fields(read_json(body, max_depth=limits.json_depth), struct)
-
-
-def known_fields(value: Any, struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """As `read_fields`, of a body that was parsed."""
-    return read_nested(fields_of(value, struct.__struct_fields__, REQUEST), NESTED)
+    return read_nested(fields_of(value, struct.__struct_fields__, foreign), NESTED)
 
 
 class NestedObject(NamedTuple):

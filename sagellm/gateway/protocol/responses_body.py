@@ -10,7 +10,7 @@ from sagellm.gateway.protocol.bodies import ChatRequest, convert
 from sagellm.gateway.protocol.chat_messages import MAX_PARTS
 from sagellm.gateway.protocol.json import fields_of, read_json, shown
 from sagellm.gateway.protocol.request import Effort, at_most
-from sagellm.gateway.protocol.responses_chat import ChatOfResponses, chat_of
+from sagellm.gateway.protocol.responses_chat import ChatOfResponses, FindItem, chat_of
 from sagellm.gateway.protocol.responses_fields import (
     INCLUDE_LOGPROBS,
     RENAMED,
@@ -26,6 +26,7 @@ from sagellm.gateway.protocol.responses_fields import (
     InputMessage,
     InputRole,
     InputTextPart,
+    ItemReference,
     JsonObject,
     JsonSchema,
     NamedFunction,
@@ -52,6 +53,7 @@ _ITEMS: Kinds = {
     "function_call": FunctionCallItem,
     "function_call_output": CallOutputItem,
     "reasoning": ReasoningItem,
+    "item_reference": ItemReference,
 }
 _CONTENT: Kinds = {
     "input_text": InputTextPart,
@@ -71,6 +73,7 @@ _PARTS: Mapping[str, Mapping[str, Kinds]] = {
     "function_call": {},
     "function_call_output": {"output": _OUTPUT},
     "reasoning": {"summary": _SUMMARY, "content": _REASONING},
+    "item_reference": {},
 }
 
 
@@ -82,27 +85,44 @@ class ResponsesCall(NamedTuple):
     made: ChatOfResponses
 
 
-def read_responses(body: bytes, limits: RequestLimits) -> ResponsesCall:
-    """Read a body of /v1/responses. Raises ApiError (400), which names the field of this API.
+def read_responses(body: bytes, limits: RequestLimits, find: FindItem) -> ResponsesCall:
+    """Read a body of /v1/responses. `find` finds the items that the body references.
 
-    The model's limits are checked later.
+    Raises ApiError, which names the field of this API. The model's limits are checked later.
     """
     said = _fields(read_json(body, max_depth=limits.json_depth), limits)
     asked = convert({name: said[name] for name in said if name in _OWN}, ResponsesRequest)
     _check_logprobs(said, asked)
-    made = chat_of(asked)
+    made = chat_of(asked, find)
     passed = {RENAMED.get(name, name): said[name] for name in said if name not in _OWN}
     made.body |= passed
     return ResponsesCall(asked, made.read(limits), made)
 
 
-_CHAT_NAMES = {
-    "max_completion_tokens": "max_output_tokens",
-    "max_tokens": "max_output_tokens",
-    "messages": "input",
-    "reasoning_effort": "reasoning.effort",
-    "response_format": "text.format",
-    "verbosity": "text.verbosity",
+# Fields of other APIs, by the object in which clients send them -> what to send instead.
+_MEANT: Mapping[type[msgspec.Struct], Mapping[str, str]] = {
+    ResponsesRequest: {
+        "function_call": "did you mean `tool_choice`?",
+        "functions": "did you mean `tools`?",
+        "logprobs": f'did you mean `include`: ["{INCLUDE_LOGPROBS}"]?',
+        "max_completion_tokens": "did you mean `max_output_tokens`?",
+        "max_tokens": "did you mean `max_output_tokens`?",
+        "messages": "did you mean `input`?",
+        "output_config": "did you mean `text.format`?",
+        "reasoning_effort": "did you mean `reasoning.effort`?",
+        "response_format": "did you mean `text.format`?",
+        "stop_sequences": "did you mean `stop`?",
+        "system": "did you mean `instructions`?",
+        "thinking": "did you mean `reasoning`?",
+        "verbosity": "did you mean `text.verbosity`?",
+    },
+    InputMessage: {
+        "reasoning": "send an item of type `reasoning` before the message",
+        "reasoning_content": "send an item of type `reasoning` before the message",
+        "tool_call_id": "send an item of type `function_call_output` instead of the message",
+        "tool_calls": "send items of type `function_call` after the message",
+    },
+    FunctionTool: {"input_schema": "did you mean `parameters`?"},
 }
 _OWN = frozenset(ResponsesRequest.__struct_fields__)
 _KNOWN = (*ResponsesRequest.__struct_fields__, *RENAMED, *SHARED)
@@ -112,7 +132,7 @@ def _fields(value: Any, limits: RequestLimits) -> dict[str, Any]:
     """Return the known fields of a body, and of the objects in it. Types are not yet checked."""
     if isinstance(value, dict):
         _check_stateless(value)
-        _check_names(value)
+        _check_names(value, ResponsesRequest, "")
     said = fields_of(value, _KNOWN, SENT[ResponsesRequest])
     _check_words(said, "truncation", get_args(Truncation))
     if isinstance(said.get("input"), list):
@@ -139,12 +159,13 @@ def _check_stateless(value: dict[str, Any]) -> None:
             raise wrong(name, cure, "unsupported_parameter")
 
 
-def _check_names(value: dict[str, Any]) -> None:
-    """Raise ApiError (400) for the name of a chat's field that has another name here."""
-    for name, known in _CHAT_NAMES.items():
+def _check_names(value: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
+    """Raise ApiError (400), with what to send instead, for a field that other APIs have."""
+    for name, cure in _MEANT.get(struct, {}).items():
         if value.get(name) is not None:
-            told = f"unknown field `{name}`; did you mean `{known}`?"
-            raise ApiError(400, told, param=name, code="unknown_parameter")
+            place = f"{where}.{name}" if where else name
+            told = f"unknown field `{name}`{f' in {where}' if where else ''}; {cure}"
+            raise ApiError(400, told, param=place, code="unknown_parameter")
 
 
 def _check_words(said: dict[str, Any], name: str, words: tuple[str, ...], where: str = "") -> None:
@@ -154,17 +175,16 @@ def _check_words(said: dict[str, Any], name: str, words: tuple[str, ...], where:
 
 
 def _item(item: Any, where: str) -> dict[str, Any]:
-    """Return one item of the input. A message may leave out its type."""
+    """Return one item of the input. Messages and references may leave out their type."""
     kind = "message"
     if isinstance(item, dict):
-        kind = kind if item.get("type") is None else item["type"]
-        if kind == "item_reference":
-            cure = (
-                "items are not stored; send the item itself (many clients do with `store`: false)"
-            )
-            raise wrong(where, cure, "unsupported_parameter")
+        is_id = {name for name, value in item.items() if value is not None} == {"id"}
+        kind = ("item_reference" if is_id else kind) if item.get("type") is None else item["type"]
         item = {**item, "type": kind}
     said = _object(item, _ITEMS, where)
+    if said.get("role") in ("tool", "function"):
+        cure = "send what a function returned as an item of type `function_call_output`"
+        raise wrong(f"{where}.role", cure)
     _check_words(said, "role", get_args(InputRole), f"{where}.")
     for name, kinds in _PARTS[kind].items():
         if isinstance(said.get(name), list):
@@ -182,11 +202,21 @@ def _object(value: Any, kinds: Kinds, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(where, "must be an object")
     kind = value.get("type")
-    struct = kinds.get(kind) if isinstance(kind, str) else None
-    if struct is None:
+    if not isinstance(kind, str) or kind not in kinds:
         raise _unserved(kind, kinds, f"{where}.type")
+    struct = kinds[kind]
+    _check_names(value, struct, where)
+    if kind not in struct.__struct_fields__ and isinstance(value.get(kind), dict):
+        raise _nested(f"{where}.{kind}")
     fields = {name: one for name, one in value.items() if name != "type"}
     return {"type": kind, **fields_of(fields, struct.__struct_fields__, SENT[struct], where)}
+
+
+def _nested(param: str) -> ApiError:
+    """Return the error of an object whose fields stand below the name of its type, as in chats."""
+    where, _, kind = param.rpartition(".")
+    told = f"unknown field `{kind}` in {where}; its fields stand beside `type` in this API"
+    return ApiError(400, told, param=param, code="unknown_parameter")
 
 
 # Types that the API has and this server does not: an error may repeat them.

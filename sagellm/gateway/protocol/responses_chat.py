@@ -1,7 +1,7 @@
 """Translates a body of /v1/responses to that of a chat, and the chat's errors back."""
 
 import re
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 import msgspec
 
@@ -14,6 +14,7 @@ from sagellm.gateway.protocol.responses_fields import (
     InputItem,
     InputMessage,
     InputTextPart,
+    ItemReference,
     NamedFunction,
     OutputTextPart,
     ReasoningItem,
@@ -47,10 +48,15 @@ class ChatOfResponses(TranslatedChat):
         return renamed
 
 
-def chat_of(asked: ResponsesRequest) -> ChatOfResponses:
-    """Return the chat that a body asks for."""
+class FindItem(Protocol):
+    def __call__(self, item_id: str, place: str) -> InputItem:
+        """Return the kept item with an id. `place`: that of the reference. Raises ApiError."""
+
+
+def chat_of(asked: ResponsesRequest, find: FindItem) -> ChatOfResponses:
+    """Return the chat that a body asks for. Raises ApiError for an unknown item."""
     made = ChatOfResponses(dict(_PLACES))
-    made.body["messages"] = _messages(asked, made.places)
+    made.body["messages"] = _messages(asked, made.places, find)
     made.body |= _tools(asked, made.places)
     if INCLUDE_LOGPROBS in asked.include:
         made.body["logprobs"] = True
@@ -63,7 +69,9 @@ def chat_of(asked: ResponsesRequest) -> ChatOfResponses:
     return made
 
 
-def _messages(asked: ResponsesRequest, places: dict[str, str]) -> list[dict[str, Any]]:
+def _messages(
+    asked: ResponsesRequest, places: dict[str, str], find: FindItem
+) -> list[dict[str, Any]]:
     conversation = _Conversation(places)
     if asked.instructions is not None:
         conversation.say("system", asked.instructions, "instructions", "instructions")
@@ -71,7 +79,9 @@ def _messages(asked: ResponsesRequest, places: dict[str, str]) -> list[dict[str,
         conversation.say("user", asked.input, "input", "input")
     else:
         for index, item in enumerate(asked.input):
-            conversation.add(item, f"input[{index}]")
+            place = f"input[{index}]"
+            kept = find(item.id, place) if isinstance(item, ItemReference) else item
+            conversation.add(kept, place)
     return conversation.messages
 
 
@@ -111,6 +121,7 @@ class _Conversation:
 
     def _call(self, item: FunctionCallItem, place: str) -> None:
         calls = self._turn((), place).setdefault("tool_calls", [])
+        self._place("tool_calls", place)  # for an error about their number
         self._place(f"tool_calls[{len(calls)}]", place)
         self._place(f"tool_calls[{len(calls)}].function", place)
         function = {"name": item.name, "arguments": item.arguments}

@@ -98,7 +98,14 @@ class ReasoningItem(_Sent, frozen=True, kw_only=True, tag="reasoning"):
     content: Annotated[list[ReasoningPart], Meta(max_length=MAX_PARTS)] | None = None
 
 
+class ItemReference(_Sent, frozen=True, kw_only=True, tag="item_reference"):
+    """An item of an earlier response, which the server may still have. `type` may be left out."""
+
+    id: str
+
+
 InputItem: TypeAlias = InputMessage | FunctionCallItem | CallOutputItem | ReasoningItem
+SentItem: TypeAlias = InputItem | ItemReference
 
 
 class FunctionTool(_Sent, frozen=True, kw_only=True, tag="function"):
@@ -156,16 +163,19 @@ class ReasoningOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of /v1/responses. Responses are not stored: `input` has the whole conversation.
 
-    `instructions` are a system message before it. `truncation` "auto" cuts the oldest tokens of a
-    prompt that does not fit. `top_logprobs` needs "message.output_text.logprobs" in `include`. The
-    other fields of a chat that have a place in a response have their chat names and meanings.
+    `instructions` are a system message before it. Unless `store` is false, the items of the answer
+    are kept for a while, for references by later requests. `truncation` "auto" cuts the oldest
+    tokens of a prompt that does not fit. `top_logprobs` needs "message.output_text.logprobs" in
+    `include`. The other fields of a chat that have a place in a response have their chat names and
+    meanings.
     """
 
-    input: Annotated[str, Meta(min_length=1)] | Annotated[list[InputItem], Meta(min_length=1)]
+    input: Annotated[str, Meta(min_length=1)] | Annotated[list[SentItem], Meta(min_length=1)]
     instructions: str | None = None
     include: Annotated[list[Includable], Meta(max_length=MAX_INCLUDED)] = []
     metadata: Metadata = {}
     reasoning: ReasoningOptions | None = None
+    store: bool = True
     text: TextOptions | None = None
     tool_choice: ToolMode | NamedFunction | AllowedFunctions | None = None
     tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] = []
@@ -232,7 +242,6 @@ RESPONSES = Foreign(
         "prompt_cache_options": _KEPT,
         "prompt_cache_retention": IgnoredField("string", "prefixes are kept in any case"),
         "service_tier": IgnoredField("string", "there is one tier; `priority` orders requests"),
-        "store": IgnoredField("boolean", "no response is stored; answers say `store`: false"),
         "timeout": IgnoredField("number", "the client's own; `timeout_s` ends a request here"),
     },
 )
@@ -296,6 +305,7 @@ SENT: dict[type[msgspec.Struct], Foreign] = {
     FunctionCallItem: CALL_ITEM,
     CallOutputItem: CALL_OUTPUT_ITEM,
     ReasoningItem: REASONING_ITEM,
+    ItemReference: NOTHING_FOREIGN,
     FunctionTool: FUNCTION_TOOL,
     NamedFunction: NOTHING_FOREIGN,
     AllowedFunctions: NOTHING_FOREIGN,

@@ -48,6 +48,7 @@ from sagellm.gateway.protocol.responses_fields import (
     SENT,
     SHARED,
     InputMessage,
+    ItemReference,
     ResponsesRequest,
 )
 from sagellm.gateway.protocol.tool_choice import Tool, ToolFunction
@@ -113,7 +114,8 @@ def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Sc
         schemas[_name(ConversationMessage)] |= _HAS_CONTENT
     if _name(ResponsesRequest) in schemas:
         _share_chat_fields(schemas)
-        schemas[_name(InputMessage)]["required"].remove("type")
+        for struct in (InputMessage, ItemReference):
+            schemas[_name(struct)]["required"].remove("type")
     for schema in schemas.values():
         schema["description"] = cleandoc(str(schema.get("description", schema["title"])))
         _bound(schema.get("properties", {}), limits)

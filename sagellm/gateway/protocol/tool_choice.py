@@ -8,11 +8,12 @@ from msgspec import Meta
 from sagellm.chat_formats import ToolSpec, ToolUse
 from sagellm.gateway.api_errors import wrong
 from sagellm.gateway.protocol.json import fields_of
-from sagellm.gateway.protocol.other_apis import TOOL, TOOL_FUNCTION
+from sagellm.gateway.protocol.other_apis import TOOL, TOOL_CHOICE, TOOL_FUNCTION, Foreign
 from sagellm.gateway.protocol.request import at_most
 from sagellm.graphs.vocabulary import nearest
 
-MAX_TOOLS = 128  # as in the OpenAI API; also the most tool calls in one message
+MAX_TOOLS = 1024  # agents with several MCP servers pass the 128 of the OpenAI API
+_NUM_GUESSED = 128  # tools that a wrong name is compared with: one takes up to 0.3 ms of the loop
 # The lookahead excludes a line end, which "$" alone would allow.
 ToolName: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$(?!\n)")]
 
@@ -72,6 +73,12 @@ class AllowedTools(
     allowed_tools: AllowedToolList
 
 
+# Type of a choice -> the fields of the object that it names.
+_CHOICES = {
+    "function": FunctionName.__struct_fields__,
+    "allowed_tools": AllowedToolList.__struct_fields__,
+}
+_NONE = Foreign({}, {})
 Tools: TypeAlias = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
 ToolMode: TypeAlias = Literal["none", "auto", "required"]
 ToolChoice: TypeAlias = ToolMode | NamedTool | AllowedTools
@@ -84,8 +91,12 @@ def read_tools(value: Any) -> Any:
     """
     if not isinstance(value, list):
         return value
-    at_most("tools", len(value), MAX_TOOLS, "tools")
-    return [_known(tool, f"tools[{index}]") for index, tool in enumerate(value)]
+    return _known_tools(value, "tools")
+
+
+def _known_tools(tools: list[Any], where: str) -> list[dict[str, Any]]:
+    at_most(where, len(tools), MAX_TOOLS, "tools")
+    return [_known(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
 
 
 def _known(tool: Any, where: str) -> dict[str, Any]:
@@ -96,42 +107,66 @@ def _known(tool: Any, where: str) -> dict[str, Any]:
     return said
 
 
+def read_tool_choice(value: Any) -> Any:
+    """Return the choice with its known fields only. Types are not yet checked.
+
+    Raises ApiError (400) with the place of the first field that is unknown.
+    """
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _CHOICES:
+        return value
+    said = fields_of(value, ("type", kind), TOOL_CHOICE, "tool_choice")
+    if kind in said:
+        place = f"tool_choice.{kind}"
+        inner = said[kind] = fields_of(said[kind], _CHOICES[kind], _NONE, place)
+        if isinstance(inner.get("tools"), list):  # some clients send the whole tools again
+            inner["tools"] = _known_tools(inner["tools"], f"{place}.tools")
+    return said
+
+
 def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
     """Raise ApiError (400) for a name that two tools have, and for a choice that has no tool."""
-    names = [tool.function.name for tool in tools]
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    names: dict[str, None] = {}  # a set that keeps the order
+    for index, tool in enumerate(tools):
+        if tool.function.name in names:
             raise wrong(f"tools[{index}].function.name", "is the name of an earlier tool, too")
+        names[tool.function.name] = None
     if isinstance(choice, NamedTool):
         _check_name("tool_choice.function.name", choice.function.name, names)
     elif isinstance(choice, AllowedTools):
-        for index, tool in enumerate(choice.allowed_tools.tools):
+        for index, named in enumerate(choice.allowed_tools.tools):
             place = f"tool_choice.allowed_tools.tools[{index}].function.name"
-            _check_name(place, tool.function.name, names)
+            _check_name(place, named.function.name, names)
     elif choice == "required" and not names:
         raise wrong("tool_choice", "is `required`, but there are no `tools`")
 
 
-def _check_name(place: str, name: str, names: list[str]) -> None:
+def _check_name(place: str, name: str, names: dict[str, None]) -> None:
     if name in names:
         return
     if not names:
         raise wrong(place, "names a tool, but there are no `tools`")
     # A name longer than any tool's is no typo, and comparing it would take long.
-    close = nearest(name, names) if len(name) <= 64 else None
+    close = nearest(name, list(names)[:_NUM_GUESSED]) if len(name) <= 64 else None
     hint = f"; did you mean `{close}`?" if close else ""
     raise wrong(place, f"is none of the {len(names)} tools{hint}")
 
 
-def allowed_only(tools: list[Tool], choice: AllowedTools) -> tuple[list[Tool], ToolMode]:
-    """Return the allowed tools, and how the model may call them. Both have been checked."""
+def offered_tools(tools: list[Tool], choice: ToolChoice | None) -> list[Tool]:
+    """Return the tools that the model sees. `check_tools` has passed."""
+    if choice == "none":
+        return []  # a model that sees tools calls them all the same
+    if not isinstance(choice, AllowedTools):
+        return tools
     allowed = {tool.function.name for tool in choice.allowed_tools.tools}
-    kept = [tool for tool in tools if tool.function.name in allowed]
-    return kept, choice.allowed_tools.mode
+    return [tool for tool in tools if tool.function.name in allowed]
 
 
 def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse:
-    """Return the tools of a request that was read, in the form that chat formats take."""
+    """Return the offered tools of a request, in the form that chat formats take.
+
+    `check_tools` has passed.
+    """
     specs = tuple(
         ToolSpec(
             name=tool.function.name,
@@ -139,9 +174,10 @@ def tool_use_of(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool)
             parameters=tool.function.parameters,
             strict=tool.function.strict or False,
         )
-        for tool in tools
+        for tool in offered_tools(tools, choice)
     )
     if isinstance(choice, NamedTool):  # one call, as in vLLM: clients expect no second one
         return ToolUse(tools=specs, named=choice.function.name, parallel=False)
-    assert not isinstance(choice, AllowedTools), "`read_chat` has replaced it"
+    if isinstance(choice, AllowedTools):
+        return ToolUse(tools=specs, choice=choice.allowed_tools.mode, parallel=parallel)
     return ToolUse(tools=specs, choice=choice or "auto", parallel=parallel)

@@ -30,6 +30,20 @@ function failing({ error }) {
   throw error;
 }
 
+test("openai responses: a conversation goes on, at the defaults of the provider", async () => {
+  const fields = { model: openai(model), temperature: 0, maxOutputTokens: 256, maxRetries: 0 };
+  const messages = [{ role: "user", content: asked }];
+  const tools = { get_weather: getWeather };
+  const first = await generateText({ ...fields, messages, tools, stopWhen: stepCountIs(4) });
+  messages.push(...first.response.messages, { role: "user", content: question });
+  const second = streamText({ ...fields, messages, tools, onError: failing });
+  const { body } = await second.request;
+  assert.ok(body.input.some((item) => item.type === "item_reference"));
+  assert.match(await second.text, /68/);
+  messages.push(...(await second.response).messages, { role: "user", content: question });
+  assert.match((await generateText({ ...fields, messages, tools })).text, /68/);
+});
+
 for (const [name, provided] of Object.entries(providers)) {
   const fields = { model: provided, prompt: asked, temperature: 0, maxOutputTokens: 256, maxRetries: 0 };
   const tools = { get_weather: getWeather };

@@ -89,3 +89,4 @@ def test_a_resumed_request_goes_on_where_it_was() -> None:
     ledger.accept(KEY, position=4)
     ledger.record(tokens(4, 9, end="stop"))
     ledger.check()
+    assert ledger.num_open == 0

@@ -234,9 +234,12 @@ async def test_a_cancelled_import_leaves_the_line(autojump_clock):
     async with running(open_null(num_blocks=8, max_model_len=128)) as [driver]:
         engine = driver.engine
         held = await engine.import_(offer(engine, "first", 100))
-        with trio.move_on_after(1):
+        with trio.move_on_after(1) as waiting:
             await engine.import_(offer(engine, "second", 100))
         held.abort()
+        await trio.sleep(1)
+        assert waiting.cancelled_caught
+        assert engine.pool.num_leased == 0
 
 
 async def test_import_is_asked_twice_for_one_target(autojump_clock):
@@ -410,6 +413,7 @@ async def test_cancelling_at_random_points_frees_every_block(autojump_clock, see
             for index in range(50):
                 nursery.start_soon(serve, str(index))
         await trio.sleep(1)
+        assert [driver.engine.pool.num_leased for driver in drivers] == [0, 0]
 
 
 async def test_load_counts(autojump_clock):

@@ -36,10 +36,10 @@ class HeldCompiler:
     may_go_on: threading.Event
     started: threading.Event
 
-    def compile(self, grammar, salt, *, ignores_eos):
+    def compile(self, grammar, salt, **options):
         self.started.set()
         assert self.may_go_on.wait(30)
-        return self.inside.compile(grammar, salt, ignores_eos=ignores_eos)
+        return self.inside.compile(grammar, salt, **options)
 
 
 def held(engine):
@@ -80,11 +80,11 @@ async def test_choices_of_a_slow_grammar_leave_a_thread_to_others(folder):
         compiled, may_go_on = [], threading.Event()
 
         class OneIsSlow:
-            def compile(self, grammar, salt, *, ignores_eos):
+            def compile(self, grammar, salt, **options):
                 compiled.append(grammar)
                 if grammar is BOUND.grammar:
                     assert may_go_on.wait(30)
-                return compile_(grammar, salt, ignores_eos=ignores_eos)
+                return compile_(grammar, salt, **options)
 
         queue._compiler = OneIsSlow()
         slow = [
@@ -102,6 +102,33 @@ async def test_choices_of_a_slow_grammar_leave_a_thread_to_others(folder):
     assert slow[0].token_ids == slow[1].token_ids
     assert slow[2].last.finish_reason == "cancelled"
     assert len(compiled) == 3  # nothing for the cancelled choice
+
+
+async def test_tenants_take_turns(folder):
+    """Among the grammars that wait while both threads are busy."""
+    async with running(engine := open_on(folder)) as [driver]:
+        queue, compile_ = engine._loop.grammars, engine._loop.grammars._compiler.compile
+        order, may_go_on = [], threading.Event()
+
+        class Ordered:
+            def compile(self, grammar, salt, *, user_id, ignores_eos):
+                order.append((user_id, grammar.text))
+                assert may_go_on.wait(30)
+                return compile_(grammar, salt, user_id=user_id, ignores_eos=ignores_eos)
+
+        queue._compiler = Ordered()
+        replies = []
+        for user_id, number in [*(("many", one) for one in range(6)), ("few", 8), ("one", 9)]:
+            sampling = Sampling(max_tokens=4, grammar=choice_grammar([str(number)]))
+            request_id = f"{user_id}-{number}"
+            replies.append(
+                await driver.submit(request_id, PROMPTS[0], sampling=sampling, user_id=user_id)
+            )
+        may_go_on.set()
+        await driver.all_done()
+    assert {user_id for user_id, _ in order[:2]} == {"many"}
+    assert {"few", "one"} <= {user_id for user_id, _ in order[2:6]}
+    assert all(reply.last.finish_reason == "stop" for reply in replies)
 
 
 async def test_choices_of_a_refused_grammar_share_the_refusal(folder):

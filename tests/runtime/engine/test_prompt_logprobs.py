@@ -93,6 +93,7 @@ async def test_every_choice_has_them(exam):
         for choice in range(3):
             await driver.submit("r", PROMPTS[5], choice=choice, sampling=scored())
         await driver.all_done()
+    assert len(driver.replies) == 3
     for reply in driver.replies.values():
         exam.check(PROMPTS[5], given(reply))
 

@@ -328,6 +328,7 @@ async def test_what_was_read_late_asks_nothing_of_the_next_life(autojump_clock: 
         nursery.start_soon(driver.read)
         reply = await driver.submit("r", PROMPT, max_tokens=5)
         await reply.done.wait()
+        assert len(reply.token_ids) == 5
         nursery.cancel_scope.cancel()
 
 

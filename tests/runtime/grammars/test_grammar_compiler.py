@@ -79,6 +79,24 @@ def test_the_bytes_of_kept_grammars_are_bounded(
     assert fresh.num_kept == 3
 
 
+@pytest.mark.parametrize(("limit", "most"), [("MAX_KEPT", 8), ("MAX_KEPT_BYTES", 30)])
+def test_a_tenant_loses_only_its_own_share(
+    fresh: GrammarCompiler,
+    compiled: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    most: int,
+) -> None:
+    monkeypatch.setattr(grammar_compiler, limit, most)
+    fresh.compile(WORD, "s", user_id="few", ignores_eos=False)
+    for number in range(20):  # salts of its own make no tenant
+        fresh.compile(choice_grammar([str(number)]), f"{number}", user_id="many", ignores_eos=False)
+    num_compiled = len(compiled)
+    fresh.compile(WORD, "s", user_id="few", ignores_eos=False)
+    assert len(compiled) == num_compiled
+    assert fresh.num_kept <= 8
+
+
 def test_a_refused_grammar_is_not_kept(fresh: GrammarCompiler) -> None:
     for _ in range(2):
         with pytest.raises(GrammarError):

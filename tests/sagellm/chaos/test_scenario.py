@@ -27,6 +27,7 @@ FIGURES = ScenarioReport("x").figures()
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_examples_make_sense(path: Path) -> None:
     loaded = load_scenario(path)
+    assert loaded.scenario.checks
     for text in loaded.scenario.checks:
         read_check(text, FIGURES)
 

@@ -20,12 +20,26 @@ CODER = "{{- '<tool_call>\\n<function=' + name + '>\\n<parameter=' + key + '>\\n
 LLAMA = """\
 {{- 'Respond in the format {"name": function name, "parameters": dictionary of argument name and
 its value}. Do not use variables.' }}{{- "<|python_tag|>" + tool_call.name }}"""
+TOOL_LOOP = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+V3 = f"""{TOOL_LOOP}{{{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + 'function<｜tool▁sep｜>' +
+name + '\\n```json\\n' + arguments + '\\n```<｜tool▁call▁end｜>' }}}}"""
+V3_1 = f"""{TOOL_LOOP}{{{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>' +
+arguments + '<｜tool▁call▁end｜>' }}}}{{{{ '<｜Assistant｜></think>' }}}}"""
+KIMI = """{{ tools | tojson }}<|tool_calls_section_begin|><|tool_call_begin|>{{ tool_call['id'] }}
+<|tool_call_argument_begin|>{{ arguments }}<|tool_call_end|><|tool_calls_section_end|>"""
 TEMPLATES = {
+    "deepseek_v3": V3,
+    "deepseek_r1": f"{V3}{{{{ content.split('</think>')[-1] }}}}",
+    "deepseek_v3_1": V3_1,
+    "kimi_k2": KIMI,
+    "kimi_k2_thinking": f"{KIMI}<think></think>",
     "hermes": HERMES,
     "qwen3": QWEN3,
     "qwen3_coder": CODER,
     "qwen3_5": f"{CODER}{{{{- '<think>\\n\\n</think>' }}}}",
     "llama3": LLAMA,
+    "glm": "<tool_call>{{ name }}\n<arg_key>{{ key }}</arg_key> </think>",
+    "pythonic": "{{- 'Use exact format: [func_name1(param1=value1), func_name2(...)]' }}",
     "mistral_list": "{{- '[TOOL_CALLS][' }}{{- tool_call.function | tojson }}",
     "mistral": "{{- '[TOOL_CALLS]' + name + '[CALL_ID]' + id + '[ARGS]' + arguments }}",
     "magistral": "{{- '[THINK]' + text + '[/THINK]' }}{{- '[TOOL_CALLS]' + name + '[ARGS]' }}",
@@ -62,9 +76,16 @@ def test_a_model_without_a_template_is_plain() -> None:
 
 
 def test_tags_of_other_calls_are_not_taken_for_json() -> None:
-    form = format_of("<tool_call>{{name}}\n<arg_key>{{key}}</arg_key> </think>")
-    assert form.name == "thinking"
+    form = format_of("<tool_call>{{name}}\n<arg_key>{{key}}</arg_key>")
+    assert form.name == "plain"
     assert not form.takes_tools
+    other = "<tool_call>{{ name }}<tool_sep><arg_key>{{ key }}</arg_key> </think>"
+    assert format_of(other).name == "thinking"
+
+
+def test_calls_in_a_template_that_shows_no_tools_are_not_taken() -> None:
+    assert format_of(V3.replace(TOOL_LOOP, "")).name == "plain"
+    assert format_of(V3_1.replace(TOOL_LOOP, "")).name == "thinking"
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ RICH: dict[str, Any] = {
 }
 TOOLS = (WEATHER, TIME, ToolSpec(name="rich", parameters=RICH))
 SCHEMAS = {tool.name: {"type": "object", **(tool.parameters or {})} for tool in TOOLS}
+DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>")
+KIMI = ("<|tool_calls_section_begin|>", "<|tool_call_end|>", "<|tool_calls_section_end|>")
 SPECIAL = {
     "harmony": ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"),
     "gemma4": ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"),
@@ -59,10 +61,14 @@ SPECIAL = {
     "qwen3": (),
     "hermes": ("<tool_call>", "</tool_call>"),
     "llama3": ("<|python_tag|>",),
+    "glm": ("</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    "pythonic": ("<|python_start|>", "<|python_end|>"),
     "magistral": ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"),
     "magistral_2506": ("[TOOL_CALLS]", "[ARGS]"),
     "mistral": ("[TOOL_CALLS]", "[ARGS]"),
     "mistral_list": ("[TOOL_CALLS]",),
+    **dict.fromkeys(("deepseek_v3", "deepseek_r1", "deepseek_v3_1"), DEEPSEEK),
+    **dict.fromkeys(("kimi_k2", "kimi_k2_thinking"), KIMI),
 }
 HINTS = (
     *("</parameter>", "<escape>", '<|"|>', "</think>", "<channel|>", "</tool_call>", "[/THINK]"),
@@ -76,14 +82,22 @@ HINTS = (
         "[TOOL_CALLS]",
     ),
 )
+GLM_HINTS = ("</arg_value>", "</think>", "<tool_call>", "</tool_call>")
 BEGINNINGS = {
-    **dict.fromkeys(("hermes", "qwen3", "qwen3_coder", "qwen3_5"), "Hm.\n<tool_call>"),
+    **dict.fromkeys(("hermes", "qwen3", "qwen3_coder", "qwen3_5", "glm"), "Hm.\n<tool_call>"),
     "harmony": "<|channel|>commentary to=functions.",
     "gemma4": "Hm.<|tool_call>",
     "function_gemma": "Hm.<start_function_call>",
     "llama3": '{"name',
+    "pythonic": "[",
+    **dict.fromkeys(("deepseek_v3", "deepseek_r1", "deepseek_v3_1"), f"Hm.{DEEPSEEK[0]}"),
+    **dict.fromkeys(("kimi_k2", "kimi_k2_thinking"), f"Hm.{KIMI[0]}"),
 }
 SEEDS = range(6)
+
+
+def walked(name: str, tokens: ByteTokens, grammar: Grammar, seed: int, begin: str = "") -> str:
+    return Walk(tokens, grammar, seed, GLM_HINTS if name == "glm" else HINTS, begin).text()
 
 
 def tokens_of(name: str, *, special: bool = True) -> ByteTokens:
@@ -97,7 +111,7 @@ def test_an_answer_that_must_call_is_valid_calls(name: str, special: bool) -> No
     grammar = named(name).grammar(use, "", special_tokens=tokens.special_tokens)
     assert grammar is not None
     for seed in SEEDS:
-        text = Walk(tokens, grammar, seed, HINTS).text()
+        text = walked(name, tokens, grammar, seed)
         parts = parsed(name, text, use=use, special_tokens=tokens.special_tokens)
         calls = calls_in(parts)
         assert calls
@@ -118,7 +132,7 @@ def test_a_named_tool_is_the_only_one(name: str) -> None:
     grammar = named(name).grammar(use, "", special_tokens=tokens.special_tokens)
     assert grammar is not None
     for seed in SEEDS:
-        text = Walk(tokens, grammar, seed, HINTS).text()
+        text = walked(name, tokens, grammar, seed)
         (call,) = calls_in(parsed(name, text, use=use, special_tokens=tokens.special_tokens))
         assert call[0] == "time"
 
@@ -130,7 +144,7 @@ def test_a_strict_tool_binds_the_calls_of_a_free_answer(name: str) -> None:
     grammar = named(name).grammar(use, "", special_tokens=tokens.special_tokens)
     assert grammar is not None
     for seed in SEEDS:
-        text = Walk(tokens, grammar, seed, HINTS, BEGINNINGS.get(name, "[TOOL_CALLS]")).text()
+        text = walked(name, tokens, grammar, seed, BEGINNINGS.get(name, "[TOOL_CALLS]"))
         calls = calls_in(parsed(name, text, use=use, special_tokens=tokens.special_tokens))
         assert calls
         for tool, arguments in calls:
@@ -202,9 +216,7 @@ def test_a_free_answer_is_calls_or_a_response(name: str) -> None:
     assert grammar is not None
     kinds = set()
     for seed in range(24):
-        parts = parsed(
-            name, Walk(tokens, grammar, seed, HINTS).text(), use=use, special_tokens=special
-        )
+        parts = parsed(name, walked(name, tokens, grammar, seed), use=use, special_tokens=special)
         calls, texts = calls_in(parts), [part.text for part in parts if isinstance(part, Content)]
         for tool, arguments in calls:
             jsonschema_rs.validate(SCHEMAS[tool], arguments)
@@ -260,6 +272,16 @@ def test_a_strict_tool_with_a_pattern_is_refused(name: str) -> None:
     grammar = named(name).grammar(loose, "")
     assert grammar is not None
     ByteTokens().matcher(grammar)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("pythonic", "a b"), ("glm", "a</arg_key>"), ("qwen3_coder", "a\nb"), ("glm", "")],
+)
+def test_an_argument_whose_name_the_form_cannot_write_is_refused(form: str, name: str) -> None:
+    tool = ToolSpec(name="f", parameters={"type": "object", "properties": {name: {}}})
+    with pytest.raises(UnboundSchema, match="a name that"):
+        named(form).grammar(ToolUse(tools=(tool,), choice="required"), "")
 
 
 def test_a_name_is_quoted_in_a_grammar() -> None:

@@ -41,7 +41,6 @@ def test_an_answer(text: str, parts: list[AnswerPart]) -> None:
         '{"parameters": {"a": 1}',
         '<|python_tag|>print("hi")',
         "<|python_tag|>",
-        "[get_weather(city='Paris')]",
     ],
 )
 def test_what_is_no_call_is_content(text: str) -> None:

@@ -45,6 +45,7 @@ def made(**arguments: str) -> str:
             '{"items": [1, {"a": "]"}], "ref": {"x": 1}}',
         ),
         (made(other="1"), '{"other": "1"}'),
+        (made(**{"a b": "1"}), '{"a b": "1"}'),
         ("<function=f><parameter=text>a</parameter></function>", '{"text": "a"}'),
     ],
 )

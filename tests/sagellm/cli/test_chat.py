@@ -14,6 +14,7 @@ from scripted_server import MODEL, Call, Server, calling, delta, error, scripted
 
 from sagellm.cli import main
 from sagellm.cli.chat import COMMANDS, PROMPT
+from sagellm.cli.chat_tools import load_tools
 from sagellm.cli.complete import ServerOptions
 from sagellm.client.unified_async import AsyncUnifiedInferenceClient
 
@@ -254,13 +255,20 @@ def test_a_tool_is_called_and_the_answer_follows(
 
 @pytest.mark.parametrize(("consent", "is_called"), [("y", True), ("", False), ("no", False)])
 def test_the_user_is_asked_before_a_call(
-    consent: str, is_called: bool, tools: Path, monkeypatch: pytest.MonkeyPatch
+    consent: str,
+    is_called: bool,
+    tools: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     say(monkeypatch, "Weather?", consent)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     with scripted(calling(PARIS)) as server:
         assert talk(server, "--tools", str(tools)) == 0
     assert tools.with_name("called").exists() is is_called
+    shown = capsys.readouterr()
+    assert "run it? [y/N] " in shown.err
+    assert "run it?" not in shown.out
     result = server.asked[1]["messages"][-1]["content"]
     assert result == RESULT if is_called else "did not allow" in result
 
@@ -317,10 +325,68 @@ def test_tools_are_listed(
     assert "get_weather          The weather of a city." in capsys.readouterr().err
 
 
+WRAPPED = """
+from functools import cache, partial, wraps
+from itertools import chain
+from operator import itemgetter
+from typing import NewType
+from unittest.mock import call
+
+def hide(function):
+    def hidden(*args): ...
+    hidden.__module__ = "decorators"
+    return hidden
+
+Celsius = NewType("Celsius", int)
+Names = dict[str, str]
+
+@cache
+def cached(x: int) -> int: ...
+
+def _traced(function):
+    @wraps(function)
+    def wrapper(*args, **kwargs): ...
+    return wrapper
+
+@_traced
+def traced(x: int) -> int: ...
+
+given = partial(cached, x=1)
+
+class _Lookup:
+    def __call__(self, key: str) -> str: ...
+
+lookup = _Lookup()
+
+@hide
+def hidden(x: int) -> int: ...
+
+first = itemgetter(0)
+second = call
+del hide
+"""
+
+
+def test_wrapped_functions_are_tools_and_others_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wrapped.py"
+    path.write_text(WRAPPED)
+    offered = load_tools(path, yes=True)
+    assert list(offered.descriptions) == ["cached", "traced", "given", "lookup"]
+    said = capsys.readouterr().err
+    assert "hidden is no tool: its code is in another file" in said
+    assert "first is no tool" in said
+    assert "call is no tool" in said
+    assert "second is no tool" in said
+    assert said.count("warning") == 4
+
+
 @pytest.mark.parametrize(
     ("text", "options", "said"),
     [
         (WEATHER, [], "nobody can be asked"),
+        ("f = lambda x: x", ["--yes"], "f is no tool: parameter x has no type"),
         ("x = 1", ["--yes"], "defines no public function"),
         ("def f(x): ...", ["--yes"], "parameter x has no type"),
         ("raise ValueError('boom')", ["--yes"], "boom"),

@@ -18,7 +18,9 @@ def test_the_answer_is_all_that_goes_to_stdout(capsys: pytest.CaptureFixture[str
     code, asked = run(telling("Good", " day"), "complete", "Say", "--max-tokens", "5")
     shown = capsys.readouterr()
     assert (code, shown.out, shown.err) == (0, "Good day\n", "")
-    assert asked == [{"model": MODEL, "prompt": "Say", "max_tokens": 5, "stream": True}]
+    usage = {"include_usage": True}
+    wanted = {"model": MODEL, "prompt": "Say", "max_tokens": 5, "stream_options": usage}
+    assert asked == [{**wanted, "stream": True}]
 
 
 def test_options_go_to_the_server() -> None:
@@ -61,6 +63,25 @@ def test_reasoning_goes_to_stderr_and_into_json(capsys: pytest.CaptureFixture[st
     assert run(thinking, "chat", "-q", "1 + 1?", "--json")[0] == 0
     shown = capsys.readouterr()
     assert (json.loads(shown.out)["reasoning"], shown.err) == ("hm, two", "")
+
+
+async def conceal(call: Call) -> None:
+    await call.events(delta("", role="assistant"), delta(None, reasoning="\x1b[8mhm"))
+    await call.event(delta("a\x1b[2J\tb\x9b\u200d\r\n", "stop"))
+    await call.done()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_answer_cannot_hide_lines_of_a_terminal(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    assert run(conceal, "chat", "-q", "1 + 1?")[0] == 0
+    shown = capsys.readouterr()
+    assert ("\\u001b[8mhm" in shown.err) is is_terminal
+    spelt, plain = "a\\u001b[2J\tb\\u009b\u200d\r\n\n", "a\x1b[2J\tb\x9b\u200d\r\n\n"
+    assert shown.out == (spelt if is_terminal else plain)
 
 
 def test_stats_are_of_the_servers_usage(capsys: pytest.CaptureFixture[str]) -> None:

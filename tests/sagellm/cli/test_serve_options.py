@@ -12,9 +12,9 @@ from sagellm.cli.errors import Failure
 from sagellm.cli.graph_argument import choose_graph, choose_graphs, choose_model
 from sagellm.cli.serve import (
     bound_socket,
-    check_data_dir,
     check_server_installed,
     engine_overrides,
+    held_data_dir,
     served_names,
 )
 from sagellm.cli.serve_options import (
@@ -209,6 +209,18 @@ def test_a_data_folder_that_cannot_be_used_ends_it_before_any_weight(
 
 
 def test_a_data_folder_is_made_for_its_user_alone(tmp_path: Path) -> None:
-    check_data_dir(tmp_path / "a")
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
-    check_data_dir(None)
+    with held_data_dir(tmp_path / "a"):
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    with held_data_dir(None):
+        pass
+
+
+def test_a_second_server_on_a_data_folder_is_told_who_holds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held_data_dir(tmp_path):
+        assert main(["serve", "joint", "--data-dir", str(tmp_path)]) == 3
+    said = capsys.readouterr().err
+    assert f"--data-dir is in use: the server of process {os.getpid()} on " in said
+    assert str(tmp_path) in said
+    assert "a folder of its own" in said

@@ -103,16 +103,21 @@ def test_there_are_no_embeddings(client: Any) -> None:
     assert caught.value.code == NOT_OFFERED
 
 
-def test_a_url_beside_a_graph_is_refused() -> None:
+def test_a_url_or_a_key_beside_a_graph_is_refused() -> None:
     for kind in (UnifiedInferenceClient, AsyncUnifiedInferenceClient):
         with pytest.raises(ClientError, match="no URL"):
             kind.create("http://a", embedded=True)
+        with pytest.raises(ClientError, match="no API key"):
+            kind.create(embedded=True, api_key="k")
 
 
 @pytest.mark.parametrize("backend", ["trio", "asyncio"])
 def test_the_same_for_async_code(backend: str) -> None:
     async def main() -> list[Any]:
         async with AsyncUnifiedInferenceClient.create(embedded=True) as client:
+            opened = client._found
+            assert await client.__aenter__() is client
+            assert client._found is opened  # no second graph, which nobody would close
             async with await client.chat(ASK, temperature=0, stream=True) as stream:
                 pieces = [piece async for piece in stream]
             whole = await client.chat(ASK, temperature=0)

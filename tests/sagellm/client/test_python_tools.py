@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial, wraps
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -74,7 +74,69 @@ def test_a_method_is_a_tool_without_its_self() -> None:
     assert list(read_tool(Shop().price).parameters["properties"]) == ["item"]
 
 
+def traced(function: Any) -> Any:
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Greeting:
+    """Greets."""
+
+    def __call__(self, name: str) -> str:
+        return f"Hello {name}"
+
+
+@cache
+def double(number: int) -> int:
+    """Twice a number."""
+    return 2 * number
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "description", "properties"),
+    [
+        (double, "double", "Twice a number.", ["number"]),
+        (traced(double), "double", "Twice a number.", ["number"]),
+        (traced(get_time), "get_time", "The time in a city.", ["city"]),
+        (
+            partial(get_weather, unit="f"),
+            "get_weather",
+            "The weather of a place.",
+            ["place", "days"],
+        ),
+        (traced(partial(traced(fail), 3)), "fail", "Always fail.", []),
+        (Greeting(), "Greeting", "Greets.", ["name"]),
+    ],
+)
+def test_a_wrapped_function_is_read_as_the_function_inside(
+    function: Any, name: str, description: str, properties: list[str]
+) -> None:
+    tool = read_tool(function)
+    assert (tool.name, tool.description) == (name, description)
+    assert list(tool.parameters["properties"]) == properties
+    assert read_tool(function, "other").plain["function"]["name"] == "other"
+
+
+def test_what_a_partial_object_gives_stays() -> None:
+    box = ToolBox([partial(get_weather, unit="f"), double, traced(get_time)])
+    assert '"unit": "f"' in box.run(call("get_weather", '{"place": {"city": "Rome"}}'))
+    assert "unknown field" in box.run(call("get_weather", '{"place": {"city": "R"}, "unit": "c"}'))
+    assert box.run(call("double", '{"number": 4}')) == "8"
+    assert box.run(call("get_time", '{"city": "Rome"}')) == "noon in Rome"
+
+
 def bare(city) -> None: ...  # type: ignore[no-untyped-def]
+
+
+class Endless:
+    @property
+    def __wrapped__(self) -> "Endless":
+        return self
+
+    def __call__(self) -> None: ...
 
 
 def many(*cities: str) -> None: ...
@@ -102,7 +164,8 @@ def unknown(value: "Nothing") -> None: ...  # type: ignore[name-defined] # noqa:
         (ambiguous, "type cannot be JSON"),
         (unknown, "cannot be read"),
         (lambda: 1, "a tool's name has"),
-        (partial(get_weather), "partial is no tool"),
+        (partial(many), "many is no tool"),
+        (Endless(), "Endless is no tool: it wraps itself"),
     ],
 )
 def test_a_function_that_is_no_tool_is_refused(function: Any, said: str) -> None:
@@ -172,8 +235,9 @@ def test_two_tools_have_two_names_and_each_is_a_function() -> None:
     with pytest.raises(ClientError, match="one name"):
         ToolBox([fail, fail])
     plain: Any = read_tool(fail).plain
-    with pytest.raises(ClientError, match="no function to call"):
-        ToolBox([plain])
+    for given in (plain, None, ""):
+        with pytest.raises(ClientError, match="no function to call"):
+            ToolBox([given])
 
 
 def test_a_result_is_text_or_json() -> None:

@@ -4,14 +4,14 @@ import msgspec
 import pytest
 from scripted_server import delta, text, used
 
-from sagellm.client.replies import Piece, read_body
+from sagellm.client.replies import Piece, Usage, read_body
 from sagellm.client.reply_streams import ChunkReader, ReplyStream, chunk_pieces
 from sagellm.client.responses import BAD_ANSWER, CUT_OFF, ClientError
 
 
-def stream(*data: Any, end: bool = True) -> tuple[list[str], ClientError | None]:
+def stream(*data: Any, end: bool = True) -> tuple[list[object], ClientError | None]:
     """The texts that a stream of these events yields, and the error after them."""
-    reader, found = ChunkReader(), []
+    reader, found = ChunkReader(), list[object]()
     for one in data:
         raw = one.encode() if isinstance(one, str) else msgspec.json.encode(one)
         reader.feed(b"data: " + raw + b"\n\n")
@@ -95,16 +95,15 @@ def test_what_follows_done_is_not_read() -> None:
 
 
 def test_usage_is_with_the_last_piece_of_its_chunk() -> None:
-    (last,) = chunk_pieces(read_body(msgspec.json.encode({**text("a", "stop"), **_usage()})))
+    (last,) = pieces_of({**text("a", "stop"), **_usage()})
     assert last.usage is not None
     assert (last, last.finish_reason, last.usage.completion_tokens) == ("a", "stop", 2)
 
 
-def test_usage_without_a_choice_is_a_piece_without_text() -> None:
-    (alone,) = chunk_pieces(read_body(msgspec.json.encode(used(3, 2))))
-    assert alone == ""
-    assert alone.usage is not None
-    assert alone.usage.prompt_tokens == 3
+def test_usage_without_a_choice_is_no_piece() -> None:
+    stream = read_stream(text("a", "stop"), used(3, 2))
+    assert [choice.text for choice in stream.reply.choices] == ["a"]
+    assert stream.usage == Usage(3, 2, 5)
 
 
 def _usage() -> dict[str, Any]:
@@ -112,7 +111,8 @@ def _usage() -> dict[str, Any]:
 
 
 def pieces_of(chunk: Any) -> list[Piece]:
-    return chunk_pieces(read_body(msgspec.json.encode(chunk)))
+    pieces = chunk_pieces(read_body(msgspec.json.encode(chunk)))
+    return [piece for piece in pieces if isinstance(piece, Piece)]
 
 
 def read_stream(*chunks: Any) -> ReplyStream:
@@ -132,9 +132,7 @@ def part_of_call(index: int, **function: str) -> dict[str, Any]:
 
 
 def test_reasoning_and_calls_are_pieces_without_text() -> None:
-    (thought,) = chunk_pieces(
-        read_body(msgspec.json.encode(delta("", role="assistant", reasoning="hm")))
-    )
+    (thought,) = pieces_of(delta("", role="assistant", reasoning="hm"))
     (call,) = pieces_of(part_of_call(0, name="f"))
     assert (thought, thought.reasoning) == ("", "hm")
     assert (call, call.tool_calls[0].name) == ("", "f")

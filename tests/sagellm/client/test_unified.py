@@ -51,10 +51,38 @@ def test_generate_takes_text_or_token_ids(told: Any) -> None:
 
 def test_a_stream_yields_pieces_and_knows_its_end(told: Any) -> None:
     client, _ = told
-    with client.chat(ASK, stream=True, stream_options={"include_usage": True}) as stream:
-        assert list(stream) == ["Good", " day", "", ""]
+    with client.chat(ASK, stream=True) as stream:
+        assert list(stream) == ["Good", " day", ""]
     assert (stream.finish_reason, stream.usage.prompt_tokens) == ("stop", 3)
+    assert stream.reply.usage is stream.usage
     assert "".join(client.generate("a", stream=True)) == "Good day"
+
+
+def test_a_caller_may_have_a_stream_without_usage(told: Any) -> None:
+    client, server = told
+    for given in ({"include_usage": False}, None):
+        with client.generate("a", stream=True, stream_options=given) as stream:
+            assert "".join(stream) == "Good day"
+    assert [asked["stream_options"]["include_usage"] for asked in server.asked] == [False, True]
+    client.generate("a")
+    assert "stream_options" not in server.asked[-1]
+
+
+async def refusing_usage(call: Call) -> None:
+    if "stream_options" in call.json:
+        return await call.whole(error("unknown field: stream_options", 400), 400)
+    return await telling("Good", " day")(call)
+
+
+def test_a_server_that_refuses_stream_options_is_asked_without_them() -> None:
+    with talking(refusing_usage) as (client, server):
+        for _ in range(2):
+            with client.chat(ASK, stream=True) as stream:
+                assert "".join(stream) == "Good day"
+            assert stream.usage is None
+        assert ["stream_options" in asked for asked in server.asked] == [True, False, False]
+        with pytest.raises(ClientError, match="unknown field"):
+            client.chat(ASK, stream=True, stream_options={"include_usage": True})
 
 
 def test_the_default_model_is_asked_for() -> None:

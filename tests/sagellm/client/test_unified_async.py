@@ -10,6 +10,7 @@ from scripted_server import Call, Script, calling, error, scripted, telling, tex
 
 from sagellm import AsyncUnifiedInferenceClient, ClientError
 from sagellm.client import server as server_async
+from sagellm.client.replies import Usage
 from sagellm.client.responses import CUT_OFF, NOT_OFFERED
 
 ASK = [{"role": "user", "content": "Hello?"}]
@@ -43,9 +44,31 @@ def test_whole_answers_and_models(talk: Any) -> None:
 def test_a_stream(talk: Any) -> None:
     async def main(client: Client) -> tuple[Any, ...]:
         async with await client.chat(ASK, stream=True) as stream:
-            return [piece async for piece in stream], stream.finish_reason
+            return [piece async for piece in stream], stream.finish_reason, stream.usage
 
-    assert talk(telling("Good", " day"), main) == (["Good", " day", ""], "stop")
+    end = (["Good", " day", ""], "stop", Usage(3, 2, 5))
+    assert talk(telling("Good", " day"), main) == end
+
+
+def test_a_server_that_refuses_stream_options_is_asked_without_them(talk: Any) -> None:
+    refused = []
+
+    async def refusing_usage(call: Call) -> None:
+        refused.append("stream_options" in call.json)
+        if refused[-1]:
+            cause = {"loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted"}
+            return await call.whole({"detail": [cause]}, 422)
+        return await telling("Good", " day")(call)
+
+    async def main(client: Client) -> list[str]:
+        found = []
+        for _ in range(2):
+            async with await client.generate("a", stream=True) as stream:
+                found += [piece async for piece in stream]
+        return found
+
+    assert "".join(talk(refusing_usage, main)) == "Good dayGood day"
+    assert refused == [True, False, False]
 
 
 def test_leaving_or_cancelling_a_stream_hangs_up(talk: Any) -> None:

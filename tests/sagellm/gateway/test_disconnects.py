@@ -10,7 +10,7 @@ import psutil
 import pytest
 import trio
 import trio.testing
-from gateway_served import SERVERS, post
+from gateway_served import DEFAULT_SERVER, post
 from gateway_session import Held, ServedSession, held, late_wakes, served_session
 
 from sagellm.load.report import percentile
@@ -132,7 +132,7 @@ async def settled(served: ServedSession, most: Held | None = None) -> Held:
 
 @pytest.mark.alone
 @pytest.mark.in_process
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", DEFAULT_SERVER)
 async def test_whoever_leaves_leaves_nothing_behind(server: str) -> None:
     async with served_session(server, "pd", SLOW) as served:
         assert await served.is_answering()

@@ -4,13 +4,13 @@ import psutil
 import pytest
 import trio
 from gateway_readers import COSTS, SEND_BYTES, STALL_S, STREAMING, Readers
-from gateway_served import SERVERS
+from gateway_served import DEFAULT_SERVER
 from gateway_session import served_session
 
 NUM_TOKENS = 100
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", DEFAULT_SERVER)
 async def test_clients_that_do_not_read_are_bounded_and_ended(server: str) -> None:
     process = psutil.Process()
     async with (

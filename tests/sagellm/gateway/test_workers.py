@@ -14,7 +14,7 @@ import psutil
 import pytest
 import trio
 from gateway_process import ServedProcess, served_process
-from gateway_served import SERVERS, Reply, get, post, read_reply, received
+from gateway_served import DEFAULT_SERVER, Reply, get, post, read_reply, received
 from gateway_session import served_session
 
 from sagellm.gateway.readiness import WATCH_S
@@ -27,7 +27,7 @@ PROMPTS = [
 EXACT = ("--set", "p.deterministic=true", "--set", "d.deterministic=true")
 
 
-@pytest.fixture(params=SERVERS, scope="module")
+@pytest.fixture(params=DEFAULT_SERVER, scope="module")
 def served(request: pytest.FixtureRequest) -> Iterator[ServedProcess]:
     options = ("--executor", "processes", "--server", request.param, *EXACT)
     with served_process(*options, graph="pd_many") as found:
@@ -206,6 +206,7 @@ def _text(data: bytes) -> str:
     return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
+@pytest.mark.soak
 async def test_streams_of_the_only_worker_are_held_until_it_is_back() -> None:
     """With comments, so that nobody on the way gives the connection up; new calls are refused."""
     right, found = await held(kill=False), await held(kill=True)

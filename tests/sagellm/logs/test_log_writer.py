@@ -82,7 +82,9 @@ def test_a_full_disk_is_counted() -> None:
     assert writer.num_dropped == 1
 
 
-@pytest.mark.parametrize("sink", ["a pipe that nobody reads", "a full disk"])
+@pytest.mark.parametrize(
+    "sink", ["a pipe that nobody reads", pytest.param("a full disk", marks=pytest.mark.soak)]
+)
 def test_serving_goes_on_without_logs(sink: str) -> None:
     if sink == "a full disk":
         descriptors = [os.open("/dev/full", os.O_WRONLY)]

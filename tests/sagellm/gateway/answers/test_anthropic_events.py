@@ -214,6 +214,7 @@ def test_the_events_of_a_stream_add_up_to_the_whole_message(
         ('{"x": ', {}),
         ("[1]", {}),
         ('{"x": NaN}', {}),
+        ('{"x": ' + "[" * 9999 + "]" * 9999 + "}", {}),
     ],
 )
 def test_an_input_is_an_object_in_any_case(arguments: str, expected: Any) -> None:
@@ -230,6 +231,7 @@ def test_an_input_is_an_object_in_any_case(arguments: str, expected: Any) -> Non
         ([], last("x", "length"), {"is_clipped": True}, "model_context_window_exceeded", None),
         ([], last("x", "filtered"), {}, "refusal", None),
         ([], last("x", stop_reason="#"), {"stop_sequences": ("#",)}, "stop_sequence", "#"),
+        ([BEGIN], last("x", stop_reason="#"), {"stop_sequences": ("#",)}, "stop_sequence", "#"),
         ([], last("x", stop_reason="#"), {}, "end_turn", None),
         ([], last("x", stop_reason=5), {"stop_sequences": ("#",)}, "end_turn", None),
     ],

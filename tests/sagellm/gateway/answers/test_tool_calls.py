@@ -9,6 +9,7 @@ from chat_templates import (
     CARD,
     HARMONY,
     HERMES,
+    KIMI,
     LLAMA3,
     MISTRAL,
     PLAIN,
@@ -107,6 +108,25 @@ async def test_ids_are_unique_and_of_the_familys_form(family: str) -> None:
     assert all(re.fullmatch(form, each) for each in ids)
 
 
+CUT_CALLS = [
+    ('<tool_call>{"name": "f", "arguments": {"x": 1', "stop"),
+    ('<tool_call>{"name": "f"', "stop"),
+    ('<tool_call>{"name": "f", "arguments": {"x": 1}', "tool_calls"),
+    ('<tool_call>{"name": "g", "arguments": {}}</tool_call><tool_call>{"na', "tool_calls"),
+    ('<tool_call>{"name": "g"}</tool_call><tool_call>{"name": "f", "arguments": {', "stop"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), CUT_CALLS)
+async def test_a_call_that_a_stop_string_cut_is_no_call_to_make(text: str, reason: str) -> None:
+    events = letters(text, stop_reason="#")
+    whole = (await answer(HERMES, *events, tools=TOOLS)).json["choices"][0]
+    stream = (await answer(HERMES, *events, tools=TOOLS, stream=True)).events[-1]["choices"][0]
+    assert whole["finish_reason"] == stream["finish_reason"] == reason
+    assert whole["stop_reason"] == stream["stop_reason"] == "#"
+    assert whole["message"]["tool_calls"]
+
+
 async def test_a_token_without_a_part_has_an_empty_delta() -> None:
     """An empty content would begin a text beside the call, for clients that gather parts."""
     choices = await streamed(HERMES, 'a <tool_call>{"name": "f", "arguments": {}}</tool_call>')
@@ -129,6 +149,16 @@ async def test_an_answer_and_its_results_go_back_through_the_template() -> None:
         _, _, rendered = request.prompt.partition("user: hi\n")
         made = '<tool_call>{"name": "f", "arguments": {"x": 1}}'
         assert rendered == f"assistant: Wait.{made}\ntool: 12\nassistant: "
+
+
+async def test_the_ids_that_kimi_writes_go_back_to_it() -> None:
+    made = "<|tool_call_begin|>functions.g:3"
+    text = f"<|tool_calls_section_begin|>{made}<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    first = (await answer(KIMI, *letters(text), tools=TOOLS)).json["choices"][0]["message"]
+    bridge, tokenizer = playing([last("done")]), TemplateTokenizer(KIMI)
+    body = {"messages": [first], "tools": TOOLS}
+    assert (await post(chat, bridge, body, tokenizer=tokenizer, model=CARD)).status == 200
+    assert made in bridge.requests[0].prompt
 
 
 async def test_a_call_that_was_cut_off_goes_back_as_text() -> None:
@@ -248,6 +278,17 @@ async def test_several_tokens_in_one_event_share_its_reasoning() -> None:
     answered = await answer(QWEN3, [event("<think>abc</think>xyz", num=21)], [last()])
     details = answered.json["usage"]["completion_tokens_details"]
     assert details["reasoning_tokens"] == 3
+
+
+async def test_reasoning_after_a_preamble_is_counted() -> None:
+    between = "<|end|><|start|>assistant"
+    text = (
+        f"<|channel|>commentary<|message|>I look.{between}<|channel|>analysis<|message|>hm"
+        f"{between}<|channel|>final<|message|>yes"
+    )
+    for batches in (letters(text), [[event(text, num=len(text))], [last()]]):
+        usage = (await answer(HARMONY, *batches)).json["usage"]
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == len("hm")
 
 
 async def test_harmony_shows_its_channels() -> None:

@@ -9,6 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from batch_calls import as_file, completion_line
+from logged import logged
 from stored_batches import (
     DONE,
     TENANT,
@@ -105,6 +106,24 @@ async def test_a_fault_of_one_batch_ends_no_other_and_is_tried_again(
         await until(lambda: status_of(stores, first.id) == "completed")
         tasks.cancel_scope.cancel()
     assert (len(faults), len(server.asked)) == (3, 2)
+
+
+async def test_a_folder_that_cannot_be_read_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, looks = stores_in(tmp_path), []
+
+    def broken(tenants: Any) -> Any:
+        looks.append(tenants)
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(stores.batches, "claims", broken)
+    with logged() as lines:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(runner_of(stores, ScriptedServer()).run)
+            await until(lambda: len(looks) > 3)
+            tasks.cancel_scope.cancel()
+    assert [line["event"] for line in lines] == ["batches_unreadable"]
 
 
 async def test_a_tenant_with_many_batches_has_no_more_turns_than_another(tmp_path: Path) -> None:

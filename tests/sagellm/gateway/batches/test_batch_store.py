@@ -1,5 +1,6 @@
 """Stored batches: one worker each, taken over from the dead, each for its tenant alone."""
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from logged import logged
 from stored_batches import TENANT, claimed, full_disk, new_batch, stored, stores_in
 
 from sagellm.gateway.api_errors import ApiError
@@ -197,6 +199,41 @@ def test_a_damaged_record_costs_no_results(tmp_path: Path) -> None:
     (own.batches / f"{batch.id}.json").write_bytes(whole)
     with claimed(stores) as claim:
         assert claim.path("input").exists()
+
+
+def test_a_damaged_record_is_logged_once_until_it_changes(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    batch = new_batch(stores, 1)
+    path = stores.folder.of(TENANT).batches / f"{batch.id}.json"
+    whole = path.read_bytes()
+    with logged() as lines:
+        for content in (b"{", b"{", b"[", whole, b"["):
+            path.write_bytes(content)
+            for _ in range(3):
+                for claim in stores.batches.claims([TENANT]):
+                    claim.release()
+                list(stores.batches.records(TENANT))
+    assert [(line["event"], line["path"]) for line in lines] == [("record_damaged", str(path))] * 3
+
+
+def test_a_batch_that_cannot_be_read_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = stores_in(tmp_path)
+    first, second = new_batch(stores, 1), new_batch(stores, 1)
+    read = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.stem == first.id:
+            raise OSError(errno.EIO, "broken")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with logged() as lines:
+        for _ in range(3):
+            with claimed(stores) as claim:
+                assert claim.record.id == second.id
+    assert [(line["event"], line["error"]) for line in lines] == [("batch_unreadable", "broken")]
 
 
 def test_a_batch_that_a_full_disk_refuses_leaves_nothing(

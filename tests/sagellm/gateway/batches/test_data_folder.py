@@ -2,17 +2,21 @@
 
 import errno
 import os
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_batches import TENANT, claimed, new_batch, stored, stores_in
+from stored_batches import TENANT, claimed, full_disk, new_batch, stored, stores_in
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.batches import data_folder
 from sagellm.gateway.batches.data_folder import (
     DataFolder,
+    FolderInUse,
+    held_data_folder,
     is_id,
     make_data_folder,
     new_id,
@@ -54,6 +58,48 @@ def test_a_folder_without_hard_links_is_refused(
     with pytest.raises(OSError, match="not permitted"):
         make_data_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def refused(folder: Path, said: str) -> None:
+    with pytest.raises(FolderInUse, match=said), held_data_folder(folder):
+        pass
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    for _ in range(2):  # free again after the first end
+        with held_data_folder(tmp_path):
+            refused(tmp_path, f"process {os.getpid()} on .")
+    assert (tmp_path / "server.lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_killed_server_leaves_its_folder_free(tmp_path: Path) -> None:
+    program = "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.flock(f,2); f.write('process 7');"
+    program += "f.flush(); print(1,flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path / "server.lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        refused(tmp_path, "process 7")
+        holder.kill()
+        holder.wait()
+    with held_data_folder(tmp_path):
+        pass
+
+
+def test_a_full_disk_keeps_no_server_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "write", full_disk)
+    with held_data_folder(tmp_path):
+        refused(tmp_path, "another process")
+
+
+def test_no_child_process_holds_the_folder_of_its_parent(tmp_path: Path) -> None:
+    with held_data_folder(tmp_path):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with child, held_data_folder(tmp_path):
+        child.kill()
 
 
 def test_ids_sort_by_time_and_are_the_only_names() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from logged import logged
 from stored_batches import TENANT, full_disk, stored, stores_in
 
 from sagellm.gateway.api_errors import ApiError
@@ -49,6 +50,9 @@ def test_files_are_listed_by_age(tmp_path: Path) -> None:
     ids = [stored(stores, b"x").id for _ in range(3)]
     assert [each.id for each in stores.files.records(TENANT)] == ids[::-1]
     assert [each.id for each in stores.files.records(TENANT, newest_first=False)] == ids
+    assert [each.id for each in stores.files.records(TENANT, after=ids[1])] == ids[:1]
+    later = stores.files.records(TENANT, after=ids[1], newest_first=False)
+    assert [each.id for each in later] == ids[2:]
 
 
 def test_a_deleted_file_is_gone_and_an_open_one_is_read_to_its_end(tmp_path: Path) -> None:
@@ -144,4 +148,7 @@ def test_a_damaged_record_hides_one_file_and_no_other(tmp_path: Path) -> None:
     stores = stores_in(tmp_path)
     first, second = stored(stores, b"a"), stored(stores, b"b")
     (stores.folder.of(TENANT).files / f"{first.id}.json").write_bytes(b'{"id": \xff')
-    assert [each.id for each in stores.files.records(TENANT)] == [second.id]
+    with logged() as lines:
+        for _ in range(2):
+            assert [each.id for each in stores.files.records(TENANT)] == [second.id]
+    assert [line["event"] for line in lines] == ["record_damaged"]

@@ -100,7 +100,7 @@ def test_the_scan_ends_at_one_line_too_many(tmp_path: Path) -> None:
     lines = [completion_line(number) for number in range(20)]
     [error] = scanned(tmp_path, as_file(lines), max_lines=10).errors
     assert (error.code, error.line) == ("too_many_requests", 11)
-    assert scanned(tmp_path, as_file(lines), max_lines=20).errors == []
+    assert scanned(tmp_path, as_file(lines) + b"\n \n", max_lines=20).errors == []
 
 
 def test_blank_lines_are_bounded_too(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ SECRET = "the-schema-nobody-may-see"
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))
 FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-WRONG = {"type": "object", "properties": {SECRET: {"type": "no-such-type"}}}
+WRONG = {"type": "object", "properties": {"age": {"type": SECRET}}}
 TOOLS = [tool("f", x=0), tool("g")]
 F = {"type": "function", "function": {"name": "f"}}
 
@@ -164,6 +164,33 @@ async def test_wrong_parameters_are_refused_by_their_tool_where_they_bind(choice
     found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice=choice))
     assert (found["param"], found["code"]) == ("tools[2].function.parameters", "invalid_grammar")
     assert (await refused(HERMES, playing([last()]), tools=[*TOOLS, wrong])).status == 200
+
+
+async def test_a_refusal_names_the_place_in_the_parameters_of_a_tool():
+    parameters = {"properties": {"tags": {"items": {"not": {"type": "null"}}}}}
+    function = {"name": "h", "parameters": parameters, "strict": True}
+    odd = {"type": "function", "function": function}
+    found = error(await refused(HERMES, tools=[*TOOLS, odd]))
+    assert found["param"] == "tools[2].function.parameters"
+    assert "(at $.properties.tags.items.not)" in found["message"]
+
+
+async def test_a_wrong_tool_has_its_place_among_all_tools_that_were_sent():
+    wrong = {"type": "function", "function": {"name": "h", "parameters": WRONG}}
+    few = {"mode": "required", "tools": [F, {"type": "function", "function": {"name": "h"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": few}
+    found = error(await refused(HERMES, tools=[*TOOLS, wrong], tool_choice=choice))
+    assert found["param"] == "tools[2].function.parameters"
+
+
+async def test_a_thousand_tools_are_offered_and_may_be_too_many_to_bind(monkeypatch):
+    many = [tool(f"tool_{number}", x=number) for number in range(1024)]
+    card = replace(CARD, max_model_len=1 << 20)
+    assert (await refused(HERMES, playing([last()]), tools=many, card=card)).status == 200
+    monkeypatch.setattr(grammar_checks, "CHECK_S", 60.0)
+    found = error(await refused(HERMES, tools=many, tool_choice="required", card=card))
+    assert (found["param"], found["code"]) == ("tools", "invalid_grammar")
+    assert "send fewer tools" in found["message"]
 
 
 def _chain(length: int) -> dict[str, Any]:

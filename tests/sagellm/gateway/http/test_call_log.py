@@ -10,14 +10,36 @@ from sagellm.gateway.http.call import MAX_PATH_LEN
 pytestmark = pytest.mark.parametrize("server", SERVERS)
 
 
-async def ended(lines: list[Line]) -> Line:
-    """The line of the one call, which may come after its answer."""
+async def ended(lines: list[Line], num_calls: int = 1) -> Line:
+    """The line of the last of so many calls. Lines may come after the answers."""
     with trio.fail_after(20):
         while True:
-            for line in lines:
-                if line["event"] == "call_ended":
-                    return line
+            calls = [line for line in lines if line["event"] == "call_ended"]
+            if len(calls) >= num_calls:
+                return calls[-1]
             await trio.lowlevel.checkpoint()
+
+
+PROBES = ("/live", "/ready", "/health", "/ping", "/load", "/metrics")
+
+
+async def test_probes_are_logged_at_debug_also_while_they_fail(server: str) -> None:
+    async with serving(server, **KEYS) as served:
+        key = "Authorization: Bearer user-key"
+        with logged() as lines:
+            for path in PROBES:
+                assert (await served.ask(get(path, key))).status == 200
+            served.gateway.readiness.change(False, "an engine makes no progress")
+            assert (await served.ask(get("/ready"))).status == 503
+            assert (await served.ask(get("/health"))).status == 401
+            await ended(lines, len(PROBES) + 2)
+    calls = [line for line in lines if line["event"] == "call_ended"]
+    levels = {(call["path"], call["status"]): call["log_level"] for call in calls}
+    assert levels == {
+        **{(path, 200): "debug" for path in PROBES},
+        ("/ready", 503): "debug",
+        ("/health", 401): "info",
+    }
 
 
 async def test_a_call_that_leads_nowhere_is_logged_with_its_path(server: str) -> None:

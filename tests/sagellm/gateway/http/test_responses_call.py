@@ -1,21 +1,33 @@
 """/v1/responses from the body to the answer: tools round trip, structured output, errors, ids."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from chat_templates import CARD, HERMES, PLAIN, QWEN3, TemplateTokenizer
-from gateway_calls import Answered, Client, event, gateway_before, last, playing, post
+from gateway_calls import (
+    Answered,
+    Client,
+    ScriptedBridge,
+    event,
+    gateway_before,
+    last,
+    playing,
+    post,
+)
 
-from sagellm.gateway.gateway import plain_id
+from sagellm.gateway.gateway import Gateway, plain_id
 from sagellm.gateway.http.endpoints import cancel
-from sagellm.gateway.http.responses_call import responses, stored_response
+from sagellm.gateway.http.responses_call import input_tokens, responses, stored_response
+from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.messages import Request
 from sagellm.runtime.sampling import Grammar
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 TOOL = {"type": "function", "name": "f", "parameters": SCHEMA, "strict": True}
 CALLED = '<think>hm</think>One moment.<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+USER = {"role": "user", "content": "hi"}
 SECRET = "the-schema-nobody-may-see"
 
 
@@ -113,10 +125,23 @@ async def test_the_stream_has_the_items_of_the_whole_answer():
     assert end["type"] == "response.completed"
     pieces = [one["delta"] for one in events if one["type"].endswith("arguments.delta")]
     assert "".join(pieces) == whole["output"][2]["arguments"]
-    shapes = [{**item, "call_id": ""} for item in whole["output"]]
-    assert [{**item, "call_id": ""} for item in end["response"]["output"]] == shapes
+    new = {"id": "", "call_id": ""}  # in each answer
+    shapes = [{**item, **new} for item in whole["output"]]
+    assert [{**item, **new} for item in end["response"]["output"]] == shapes
     assert b"[DONE]" not in streamed.body
     assert streamed.is_whole
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ('<tool_call>{"name": "f", "arguments": {"x": ', "incomplete"),
+        ('<tool_call>{"name": "f", "arguments": {"x": 1}}', "completed"),
+    ],
+)
+async def test_a_call_that_a_stop_string_cut_is_incomplete(text: str, status: str):
+    found = await answer([event(text)], [last("", stop_reason="1")], tools=[TOOL])
+    assert found["output"][-1]["status"] == status
 
 
 async def test_without_reasoning_the_answer_has_none():
@@ -218,6 +243,116 @@ async def test_an_answers_id_cancels_its_call():
         found = await Client(id="resp_abc").call(cancel, gateway)
     assert found.json == {"id": "resp_abc", "cancelled": True}
     assert bridge.cancelled == ["abc"]
+
+
+def calling(*batches: Any) -> tuple[Gateway, ScriptedBridge]:
+    """A gateway whose answers have reasoning, text and a call, unless other batches are given."""
+    bridge = playing(*(batches or letters(CALLED)))
+    return gateway_before(bridge, tokenizer=TemplateTokenizer(QWEN3), model=CARD), bridge
+
+
+async def told(gateway: Gateway, endpoint: Any = responses, call: Any = None, **body: Any) -> Any:
+    found = await Client({"tools": [TOOL], **body}).call(endpoint, gateway, **(call or {}))
+    if body.get("stream"):
+        return json.loads(found.lines[-1].partition("\ndata: ")[2])["response"]
+    return found.json
+
+
+def references(answer: Any) -> list[Any]:
+    return [{"type": "item_reference", "id": item["id"]} for item in answer["output"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_items_are_referenced_by_the_next_request(stream: bool):
+    """The prompt is the same as with the items themselves."""
+    gateway, bridge = calling()
+    first = await told(gateway, input="hi", stream=stream)
+    call_id = first["output"][2]["call_id"]
+    result = {"type": "function_call_output", "call_id": call_id, "output": "42"}
+    for items in (first["output"], references(first)):
+        second = await told(gateway, input=[USER, *items, result])
+        assert second["status"] == "completed", second
+    _, itself, referenced = [request.prompt for request in bridge.requests]
+    assert referenced == itself
+    assert "One moment." in referenced
+
+
+async def test_items_of_an_answer_that_was_cut_are_kept():
+    gateway, _ = calling([last("so", "length")])
+    first = await told(gateway, input="hi")
+    assert first["status"] == "incomplete"
+    assert (await told(gateway, input=references(first)))["object"] == "response"
+
+
+@pytest.mark.parametrize(
+    ("making", "call"),
+    [({"store": False}, {}), ({}, {"tenant": "another"}), ({}, {"is_background": True})],
+)
+async def test_no_other_items_are_found(making: Any, call: Any):
+    gateway, _ = calling()
+    first = await told(gateway, call=call, input="hi", **making)
+    error = (await told(gateway, input=[USER, *references(first)]))["error"]
+    assert (error["param"], error["code"]) == ("input[1].id", "item_not_found")
+    assert f"'{first['output'][0]['id']}' not found" in error["message"]
+
+
+async def test_items_of_a_failed_answer_are_not_kept():
+    gateway, _ = calling([event("a")], [last("", "failed")])
+    assert (await told(gateway, input="hi", stream=True))["status"] == "failed"
+    assert gateway.items.num_bytes == 0
+
+
+async def test_an_id_that_the_server_never_made_is_not_shown():
+    found = await answered(input=[{"type": "item_reference", "id": SECRET}])
+    assert found.status == 404
+    assert SECRET not in found.body.decode()
+    assert "Send the item itself" in found.json["error"]["message"]
+
+
+async def test_a_short_body_makes_no_prompt_of_any_length():
+    gateway, _ = calling([last("x" * 4096)])
+    gateway.settings = replace(gateway.settings, limits=RequestLimits(body_bytes=64 << 10))
+    first = await told(gateway, input="hi")
+    error = (await told(gateway, input=references(first) * 99))["error"]
+    assert "larger than 65536 bytes together" in error["message"]
+
+
+async def num_read(gateway: Gateway, bridge: ScriptedBridge, body: Any) -> int:
+    """The number of tokens that the engine gets."""
+    await told(gateway, **body)
+    return len(bridge.requests[-1].prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": "hi"},
+        {"input": "hi", "instructions": "be brief", "stream": True},
+        {"input": [USER], "tool_choice": "required", "temperature": 0},
+        {"input": "x" * 5000, "truncation": "auto", "max_output_tokens": 9},
+    ],
+)
+async def test_the_tokens_of_the_input_are_counted(body: Any):
+    gateway, bridge = calling()
+    counted = await told(gateway, input_tokens, **{**body, "stream": False})
+    number = await num_read(gateway, bridge, body)
+    assert counted == {"object": "response.input_tokens", "input_tokens": number}
+
+
+async def test_the_tokens_of_referenced_items_are_counted():
+    gateway, bridge = calling()
+    body = {"input": [USER, *references(await told(gateway, input="hi"))[:2]]}
+    counted = await told(gateway, input_tokens, **body)
+    assert counted["input_tokens"] == await num_read(gateway, bridge, body)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"input": "x" * 99_999}, "input"), ({}, "input"), ({"input": "a", "model": "b"}, "model")],
+)
+async def test_what_cannot_be_counted_is_refused(body: Any, param: str):
+    gateway, _ = calling()
+    assert (await told(gateway, input_tokens, **body))["error"]["param"] == param
 
 
 async def test_no_response_is_stored():

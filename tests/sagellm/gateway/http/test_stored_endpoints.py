@@ -12,7 +12,10 @@ import pytest
 from batch_calls import as_file, begin, client_of, completion_line, ended, results, wait
 from gateway_process import read_metrics
 from gateway_served import SERVERS, ask, get, null_gateway, post
+from starlette.types import Message
+from stored_batches import stores_in
 
+from sagellm.gateway.http.stored_endpoints import FileContent
 from sagellm.gateway.settings import Budget, RequestLimits, StorageLimits
 
 KEYS = {"alice": "alice-key", "bob": "bob-key"}
@@ -138,6 +141,27 @@ def test_an_upload_of_unknown_length_is_stored(tmp_path: Path) -> None:
     with served(tmp_path) as port:
         reply = ask(port, f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks)
     assert json.loads(reply.body)["bytes"] == len(b"content")
+
+
+def test_the_length_of_an_upload_may_have_many_zeros(tmp_path: Path) -> None:
+    body = body_of(b"content")
+    head = f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\n{BEARER}\r\n{FORM}\r\n"
+    zeros = "0" * 5000  # more than Python converts
+    with served(tmp_path, "uvicorn") as port:
+        reply = ask(port, f"{head}Content-Length: {zeros}{len(body)}\r\n\r\n".encode() + body)
+    assert reply.status == 200
+
+
+async def test_a_file_that_lost_its_bytes_is_a_whole_answer(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    content, sent = FileContent((tmp_path / "file").open("rb"), stores_in(tmp_path).folder), []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await content({"method": "GET"}, receive=send, send=send)  # type: ignore[arg-type]
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert not sent[-1].get("more_body", False)
 
 
 def test_a_client_that_leaves_leaves_nothing_of_its_upload(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import trio
 from gateway_process import NULL as NULL_GRAPH
 from gateway_process import read_metrics
-from gateway_served import SERVERS, get, post, read_reply
+from gateway_served import DEFAULT_SERVER, SERVERS, get, post, read_reply
 from gateway_session import ServedSession, served_session
 from waiting import until
 
@@ -133,7 +133,7 @@ async def pair(server: str = "hypercorn", num: int = 2, **fields: Any) -> AsyncI
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", DEFAULT_SERVER)
 async def test_one_is_killed_and_the_other_notices_nothing(server: str) -> None:
     """64 streams; those of the dead one end at once, and nothing of them stays."""
     async with pair(server) as both, trio.open_nursery() as nursery:
@@ -355,7 +355,7 @@ async def test_one_that_dies_while_all_drain_is_replaced() -> None:
         assert b'"shutting_down"' in client.data
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", DEFAULT_SERVER)
 async def test_a_drain_waits_for_all_streams_and_refuses_at_both(server: str) -> None:
     clients: list[Client] = []
     async with trio.open_nursery() as nursery:

@@ -117,6 +117,14 @@ def test_fields_become_those_of_a_chat(fields: dict[str, Any], expected: dict[st
     assert isinstance(made.read(LIMITS), ChatRequest)
 
 
+def test_the_calls_of_successive_messages_are_bounded_together() -> None:
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+    turn = {"role": "assistant", "content": [call] * 600}
+    with pytest.raises(ApiError, match="has 1200 tool calls") as caught:
+        chat(turn, turn, USER)
+    assert caught.value.message.startswith("messages[0].content[0]: ")
+
+
 def test_the_limit_of_tokens_is_no_field_of_the_chat() -> None:
     assert chat().read(LIMITS).asked_tokens is None
 

@@ -72,7 +72,7 @@ def test_tools_are_shown_unless_none_may_be_called(choice: Any) -> None:
         ([{"type": "function", "function": {"name": "x" * 65}}], "tools[0].function.name"),
         ([{"type": "function", "function": {"name": "f\n"}}], "tools[0].function.name"),
         ([TOOL, TOOL], "tools[1].function.name"),
-        ([TOOL] * 129, "tools"),
+        ([TOOL] * 1025, "tools"),
         ("f", "tools"),
     ],
 )
@@ -126,7 +126,7 @@ def test_calls_of_others_are_left_out() -> None:
         (calling(call(), call(index="1")), "tool_calls[1].index"),
         (calling({"function": {"name": "f"}}), "tool_calls[0].function.arguments"),
         (calling(call({"a": 1})), "tool_calls[0].function.arguments"),
-        (calling(*[call()] * 129), "tool_calls"),
+        (calling(*[call()] * 1025), "tool_calls"),
     ],
 )
 def test_wrong_calls_are_refused_by_their_place(message: Any, param: str) -> None:

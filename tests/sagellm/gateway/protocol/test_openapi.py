@@ -21,6 +21,7 @@ from sagellm.gateway.protocol.bodies import (
 )
 from sagellm.gateway.protocol.openapi import OPERATIONS, openapi
 from sagellm.gateway.protocol.responses_body import read_responses
+from sagellm.gateway.protocol.responses_fields import ReasoningItem
 from sagellm.gateway.settings import RequestLimits
 
 
@@ -37,10 +38,15 @@ def read_messages(body: bytes, limits: RequestLimits) -> None:
         chat.read(limits)
 
 
+def read_items(body: bytes, limits: RequestLimits) -> None:
+    """Read a body of /v1/responses as a server that has any item."""
+    read_responses(body, limits, lambda item_id, place: ReasoningItem())
+
+
 READERS = {
     "/v1/completions": read_completion,
     "/v1/chat/completions": read_chat,
-    "/v1/responses": read_responses,
+    "/v1/responses": read_items,
     "/v1/messages": read_messages,
     "/v1/messages/count_tokens": read_count_body,
     "/tokenize": read_tokenize,
@@ -81,6 +87,15 @@ def test_every_route_is_there() -> None:
     assert [one["name"] for one in deep["parameters"]] == ["deep"]
     ids = [one["operationId"] for methods in DOCUMENT["paths"].values() for one in methods.values()]
     assert len(ids) == len(set(ids)) == len(ROUTES)
+
+
+def test_input_tokens_takes_the_body_of_a_response() -> None:
+    counted, made = (
+        DOCUMENT["paths"][path]["post"] for path in ("/v1/responses/input_tokens", "/v1/responses")
+    )
+    assert counted["requestBody"] == made["requestBody"]
+    (content,) = counted["responses"]["200"]["content"].values()
+    assert content["schema"]["$ref"].endswith("/CountedInput")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +170,7 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "guided_json": "{}", "ebnf": None}),
     ("/v1/responses", {"input": "a"}),
     ("/v1/responses", {"input": [USER, {**USER, "type": "message", "id": None}]}),
+    ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}, {"id": "b"}]}),
     ("/v1/responses", {"input": "a", "store": True, "background": False, "top_k": 3}),
     ("/v1/responses", {"input": "a", "max_output_tokens": None, "text": {"format": None}}),
     ("/v1/responses", {"input": "a", "stream_options": {"include_obfuscation": False}}),
@@ -179,7 +195,8 @@ GOOD: list[tuple[str, Any]] = [
 BAD: list[tuple[str, Any]] = [
     ("/v1/responses", {"input": []}),
     ("/v1/responses", {"input": [{"role": "tool", "content": "a"}]}),
-    ("/v1/responses", {"input": [{"type": "item_reference", "id": "a"}]}),
+    ("/v1/responses", {"input": [{"type": "item_reference"}]}),
+    ("/v1/responses", {"input": "a", "store": "no"}),
     ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}),
     ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}),

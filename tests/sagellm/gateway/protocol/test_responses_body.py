@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.item_memory import ItemMemory, ReferencedItems
 from sagellm.gateway.protocol.responses_body import ResponsesCall, read_responses
+from sagellm.gateway.protocol.responses_chat import FindItem
 from sagellm.gateway.protocol.responses_fields import (
     RENAMED,
     RESPONSES,
     SENT,
     SHARED,
+    InputMessage,
     ResponsesRequest,
 )
 from sagellm.gateway.settings import RequestLimits
@@ -23,8 +26,12 @@ LIMITS = RequestLimits()
 USER = {"role": "user", "content": "hi"}
 
 
-def read(**body: Any) -> ResponsesCall:
-    return read_responses(json.dumps({"input": "hi", **body}).encode(), LIMITS)
+CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+NOTHING_KEPT = ReferencedItems(ItemMemory(), "t", 0)
+
+
+def read(find: FindItem = NOTHING_KEPT, **body: Any) -> ResponsesCall:
+    return read_responses(json.dumps({"input": "hi", **body}).encode(), LIMITS, find)
 
 
 def refused(**body: Any) -> ApiError:
@@ -93,6 +100,19 @@ def test_what_an_answer_had_may_be_sent_back_as_it_was() -> None:
     assert call.chat.messages[1].content == "so"
 
 
+@pytest.mark.parametrize("reference", [{"type": "item_reference", "id": "m1"}, {"id": "m1"}])
+def test_a_referenced_item_stands_in_its_place(reference: Any) -> None:
+    asked = []
+
+    def find(item_id: str, place: str) -> InputMessage:
+        asked.append((item_id, place))
+        return InputMessage(role="assistant", content="so")
+
+    messages = read(find, input=[USER, reference, USER]).chat.messages
+    assert [message.content for message in messages] == ["hi", "so", "hi"]
+    assert asked == [("m1", "input[1]")]
+
+
 @pytest.mark.parametrize(
     "harmless",
     [
@@ -118,7 +138,6 @@ def test_what_asks_for_nothing_is_taken(harmless: Any) -> None:
         ({"conversation": {"id": "c"}}, "conversation", "are not stored"),
         ({"background": True}, "background", "use `stream`"),
         ({"prompt": {"id": "p"}}, "prompt", "no stored prompts"),
-        (item(type="item_reference", id="m1"), "input[0]", "items are not stored"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "`web_search` is not built"),
         ({"tools": [{"type": "mcp"}]}, "tools[0].type", "`mcp` is not built"),
         ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type", "`custom` is not built"),
@@ -165,6 +184,11 @@ def test_what_is_not_built_is_refused_with_a_reason(body: Any, param: str, told:
         (item(type="function_call", name="f", arguments=""), "input[0].call_id"),
         (item(type="function_call_output", call_id="c"), "input[0].output"),
         (item(type="reasoning", summary="x"), "input[0].summary"),
+        ({"input": [CALL] * 1025}, "input[1024]"),
+        (item(type="item_reference"), "input[0].id"),
+        (item(type="item_reference", id=5), "input[0].id"),
+        (item(type="item_reference", id="m", role="user"), "input[0].role"),
+        ({"store": "no"}, "store"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -189,6 +213,9 @@ def test_a_wrong_field_is_named(body: Any, param: str) -> None:
     [
         ("max_tokens", "max_output_tokens"),
         ("messages", "input"),
+        ("functions", "tools"),
+        ("function_call", "tool_choice"),
+        ("system", "instructions"),
         ("response_format", "text.format"),
         ("instruction", "instructions"),
     ],
@@ -197,6 +224,52 @@ def test_an_unknown_field_is_refused_with_the_one_that_was_meant(name: str, mean
     error = refused(**{name: {}})
     assert (error.param, error.code) == (name, "unknown_parameter")
     assert f"did you mean `{meant}`?" in error.message
+
+
+FUNCTION = {"name": "f", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "told"),
+    [
+        (
+            {"tools": [{"type": "function", "function": FUNCTION}]},
+            "tools[0].function",
+            "beside `type`",
+        ),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice.function",
+            "beside `type`",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "json_schema": {"name": "n"}}}},
+            "text.format.json_schema",
+            "beside `type`",
+        ),
+        (
+            {"tools": [{"type": "function", "name": "f", "input_schema": {}}]},
+            "tools[0].input_schema",
+            "`parameters`",
+        ),
+        (
+            item(role="assistant", content="", tool_calls=[{"id": "c"}]),
+            "input[0].tool_calls",
+            "`function_call`",
+        ),
+        (
+            item(role="tool", content="5", tool_call_id="c"),
+            "input[0].tool_call_id",
+            "`function_call_output`",
+        ),
+    ],
+)
+def test_an_object_of_a_chat_is_refused_with_the_form_of_this_api(
+    body: Any, param: str, told: str
+) -> None:
+    error = refused(**body)
+    assert (error.param, error.code) == (param, "unknown_parameter")
+    assert told in error.message
 
 
 def test_integers_beyond_64_bits_come_through() -> None:
@@ -215,7 +288,15 @@ NAMES = [
 WORDS = [
     "",
     MARK,
-    *("message", "function_call", "function_call_output", "reasoning", "function", "allowed_tools"),
+    *(
+        "message",
+        "item_reference",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        "function",
+        "allowed_tools",
+    ),
     *("input_text", "output_text", "refusal", "summary_text", "reasoning_text", "text"),
     *("json_object", "json_schema", "user", "assistant", "system", "auto", "required", "low"),
 ]
@@ -246,7 +327,7 @@ BODIES = st.fixed_dictionaries(
 @given(body=BODIES)
 def test_any_object_is_a_request_or_refused(body: Any) -> None:
     try:
-        read_responses(json.dumps(body).encode(), LIMITS)
+        read_responses(json.dumps(body).encode(), LIMITS, NOTHING_KEPT)
     except ApiError as error:
         if error.status not in (400, 404) or MARK in f"{error.message} {error.param}":
             raise

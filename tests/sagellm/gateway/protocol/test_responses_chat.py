@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.item_memory import ItemMemory, ReferencedItems
 from sagellm.gateway.protocol.bodies import convert
 from sagellm.gateway.protocol.responses_chat import chat_of
 from sagellm.gateway.protocol.responses_fields import ResponsesRequest
@@ -25,7 +26,8 @@ SAID = {
 
 
 def made(**body: Any) -> Any:
-    return chat_of(convert({"input": "hi", **body}, ResponsesRequest))
+    find = ReferencedItems(ItemMemory(), "t", 0)
+    return chat_of(convert({"input": "hi", **body}, ResponsesRequest), find)
 
 
 def messages(*items: Any) -> Any:

@@ -1,6 +1,7 @@
 """Which tools a chat offers, which it must call, and what is said of a wrong choice."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -75,9 +76,9 @@ def test_a_choice_says_which_tools_may_and_must_be_called(
 
 def test_the_model_sees_the_tools_that_it_may_call() -> None:
     both = tool("f"), tool("g")
-    assert len(read(*both, choice=named("g")).tools) == 2
-    assert read(*both, choice="none").tools == []
-    (only,) = read(*both, choice=allowed("auto", "g")).tools
+    assert len(read(*both, choice=named("g")).offered_tools) == 2
+    assert read(*both, choice="none").offered_tools == []
+    (only,) = read(*both, choice=allowed("auto", "g")).offered_tools
     assert only.function.name == "g"
 
 
@@ -112,9 +113,10 @@ def test_without_tools_a_choice_does_no_harm(choice: Any) -> None:
         (allowed("auto"), "tool_choice.allowed_tools.tools", "length >= 1"),
         ("any", "tool_choice", "must be one of none, auto, required"),
         (SECRET, "tool_choice", "must be one of none, auto, required"),
+        ({"type": [SECRET]}, "tool_choice.type", "expected `str`"),
         ({"type": SECRET}, "tool_choice.type", "must be one of function, allowed_tools"),
         ({"type": "function"}, "tool_choice.function", "is missing"),
-        ({"type": "function", "name": "get_weather"}, "tool_choice.function", "is missing"),
+        ({"type": "function", "name": "get_weather"}, "tool_choice.name", "send it in `function`"),
         (named(5), "tool_choice.function.name", "expected `str`"),
         (5, "tool_choice", "expected `str | object | null`"),
     ],
@@ -123,6 +125,14 @@ def test_a_wrong_choice_is_refused_by_its_place(choice: Any, param: str, says: s
     error = refusal(tool("get_weather"), choice=choice)
     assert error.param == param
     assert says in error.message
+
+
+def test_a_wrong_name_is_not_compared_for_long() -> None:
+    tools = [tool(f"t{number:03d}".ljust(64, "x")) for number in range(1024)]
+    started = time.process_time()
+    error = refusal(*tools, choice=named("tq".ljust(64, "x")))
+    assert time.process_time() - started < 0.25
+    assert "did you mean" in error.message
 
 
 @pytest.mark.parametrize("choice", ["required", named("f")])

@@ -39,6 +39,8 @@ ASKED: dict[str, Any] = {
     "vllm_xargs": {"a": 1},
 }
 
+CURES = {"functions": "send `tools`", "function_call": "send `tool_choice`"}
+
 
 def chat(**fields: Any) -> ChatRequest:
     return read_chat(json.dumps({**CHAT, **fields}).encode(), LIMITS)
@@ -55,7 +57,39 @@ def test_an_unbuilt_field_is_refused_by_name(read: Any, name: str) -> None:
         read(**{name: ASKED[name]})
     error = caught.value
     assert (error.status, error.param, error.code) == (400, name, "unsupported_parameter")
-    assert error.message == f"{name}: this server does not support it; leave it out"
+    cure = CURES.get(name, "leave it out") if read is chat else "leave it out"
+    assert error.message == f"{name}: this server does not support it; {cure}"
+
+
+FLAT = {"type": "function", "name": "f", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "cure"),
+    [
+        ({"input": "hi"}, "unknown field `input`; send `messages`"),
+        ({"text": {}}, "send `response_format`"),
+        ({"max_output_tokens": 5}, "send `max_completion_tokens`"),
+        ({"system": "a"}, "send it as a message of the role `system`"),
+        ({"tools": [FLAT]}, "unknown field `name` in tools[0]; send it in `function`"),
+        ({"tools": [{"input_schema": {}}]}, "send it as `parameters` in `function`"),
+        ({"tools": [{"type": "function", "function": {"input_schema": {}}}]}, "send `parameters`"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "send it in `function`"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "send it in `allowed_tools`"),
+        ({"tool_choice": {"type": "function", "function": {"named": "f"}}}, "unknown field"),
+        ({"response_format": {"type": "json_schema", "schema": {}}}, "send it in `json_schema`"),
+        ({"response_format": {"json_schema": {"type": "object"}}}, "send it in `schema`"),
+        ({"messages": [{"role": "assistant", "function_call": {}}]}, "send `tool_calls`"),
+    ],
+)
+def test_a_field_of_another_api_is_refused_with_the_name_here(fields: Any, cure: str) -> None:
+    with pytest.raises(ApiError, match=re.escape(cure)):
+        chat(**fields)
+
+
+def test_messages_are_for_chats() -> None:
+    with pytest.raises(ApiError, match="send chats to /v1/chat/completions"):
+        completion(messages=[])
 
 
 # What chats have built is unbuilt for completions.

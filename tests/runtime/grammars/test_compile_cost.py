@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.regex_cost import MAX_COST, check_regex_cost, regex_cost
+from sagellm.runtime.grammars.compile_cost import MAX_COST, check_regex_cost, regex_cost
 
 
 @pytest.mark.parametrize(
