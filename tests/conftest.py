@@ -6,6 +6,7 @@ SAGELLM_TEST_GATEWAYS=2, what is served on a socket is served by two gateway pro
 
 import fcntl
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from sagellm.opening.open_graph import OpenGraph
 EXECUTOR = os.environ.get("SAGELLM_TEST_EXECUTOR")
 settings.register_profile("sagellm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sagellm")
+# A shell starts background jobs with Ctrl-C ignored, and so would the commands that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=EXECUTOR is not None)
