@@ -204,7 +204,9 @@ def _chain(length: int) -> dict[str, Any]:
     ("template", "parameters"),
     [(GEMMA4, _chain(2000)), (GEMMA4, {"required": 5}), (HERMES, {"format": []})],
 )
-async def test_parameters_that_are_too_deep_or_no_schema_are_refused(template, parameters, monkeypatch):
+async def test_parameters_that_are_too_deep_or_no_schema_are_refused(
+    template, parameters, monkeypatch
+):
     monkeypatch.setattr(grammar_checks, "CHECK_S", 60.0)  # a collection may take longer
     odd = {"type": "function", "function": {"name": "h", "parameters": parameters}}
     found = error(await refused(template, tools=[*TOOLS, odd], tool_choice="required"))
