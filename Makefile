@@ -43,9 +43,11 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMPS)/test
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-# What takes minutes: load tenfold, churn, fuzzing for SAGELLM_FUZZ_S seconds, and the gateway's
-# tests again with engines in worker processes, and with two gateway processes. Not a part of `test`.
+# What takes minutes: load tenfold, churn, fuzzing for SAGELLM_FUZZ_S seconds, of grammars for
+# SAGELLM_FUZZ_GRAMMARS_S, and the gateway's tests again with engines in worker processes, and with
+# two gateway processes. Not a part of `test`.
 soak: export SAGELLM_FUZZ_S ?= 600
+soak: export SAGELLM_FUZZ_GRAMMARS_S ?= 600
 soak: $(STAMPS)/test $(STAMPS)/fuzz
 	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
 		tests/soak tests/sagellm/gateway/test_fuzz.py
