@@ -236,7 +236,7 @@ async def test_results_beyond_the_limit_of_the_key_end_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_work, "SAVE_S", 0.0)
-    stores = stores_in(tmp_path, files_bytes=3000)
+    stores = stores_in(tmp_path, files_bytes=6000)
     large = LineReply(200, b'"' + b"x" * 3000 + b'"')
     server = ScriptedServer()
     server.reply = lambda body: large if len(server.asked) <= 2 else None
