@@ -24,7 +24,7 @@ _Key: TypeAlias = tuple[str, Grammar | None]  # salt and grammar
 
 
 class Refusal(NamedTuple):
-    """Why a sequence ends without a matcher."""
+    """The reason why a sequence ends without a matcher."""
 
     reason: FinishReason
     message: str

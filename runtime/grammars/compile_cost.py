@@ -1,4 +1,4 @@
-"""What schemas and regular expressions may cost to compile where llguidance has no limit.
+"""Limits of what schemas and regular expressions may cost to compile where llguidance has no limit.
 
 The cost is estimated from the text alone. Optional parts of a regular expression take time and
 memory that grow with the square of their number in a row: 2,000 parts like `.?` take 0.3 s, and
@@ -24,7 +24,7 @@ _COMPOUND_US = 60  # an array or an object in `enum` or `const`
 _MATCHED_US = 80  # a value of `enum` that must also match a pattern or a format
 _FORMAT_US = {"uri": 470}
 _OTHER_FORMAT_US = 100
-MAX_IN_A_ROW = 1000
+MAX_IN_A_ROW = 1000  # optional parts of a regular expression
 MAX_COST = MAX_IN_A_ROW**2
 # Every repetition is bounded, or cannot fail late: the text may be hostile to this expression, too.
 _PART = re.compile(
@@ -43,7 +43,7 @@ _OPTIONAL = re.compile(r"[?*]|\{\s*0*\s*,")
 
 
 class SchemaCost:
-    """What the keywords of one schema cost together.
+    """The cost of all keywords of one schema.
 
     Each method counts the value of a keyword of a node. Raises GrammarError.
     """

@@ -22,7 +22,7 @@ MAX_KEPT_BYTES = 4 << 20  # of their texts
 
 
 class _Key(NamedTuple):
-    """What a compiled grammar is kept for."""
+    """The identity of a kept grammar: whose it is, and what it is."""
 
     user_id: str
     salt: str

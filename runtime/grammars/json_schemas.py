@@ -66,7 +66,7 @@ def schema_text(schema: dict[str, Any], options: Mapping[str, object] = OPTIONS)
 
 
 def disjointness_of(schema: dict[str, Any]) -> Disjointness:
-    """What tells whether options of the schema exclude each other."""
+    """The judge of whether options of the schema exclude each other."""
     inner = [place.schema for place in schemas_in(schema)][1:]
     has_bases = any(isinstance(node.get(key), str) for node in inner for key in ("$id", "id"))
     return Disjointness({} if has_bases else schema)  # references would lead elsewhere
@@ -97,7 +97,7 @@ def _check_cost(schema: dict[str, Any]) -> None:
 
 
 def _place(schema: dict[str, Any], node: dict[str, Any], keyword: str) -> str:
-    """Where a keyword of a part stands, for a message; "" if the part is data."""
+    """The place of a keyword of a part, for a message; "" if the part is data."""
     found = (place for place in schemas_in(schema) if place.schema is node)
     return next((f" (at {place.shown(keyword)})" for place in found), "")
 

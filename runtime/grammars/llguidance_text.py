@@ -1,4 +1,4 @@
-"""What llguidance is given for a grammar, within limits."""
+"""The text that llguidance is given for a grammar, within limits."""
 
 import json
 from typing import NamedTuple

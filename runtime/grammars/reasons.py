@@ -1,4 +1,4 @@
-"""What a client is told about a refused grammar: the reason, and the place of a schema's fault.
+"""The answer to a client whose grammar is refused: the reason, and the place of a schema's fault.
 
 The messages of llguidance quote the grammar, so each is replaced by a text of our own.
 """
@@ -127,7 +127,7 @@ def _keywords(message: str) -> list[str]:
 
 
 def fault_place(text: str, cause: str) -> str:
-    """Where the fault is, for a message, or "" if it may be at several places.
+    """The place of the fault, for a message, or "" if it may be at several places.
 
     `text`: a schema that was read and refused. `cause`: the reason that the client is told.
     """

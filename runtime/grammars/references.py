@@ -1,4 +1,4 @@
-"""How deeply definitions lead to each other: references of a schema, rules of a grammar.
+"""The depth at which definitions lead to each other: references of a schema, rules of a grammar.
 
 llguidance calls itself for each level. A chain of 900 references overflows a stack of 8 MB, which
 ends the process.
@@ -89,7 +89,7 @@ class References:
         return Definition(deepest, names)
 
     def targets(self, reference: str) -> Iterator[object]:
-        """What a reference may lead to; None where it leads to nothing."""
+        """Yield the targets that a reference may have; None where it leads to nothing."""
         fragment = unquote(reference.partition("#")[2])
         if fragment and not fragment.startswith("/"):
             yield from self._anchors.get(fragment, ())
@@ -99,7 +99,7 @@ class References:
             yield self._inside(base, steps)
 
     def _inside(self, found: Any, steps: list[str]) -> object:
-        """What a JSON pointer leads to; None if there is nothing."""
+        """The target of a JSON pointer; None if there is nothing."""
         for step in steps:
             self._count()
             if isinstance(found, dict):

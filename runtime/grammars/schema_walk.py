@@ -1,4 +1,4 @@
-"""Where a JSON schema has schemas, and how errors name such a place."""
+"""The schemas in a JSON schema, and the names of their places in errors."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How models write tool calls and reasoning, and the table of the formats, by name.
+"""The ways in which models write tool calls and reasoning, and the table of the formats, by name.
 
 `chat_format` has the contract. To ship a format, add a file with its `ChatFormat`, and an entry to
 the table below. Users register their own formats with `sagellm.register_chat_format`; packages

@@ -136,7 +136,7 @@ class UnboundSchema(ValueError):
 
 
 class ChatFormat(Protocol):
-    """How the models of a family write tool calls and reasoning.
+    """The way in which the models of a family write tool calls and reasoning.
 
     `takes_tools`: whether the template shows tools to the model, and the format knows its calls.
     `has_reasoning`: whether the model may write reasoning before its answer. A parser of a format

@@ -1,4 +1,4 @@
-"""Where the readers of a format write the parts of an answer."""
+"""The writer of an answer's parts, which the readers of all formats use."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What the grammars of tools read in the JSON schemas of arguments."""
+"""Readers of the JSON schemas of arguments, for the grammars of tools."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias

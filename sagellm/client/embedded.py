@@ -63,7 +63,7 @@ class StreamUsage:
 
 
 def parts_of(read: SessionCall) -> ChoiceParts:
-    """What splits one choice of a call into content, reasoning and tool calls."""
+    """The parser that splits one choice of a call into content, reasoning and tool calls."""
     return ChoiceParts(read.open_parser, shows_reasoning=read.shows_reasoning)
 
 

@@ -75,7 +75,7 @@ class _GrammarsInPlace:
 
 @dataclass(frozen=True, slots=True)
 class _InPlace:
-    """What the checks of a gateway need, in this process."""
+    """The parts that the checks of a gateway need, in this process."""
 
     settings: Settings = field(default_factory=Settings)
     grammars: _GrammarsInPlace = field(default_factory=_GrammarsInPlace)

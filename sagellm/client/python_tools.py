@@ -123,7 +123,7 @@ def _arguments_of(
 
 
 def _annotated(function: ToolCallable) -> ToolCallable:
-    """What has the annotations of a function: of an object, the method `__call__` of its class."""
+    """The object with a function's annotations: of other objects, `__call__` of the class."""
     is_function = inspect.isroutine(function) or inspect.isclass(function)
     return function if is_function else type(function).__call__
 

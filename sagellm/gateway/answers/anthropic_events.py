@@ -47,7 +47,7 @@ _OWN_IDS, _API_IDS = "call_", "toolu_"  # how ids of tool calls begin, here and 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageOptions:
-    """What the answer to /v1/messages depends on, besides its text.
+    """The facts that the answer to /v1/messages depends on, besides its text.
 
     `is_clipped`: the context ends before the answer has as many tokens as the client allows.
     """

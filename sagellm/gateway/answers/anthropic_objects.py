@@ -42,7 +42,7 @@ AnswerContent: TypeAlias = TextContent | ThinkingContent | ToolUseContent
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True):
-    """Of the answer's tokens, those that were reasoning."""
+    """The tokens of the answer that were reasoning."""
 
     thinking_tokens: TokenCount
 
@@ -139,7 +139,7 @@ class StopDelta(msgspec.Struct, frozen=True):
 
 
 class MessageDelta(msgspec.Struct, frozen=True, tag_field="type", tag="message_delta"):
-    """Why the answer ended. `usage`: that of the whole call."""
+    """The reason why the answer ended. `usage`: that of the whole call."""
 
     delta: StopDelta
     usage: MessageUsage

@@ -11,13 +11,13 @@ Ids: TypeAlias = tuple[int, ...]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """Of the prompt's tokens, those whose keys and values were there already."""
+    """The tokens of the prompt whose keys and values were there already."""
 
     cached_tokens: TokenCount = 0
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
-    """Of the answer's tokens, those that were reasoning."""
+    """The tokens of the answer that were reasoning."""
 
     reasoning_tokens: TokenCount = 0
 
@@ -216,7 +216,7 @@ class Detokenized(msgspec.Struct, frozen=True):
 
 
 class TokenizerFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client needs to count and cut as the server does. Special tokens as text."""
+    """The facts that a client needs to count and cut as the server does. Special tokens as text."""
 
     tokenizer_class: str
     vocab_size: int

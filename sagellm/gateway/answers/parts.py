@@ -22,7 +22,7 @@ from sagellm.runtime.messages import TokenEvent
 
 @dataclass(frozen=True, slots=True)
 class ChatPiece:
-    """What one event adds to a choice.
+    """The additions of one event to a choice.
 
     `calls` has one entry for each tool call that goes on.
     """

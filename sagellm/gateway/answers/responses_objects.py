@@ -56,7 +56,7 @@ OutputItem: TypeAlias = OutputMessage | OutputReasoning | OutputCall
 
 
 class ResponseInputDetails(msgspec.Struct, frozen=True):
-    """Of the input's tokens, those whose keys and values were there already.
+    """The tokens of the input whose keys and values were there already.
 
     `cache_write_tokens` counts those that a client has asked to keep; no field asks for that here.
     """
@@ -95,7 +95,7 @@ class CountedInput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IncompleteDetails(msgspec.Struct, frozen=True):
-    """Why an answer ended before its end."""
+    """The reason why an answer ended before its end."""
 
     reason: Literal["max_output_tokens", "content_filter"]
 

@@ -55,7 +55,7 @@ class RequestCounts(msgspec.Struct, frozen=True):
 
 
 class InputError(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong with the input of a batch. `line` counts from 1."""
+    """A mistake in the input of a batch. `line` counts from 1."""
 
     code: str
     message: str
@@ -64,20 +64,20 @@ class InputError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InputErrors(msgspec.Struct, frozen=True):
-    """What is wrong with the input of a batch that failed."""
+    """The mistakes in the input of a batch that failed."""
 
     data: tuple[InputError, ...]
     object: Literal["list"] = "list"
 
 
 class InputTokens(msgspec.Struct, frozen=True):
-    """Of the prompts' tokens, those whose keys and values were there already."""
+    """The tokens of the prompts whose keys and values were there already."""
 
     cached_tokens: int
 
 
 class OutputTokens(msgspec.Struct, frozen=True):
-    """Of the answers' tokens, those that were reasoning."""
+    """The tokens of the answers that were reasoning."""
 
     reasoning_tokens: int
 

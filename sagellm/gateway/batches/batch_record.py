@@ -68,7 +68,7 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ended_at(self) -> float:
-        """When the batch ended; infinity before that."""
+        """The time at which the batch ended; infinity before that."""
         return self.times[self.status] if self.has_ended else inf
 
     def at(self, status: BatchStatus) -> "BatchRecord":

@@ -42,7 +42,7 @@ _CHUNK = 256  # lines without an answer that are appended at once
 
 @dataclass(frozen=True, slots=True)
 class LineReply:
-    """What a client of HTTP would have got for one request. `body` is JSON text."""
+    """The reply that a client of HTTP would have got for one request. `body` is JSON text."""
 
     status: int
     body: bytes

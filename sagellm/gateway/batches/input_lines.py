@@ -59,7 +59,7 @@ class InputLine:
 
 @dataclass(slots=True)
 class InputScan:
-    """What a scan of the input found. `pending`: the offsets of the lines without a result.
+    """The result of a scan of the input. `pending`: the offsets of the lines without a result.
 
     `total` counts valid lines. If there are `errors`, the other fields are not complete.
     """

@@ -28,7 +28,7 @@ class LineResponse(msgspec.Struct, frozen=True):
 
 
 class LineFailure(msgspec.Struct, frozen=True):
-    """Why a request got no answer."""
+    """The reason why a request got no answer."""
 
     code: str
     message: str
@@ -82,7 +82,7 @@ class _AnyResponse(msgspec.Struct, frozen=True):
 
 
 class _Stored(msgspec.Struct, frozen=True):
-    """What is read again of a stored line. `response` stays JSON text."""
+    """The part of a stored line that is read again. `response` stays JSON text."""
 
     custom_id: str
     response: msgspec.Raw = msgspec.Raw(b"null")
@@ -99,7 +99,7 @@ class _Stored(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Tally:
-    """What the result files hold. `done`: the custom ids of all lines."""
+    """The contents of the result files, in numbers. `done`: the custom ids of all lines."""
 
     completed: int = 0
     failed: int = 0

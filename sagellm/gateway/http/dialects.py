@@ -1,4 +1,4 @@
-"""What the clients of each API expect of any call: the form of errors, and names of headers."""
+"""The form of errors and the names of headers that the clients of each API expect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

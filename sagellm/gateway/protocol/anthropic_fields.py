@@ -52,7 +52,7 @@ TextBlocks: TypeAlias = Annotated[list[TextBlock], Meta(max_length=MAX_PARTS)]
 
 
 class ToolResultBlock(ContentBlock, frozen=True, kw_only=True, tag="tool_result"):
-    """What a called tool returned. With `is_error`, the model reads `Error: ` before the text."""
+    """The result of a called tool. With `is_error`, the model reads `Error: ` before the text."""
 
     tool_use_id: str
     content: str | TextBlocks = ""

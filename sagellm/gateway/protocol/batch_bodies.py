@@ -21,7 +21,7 @@ _NONE = Foreign(unbuilt={}, taken={})
 
 
 class OutputLife(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When the result files of a batch expire, in seconds from their creation."""
+    """The life of the result files of a batch, in seconds from their creation."""
 
     anchor: str
     seconds: Annotated[int, Meta(ge=LIFE_S[0], le=LIFE_S[1])]
@@ -65,7 +65,7 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 class PageQuery(NamedTuple):
-    """Which part of a list a client wants. `after`: the id before the first one, or ""."""
+    """The part of a list that a client wants. `after`: the id before the first one, or ""."""
 
     limit: int
     after: str = ""

@@ -85,7 +85,7 @@ class FunctionCallItem(_Sent, frozen=True, kw_only=True, tag="function_call"):
 
 
 class CallOutputItem(_Sent, frozen=True, kw_only=True, tag="function_call_output"):
-    """What a called function returned."""
+    """The result of a called function."""
 
     call_id: str
     output: str | Annotated[list[InputTextPart], Meta(max_length=MAX_PARTS)]
@@ -153,7 +153,7 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ReasoningOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much the model reasons. The answer has the reasoning itself, and no summary."""
+    """The amount of reasoning. The answer has the reasoning itself, and no summary."""
 
     effort: Effort | None = None
     summary: SummaryStyle | None = None

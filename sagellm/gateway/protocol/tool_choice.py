@@ -19,7 +19,7 @@ ToolName: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$(?!\n)"
 
 
 class ToolFunction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a tool does. `parameters` is a JSON schema of its arguments.
+    """The description of a tool. `parameters` is a JSON schema of its arguments.
 
     The arguments of a call obey the schema if the call is required, or if `strict` is true.
     """
