@@ -1,13 +1,26 @@
-"""Compiled grammars: what llguidance made of one, its limits, and what its matchers share."""
+"""Compiled grammars: the text that llguidance gets for one, what llguidance made of the text within
+limits, and what its matchers share.
+"""
 
+import json
 import threading
+from typing import NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sagellm.backends.step import MatcherError
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.llguidance_text import Source
-from sagellm.runtime.grammars.reasons import reason
+from sagellm.runtime.grammars.compile_cost import check_regex_cost, regex_cost
+from sagellm.runtime.grammars.json_schemas import read_schema, schema_text
+from sagellm.runtime.grammars.lark_grammars import from_gbnf, has_gbnf_rules, lark_text
+from sagellm.runtime.grammars.reasons import fault_place, reason
+from sagellm.runtime.grammars.references import check_levels
+from sagellm.runtime.sampling import Grammar
+
+MAX_TEXT_BYTES = 256 << 10
+# A forced text is not split as the tokenizer would split it: the model chooses. So a mask depends
+# on the bytes of the output alone, and llguidance never calls the tokenizer.
+_OPTIONS = '%llguidance {"no_forcing": true}'
 
 # Measured with 150,000 tokens: the masks of hostile grammars take up to 50 ms, but for ambiguous
 # grammars (see below). Schemas with 500 optional properties, or enums of 10,000 texts, fit.
@@ -25,6 +38,56 @@ _MIN_FILLS = 500  # masks that a lexer must have served to be worth making anew
 # A mask may take this CPU time on average. An ambiguous grammar passes every limit of llguidance,
 # and each of its masks takes longer than the one before: 0.2 s when its answer ends here.
 _MEAN_FILL_S, _SPARE_S = 0.005, 0.5
+
+
+class Source(NamedTuple):
+    """The text that llguidance compiles. `has_lines`: its lines are those of the client's text.
+    `schema`: the client's text, if it is a JSON schema.
+    """
+
+    text: str
+    has_lines: bool = False
+    schema: str = ""
+
+    def fault(self, message: str) -> GrammarError:
+        """The error for a message of llguidance, with the place of the fault if that is known."""
+        cause = reason(message, has_lines=self.has_lines)
+        return GrammarError(f"{cause}{fault_place(self.schema, cause)}" if self.schema else cause)
+
+
+def llguidance_text(grammar: Grammar) -> Source:
+    """The text that llguidance compiles. Raises GrammarError."""
+    try:
+        if len(grammar.text.encode()) <= MAX_TEXT_BYTES:
+            return _TEXTS[grammar.kind](grammar.text)
+    except UnicodeEncodeError:
+        raise GrammarError("the grammar is not Unicode text") from None
+    raise GrammarError(f"the grammar is longer than {MAX_TEXT_BYTES >> 10} KiB")
+
+
+def _of_schema(text: str) -> Source:
+    # The schema is a grammar of its own, because only a grammar in Lark has options.
+    start = json.dumps({"name": "start", "lark_grammar": f"start: @schema\n{_OPTIONS}"})
+    read = read_schema(text)
+    check_levels(read)
+    schema = schema_text(read)
+    grammars = f'{{"grammars": [{start}, {{"name": "schema", "json_schema": {schema}}}]}}'
+    return Source(grammars, schema=text)
+
+
+def _of_regex(text: str) -> Source:
+    check_regex_cost(regex_cost(text))
+    found = json.loads(LLMatcher.grammar_from_regex(text))
+    return Source(f"{found['grammars'][0]['lark_grammar']}\n{_OPTIONS}")
+
+
+def _of_lark(text: str) -> Source:
+    is_gbnf = has_gbnf_rules(text)
+    lark = from_gbnf(text) if is_gbnf else text
+    return Source(f"{lark_text(lark)}\n{_OPTIONS}", has_lines=not is_gbnf)
+
+
+_TEXTS = {"json_schema": _of_schema, "regex": _of_regex, "lark": _of_lark}
 
 
 class CompiledGrammar:
