@@ -18,6 +18,7 @@ from sagellm.backends.cpu.kv_storage import CpuStorage, torch_dtype
 from sagellm.backends.cpu.lowerings import LOWERINGS, BoundKernel
 from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
+from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.cpu.translation import Translation, UntranslatableError, translate
 from sagellm.backends.instructions import Instruction, KernelPlan, plan_kernels
 from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress, Weights
@@ -232,7 +233,7 @@ class _Launch:
 class CpuQueue:
     """The Queue of the CPU: its own thread runs programs and then samples from their logits.
 
-    `threads`: how many threads kernels may use; None: torch's default. One thread computes all
+    `threads`: how many threads kernels may use; None: `default_threads`. One thread computes all
     launches, because OpenMP and the C kernels keep a team of threads for each calling thread.
     `launch` makes the inputs on the caller's thread, while the previous launch is computed.
     """
@@ -242,6 +243,7 @@ class CpuQueue:
         self._largest = native.largest_allowed if native else largest_allowed
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masks = MaskThread()
+        threads = threads or default_threads(native.tuned if native else None)
         self._thread = threading.Thread(target=self._work, args=(threads,), name=THREAD_NAME)
         self._thread.start()
 
@@ -260,9 +262,8 @@ class CpuQueue:
         self._thread.join()
         self._masks.close()
 
-    def _work(self, threads: int | None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)  # OpenMP keeps this number for the calling thread
+    def _work(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # OpenMP keeps this number for the calling thread
         while (launch := self._launches.get()) is not None:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began

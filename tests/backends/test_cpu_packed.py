@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from sagellm.backends.cpu.linear import PackedLinear, pack
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native.tuning import Tuning
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -147,6 +149,20 @@ def test_gated_is_what_the_halves_of_the_columns_give(kind, depth, bias):
         (260, 2),
     ]:
         assert torch.equal(gated(linear, x[:rows], 96, threads), wanted[:rows]), rows
+
+
+@KINDS
+def test_a_gated_product_has_the_same_bits_with_every_tuning(kind):
+    x, weight, _ = operands(150, 2 * 96, 2061, kind)
+    linear, default = packed(weight, None, kind), KERNELS.default_tuning
+    wanted = {rows: gated(linear, x[:rows], 96, 2) for rows in (1, 2, 65, 150)}
+    try:
+        for panels, most in itertools.product((1, 2, 4), (1, 24, 64)):
+            assert KERNELS.tune(Tuning(most, panels, default.quant_ahead))
+            for rows, result in wanted.items():
+                assert torch.equal(gated(linear, x[:rows], 96, 2), result)
+    finally:
+        KERNELS.tune(default)
 
 
 @pytest.mark.parametrize(("width", "depth"), [(2 * 95, 64), (2 * 16 + 2, 64), (128, 1 << 20)])

@@ -10,12 +10,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
+from sagellm.backends.cpu.native.c_structs import (
+    NativeBatch,
+    NativeHeads,
+    NativeLayer,
+    NativeStep,
+    NativeTuning,
+)
 from sagellm.backends.cpu.native.compiler import compiled
+from sagellm.backends.cpu.native.tuning import (
+    Tuned,
+    Tuning,
+    read_tuned,
+    tuned_file,
+    warn_of_tuned,
+)
 from sagellm.backends.interface import Progress, silent
 from sagellm.backends.token_masks import Mask
 from sagellm.graphs.log import get_logger
@@ -51,6 +65,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_step_close": (_POINTER,),
     "sage_copy_sum": (_LONG, _POINTER, _POINTER, _POINTER),
     "sage_largest_allowed": (_POINTER, _POINTER, _LONG),
+    "sage_tune_get": (_POINTER, _POINTER),
+    "sage_tune_set": (_POINTER,),
     "sage_quant_make": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
         *(_INT, _LONG, _LONG, _INT),
@@ -79,7 +95,7 @@ def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
         if path is None:
             return None
         try:
-            return NativeKernels(path)
+            return NativeKernels(path, read_tuned(path))
         except OSError as error:
             _log.warning("native_kernels_broken", cause=str(error), fix="see the compiler's output")
             with suppress(OSError):
@@ -89,18 +105,22 @@ def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
 
 class NativeKernels:
     """The C kernels, which return new tensors. Activations are float32; weights and pools are
-    float32 or bfloat16.
+    float32 or bfloat16. `tuned`: what was found for this machine; None: the defaults are used.
 
     Every kernel is batch-invariant: a row's bits do not depend on other rows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tuned: Tuned | None = None) -> None:
         self._library = ctypes.CDLL(str(path))
         for name, signature in _SIGNATURES.items():
             getattr(self._library, name).argtypes = signature
         self._library.sage_packed_bytes.restype = _LONG
         self._library.sage_copy_sum.restype = ctypes.c_uint64
         self._library.sage_largest_allowed.restype = _LONG
+        self.tuned = tuned
+        if tuned and not self.tune(tuned.values):
+            warn_of_tuned(tuned_file(path), "a value is out of range")
+            self.tuned = None
 
     def function(self, name: str) -> int:
         """The address of a C function, for a struct that points to it."""
@@ -110,6 +130,29 @@ class NativeKernels:
     def has_pairs(self) -> bool:
         """Whether this CPU multiplies pairs of bfloat16 (AVX512-BF16)."""
         return bool(self._library.sage_has_pairs())
+
+    @property
+    def tuning(self) -> Tuning:
+        """The values that all kernels of this process use."""
+        return self._tunings()[0]
+
+    @property
+    def default_tuning(self) -> Tuning:
+        """The values of kernels that are not tuned."""
+        return self._tunings()[1]
+
+    def _tunings(self) -> tuple[Tuning, ...]:
+        found = NativeTuning(), NativeTuning()
+        self._library.sage_tune_get(*map(ctypes.byref, found))
+        names = Tuning.__struct_fields__
+        return tuple(Tuning(*(getattr(values, name) for name in names)) for values in found)
+
+    def tune(self, values: Tuning) -> bool:
+        """Let all kernels of this process use `values`. False, and no effect, if one is out of
+        range.
+        """
+        found = NativeTuning(*msgspec.structs.astuple(values))
+        return not self._library.sage_tune_set(ctypes.byref(found))
 
     def is_gated(self, num_cols: int, size: int) -> bool:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""

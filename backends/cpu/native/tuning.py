@@ -1,0 +1,98 @@
+"""The numbers that `sagellm tune` chose for this machine, in a file beside the library of kernels.
+Needs no torch.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from sagellm.backends.cpu.native.compiler import is_private
+from sagellm.backends.cpu.topology import Topology, threads_of_environment, usable_cores
+from sagellm.graphs.log import get_logger
+
+_log = get_logger(__name__)
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+
+
+class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The values of the kernels, which no result depends on: those of tuning.h."""
+
+    rows: _Count
+    panels: _Count
+    quant_ahead: _Count
+
+
+class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was found. `threads` holds only for a process with `cpus` CPUs on `cores` cores, of
+    which it may use `allowed` at once.
+    """
+
+    values: Tuning
+    threads: _Count
+    cores: _Count
+    cpus: _Count
+    allowed: _Count
+
+    def fits(self, topology: Topology) -> bool:
+        """Whether `threads` holds for a process on `topology`."""
+        now = topology.num_cores, topology.num_cpus, topology.num_allowed
+        return now == (self.cores, self.cpus, self.allowed) and self.threads <= self.cpus
+
+
+def default_threads(tuned: Tuned | None = None, topology: Topology | None = None) -> int:
+    """The threads of kernels where an engine has no `threads`: those of OMP_NUM_THREADS, else those
+    that were tuned, else one per physical core. `topology` None: that of this process.
+    """
+    found = threads_of_environment()
+    if found is not None:
+        return found
+    topology = topology or usable_cores()
+    return tuned.threads if tuned and tuned.fits(topology) else topology.threads
+
+
+def tuned_file(library: Path) -> Path:
+    """The file of what was tuned for a library: the key of its name covers sources and CPU."""
+    return library.with_name(f"tuned-{library.stem.partition('-')[2]}.json")
+
+
+def read_tuned(library: Path) -> Tuned | None:
+    """What was tuned for a library. None, and a warning in the log, for a file that is damaged, or
+    that others could have written. None for no file.
+    """
+    path = tuned_file(library)
+    cause = "others could have written it"
+    try:
+        if not path.is_symlink() and not path.exists():
+            return None
+        if is_private(path):
+            return msgspec.json.decode(path.read_bytes(), type=Tuned)
+    except (OSError, msgspec.DecodeError) as error:
+        cause = str(error)
+    warn_of_tuned(path, cause)
+    return None
+
+
+def warn_of_tuned(path: Path, cause: str) -> None:
+    """Log that a file is ignored."""
+    _log.warning("tuning_ignored", file=str(path), cause=cause, fix="run `sagellm tune` again")
+
+
+def write_tuned(library: Path, tuned: Tuned) -> Path:
+    """Keep what was tuned for a library, in place of what was; return the file. Raises OSError."""
+    path = tuned_file(library)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
+        fresh.write_bytes(msgspec.json.format(msgspec.json.encode(tuned)) + b"\n")
+        fresh.chmod(0o600)  # the umask may allow others to write
+        fresh.replace(path)
+    return path
+
+
+def forget_tuned(library: Path) -> bool:
+    """Remove what was tuned for a library; return whether there was anything. Raises OSError."""
+    path = tuned_file(library)
+    was_there = path.is_symlink() or path.exists()
+    path.unlink(missing_ok=True)
+    return was_there
