@@ -39,7 +39,7 @@ class Work:
     row_bits: int = 0
 
 
-DECODE, PREFILL, BLOCK = Work(1, 99), Work(512, 1), Work(64, 2)
+DECODE, FEW, BLOCK, PREFILL = Work(1, 99), Work(4, 99), Work(64, 2), Work(512, 1)
 INT8, INT4 = Work(1, 99, 8, 16), Work(1, 99, 4, 8)
 # A request of 512 tokens and an answer of 128, by the layers that each work computes.
 _REQUEST = {PREFILL: 1.0, DECODE: 128.0}
@@ -86,7 +86,8 @@ class _Number:
 
 NUMBERS = (
     _Number("panels", (1, 2, 4), {DECODE: 1.0}, 0.15),
-    _Number("rows", (24, 32, 48, 56, 64), {BLOCK: 1 / 64, PREFILL: 1 / 512}, 0.25),
+    _Number("ahead", (1024, 2048, 4096, 8192, 16384, 1 << 18), {DECODE: 1.0, FEW: 1.0}, 0.15),
+    _Number("rows", (24, 32, 48, 56, 64), {BLOCK: 1 / 64, PREFILL: 1 / 512}, 0.2),
     _Number("quant_ahead", (1024, 2048, 4096, 8192, 16384), {INT8: 1.0, INT4: 1.0}, 0.2),
 )
 
@@ -117,7 +118,7 @@ def choose(
     """
     setting, choices = Setting(default, topology.threads), []
     end = clock()
-    threads = _Number("threads", thread_candidates(topology), _REQUEST, 0.4)
+    threads = _Number("threads", thread_candidates(topology), _REQUEST, 0.3)
     for number in (threads, *NUMBERS):
         end += number.share * budget_s
         has_time = partial(_is_before, clock, end)

@@ -20,8 +20,9 @@ from sagellm.cli.terminal import show_start_progress
 LABELS = {
     "threads": "threads",
     "panels": "panels of a row",
+    "ahead": "bytes prefetched",
     "rows": "rows of a block",
-    "quant_ahead": "bytes prefetched",
+    "quant_ahead": "of quantised",
 }
 
 

@@ -157,8 +157,8 @@ def test_a_gated_product_has_the_same_bits_with_every_tuning(kind):
     linear, default = packed(weight, None, kind), KERNELS.default_tuning
     wanted = {rows: gated(linear, x[:rows], 96, 2) for rows in (1, 2, 65, 150)}
     try:
-        for panels, most in itertools.product((1, 2, 4), (1, 24, 64)):
-            assert KERNELS.tune(Tuning(most, panels, default.quant_ahead))
+        for panels, most, ahead in itertools.product((1, 2, 4), (1, 24, 64), (512, 1 << 18)):
+            assert KERNELS.tune(Tuning(most, panels, ahead, default.quant_ahead))
             for rows, result in wanted.items():
                 assert torch.equal(gated(linear, x[:rows], 96, 2), result)
     finally:

@@ -22,7 +22,7 @@ from sagellm.backends.cpu.tuner import (
     thread_candidates,
 )
 
-DEFAULT = Tuning(rows=48, panels=4, quant_ahead=4096)
+DEFAULT = Tuning(rows=48, panels=4, ahead=4096, quant_ahead=4096)
 FOUR = Topology(((0,), (1,), (2,), (3,)))
 
 
@@ -160,13 +160,13 @@ def test_real_kernels_are_measured_and_have_their_values_back(
     monkeypatch.setattr("sagellm.backends.cpu.tuner._WEIGHT_BYTES", 32 << 20)
     times = KernelTimes(KERNELS)
     try:
-        other = Tuning(rows=24, panels=1, quant_ahead=1024)
+        other = Tuning(rows=24, panels=1, ahead=512, quant_ahead=1024)
         works = {work for number in NUMBERS for work in number.weights} | {PREFILL}
         for work in works:
             assert times(work, Setting(other, 1)) > 0
         assert KERNELS.tuning == other
         with pytest.raises(ValueError, match="refuse"):
-            times(DECODE, Setting(Tuning(rows=65, panels=1, quant_ahead=1024), 1))
+            times(DECODE, Setting(Tuning(rows=65, panels=1, ahead=512, quant_ahead=1024), 1))
     finally:
         times.close()
     assert KERNELS.tuning == DEFAULT

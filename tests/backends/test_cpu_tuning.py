@@ -27,7 +27,9 @@ from sagellm.backends.cpu.tuner import NUMBERS
 
 KERNELS = native_kernels()
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
-TUNED = Tuned(Tuning(rows=32, panels=2, quant_ahead=1024), threads=2, cores=2, cpus=4, allowed=4)
+TUNED = Tuned(
+    Tuning(rows=32, panels=2, ahead=512, quant_ahead=1024), threads=2, cores=2, cpus=4, allowed=4
+)
 FITTING = Topology(((0, 2), (1, 3)))
 
 
@@ -40,12 +42,18 @@ def kernels() -> Iterator[NativeKernels]:
     KERNELS.tune(KERNELS.default_tuning)
 
 
-def every_tuning() -> Iterator[Tuning]:
-    """All values that `sagellm tune` may choose, and the smallest that kernels take."""
+def every_tuning(default: Tuning) -> Iterator[Tuning]:
+    """The default with each candidate of `sagellm tune`, all smallest and largest candidates
+    together, and the smallest values that kernels take.
+    """
     by_name = {number.name: number.candidates for number in NUMBERS}
-    for values in itertools.product(*(by_name[name] for name in Tuning.__struct_fields__)):
+    for name, candidates in by_name.items():
+        for value in candidates:
+            yield msgspec.structs.replace(default, **{name: value})
+    ends = [(min(by_name[name]), max(by_name[name])) for name in Tuning.__struct_fields__]
+    for values in itertools.product(*ends):
         yield Tuning(*values)
-    yield Tuning(rows=1, panels=1, quant_ahead=1024)
+    yield Tuning(rows=1, panels=1, ahead=512, quant_ahead=512)
 
 
 @needs_kernels
@@ -56,7 +64,7 @@ def test_a_product_has_the_same_bits_with_every_tuning(kernels: NativeKernels, k
     linear = pack(kernels, weight, torch.randn(len(weight)), kind)  # type: ignore[arg-type]
     rows = [torch.randn(count, 4101) for count in (1, 2, 65, 150)]
     wanted = [linear(x) for x in rows]
-    for values in every_tuning():
+    for values in every_tuning(kernels.default_tuning):
         assert kernels.tune(values)
         assert all(map(torch.equal, map(linear, rows), wanted)), values
 
@@ -70,7 +78,7 @@ def test_a_quantised_product_has_the_same_bits_with_every_tuning(
     linear = PackedQuantised(kernels, weight, None, row_bits)
     rows = [torch.randn(count, 2080) for count in (1, 70)]
     wanted = [linear(x) for x in rows]
-    for values in every_tuning():
+    for values in every_tuning(kernels.default_tuning):
         assert kernels.tune(values)
         assert all(map(torch.equal, map(linear, rows), wanted)), values
 
@@ -80,7 +88,8 @@ def test_a_quantised_product_has_the_same_bits_with_every_tuning(
     "changed",
     [
         *({"rows": 0}, {"rows": 65}, {"panels": 0}, {"panels": 3}, {"panels": 8}),
-        *({"quant_ahead": 0}, {"quant_ahead": 1025}, {"quant_ahead": 65 << 10}),
+        *({"ahead": 0}, {"ahead": 513}, {"ahead": (256 << 10) + 512}),
+        *({"quant_ahead": 0}, {"quant_ahead": 1025}, {"quant_ahead": (256 << 10) + 512}),
     ],
 )
 def test_a_value_out_of_range_is_refused(kernels: NativeKernels, changed: dict[str, int]) -> None:
@@ -184,7 +193,9 @@ def test_a_file_with_values_that_kernels_refuse_is_ignored_with_a_warning(tmp_pa
     assert path is not None
     library = write(tmp_path)
     library.write_bytes(path.read_bytes())
-    wrong = msgspec.structs.replace(TUNED, values=Tuning(rows=65, panels=4, quant_ahead=4096))
+    wrong = msgspec.structs.replace(
+        TUNED, values=Tuning(rows=65, panels=4, ahead=4096, quant_ahead=4096)
+    )
     with logged() as logs:
         kernels = NativeKernels(library, wrong)
     assert (kernels.tuned, kernels.tuning) == (None, kernels.default_tuning)

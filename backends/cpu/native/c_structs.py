@@ -51,7 +51,7 @@ class NativeTuning(ctypes.Structure):
     """tuning.h: numbers that suit one machine better than another."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        (name, _LONG) for name in ("rows", "panels", "quant_ahead")
+        (name, _LONG) for name in ("rows", "panels", "ahead", "quant_ahead")
     ]
 
 

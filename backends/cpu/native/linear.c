@@ -39,6 +39,7 @@ typedef struct {
     long apart;                /* bytes from one panel to the next */
     long first, last;          /* panels of this thread */
     long top, rows, begin;     /* the current block of x: first row, number of rows, first k */
+    long ahead;                /* bytes of a panel to prefetch, if one tile has all rows */
     int row_panels;            /* panels of a tile of one row */
 } Product;
 
@@ -46,7 +47,9 @@ typedef struct {
 typedef struct {
     long row, panel, k, k_len;
     const char *ahead; /* the weights to prefetch meanwhile, */
-    long hop;          /* `hop` bytes for every two of k */
+    long hop;          /* `hop` bytes for every two of k; */
+    long turn;         /* from this k of the tile on, the weights to prefetch */
+    const char *then;  /* are here */
 } Place;
 
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -114,6 +117,7 @@ INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind k
     Sums sums = {{{0}}};
     long i = 0, step = bytes_of_k(kind);
     for (; i + 2 <= at->k_len; i += 2, w += 2 * step, ahead += at->hop) {
+        if (i == at->turn) ahead = at->then;
         for (int c = 0; c < panels; c++)
             for (long line = 0; line < 2 * step; line += 64)
                 __builtin_prefetch(ahead + c * p->apart + line, 0, 2);
@@ -149,7 +153,17 @@ INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, 
 #undef CASE
 }
 
-/* Multiply one chunk of panels by the block of rows, and prefetch the weights at `next`. */
+/* Let the only tile of a chunk prefetch weights `p->ahead` bytes further on, and at the chunk's end
+ * the first weights at `next`. */
+INLINE void look_ahead(const Product *p, Place *at, const char *next, Kind kind) {
+    long pairs = least(p->ahead / (2 * bytes_of_k(kind)), at->k_len / 2);
+    at->ahead = weights_at(p, at->panel, at->k + 2 * pairs, kind);
+    at->turn = at->k_len / 2 * 2 - 2 * pairs;
+    at->then = next;
+}
+
+/* Multiply one chunk of panels by the block of rows, and prefetch weights: if there are several
+ * tiles, each prefetches a share of the next chunk, which is at `next`. */
 INLINE void block_of_rows(const Product *p, Place at, const char *next, int panels, Kind kind) {
     long tiles = parts(p->rows, TILE_ROWS);
     at.hop = parts(2 * bytes_of_k(kind), tiles);
@@ -157,6 +171,7 @@ INLINE void block_of_rows(const Product *p, Place at, const char *next, int pane
         long row = p->rows * t / tiles, end = p->rows * (t + 1) / tiles;
         at.row = p->top + row;
         at.ahead = next + t * at.hop * (at.k_len / 2);
+        if (tiles == 1) look_ahead(p, &at, next, kind);
         sized_tile(p, &at, (int)(end - row), panels, kind);
     }
 }
@@ -175,7 +190,7 @@ INLINE void round_block(const Product *p, long end) {
 /* Multiply `panels` panels from `panel` on, from the block's first k to `end`. Then comes `then`. */
 INLINE void panels_of_k(const Product *p, long panel, long then, long end, int panels, Kind kind) {
     for (long k = p->begin; k < end; k += CHUNK) {
-        Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0};
+        Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0, -1, NULL};
         long more = k + at.k_len;
         const char *next = more < end ? weights_at(p, panel, more, kind)
                                       : weights_at(p, then, p->begin, kind);
@@ -230,7 +245,8 @@ INLINE void product(const Linear *linear, const float *x, long ldx, float *out, 
     long k = linear->k, most = tuning.rows;
     long panels = num_panels(linear->num_cols) / (gated ? 2 : 1), start = 0, end = num_rows;
     Product p = {.linear = linear, .x = x, .rounded = rounding, .out = out, .ldx = ldx, .ldo = ldo,
-                 .apart = panel_bytes(k, kind), .row_panels = (int)tuning.panels};
+                 .apart = panel_bytes(k, kind), .ahead = tuning.ahead,
+                 .row_panels = (int)tuning.panels};
     if (gated) most = least(most, SPAN / (parts(k, CHUNK) * CHUNK));
     if (num_rows >= threads * OWN_ROWS)
         share_of(num_rows, number, threads, &start, &end), p.last = panels;

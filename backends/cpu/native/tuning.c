@@ -1,9 +1,9 @@
 /* The numbers that `sagellm tune` chooses for a machine, with values that suit most machines. */
 #include "tuning.h"
 
-#define MOST_AHEAD (64 << 10) /* more would push out of the first caches what is needed sooner */
+#define MOST_AHEAD (256 << 10) /* more than a chunk of a panel: the next chunk is prefetched */
 
-#define DEFAULT {.rows = 48, .panels = 4, .quant_ahead = 4096}
+#define DEFAULT {.rows = 48, .panels = 4, .ahead = 4096, .quant_ahead = 4096}
 
 Tuning tuning = DEFAULT;
 
@@ -12,10 +12,14 @@ void sage_tune_get(Tuning *used, Tuning *initial) {
     *initial = (Tuning)DEFAULT;
 }
 
+static int is_distance(long bytes) {
+    return bytes >= 512 && bytes <= MOST_AHEAD && bytes % 512 == 0;
+}
+
 static int is_usable(const Tuning *t) {
-    int are_panels = t->panels == 1 || t->panels == 2 || t->panels == 4;
-    return are_panels && t->rows >= 1 && t->rows <= MOST_TUNED_ROWS && t->quant_ahead >= 1024 &&
-           t->quant_ahead <= MOST_AHEAD && t->quant_ahead % 1024 == 0;
+    return t->rows >= 1 && t->rows <= MOST_TUNED_ROWS &&
+           (t->panels == 1 || t->panels == 2 || t->panels == 4) && is_distance(t->ahead) &&
+           is_distance(t->quant_ahead);
 }
 
 int sage_tune_set(const Tuning *values) {

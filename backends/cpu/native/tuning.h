@@ -9,7 +9,8 @@
 typedef struct {
     long rows;        /* linear.c: most rows of x that use a chunk of a panel while it is cached */
     long panels;      /* linear.c: panels of a tile of one row: 1, 2 or 4 */
-    long quant_ahead; /* quant.c: bytes of weights to prefetch, a multiple of 1024 */
+    long ahead;       /* linear.c: bytes of a panel to prefetch for few rows, a multiple of 512 */
+    long quant_ahead; /* quant.c: bytes of weights to prefetch, a multiple of 512 */
 } Tuning;
 
 /* Kernels read it when a product begins, so it may be set while they run. */

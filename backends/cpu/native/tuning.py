@@ -13,7 +13,7 @@ from sagellm.backends.cpu.topology import Topology, threads_of_environment, usab
 from sagellm.graphs.log import get_logger
 
 _log = get_logger(__name__)
-_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
 class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,6 +21,7 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     rows: _Count
     panels: _Count
+    ahead: _Count
     quant_ahead: _Count
 
 

@@ -131,7 +131,9 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-TUNED = Tuned(Tuning(rows=32, panels=2, quant_ahead=1024), threads=2, cores=1, cpus=2, allowed=2)
+TUNED = Tuned(
+    Tuning(rows=32, panels=2, ahead=512, quant_ahead=1024), threads=2, cores=1, cpus=2, allowed=2
+)
 
 
 def test_a_machine_that_is_not_tuned_is_fine(library: Path) -> None:
@@ -147,7 +149,7 @@ def test_what_was_tuned_is_shown_and_gives_the_threads(library: Path) -> None:
     found = CHECKS["tuning"]()
     assert (found.status, found.detail) == (
         "ok",
-        "tuned: threads 2, rows 32, panels 2, quant_ahead 1024",
+        "tuned: threads 2, rows 32, panels 2, ahead 512, quant_ahead 1024",
     )
     assert CHECKS["threads"]().status == "ok"
     assert CHECKS["threads"]().detail.startswith("2 threads on 2 CPUs")

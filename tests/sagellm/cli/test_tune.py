@@ -10,10 +10,13 @@ from sagellm.backends.cpu.native.tuning import Tuned, Tuning, read_tuned, tuned_
 from sagellm.backends.cpu.tuner import Choice
 from sagellm.cli import main, tune
 
-TUNED = Tuned(Tuning(rows=64, panels=4, quant_ahead=4096), threads=3, cores=3, cpus=3, allowed=3)
+TUNED = Tuned(
+    Tuning(rows=64, panels=4, ahead=4096, quant_ahead=4096), threads=3, cores=3, cpus=3, allowed=3
+)
 CHOICES = [
     Choice("threads", 3, 3, {1: 2.5, 2: 1.25, 3: 1.0}),
     Choice("panels", 4, 4, {}),
+    Choice("ahead", 4096, 4096, {1024: 1.01, 4096: 1.0}),
     Choice("rows", 48, 64, {48: 1.0, 64: 0.9}),
     Choice("quant_ahead", 4096, 4096, {4096: 1.0}),
 ]
@@ -68,6 +71,7 @@ def test_real_kernels_are_measured_within_a_budget(
         "threads": tuned.threads,
         "rows": tuned.values.rows,
         "panels": tuned.values.panels,
+        "ahead": tuned.values.ahead,
         "quant_ahead": tuned.values.quant_ahead,
     }
     assert [choice["name"] for choice in found["choices"]] == list(tune.LABELS)
@@ -83,8 +87,9 @@ def test_what_was_found_is_printed_with_the_reasons_and_kept(
     assert shown.out.splitlines() == [
         "threads           3      the default (time with 1: 2.50, 2: 1.25)",
         "panels of a row   4      the default: there was no time to measure others",
+        "bytes prefetched  4096   the default (time with 1024: 1.01)",
         "rows of a block   64     in place of 48 (time with 64: 0.90)",
-        "bytes prefetched  4096   the only choice",
+        "of quantised      4096   the only choice",
         f"kept in {tuned_file(library)}",
     ]
     assert shown.err == ""
