@@ -15,7 +15,7 @@ _ROOT = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
-class Topology:
+class CpuTopology:
     """The CPUs that a process may use. `cores`: the CPUs of each physical core; CPUs of one core
     are hyper-threads. `quota`: how many CPUs' time a cgroup allows; None: no limit.
     """
@@ -54,21 +54,21 @@ class Topology:
         return cores if self.quota is None else f"{cores}, with a quota of {self.quota:g} CPUs"
 
 
-def usable_cores(root: Path = _ROOT, affinity: Collection[int] | None = None) -> Topology:
+def usable_cores(root: Path = _ROOT, affinity: Collection[int] | None = None) -> CpuTopology:
     """The cores that this process may use. `root`: the folder that has /sys and /proc; `affinity`:
     the CPUs that the process may run on; None: as the system says.
     """
     if affinity is None:
         if not hasattr(os, "sched_getaffinity"):  # no Linux
             count = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-            return Topology(tuple((cpu,) for cpu in range(count)))
+            return CpuTopology(tuple((cpu,) for cpu in range(count)))
         affinity = os.sched_getaffinity(0)
     folder = root / "sys/devices/system/cpu"
     online = _cpu_list(_text(folder / "online"))
     cores: dict[object, list[int]] = {}
     for cpu in sorted(set(affinity) & online or affinity):
         cores.setdefault(_core_of(folder / f"cpu{cpu}" / "topology", cpu), []).append(cpu)
-    return Topology(tuple(map(tuple, cores.values())), _quota(root))
+    return CpuTopology(tuple(map(tuple, cores.values())), _quota(root))
 
 
 def threads_of_environment(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -18,7 +18,7 @@ import psutil
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.cpu.native.tuning import Tuned, Tuning
 from sagellm.backends.cpu.quantised_linear import NativeQuant
-from sagellm.backends.cpu.topology import Topology
+from sagellm.backends.cpu.topology import CpuTopology
 
 _HIDDEN, _INNER = 896, 4864  # of a model with 0.5 billion weights
 _SHAPES = ((2 * _INNER, _HIDDEN), (_HIDDEN, _INNER))  # of the linears that hold most weights
@@ -46,18 +46,18 @@ _REQUEST = {PREFILL: 1.0, DECODE: 128.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class KernelSetting:
     """One choice of all numbers."""
 
     values: Tuning
     threads: int
 
 
-Measure: TypeAlias = Callable[[Work, Setting], float]  # seconds of a layer of the work
+MeasureKernels: TypeAlias = Callable[[Work, KernelSetting], float]  # seconds of a layer of the work
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TuningChoice:
     """What was found for one number. `times`: the median time with each value that was tried,
     where the default takes 1; empty: there was no time to try any.
     """
@@ -92,7 +92,7 @@ NUMBERS = (
 )
 
 
-def thread_candidates(topology: Topology) -> tuple[int, ...]:
+def thread_candidates(topology: CpuTopology) -> tuple[int, ...]:
     """Numbers of threads to try: all up to 8, above these eighths of the cores; and one for each
     hyper-thread, if the quota allows more threads than cores.
     """
@@ -104,19 +104,19 @@ def thread_candidates(topology: Topology) -> tuple[int, ...]:
 
 
 def choose(
-    topology: Topology,
+    topology: CpuTopology,
     default: Tuning,
-    measure: Measure,
+    measure: MeasureKernels,
     *,
     budget_s: float,
     clock: Callable[[], float] = time.monotonic,
-) -> tuple[Tuned, list[Choice]]:
+) -> tuple[Tuned, list[TuningChoice]]:
     """Choose one number after the other, within about `budget_s`: each with what was chosen before.
 
     A number stays at its default unless another is faster by 3 % in the median, and faster in three
     rounds of four.
     """
-    setting, choices = Setting(default, topology.threads), []
+    setting, choices = KernelSetting(default, topology.threads), []
     end = clock()
     threads = _Number("threads", thread_candidates(topology), _REQUEST, 0.3)
     for number in (threads, *NUMBERS):
@@ -133,15 +133,15 @@ def _is_before(clock: Callable[[], float], end: float) -> bool:
     return clock() < end
 
 
-def _with(setting: Setting, name: str, value: int) -> Setting:
+def _with(setting: KernelSetting, name: str, value: int) -> KernelSetting:
     if name == "threads":
         return replace(setting, threads=value)
     return replace(setting, values=msgspec.structs.replace(setting.values, **{name: value}))
 
 
 def _choose(
-    number: _Number, setting: Setting, measure: Measure, has_time: Callable[[], bool]
-) -> Choice:
+    number: _Number, setting: KernelSetting, measure: MeasureKernels, has_time: Callable[[], bool]
+) -> TuningChoice:
     """Choose one number. `setting`: the others, and the number's default."""
     default = setting.threads if number.name == "threads" else getattr(setting.values, number.name)
     values = [default, *(value for value in number.candidates if value != default)]
@@ -160,9 +160,9 @@ def _choose(
             continue
         break
     if len(ratios[default]) < _LEAST_ROUNDS:
-        return Choice(number.name, default, default, {})
+        return TuningChoice(number.name, default, default, {})
     times = {value: statistics.median(ratios[value]) for value in sorted(values)}
-    return Choice(number.name, default, _best(default, ratios, times), times)
+    return TuningChoice(number.name, default, _best(default, ratios, times), times)
 
 
 def _best(default: int, ratios: Mapping[int, Sequence[float]], times: Mapping[int, float]) -> int:
@@ -173,13 +173,13 @@ def _best(default: int, ratios: Mapping[int, Sequence[float]], times: Mapping[in
 
 
 class KernelTimes:
-    """The `Measure` of real kernels, on made-up weights. Takes 256 MiB, or a quarter of the free
-    memory if that is less. `close` gives the kernels their values back.
+    """Measures real kernels on made-up weights: a `MeasureKernels`. Takes 256 MiB, or a quarter of
+    the free memory if that is less. `close` gives the kernels their values back.
     """
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
-        self._before = kernels.tuning
+        self._before = kernels.tuning.used
         self._weights = _noise(min(_WEIGHT_BYTES, psutil.virtual_memory().available // 4))
         self._scales = np.full(_INNER * _HIDDEN // 8, 0.01, np.float16)
         self._x = np.random.default_rng(0).standard_normal((512, _INNER), np.float32)
@@ -192,12 +192,12 @@ class KernelTimes:
         product = ctypes.CFUNCTYPE(None, *types, ctypes.c_long, ctypes.c_int)
         self._product = product(kernels.function("sage_linear"))
 
-    def __call__(self, work: Work, setting: Setting) -> float:
+    def __call__(self, work: Work, setting: KernelSetting) -> float:
         if work not in self._layers:
             self._layers[work] = [*self._linears(work)]
         if setting.threads not in self._callers:
             self._callers[setting.threads] = ThreadPoolExecutor(1)
-        if not self._kernels.tune(setting.values):
+        if not self._kernels.tuning.use(setting.values):
             raise ValueError(f"the kernels refuse {setting.values}")
         time.sleep(_SETTLE_S)
         caller = self._callers[setting.threads]
@@ -206,9 +206,11 @@ class KernelTimes:
     def close(self) -> None:
         for caller in self._callers.values():
             caller.shutdown()
-        self._kernels.tune(self._before)
+        self._kernels.tuning.use(self._before)
 
-    def _seconds(self, linears: Sequence[NativeQuant], num_rows: int, setting: Setting) -> float:
+    def _seconds(
+        self, linears: Sequence[NativeQuant], num_rows: int, setting: KernelSetting
+    ) -> float:
         self._multiply(linears[-1:], 1, setting.threads)  # wake the helper threads
         start = time.perf_counter()
         self._multiply(linears, num_rows, setting.threads)

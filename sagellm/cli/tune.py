@@ -13,7 +13,7 @@ from sagellm.backends.cpu.native.compiler import built, c_compiler, compiled, li
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
 from sagellm.backends.cpu.native.tuning import Tuned, forget_tuned, write_tuned
 from sagellm.backends.cpu.topology import threads_of_environment, usable_cores
-from sagellm.backends.cpu.tuner import Choice, KernelTimes, choose
+from sagellm.backends.cpu.tuner import KernelTimes, TuningChoice, choose
 from sagellm.cli.errors import Failure, warn
 from sagellm.cli.terminal import show_start_progress
 
@@ -63,11 +63,11 @@ def tune(
     return 0
 
 
-def measured(kernels: NativeKernels, seconds: float) -> tuple[Tuned, list[Choice]]:
-    """Measure real kernels for about `seconds`, and choose."""
+def measured(kernels: NativeKernels, seconds: float) -> tuple[Tuned, list[TuningChoice]]:
+    """MeasureKernels real kernels for about `seconds`, and choose."""
     times = KernelTimes(kernels)
     try:
-        return choose(usable_cores(), kernels.default_tuning, times, budget_s=seconds)
+        return choose(usable_cores(), kernels.tuning.default, times, budget_s=seconds)
     finally:
         times.close()
 
@@ -98,19 +98,19 @@ def _warn_of_noise() -> None:
         warn(f"OMP_NUM_THREADS={threads} is set, and wins over the number of threads found here")
 
 
-def _record(file: Path, tuned: Tuned, choices: list[Choice]) -> dict[str, object]:
+def _record(file: Path, tuned: Tuned, choices: list[TuningChoice]) -> dict[str, object]:
     values = {"threads": tuned.threads, **msgspec.structs.asdict(tuned.values)}
     return {"file": str(file), "values": values, "choices": choices}
 
 
-def _print(file: Path, choices: list[Choice]) -> None:
+def _print(file: Path, choices: list[TuningChoice]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for choice in choices:
         console.print(f"{LABELS[choice.name]:18}{choice.chosen:<7}{_reason(choice)}", markup=False)
     console.print(f"kept in {file}", markup=False)
 
 
-def _reason(choice: Choice) -> str:
+def _reason(choice: TuningChoice) -> str:
     """Why a value was chosen: the times of the others, where the default takes 1."""
     if not choice.times:
         return "the default: there was no time to measure others"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sagellm.backends.cpu.topology import Topology, threads_of_environment, usable_cores
+from sagellm.backends.cpu.topology import CpuTopology, threads_of_environment, usable_cores
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -30,7 +30,7 @@ HYPER = ["0,4", "1,5", "2,6", "3,7"] * 2  # 4 cores with 2 hyper-threads each
 
 def test_hyper_threads_are_counted_once(tmp_path: Path) -> None:
     found = usable_cores(machine(tmp_path, HYPER), range(8))
-    assert found == Topology(((0, 4), (1, 5), (2, 6), (3, 7)))
+    assert found == CpuTopology(((0, 4), (1, 5), (2, 6), (3, 7)))
     assert (found.num_cores, found.num_cpus, found.threads) == (4, 8, 4)
 
 
@@ -72,7 +72,7 @@ def test_a_core_that_is_not_known_is_one_of_its_own(tmp_path: Path, core: str) -
 
 
 def test_a_machine_without_topology_files_has_as_many_cores_as_cpus(tmp_path: Path) -> None:
-    assert usable_cores(tmp_path, {0, 1, 5}) == Topology(((0,), (1,), (5,)))
+    assert usable_cores(tmp_path, {0, 1, 5}) == CpuTopology(((0,), (1,), (5,)))
 
 
 QUOTAS = {
@@ -136,7 +136,7 @@ def test_a_quota_above_the_cores_adds_no_thread(tmp_path: Path) -> None:
 )
 def test_no_quota_is_no_limit(tmp_path: Path, files: dict[str, str]) -> None:
     write(tmp_path, files)
-    assert usable_cores(tmp_path, range(3)) == Topology(((0,), (1,), (2,)))
+    assert usable_cores(tmp_path, range(3)) == CpuTopology(((0,), (1,), (2,)))
 
 
 def test_this_machine_has_cores() -> None:

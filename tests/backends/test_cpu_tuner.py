@@ -8,38 +8,40 @@ import pytest
 
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native.tuning import Tuning
-from sagellm.backends.cpu.topology import Topology
+from sagellm.backends.cpu.topology import CpuTopology
 from sagellm.backends.cpu.tuner import (
     DECODE,
     INT4,
     NUMBERS,
     PREFILL,
-    Choice,
+    KernelSetting,
     KernelTimes,
-    Setting,
+    TuningChoice,
     Work,
     choose,
     thread_candidates,
 )
 
 DEFAULT = Tuning(rows=48, panels=4, ahead=4096, quant_ahead=4096)
-FOUR = Topology(((0,), (1,), (2,), (3,)))
+FOUR = CpuTopology(((0,), (1,), (2,), (3,)))
 
 
 class Machine:
     """A machine whose clock advances by what a work takes: 1 s, times the factors of its values."""
 
-    def __init__(self, factor: Callable[[Work, Setting], float]) -> None:
-        self.now, self.asked = 0.0, list[tuple[Work, Setting]]()
+    def __init__(self, factor: Callable[[Work, KernelSetting], float]) -> None:
+        self.now, self.asked = 0.0, list[tuple[Work, KernelSetting]]()
         self._factor = factor
 
-    def measure(self, work: Work, setting: Setting) -> float:
+    def measure(self, work: Work, setting: KernelSetting) -> float:
         took = self._factor(work, setting)
         self.asked.append((work, setting))
         self.now += took
         return took
 
-    def choose(self, budget_s: float = 1e9, topology: Topology = FOUR) -> dict[str, Choice]:
+    def choose(
+        self, budget_s: float = 1e9, topology: CpuTopology = FOUR
+    ) -> dict[str, TuningChoice]:
         tuned, choices = choose(
             topology, DEFAULT, self.measure, budget_s=budget_s, clock=lambda: self.now
         )
@@ -59,7 +61,7 @@ def test_a_value_that_is_faster_is_chosen() -> None:
 
 
 def test_a_gain_below_three_percent_changes_nothing() -> None:
-    def factor(work: Work, setting: Setting) -> float:
+    def factor(work: Work, setting: KernelSetting) -> float:
         return 0.975 if setting.values.rows == 64 else 1.0
 
     assert Machine(factor).choose()["rows"].chosen == 48
@@ -69,7 +71,7 @@ def test_a_value_that_is_faster_in_half_of_the_rounds_is_not_chosen() -> None:
     """The median alone would choose it."""
     turn = dict.fromkeys((1, 2, 4), 0)
 
-    def factor(work: Work, setting: Setting) -> float:
+    def factor(work: Work, setting: KernelSetting) -> float:
         panels = setting.values.panels
         turn[panels] += 1
         return (0.5 if turn[panels] % 5 < 3 else 1.2) if panels == 2 else 1.0
@@ -82,7 +84,7 @@ def test_a_value_that_is_faster_in_half_of_the_rounds_is_not_chosen() -> None:
 def test_a_round_that_is_disturbed_does_not_count() -> None:
     calls = iter(range(10**6))
 
-    def factor(work: Work, setting: Setting) -> float:
+    def factor(work: Work, setting: KernelSetting) -> float:
         return (30.0 if next(calls) % 7 == 0 else 1.0) * (
             0.9 if setting.values.quant_ahead == 8192 else 1.0
         )
@@ -91,7 +93,7 @@ def test_a_round_that_is_disturbed_does_not_count() -> None:
 
 
 def test_threads_are_chosen_for_a_request_of_512_tokens_with_128_answered() -> None:
-    def factor(work: Work, setting: Setting) -> float:
+    def factor(work: Work, setting: KernelSetting) -> float:
         if work == PREFILL:
             return 128 * 4 / setting.threads
         return 1.0 if setting.threads == 2 else 1.6  # decode: the memory is busy with two
@@ -110,7 +112,7 @@ def test_a_number_is_measured_with_what_was_chosen_before() -> None:
 
 def test_candidates_take_turns() -> None:
     machine = Machine(lambda work, setting: 1.0)
-    machine.choose(topology=Topology(((0,),)))
+    machine.choose(topology=CpuTopology(((0,),)))
     seen = [setting.values.panels for work, setting in machine.asked if work == DECODE][:9]
     assert seen == [4, 1, 2, 1, 2, 4, 2, 4, 1]
 
@@ -119,12 +121,12 @@ def test_the_budget_is_kept_and_the_default_stays_where_rounds_are_missing() -> 
     machine = Machine(lambda work, setting: 1.0 if setting.values.rows == 64 else 2.0)
     found = machine.choose(budget_s=20.0)
     assert machine.now < 20.0 + 4 * 2 * 2  # each number may end in the middle of a candidate
-    assert found["rows"] == Choice("rows", 48, 48, {})
+    assert found["rows"] == TuningChoice("rows", 48, 48, {})
 
 
 def test_one_core_has_no_choice_of_threads() -> None:
     machine = Machine(lambda work, setting: 1.0)
-    found = machine.choose(topology=Topology(((0,),)))["threads"]
+    found = machine.choose(topology=CpuTopology(((0,),)))["threads"]
     assert (found.chosen, found.times) == (1, {})
 
 
@@ -132,15 +134,15 @@ def test_one_core_has_no_choice_of_threads() -> None:
     ("topology", "threads"),
     [
         (FOUR, (1, 2, 3, 4)),
-        (Topology(((0, 2), (1, 3))), (1, 2, 4)),
-        (Topology(((0, 1),)), (1, 2)),
-        (Topology(((0, 2), (1, 3)), 3.0), (1, 2, 3)),
-        (Topology(((0, 2), (1, 3)), 1.5), (1, 2)),
-        (Topology(((0, 2), (1, 3)), 1.0), (1,)),
-        (Topology(tuple((cpu,) for cpu in range(64))), (8, 16, 24, 32, 40, 48, 56, 64)),
+        (CpuTopology(((0, 2), (1, 3))), (1, 2, 4)),
+        (CpuTopology(((0, 1),)), (1, 2)),
+        (CpuTopology(((0, 2), (1, 3)), 3.0), (1, 2, 3)),
+        (CpuTopology(((0, 2), (1, 3)), 1.5), (1, 2)),
+        (CpuTopology(((0, 2), (1, 3)), 1.0), (1,)),
+        (CpuTopology(tuple((cpu,) for cpu in range(64))), (8, 16, 24, 32, 40, 48, 56, 64)),
     ],
 )
-def test_the_threads_to_try(topology: Topology, threads: tuple[int, ...]) -> None:
+def test_the_threads_to_try(topology: CpuTopology, threads: tuple[int, ...]) -> None:
     assert thread_candidates(topology) == threads
 
 
@@ -156,17 +158,17 @@ def test_real_kernels_are_measured_and_have_their_values_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert KERNELS is not None
-    assert KERNELS.default_tuning == DEFAULT
+    assert KERNELS.tuning.default == DEFAULT
     monkeypatch.setattr("sagellm.backends.cpu.tuner._WEIGHT_BYTES", 32 << 20)
     times = KernelTimes(KERNELS)
     try:
         other = Tuning(rows=24, panels=1, ahead=512, quant_ahead=1024)
         works = {work for number in NUMBERS for work in number.weights} | {PREFILL}
         for work in works:
-            assert times(work, Setting(other, 1)) > 0
-        assert KERNELS.tuning == other
+            assert times(work, KernelSetting(other, 1)) > 0
+        assert KERNELS.tuning.used == other
         with pytest.raises(ValueError, match="refuse"):
-            times(DECODE, Setting(Tuning(rows=65, panels=1, ahead=512, quant_ahead=1024), 1))
+            times(DECODE, KernelSetting(Tuning(rows=65, panels=1, ahead=512, quant_ahead=1024), 1))
     finally:
         times.close()
-    assert KERNELS.tuning == DEFAULT
+    assert KERNELS.tuning.used == DEFAULT

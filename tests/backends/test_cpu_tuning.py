@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
-import torch
 from logged import logged
 
+from sagellm.backends.arrays import Floats, to_bfloat16
 from sagellm.backends.cpu.linear import pack
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
@@ -22,7 +23,7 @@ from sagellm.backends.cpu.native.tuning import (
     write_tuned,
 )
 from sagellm.backends.cpu.quantised_linear import PackedQuantised, quantise
-from sagellm.backends.cpu.topology import Topology
+from sagellm.backends.cpu.topology import CpuTopology
 from sagellm.backends.cpu.tuner import NUMBERS
 
 KERNELS = native_kernels()
@@ -30,16 +31,19 @@ needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler on thi
 TUNED = Tuned(
     Tuning(rows=32, panels=2, ahead=512, quant_ahead=1024), threads=2, cores=2, cpus=4, allowed=4
 )
-FITTING = Topology(((0, 2), (1, 3)))
+FITTING = CpuTopology(((0, 2), (1, 3)))
 
 
 @pytest.fixture
 def kernels() -> Iterator[NativeKernels]:
     """The kernels, which have their defaults again after the test."""
     assert KERNELS is not None
-    torch.manual_seed(3)
     yield KERNELS
-    KERNELS.tune(KERNELS.default_tuning)
+    KERNELS.tuning.use(KERNELS.tuning.default)
+
+
+def noise(*shape: int) -> Floats:
+    return np.random.default_rng(3).standard_normal(shape, np.float32)
 
 
 def every_tuning(default: Tuning) -> Iterator[Tuning]:
@@ -59,14 +63,14 @@ def every_tuning(default: Tuning) -> Iterator[Tuning]:
 @needs_kernels
 @pytest.mark.parametrize("kind", ["float", "bfloat", "pairs"])
 def test_a_product_has_the_same_bits_with_every_tuning(kernels: NativeKernels, kind: str) -> None:
-    weight = torch.randn(5 * 32 + 7, 4101)
-    weight = weight if kind == "float" else weight.bfloat16()
-    linear = pack(kernels, weight, torch.randn(len(weight)), kind)  # type: ignore[arg-type]
-    rows = [torch.randn(count, 4101) for count in (1, 2, 65, 150)]
+    weight = noise(5 * 32 + 7, 4101)
+    weight = weight if kind == "float" else to_bfloat16(weight)
+    linear = pack(kernels, weight, noise(len(weight)), kind)  # type: ignore[arg-type]
+    rows = [noise(count, 4101) for count in (1, 2, 65, 150)]
     wanted = [linear(x) for x in rows]
-    for values in every_tuning(kernels.default_tuning):
-        assert kernels.tune(values)
-        assert all(map(torch.equal, map(linear, rows), wanted)), values
+    for values in every_tuning(kernels.tuning.default):
+        assert kernels.tuning.use(values)
+        assert all(map(np.array_equal, map(linear, rows), wanted)), values
 
 
 @needs_kernels
@@ -74,13 +78,13 @@ def test_a_product_has_the_same_bits_with_every_tuning(kernels: NativeKernels, k
 def test_a_quantised_product_has_the_same_bits_with_every_tuning(
     kernels: NativeKernels, bits: int, row_bits: int
 ) -> None:
-    weight = quantise(torch.randn(3 * 32 + 7, 2080), bits, kernels)
+    weight = quantise(kernels, noise(3 * 32 + 7, 2080), bits)
     linear = PackedQuantised(kernels, weight, None, row_bits)
-    rows = [torch.randn(count, 2080) for count in (1, 70)]
+    rows = [noise(count, 2080) for count in (1, 70)]
     wanted = [linear(x) for x in rows]
-    for values in every_tuning(kernels.default_tuning):
-        assert kernels.tune(values)
-        assert all(map(torch.equal, map(linear, rows), wanted)), values
+    for values in every_tuning(kernels.tuning.default):
+        assert kernels.tuning.use(values)
+        assert all(map(np.array_equal, map(linear, rows), wanted)), values
 
 
 @needs_kernels
@@ -93,10 +97,10 @@ def test_a_quantised_product_has_the_same_bits_with_every_tuning(
     ],
 )
 def test_a_value_out_of_range_is_refused(kernels: NativeKernels, changed: dict[str, int]) -> None:
-    weight = pack(kernels, torch.randn(64, 64), None)
-    wanted = weight(torch.ones(100, 64))
-    assert not kernels.tune(msgspec.structs.replace(kernels.default_tuning, **changed))
-    assert torch.equal(weight(torch.ones(100, 64)), wanted)
+    linear, rows = pack(kernels, noise(64, 64), None), noise(100, 64)
+    wanted = linear(rows)
+    assert not kernels.tuning.use(msgspec.structs.replace(kernels.tuning.default, **changed))
+    assert np.array_equal(linear(rows), wanted)
 
 
 def write(tmp_path: Path, text: str = "") -> Path:
@@ -181,10 +185,10 @@ def test_kernels_use_what_was_tuned(tmp_path: Path) -> None:
     assert path is not None
     library = write(tmp_path)
     library.write_bytes(path.read_bytes())  # with values of its own, apart from other tests
-    kernels = NativeKernels(library, read_tuned(library))
-    assert kernels.tuned == TUNED
-    assert kernels.tuning == TUNED.values
-    assert NativeKernels(library).default_tuning == KERNELS.default_tuning  # type: ignore[union-attr]
+    kernels = NativeKernels(library)
+    assert kernels.tuning.tuned == TUNED
+    assert kernels.tuning.used == TUNED.values
+    assert kernels.tuning.default == KERNELS.tuning.default  # type: ignore[union-attr]
 
 
 @needs_kernels
@@ -193,12 +197,11 @@ def test_a_file_with_values_that_kernels_refuse_is_ignored_with_a_warning(tmp_pa
     assert path is not None
     library = write(tmp_path)
     library.write_bytes(path.read_bytes())
-    wrong = msgspec.structs.replace(
-        TUNED, values=Tuning(rows=65, panels=4, ahead=4096, quant_ahead=4096)
-    )
+    values = Tuning(rows=65, panels=4, ahead=4096, quant_ahead=4096)
+    write_tuned(library, msgspec.structs.replace(TUNED, values=values))
     with logged() as logs:
-        kernels = NativeKernels(library, wrong)
-    assert (kernels.tuned, kernels.tuning) == (None, kernels.default_tuning)
+        kernels = NativeKernels(library)
+    assert (kernels.tuning.tuned, kernels.tuning.used) == (None, kernels.tuning.default)
     assert [log["event"] for log in logs] == ["tuning_ignored"]
 
 
@@ -208,8 +211,8 @@ def test_a_file_with_values_that_kernels_refuse_is_ignored_with_a_warning(tmp_pa
         ("", None, FITTING, 2),
         ("", TUNED, FITTING, 2),
         ("", msgspec.structs.replace(TUNED, threads=4), FITTING, 4),
-        ("", msgspec.structs.replace(TUNED, threads=4), Topology(((0, 2),)), 1),
-        ("", msgspec.structs.replace(TUNED, threads=4), Topology(((0, 2), (1, 3)), 1.0), 1),
+        ("", msgspec.structs.replace(TUNED, threads=4), CpuTopology(((0, 2),)), 1),
+        ("", msgspec.structs.replace(TUNED, threads=4), CpuTopology(((0, 2), (1, 3)), 1.0), 1),
         ("", msgspec.structs.replace(TUNED, threads=5), FITTING, 2),
         ("3", msgspec.structs.replace(TUNED, threads=4), FITTING, 3),
         ("3", None, FITTING, 3),
@@ -219,7 +222,7 @@ def test_the_users_threads_win_then_the_tuned_ones_where_they_fit(
     monkeypatch: pytest.MonkeyPatch,
     omp: str,
     tuned: Tuned | None,
-    topology: Topology,
+    topology: CpuTopology,
     threads: int,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", omp)

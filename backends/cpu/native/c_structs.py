@@ -47,14 +47,6 @@ class NativeLinear(ctypes.Structure):
     ]
 
 
-class NativeTuning(ctypes.Structure):
-    """tuning.h: numbers that suit one machine better than another."""
-
-    _fields_: ClassVar[list[tuple[str, Any]]] = [
-        (name, _LONG) for name in ("rows", "panels", "ahead", "quant_ahead")
-    ]
-
-
 class NativeView(ctypes.Structure):
     """step.h: a matrix in the arena. A negative `first` stands for the tensor of the logits."""
 

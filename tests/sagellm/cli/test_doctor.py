@@ -6,7 +6,7 @@ import pytest
 
 from sagellm.backends.cpu.native.compiler import c_compiler, library_name, temporary_folder
 from sagellm.backends.cpu.native.tuning import Tuned, Tuning, write_tuned
-from sagellm.backends.cpu.topology import Topology
+from sagellm.backends.cpu.topology import CpuTopology
 from sagellm.cli import doctor as checks
 from sagellm.cli import main
 from sagellm.cli.doctor import CHECKS, Finding, doctor, exit_code, report, run_checks
@@ -70,8 +70,8 @@ def test_a_local_build_of_a_package_is_its_version(monkeypatch: pytest.MonkeyPat
     assert CHECKS["versions"]().status == "ok"
 
 
-TWO_CORES = Topology(((0,), (1,)))
-SIBLINGS = Topology(((0, 1),))
+TWO_CORES = CpuTopology(((0,), (1,)))
+SIBLINGS = CpuTopology(((0, 1),))
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ SIBLINGS = Topology(((0, 1),))
             "export OMP_NUM_THREADS=2, or unset it",
         ),
         (
-            *(Topology(((0,), (1,), (2,)), 1.5), "3", "warning"),
+            *(CpuTopology(((0,), (1,), (2,)), 1.5), "3", "warning"),
             "3 threads on 3 cores, with a quota of 1.5 CPUs: threads beyond the quota are stopped "
             "again and again",
             "export OMP_NUM_THREADS=2, or unset it",
         ),
         (
-            *(Topology(((0, 4), (1, 5)), 8.0), "", "ok"),
+            *(CpuTopology(((0, 4), (1, 5)), 8.0), "", "ok"),
             "2 threads on 4 CPUs, which are hyper-threads of 2 cores, with a quota of 8 CPUs",
             "",
         ),
@@ -105,7 +105,7 @@ SIBLINGS = Topology(((0, 1),))
 )
 def test_threads_are_compared_with_physical_cores_and_quota(
     monkeypatch: pytest.MonkeyPatch,
-    topology: Topology,
+    topology: CpuTopology,
     omp: str,
     status: str,
     detail: str,

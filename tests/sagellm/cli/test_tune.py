@@ -7,18 +7,18 @@ import pytest
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native.tuning import Tuned, Tuning, read_tuned, tuned_file
-from sagellm.backends.cpu.tuner import Choice
+from sagellm.backends.cpu.tuner import TuningChoice
 from sagellm.cli import main, tune
 
 TUNED = Tuned(
     Tuning(rows=64, panels=4, ahead=4096, quant_ahead=4096), threads=3, cores=3, cpus=3, allowed=3
 )
 CHOICES = [
-    Choice("threads", 3, 3, {1: 2.5, 2: 1.25, 3: 1.0}),
-    Choice("panels", 4, 4, {}),
-    Choice("ahead", 4096, 4096, {1024: 1.01, 4096: 1.0}),
-    Choice("rows", 48, 64, {48: 1.0, 64: 0.9}),
-    Choice("quant_ahead", 4096, 4096, {4096: 1.0}),
+    TuningChoice("threads", 3, 3, {1: 2.5, 2: 1.25, 3: 1.0}),
+    TuningChoice("panels", 4, 4, {}),
+    TuningChoice("ahead", 4096, 4096, {1024: 1.01, 4096: 1.0}),
+    TuningChoice("rows", 48, 64, {48: 1.0, 64: 0.9}),
+    TuningChoice("quant_ahead", 4096, 4096, {4096: 1.0}),
 ]
 
 needs_kernels = pytest.mark.skipif(native_kernels() is None, reason="no C compiler")
@@ -49,7 +49,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Measuring finds CHOICES; the seconds that it may take."""
     asked: list[float] = []
 
-    def measured(kernels: object, seconds: float) -> tuple[Tuned, list[Choice]]:
+    def measured(kernels: object, seconds: float) -> tuple[Tuned, list[TuningChoice]]:
         asked.append(seconds)
         return TUNED, CHOICES
 
