@@ -203,7 +203,7 @@ class Device(Protocol):
         ...
 
     def open_queue(self, threads: int | None = None) -> Queue:
-        """Open a queue whose kernels use `threads` host threads; None: one thread per core."""
+        """Open a queue whose kernels use `threads` host threads; None: the backend chooses."""
         ...
 
 

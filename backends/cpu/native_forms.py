@@ -12,7 +12,8 @@ import numpy as np
 from sagellm.backends.arrays import BFLOAT16, Array, Floats
 from sagellm.backends.cpu.binding import Binding, NativeKernel
 from sagellm.backends.cpu.linear import PackedLinear, has_tiles, pack
-from sagellm.backends.cpu.native.library import NativeKernels, default_threads
+from sagellm.backends.cpu.native.library import NativeKernels
+from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.cpu.quantised_linear import (
     PackedQuantised,
     joined,
@@ -128,7 +129,8 @@ def _product(
 def _packed(
     binding: Binding, names: Sequence[str], sizes: Sequence[int], size: int, bias: Floats | None
 ) -> PackedLinear | PackedQuantised:
-    kernels, threads = _kernels(binding), default_threads()
+    kernels = _kernels(binding)
+    threads = default_threads(kernels.tuning.tuned)
 
     def make(weight: Array, bits: int) -> QuantisedWeight:
         return quantise(kernels, weight, bits, threads)

@@ -20,11 +20,8 @@ from sagellm.backends.arrays import BFLOAT16, Array, Floats
 from sagellm.backends.cpu.binding import Binding, NativeKernel
 from sagellm.backends.cpu.kv_storage import CpuStorage, stored_dtype
 from sagellm.backends.cpu.native import c_structs
-from sagellm.backends.cpu.native.library import (
-    NativeKernels,
-    default_threads,
-    native_kernels,
-)
+from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
+from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.cpu.native_forms import NATIVE_FORMS, NoNativeForm, rope_tables
 from sagellm.backends.cpu.translation import Translation, translate
 from sagellm.backends.instructions import Instruction, KernelPlan, plan_kernels
@@ -230,7 +227,7 @@ class CpuQueue:
         self._largest = native.largest_allowed if native else largest_allowed
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masks = MaskThread()
-        self._threads = default_threads() if threads is None else threads
+        self._threads = threads or default_threads(native.tuning.tuned if native else None)
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME)
         self._thread.start()
 

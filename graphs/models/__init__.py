@@ -1,10 +1,17 @@
-"""Model builders: they turn a parsed config.json into the kernel graph of one forward step."""
+"""Model builders, which turn a parsed config.json into the kernel graph of one forward step; and
+the facts of a model that other packages need.
+"""
+
+from dataclasses import dataclass
+from math import prod
 
 from sagellm.graphs.diagnostics import UnsupportedModel
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.models.config import Config
+from sagellm.graphs.kernels import KVGroup, kv_groups
+from sagellm.graphs.kernels.memory_layout import weight_shapes
+from sagellm.graphs.models import config as read
+from sagellm.graphs.models.config import Config, stored_quantisation
 from sagellm.graphs.models.decoder import Decoder
-from sagellm.graphs.models.facts import ModelFacts, facts_of
 from sagellm.graphs.models.family import (
     FAMILIES,
     ModelFamily,
@@ -29,6 +36,33 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Sizes, limits and memory of a model.
+
+    `max_model_len`: tokens of prompt and output. `sliding_window`: None unless all layers have the
+    same window. `weight_bits`: bits per weight, including its share of scales and zeros, if weights
+    are stored quantised; None if they are floats. `kv_groups`: what layers keep between steps;
+    empty: keys and values of all tokens in all layers.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    dtype: str
+    tie_embeddings: bool
+    sliding_window: int | None
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    weight_bits: float | None = None
+    kv_groups: tuple[KVGroup, ...] = ()
+
+
 def build(config: Config) -> Graph:
     """Build the kernel graph of one forward step of a ragged batch, without fusions and types.
 
@@ -42,12 +76,12 @@ def facts(config: Config) -> ModelFacts:
     """The facts of a model: sizes, limits and memory. Raises UnsupportedModel."""
     family = _family(config)
     shape = family.shape(config)
-    return facts_of(config, shape, family.graph(shape))
+    return _facts_of(config, shape, family.graph(shape))
 
 
 def check(config: Config) -> None:
     """Raise UnsupportedModel if `facts` would, but without building a graph of all layers."""
-    facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
+    _facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
 
 
 def _family(config: Config) -> ModelFamily:
@@ -68,3 +102,42 @@ def _family(config: Config) -> ModelFamily:
         cause = f"architecture {name} is not built into sagellm"
         raise UnsupportedModel(cause, field="architectures", fix=fix)
     return family
+
+
+def _facts_of(config: Config, shape: Decoder, graph: Graph) -> ModelFacts:
+    """Collect the facts of a config, of the `shape` that was read from it, and of the `graph` that
+    was built from the shape. Raises UnsupportedModel.
+    """
+    stored = stored_quantisation(config)
+    return ModelFacts(
+        family=shape.family,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_layers=len(shape.windows),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_model_len=read.whole(config, "max_position_embeddings", 2048),
+        dtype=shape.dtype,
+        tie_embeddings=shape.tie_embeddings,
+        sliding_window=shape.windows[0] if len(set(shape.windows)) == 1 else None,
+        eos_token_ids=_eos(config, shape.vocab_size),
+        num_parameters=_num_parameters(graph),
+        weight_bits=stored.weight_bits if stored else None,
+        kv_groups=kv_groups(graph),
+    )
+
+
+def _num_parameters(graph: Graph) -> int:
+    """The number of stored parameters. Tied embeddings count once."""
+    return sum(map(prod, weight_shapes(graph).values()))
+
+
+def _eos(config: Config, vocab_size: int) -> tuple[int, ...]:
+    """The end-of-text tokens, without ids outside the vocabulary, which are never sampled."""
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    if not all(type(token) is int for token in ids):  # isinstance would accept true
+        fix = "give one token id or a list of them"
+        raise UnsupportedModel(f"{value!r} is not a token id", field="eos_token_id", fix=fix)
+    return tuple(token for token in ids if 0 <= token < vocab_size)

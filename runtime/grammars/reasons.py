@@ -14,10 +14,10 @@ from sagellm.runtime.grammars.json_schemas import (
     UNKNOWN_FORMATS,
     disjointness_of,
     read_schema,
+    schemas_in,
 )
 from sagellm.runtime.grammars.one_of import TYPES
 from sagellm.runtime.grammars.references import References
-from sagellm.runtime.grammars.schema_walk import schemas_in
 
 MAX_NAMES = 8
 _KEYWORD = re.compile(

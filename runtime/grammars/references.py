@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.schema_walk import objects, subschemas_of
+from sagellm.runtime.grammars.json_schemas import objects, subschemas_of
 
 # Schemas in each other. Each takes 5 KB of the stack of llguidance, and a thread has 2 MB under
 # `ulimit -s unlimited`.

@@ -9,13 +9,22 @@ import msgspec
 import trio
 from msgspec import UNSET, Meta, UnsetType
 
-from sagellm.batch.line_grammars import line_grammar
-from sagellm.gateway.protocol.request import ResponseFormat, StructuredOutputs
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.request import Generation, ResponseFormat, StructuredOutputs
+from sagellm.gateway.protocol.structured_outputs import (
+    check_constraints,
+    constraint_of,
+    grammar_of,
+)
+from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.messages import PRIORITIES
 from sagellm.runtime.sampling import Grammar, Sampling
 
 CHUNK_BYTES = 1 << 20
+_MAX_DEPTH = RequestLimits().json_depth
 
 
 async def numbered_lines(file: FileIO) -> AsyncIterator[tuple[int, bytes]]:
@@ -292,7 +301,7 @@ def _sampling(line: LineFields) -> dict[str, Any]:
         )
     if "stop_token_ids" in fields:
         fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
-    grammar = line_grammar(line.grammar, line.response_format, line.structured_outputs)
+    grammar = _line_grammar(line.grammar, line.response_format, line.structured_outputs)
     return fields if grammar is None else {**fields, "grammar": grammar}
 
 
@@ -307,3 +316,31 @@ def _priority(name: str) -> int:
     if name not in PRIORITIES:
         raise ValueError(f"unknown priority `{name}`; known are {', '.join(PRIORITIES)}")
     return PRIORITIES[name]
+
+
+def _line_grammar(
+    grammar: Grammar | UnsetType | None,
+    response_format: ResponseFormat | UnsetType | None,
+    structured_outputs: StructuredOutputs | UnsetType | None,
+) -> Grammar | None:
+    """The grammar of a line; None for any text. Raises ValueError for two, and for a wrong one."""
+    # An unset field is false, and so is null.
+    asked = Generation(
+        response_format=response_format or None, structured_outputs=structured_outputs or None
+    )
+    try:
+        check_constraints(asked)
+        constraint = constraint_of(asked)
+        bound = None if constraint is None else grammar_of(constraint, _MAX_DEPTH)
+    except ApiError as error:
+        raise ValueError(error.message) from None
+    if grammar and bound:
+        raise ValueError("give one of `grammar`, `response_format` and `structured_outputs`")
+    found = grammar or bound
+    if not found:
+        return None
+    try:
+        check_grammar(found)
+    except GrammarError as error:
+        raise ValueError(f"the line's grammar is wrong: {error}") from None
+    return found

@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "replay": ("sagellm.cli.replay:run", "Decide again what a log says."),
     "keys": ("sagellm.cli.keys:keys", "Make keys for links over a network."),
     "doctor": ("sagellm.cli.doctor:doctor", "Check this machine and set-up."),
+    "tune": ("sagellm.cli.tune:tune", "Measure what suits this machine."),
     "version": ("sagellm.cli:version", "List installed versions."),
     "completion": ("sagellm.cli:completion", "Print a shell's script."),
 }

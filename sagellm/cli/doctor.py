@@ -1,7 +1,6 @@
 """`sagellm doctor`: checks whether this machine and this installation can serve models."""
 
 import hashlib
-import os
 import platform
 import re
 import resource
@@ -29,7 +28,8 @@ from sagellm.backends.cpu.native.compiler import (
     library_name,
     writable_folder,
 )
-from sagellm.backends.cpu.native.library import default_threads
+from sagellm.backends.cpu.native.tuning import default_threads, read_tuned, tuned_file
+from sagellm.backends.cpu.topology import threads_of_environment, usable_cores
 from sagellm.cli.errors import CONFIGURATION, RESOURCES
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text import yaml
@@ -172,16 +172,45 @@ def _cpu_name() -> str:
 
 
 def _threads() -> Finding:
-    usable = _usable_cores()
-    found = f"{default_threads()} threads on {usable} cores"
-    if default_threads() > usable:
-        return Finding("warning", found, f"export OMP_NUM_THREADS={usable}")
+    """Check the number of threads against the physical cores and the quota of CPU time."""
+    topology, library = usable_cores(), _library()
+    threads = default_threads(read_tuned(library) if library else None, topology)
+    found = f"{threads} {'thread' if threads == 1 else 'threads'} on {topology}"
+    fix = f"export OMP_NUM_THREADS={topology.threads}, or unset it"
+    if topology.quota is not None and threads > topology.num_allowed:
+        cause = "threads beyond the quota are stopped again and again"
+    elif threads > topology.num_cpus:
+        cause = "threads take turns on a CPU"
+    elif threads > topology.num_cores and threads_of_environment():
+        cause = "hyper-threads share the arithmetic units of their core"
+    else:
+        return Finding("ok", found)
+    return Finding("warning", f"{found}: {cause}", fix)
+
+
+def _tuning() -> Finding:
+    """Show what `sagellm tune` found for this machine."""
+    library = _library()
+    if library is None or not tuned_file(library).exists():
+        return Finding("ok", "not tuned, with defaults: `sagellm tune` measures what suits it")
+    tuned = read_tuned(library)
+    if tuned is None:
+        return Finding("warning", f"{tuned_file(library)} is ignored", "sagellm tune")
+    values = {"threads": tuned.threads, **msgspec.structs.asdict(tuned.values)}
+    found = "tuned: " + ", ".join(f"{name} {value}" for name, value in values.items())
+    if not tuned.fits(usable_cores()):
+        cause = "the threads were found with other CPUs, and are not used"
+        return Finding("warning", f"{found}; {cause}", "sagellm tune")
     return Finding("ok", found)
 
 
-def _usable_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def _library() -> Path | None:
+    """The library of the kernels, if it is built."""
+    compiler = c_compiler()
+    try:
+        return built(library_name(compiler)) if compiler else None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _memory() -> Finding:
@@ -301,6 +330,7 @@ CHECKS: dict[str, Check] = {
     "limits": _open_files,
     "compiler": _compiler,
     "kernels": _kernels,
+    "tuning": _tuning,
     "graphs": _graphs,
     "model": _model,
     "templates": _templates,

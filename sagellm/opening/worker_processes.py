@@ -1,10 +1,10 @@
 """Starts the engines of a graph as worker processes, under a supervisor."""
 
-import os
 from collections.abc import Callable
 
 import trio
 
+from sagellm.backends.cpu.topology import usable_cores
 from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.passes import run_pipeline
@@ -34,9 +34,8 @@ async def start_workers(
     Cancelling the nursery ends the workers. `launch` makes the process launcher, in place of the
     default one. Raises WorkerUnfit, BadKeys.
     """
-    cores = len(os.sched_getaffinity(0))
     computing = tuple(name for name in graph.engines if _computes(graph, name))
-    placed = run_pipeline(graph, (ShareCores(cores, computing), Place()))
+    placed = run_pipeline(graph, (ShareCores(usable_cores().threads, computing), Place()))
     devices = tuple(sorted({engine_options(placed, name).device for name in computing}))
     launcher = launch(options) if launch else _launcher(options, devices)
     supervisor = Supervisor(

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sagellm.backends.cpu import linear as packing
 from sagellm.backends.cpu.linear import PackedLinear
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native.tuning import Tuning
 from sagellm.backends.cpu.torch_linear import array
 
 KERNELS = native_kernels()
@@ -152,6 +154,20 @@ def test_gated_is_what_the_halves_of_the_columns_give(kind, depth, bias):
         (260, 2),
     ]:
         assert torch.equal(gated(linear, x[:rows], 96, threads), wanted[:rows]), rows
+
+
+@KINDS
+def test_a_gated_product_has_the_same_bits_with_every_tuning(kind):
+    x, weight, _ = operands(150, 2 * 96, 2061, kind)
+    linear, default = pack(weight, None, kind), KERNELS.tuning.default
+    wanted = {rows: gated(linear, x[:rows], 96, 2) for rows in (1, 2, 65, 150)}
+    try:
+        for panels, most, ahead in itertools.product((1, 2, 4), (1, 24, 64), (512, 1 << 18)):
+            assert KERNELS.tuning.use(Tuning(most, panels, ahead, default.quant_ahead))
+            for rows, result in wanted.items():
+                assert torch.equal(gated(linear, x[:rows], 96, 2), result)
+    finally:
+        KERNELS.tuning.use(default)
 
 
 @pytest.mark.parametrize(("width", "depth"), [(2 * 95, 64), (2 * 16 + 2, 64), (128, 1 << 20)])

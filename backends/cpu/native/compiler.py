@@ -63,7 +63,7 @@ def built(name: str) -> Path | None:
     have written it.
     """
     for folder in (cache_folder(), temporary_folder()):
-        if folder is not None and _is_private(folder) and _is_private(folder / name):
+        if folder is not None and is_private(folder) and is_private(folder / name):
             return folder / name
     return None
 
@@ -150,7 +150,7 @@ def _why_unfit(folder: Path) -> str:
     """Make the folder, and return why a library in it would not be safe to load ("" if it is)."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not _is_private(folder):
+        if not is_private(folder):
             return f"{folder} is not this user's alone"
         with tempfile.TemporaryFile(dir=folder):
             return ""
@@ -173,7 +173,7 @@ def _temporary() -> Path:
     return Path(folder)
 
 
-def _is_private(path: Path) -> bool:
+def is_private(path: Path) -> bool:
     """Whether the path exists, belongs to the user, and cannot be written by others."""
     try:
         found = path.lstat()  # this refuses links, whose own mode lets everyone write

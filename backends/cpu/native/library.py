@@ -4,7 +4,6 @@ must be contiguous.
 
 import ctypes
 import mmap
-import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ import numpy as np
 from sagellm.backends.arrays import BFLOAT16, Array, BlockIds, Floats, Integers
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
+from sagellm.backends.cpu.native.tuning import KernelTuning
 from sagellm.backends.interface import Progress, silent
 from sagellm.backends.token_masks import Mask
 from sagellm.graphs.log import get_logger
@@ -87,17 +87,6 @@ def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
     return None
 
 
-def default_threads() -> int:
-    """The number of threads of kernels, unless an engine gives another: $OMP_NUM_THREADS, else the
-    number of cores that this process may use.
-    """
-    try:
-        return max(1, int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]))
-    except ValueError:
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 class NativeKernels:
     """The C kernels, which return new arrays. Activations are float32; weights and pools are
     float32 or bfloat16. `threads`: how many threads share the work, the caller's included.
@@ -107,6 +96,7 @@ class NativeKernels:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
+        self.tuning = KernelTuning(self._library, path)
         for name, signature in _SIGNATURES.items():
             getattr(self._library, name).argtypes = signature
         self._library.sage_packed_bytes.restype = _LONG

@@ -12,6 +12,7 @@
 #include "pairs.h"
 #include "panel.h"
 #include "team.h"
+#include "tuning.h"
 
 #if WIDE == 16
 #define TILE_ROWS 12 /* with one panel: 24 sums, 2 weights and a value of x, of 32 registers */
@@ -21,9 +22,10 @@
 #define TILE_COLS 4        /* panels of a tile of one row: enough sums that no addition waits */
 #define CHUNK 2048         /* of k, at most: a chunk of a panel stays in the second-level cache */
 #define APART (CHUNK + 32) /* between rounded rows: a line more than CHUNK, so that sets differ */
-#define ROWS 48            /* most rows of x that use a chunk of a panel while it is in the cache */
 #define OWN_ROWS 128       /* threads share rows, not columns, if each gets at least this many */
 #define SPAN (128 << 10)   /* numbers of x that stay in the second-level cache beside a chunk */
+
+_Static_assert(MOST_TUNED_ROWS <= SPAN / CHUNK, "a block of rows has room when rounded");
 
 typedef wide Sums[TILE_ROWS][2 * TILE_COLS];
 
@@ -37,13 +39,17 @@ typedef struct {
     long apart;                /* bytes from one panel to the next */
     long first, last;          /* panels of this thread */
     long top, rows, begin;     /* the current block of x: first row, number of rows, first k */
+    long ahead;                /* bytes of a panel to prefetch, if one tile has all rows */
+    int row_panels;            /* panels of a tile of one row */
 } Product;
 
 /* Where a tile of sums is: its first row and panel, and its range of k. */
 typedef struct {
     long row, panel, k, k_len;
     const char *ahead; /* the weights to prefetch meanwhile, */
-    long hop;          /* `hop` bytes for every two of k */
+    long hop;          /* `hop` bytes for every two of k; */
+    long turn;         /* from this k of the tile on, the weights to prefetch */
+    const char *then;  /* are here */
 } Place;
 
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -111,6 +117,7 @@ INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind k
     Sums sums = {{{0}}};
     long i = 0, step = bytes_of_k(kind);
     for (; i + 2 <= at->k_len; i += 2, w += 2 * step, ahead += at->hop) {
+        if (i == at->turn) ahead = at->then;
         for (int c = 0; c < panels; c++)
             for (long line = 0; line < 2 * step; line += 64)
                 __builtin_prefetch(ahead + c * p->apart + line, 0, 2);
@@ -137,7 +144,8 @@ INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, 
         tile(p, at, R, C, kind); \
         break;
     switch (rows * 8 + panels) {
-        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(1, 4) CASE(2, 2)
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(1, 2) CASE(1, 4)
+        CASE(2, 2)
 #if TILE_ROWS == 12
         CASE(7, 1) CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1)
 #endif
@@ -145,7 +153,17 @@ INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, 
 #undef CASE
 }
 
-/* Multiply one chunk of panels by the block of rows, and prefetch the weights at `next`. */
+/* Let the only tile of a chunk prefetch weights `p->ahead` bytes further on, and at the chunk's end
+ * the first weights at `next`. */
+INLINE void look_ahead(const Product *p, Place *at, const char *next, Kind kind) {
+    long pairs = least(p->ahead / (2 * bytes_of_k(kind)), at->k_len / 2);
+    at->ahead = weights_at(p, at->panel, at->k + 2 * pairs, kind);
+    at->turn = at->k_len / 2 * 2 - 2 * pairs;
+    at->then = next;
+}
+
+/* Multiply one chunk of panels by the block of rows, and prefetch weights: if there are several
+ * tiles, each prefetches a share of the next chunk, which is at `next`. */
 INLINE void block_of_rows(const Product *p, Place at, const char *next, int panels, Kind kind) {
     long tiles = parts(p->rows, TILE_ROWS);
     at.hop = parts(2 * bytes_of_k(kind), tiles);
@@ -153,6 +171,7 @@ INLINE void block_of_rows(const Product *p, Place at, const char *next, int pane
         long row = p->rows * t / tiles, end = p->rows * (t + 1) / tiles;
         at.row = p->top + row;
         at.ahead = next + t * at.hop * (at.k_len / 2);
+        if (tiles == 1) look_ahead(p, &at, next, kind);
         sized_tile(p, &at, (int)(end - row), panels, kind);
     }
 }
@@ -171,7 +190,7 @@ INLINE void round_block(const Product *p, long end) {
 /* Multiply `panels` panels from `panel` on, from the block's first k to `end`. Then comes `then`. */
 INLINE void panels_of_k(const Product *p, long panel, long then, long end, int panels, Kind kind) {
     for (long k = p->begin; k < end; k += CHUNK) {
-        Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0};
+        Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0, -1, NULL};
         long more = k + at.k_len;
         const char *next = more < end ? weights_at(p, panel, more, kind)
                                       : weights_at(p, then, p->begin, kind);
@@ -181,7 +200,7 @@ INLINE void panels_of_k(const Product *p, long panel, long then, long end, int p
 
 /* How many panels wide the tiles are at `panel`: more for few rows. */
 INLINE int panels_at(const Product *p, long panel) {
-    int most = p->rows == 1 ? 4 : p->rows == 2 ? 2 : 1;
+    int most = p->rows == 1 ? p->row_panels : p->rows == 2 ? 2 : 1;
     return p->last - panel < most ? 1 : most;
 }
 
@@ -197,7 +216,7 @@ INLINE void span_of_k(const Product *p, long end, Kind kind) {
 
 /* Multiply all of this thread's panels of gate, each with its panel of up. */
 INLINE void gated_panels(const Product *p, Kind kind) {
-    float gate[ROWS * PANEL], up[ROWS * PANEL];
+    float gate[MOST_TUNED_ROWS * PANEL], up[MOST_TUNED_ROWS * PANEL];
     long half = num_panels(p->linear->num_cols) / 2, k = p->linear->k;
     Product own = *p;
     int panels;
@@ -223,10 +242,12 @@ INLINE void gated_panels(const Product *p, Kind kind) {
 INLINE void product(const Linear *linear, const float *x, long ldx, float *out, long ldo,
                     long num_rows, int number, int threads, Kind kind, int gated) {
     static _Thread_local uint16_t rounding[SPAN / CHUNK * APART];
-    long k = linear->k, most = gated ? least(ROWS, SPAN / (parts(k, CHUNK) * CHUNK)) : ROWS;
+    long k = linear->k, most = tuning.rows;
     long panels = num_panels(linear->num_cols) / (gated ? 2 : 1), start = 0, end = num_rows;
     Product p = {.linear = linear, .x = x, .rounded = rounding, .out = out, .ldx = ldx, .ldo = ldo,
-                 .apart = panel_bytes(k, kind)};
+                 .apart = panel_bytes(k, kind), .ahead = tuning.ahead,
+                 .row_panels = (int)tuning.panels};
+    if (gated) most = least(most, SPAN / (parts(k, CHUNK) * CHUNK));
     if (num_rows >= threads * OWN_ROWS)
         share_of(num_rows, number, threads, &start, &end), p.last = panels;
     else

@@ -12,12 +12,12 @@
 #include "linear.h"
 #include "quant_rows.h"
 #include "team.h"
+#include "tuning.h"
 
 #define ROOM (256 << 10) /* bytes of quantised activations: at most half a second-level cache */
 #define MOST_ROWS 256    /* most rows of x in one pass over the weights */
 #define OWN_ROWS 64      /* threads share rows, not columns, if each gets at least this many */
 #define CHUNK 16         /* blocks of weights that stay in the first-level cache for all rows */
-#define AHEAD 4096       /* bytes of weights to prefetch: these hide the latency of memory */
 
 typedef struct {
     Linear linear;
@@ -187,12 +187,12 @@ INLINE void sized_tile(const Part *p, const Place *a, int rows, int bits, int x_
 /* Multiply all rows of a part by PANELS panels. */
 INLINE void panels_part(const Part *p, long panel, int bits, int x_bits) {
     long tiles = parts(p->num_rows, TILE), chunks = tiles > 1 ? parts(p->num_blocks, CHUNK) : 1;
-    long block_bytes = BLOCK * COLS * bits / 8;
+    long block_bytes = BLOCK * COLS * bits / 8, ahead = tuning.quant_ahead;
     for (long c = 0; c < chunks; c++) {
         Place a = {.panel = panel, .from = p->num_blocks * c / chunks,
-                   .to = p->num_blocks * (c + 1) / chunks, .ahead = AHEAD};
+                   .to = p->num_blocks * (c + 1) / chunks, .ahead = ahead};
         long count = a.to - a.from;
-        a.skips = tiles > 1 ? a.to : a.to - AHEAD / block_bytes;
+        a.skips = tiles > 1 ? a.to : a.to - ahead / block_bytes;
         if (c + 1 < chunks)
             a.ahead = count * block_bytes;
         else if (tiles > 1)

@@ -38,8 +38,6 @@ from sagellm.gateway.http.endpoints import (
     tokenizer_info,
     version,
 )
-from sagellm.gateway.http.messages_endpoints import count_tokens, messages
-from sagellm.gateway.http.responses_call import input_tokens, responses, stored_response
 from sagellm.gateway.http.stored_endpoints import (
     cancel_batch,
     create_batch,
@@ -50,6 +48,13 @@ from sagellm.gateway.http.stored_endpoints import (
     list_files,
     retrieve_batch,
     retrieve_file,
+)
+from sagellm.gateway.http.translated_endpoints import (
+    count_tokens,
+    input_tokens,
+    messages,
+    responses,
+    stored_response,
 )
 from sagellm.gateway.protocol.openapi import openapi
 from sagellm.gateway.settings import RequestLimits, Settings

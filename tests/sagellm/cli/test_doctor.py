@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from sagellm.backends.cpu.native.compiler import c_compiler, library_name, temporary_folder
+from sagellm.backends.cpu.native.tuning import Tuned, Tuning, write_tuned
+from sagellm.backends.cpu.topology import CpuTopology
 from sagellm.cli import doctor as checks
 from sagellm.cli import main
 from sagellm.cli.doctor import CHECKS, Finding, doctor, exit_code, report, run_checks
@@ -68,9 +70,107 @@ def test_a_local_build_of_a_package_is_its_version(monkeypatch: pytest.MonkeyPat
     assert CHECKS["versions"]().status == "ok"
 
 
-def test_too_many_threads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_usable_cores", lambda: 0)
-    assert CHECKS["threads"]().fix == "export OMP_NUM_THREADS=0"
+TWO_CORES = CpuTopology(((0,), (1,)))
+SIBLINGS = CpuTopology(((0, 1),))
+
+
+@pytest.mark.parametrize(
+    ("topology", "omp", "status", "detail", "fix"),
+    [
+        (TWO_CORES, "", "ok", "2 threads on 2 cores", ""),
+        (TWO_CORES, "1", "ok", "1 thread on 2 cores", ""),
+        (SIBLINGS, "", "ok", "1 thread on 2 CPUs, which are hyper-threads of one core", ""),
+        (
+            *(SIBLINGS, "2", "warning"),
+            "2 threads on 2 CPUs, which are hyper-threads of one core: hyper-threads share the "
+            "arithmetic units of their core",
+            "export OMP_NUM_THREADS=1, or unset it",
+        ),
+        (
+            *(TWO_CORES, "3", "warning", "3 threads on 2 cores: threads take turns on a CPU"),
+            "export OMP_NUM_THREADS=2, or unset it",
+        ),
+        (
+            *(CpuTopology(((0,), (1,), (2,)), 1.5), "3", "warning"),
+            "3 threads on 3 cores, with a quota of 1.5 CPUs: threads beyond the quota are stopped "
+            "again and again",
+            "export OMP_NUM_THREADS=2, or unset it",
+        ),
+        (
+            *(CpuTopology(((0, 4), (1, 5)), 8.0), "", "ok"),
+            "2 threads on 4 CPUs, which are hyper-threads of 2 cores, with a quota of 8 CPUs",
+            "",
+        ),
+    ],
+)
+def test_threads_are_compared_with_physical_cores_and_quota(
+    monkeypatch: pytest.MonkeyPatch,
+    topology: CpuTopology,
+    omp: str,
+    status: str,
+    detail: str,
+    fix: str,
+) -> None:
+    monkeypatch.setattr(checks, "usable_cores", lambda: topology)
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setenv("CC", "no-such-compiler")  # nothing is tuned
+    found = CHECKS["threads"]()
+    assert (found.status, found.detail, found.fix) == (status, detail, fix)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A library of kernels, for which nothing is tuned, in a cache of its own."""
+    monkeypatch.setenv("CC", "echo")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(checks, "usable_cores", lambda: SIBLINGS)
+    path = tmp_path / "sagellm" / "native" / library_name(c_compiler())
+    path.parent.mkdir(parents=True, mode=0o700)
+    path.touch(0o700)
+    return path
+
+
+TUNED = Tuned(
+    Tuning(rows=32, panels=2, ahead=512, quant_ahead=1024), threads=2, cores=1, cpus=2, allowed=2
+)
+
+
+def test_a_machine_that_is_not_tuned_is_fine(library: Path) -> None:
+    found = CHECKS["tuning"]()
+    assert (found.status, found.detail) == (
+        "ok",
+        "not tuned, with defaults: `sagellm tune` measures what suits it",
+    )
+
+
+def test_what_was_tuned_is_shown_and_gives_the_threads(library: Path) -> None:
+    write_tuned(library, TUNED)
+    found = CHECKS["tuning"]()
+    assert (found.status, found.detail) == (
+        "ok",
+        "tuned: threads 2, rows 32, panels 2, ahead 512, quant_ahead 1024",
+    )
+    assert CHECKS["threads"]().status == "ok"
+    assert CHECKS["threads"]().detail.startswith("2 threads on 2 CPUs")
+
+
+def test_threads_that_were_tuned_on_other_cpus_are_found(
+    monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    write_tuned(library, TUNED)
+    monkeypatch.setattr(checks, "usable_cores", lambda: TWO_CORES)
+    found = CHECKS["tuning"]()
+    assert found.status == "warning"
+    assert found.detail.endswith("the threads were found with other CPUs, and are not used")
+    assert found.fix == "sagellm tune"
+
+
+def test_a_damaged_file_of_what_was_tuned_is_found(library: Path) -> None:
+    write_tuned(library, TUNED).write_text("{")
+    found = CHECKS["tuning"]()
+    assert (found.status, found.fix) == ("warning", "sagellm tune")
+    assert found.detail.endswith(".json is ignored")
 
 
 def test_the_compiler_is_the_one_that_the_kernels_are_built_with(

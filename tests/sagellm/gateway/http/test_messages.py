@@ -14,7 +14,7 @@ from models_on_the_fly import make_model
 from sagellm import Graph
 from sagellm.gateway.graph_bridge import SessionBridge
 from sagellm.gateway.http.endpoints import cancel
-from sagellm.gateway.http.messages_endpoints import count_tokens, messages
+from sagellm.gateway.http.translated_endpoints import count_tokens, messages
 from sagellm.gateway.protocol.sampling_params import ModelCard, model_cards
 from sagellm.gateway.settings import Settings, Streaming
 

@@ -19,7 +19,7 @@ from gateway_calls import (
 
 from sagellm.gateway.gateway import Gateway, plain_id
 from sagellm.gateway.http.endpoints import cancel
-from sagellm.gateway.http.responses_call import input_tokens, responses, stored_response
+from sagellm.gateway.http.translated_endpoints import input_tokens, responses, stored_response
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.messages import Request
 from sagellm.runtime.sampling import Grammar
