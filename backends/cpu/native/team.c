@@ -1,28 +1,38 @@
-/* A kernel of a decode step takes some 100 us, and the next kernel follows 20 us later. Waking a
- * sleeping thread takes as long, so helpers poll for work for a while before they sleep. OpenMP
- * polls too, but not in a process with more teams than cores, such as a server.
+/* A kernel of a decode step takes some 100 us, and the next kernel follows at once. Waking a
+ * sleeping thread takes as long, so threads poll for a while before they sleep. OpenMP polls too,
+ * but not in a process with more teams than cores, such as a server.
+ *
+ * A thread that another program has pushed from its core comes back after milliseconds. Whoever
+ * waits for it must sleep: its core may be the one that the other thread needs.
  */
 #include "team.h"
 
+#include <limits.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
-#define LOOK_OUT_NS 200000 /* a helper polls this long for the next kernel before it sleeps */
-#define LOOKS 2000         /* polls at a barrier, some 50 us, before a thread yields its core */
-#define PATIENCE_NS 50000  /* the caller polls this long for helpers before it yields its core */
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define BARRIER_NS 50000   /* a thread polls at most this long for the others at a barrier, */
+#define LOOK_OUT_NS 200000 /* and a helper for the next kernel, before they sleep */
+#define LEAST_NS 2000      /* it polls at least this long, */
+#define TRIES 16           /* and the longest again after so many waits that ended in sleep */
+#define POLLS 16           /* between two looks at the clock */
 
 typedef struct {
     share *work;
     void *job;
     int threads;
-    atomic_uint round;     /* the number of the current round of work */
+    Gate start;            /* its count is the number of the current round of work */
+    Gate end;              /* its count is the number of the last round that has ended */
     atomic_int unfinished; /* helpers that have not ended this round */
-    atomic_int sleepers;
     int num_helpers, is_over;
-    pthread_mutex_t door;
-    pthread_cond_t bell;
     pthread_t *helpers;
 } Team;
 
@@ -49,18 +59,76 @@ static long now_ns(void) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* Wait until the team has a round other than `seen`; return the number of that round. */
-static unsigned next_round(Team *team, unsigned seen) {
-    unsigned round;
-    for (long until = now_ns() + LOOK_OUT_NS; now_ns() < until; breathe())
-        if ((round = atomic_load(&team->round)) != seen) return round;
-    pthread_mutex_lock(&team->door);
-    atomic_fetch_add(&team->sleepers, 1);
-    while ((round = atomic_load(&team->round)) == seen)
-        pthread_cond_wait(&team->bell, &team->door);
-    atomic_fetch_sub(&team->sleepers, 1);
-    pthread_mutex_unlock(&team->door);
-    return round;
+/* How long a thread polls before it sleeps: at most `most` nanoseconds, at present `now`. The time
+ * doubles after a wait that ended while the thread polled, and is halved after one in which it
+ * slept. */
+typedef struct {
+    long most, now, slept; /* slept: the number of waits in which the thread slept */
+} Patience;
+
+static _Thread_local Patience at_barrier = {BARRIER_NS, BARRIER_NS, 0};
+static _Thread_local Patience at_start = {LOOK_OUT_NS, LOOK_OUT_NS, 0};
+
+static void learn(Patience *patience, int sufficed) {
+    long next = sufficed ? patience->now * 2 : patience->now / 2;
+    if (!sufficed && ++patience->slept % TRIES == 0) next = patience->most;
+    next = next < LEAST_NS ? LEAST_NS : next;
+    patience->now = next > patience->most ? patience->most : next;
+}
+
+/* Poll until the gate's count differs from `seen`. Return 0 if it did not in time. */
+static int polled(Gate *gate, unsigned seen, Patience *patience) {
+    for (long until = 0;;) {
+        for (int i = 0; i < POLLS; i++, breathe())
+            if (atomic_load(&gate->count) != seen) return 1;
+        long now = now_ns();
+        if (!until) until = now + patience->now;
+        if (now > until) return 0;
+    }
+}
+
+#ifdef __linux__
+static void sleep_at(Gate *gate, unsigned seen) {
+    while (atomic_load(&gate->count) == seen)
+        syscall(SYS_futex, &gate->count, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+}
+
+static void wake_at(Gate *gate) {
+    syscall(SYS_futex, &gate->count, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+#else
+static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER; /* of all gates: sleeping is rare */
+static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
+
+static void sleep_at(Gate *gate, unsigned seen) {
+    pthread_mutex_lock(&door);
+    while (atomic_load(&gate->count) == seen) pthread_cond_wait(&bell, &door);
+    pthread_mutex_unlock(&door);
+}
+
+static void wake_at(Gate *gate) {
+    (void)gate;
+    pthread_mutex_lock(&door);
+    pthread_cond_broadcast(&bell);
+    pthread_mutex_unlock(&door);
+}
+#endif
+
+/* Wait until the gate's count differs from `seen`. */
+static void pass(Gate *gate, unsigned seen, Patience *patience) {
+    int sufficed = polled(gate, seen, patience);
+    learn(patience, sufficed);
+    if (sufficed) return;
+    atomic_fetch_add(&gate->sleepers, 1);
+    sleep_at(gate, seen);
+    atomic_fetch_sub(&gate->sleepers, 1);
+}
+
+/* Increase the gate's count. A thread that is about to sleep either is among the sleepers by now,
+ * or finds the new count. */
+static void open_gate(Gate *gate) {
+    atomic_fetch_add(&gate->count, 1);
+    if (atomic_load(&gate->sleepers)) wake_at(gate);
 }
 
 static void *help(void *argument) {
@@ -68,21 +136,17 @@ static void *help(void *argument) {
     Team *team = self.team;
     free(argument);
     for (;;) {
-        self.round = next_round(team, self.round);
+        pass(&team->start, self.round, &at_start);
+        self.round = atomic_load(&team->start.count);
         if (team->is_over) return NULL;
         if (self.number < team->threads) team->work(team->job, self.number, team->threads);
-        atomic_fetch_sub(&team->unfinished, 1);
+        if (atomic_fetch_sub(&team->unfinished, 1) == 1) open_gate(&team->end);
     }
 }
 
 static void start_round(Team *team) {
     atomic_store(&team->unfinished, team->num_helpers);
-    atomic_fetch_add(&team->round, 1);
-    if (atomic_load(&team->sleepers)) {
-        pthread_mutex_lock(&team->door);
-        pthread_cond_broadcast(&team->bell);
-        pthread_mutex_unlock(&team->door);
-    }
+    open_gate(&team->start);
 }
 
 /* End the team's helpers and free the team, when the thread that owns it ends. */
@@ -91,8 +155,6 @@ static void dissolve(void *argument) {
     team->is_over = 1;
     start_round(team);
     for (int i = 0; i < team->num_helpers; i++) pthread_join(team->helpers[i], NULL);
-    pthread_cond_destroy(&team->bell);
-    pthread_mutex_destroy(&team->door);
     free(team->helpers);
     free(team);
 }
@@ -102,9 +164,8 @@ static void make_key(void) { pthread_key_create(&own_team, dissolve); }
 static Team *team_of_this_thread(void) {
     pthread_once(&once, make_key);
     Team *team = pthread_getspecific(own_team);
-    if (team || !(team = calloc(1, sizeof *team))) return team;
-    pthread_mutex_init(&team->door, NULL);
-    pthread_cond_init(&team->bell, NULL);
+    if (team || !(team = aligned_alloc(64, sizeof *team))) return team;
+    memset(team, 0, sizeof *team);
     pthread_setspecific(own_team, team);
     return team;
 }
@@ -117,7 +178,7 @@ static void grow(Team *team, int wanted) {
     while (team->num_helpers < wanted) {
         Helper *helper = malloc(sizeof *helper);
         if (!helper) return;
-        *helper = (Helper){team, team->num_helpers + 1, atomic_load(&team->round)};
+        *helper = (Helper){team, team->num_helpers + 1, atomic_load(&team->start.count)};
         if (pthread_create(helpers + team->num_helpers, NULL, help, helper)) {
             free(helper);
             return;
@@ -127,15 +188,13 @@ static void grow(Team *team, int wanted) {
 }
 
 void barrier_wait(Barrier *barrier, int threads) {
-    unsigned round = atomic_load(&barrier->round);
+    unsigned round = atomic_load(&barrier->gate.count);
     if (atomic_fetch_add(&barrier->arrived, 1) == threads - 1) {
         atomic_store(&barrier->arrived, 0);
-        atomic_store(&barrier->round, round + 1);
-        return;
+        open_gate(&barrier->gate);
+    } else {
+        pass(&barrier->gate, round, &at_barrier);
     }
-    for (long tries = 0; tries < LOOKS; tries++, breathe())
-        if (atomic_load(&barrier->round) != round) return;
-    while (atomic_load(&barrier->round) == round) sched_yield();
 }
 
 void team_run(share *work, void *job, int threads) {
@@ -148,8 +207,8 @@ void team_run(share *work, void *job, int threads) {
     team->work = work;
     team->job = job;
     team->threads = threads < team->num_helpers + 1 ? threads : team->num_helpers + 1;
+    unsigned ended = atomic_load(&team->end.count);
     start_round(team);
     work(job, 0, team->threads);
-    for (long until = now_ns() + PATIENCE_NS; atomic_load(&team->unfinished);)
-        now_ns() < until ? breathe() : (void)sched_yield();
+    pass(&team->end, ended, &at_barrier);
 }

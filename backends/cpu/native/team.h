@@ -11,10 +11,16 @@ typedef void share(void *job, int number, int threads);
  * no helper thread can be started, the caller does all the work. */
 void team_run(share *work, void *job, int threads);
 
+/* A count that threads wait for. Initialise it with zeros. */
+typedef struct {
+    _Alignas(64) atomic_uint count;
+    atomic_int sleepers; /* threads that must be woken when the count changes */
+} Gate;
+
 /* A point where all threads of a team wait for each other. Initialise it with zeros. */
 typedef struct {
     _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_uint round;
+    Gate gate; /* its count is the number of times that all have met */
 } Barrier;
 
 /* Wait until all `threads` threads have called it. Then each thread may read what the others wrote
