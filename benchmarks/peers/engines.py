@@ -66,6 +66,14 @@ PEERS = {
             reads_long=True,
         ),
         Peer(
+            "ik_llama.cpp",
+            "ik_llama.cpp",
+            DRIVERS / "ik_llama_cpp_driver.py",
+            gguf_file,
+            ROWS,
+            reads_long=True,
+        ),
+        Peer(
             "openvino",
             "openvino",
             DRIVERS / "openvino_driver.py",
@@ -75,6 +83,14 @@ PEERS = {
         Peer(
             "vllm",
             "vllm",
+            DRIVERS / "vllm_driver.py",
+            folder,
+            ("bf16",),
+            preloads=("lib/libiomp5.so",),
+        ),
+        Peer(
+            "vllm+zentorch",
+            "vllm+zentorch",
             DRIVERS / "vllm_driver.py",
             folder,
             ("bf16",),

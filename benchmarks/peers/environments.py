@@ -9,6 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 READY = ".ready"
+CPU = Path("/proc/cpuinfo")
 
 
 class NotInstalled(RuntimeError):
@@ -43,14 +44,39 @@ _LLAMA_CPP = (
     "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF "
     "-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF"
 )
+# ik_llama.cpp compiles its AVX-512 kernels only if each of these instruction sets is enabled.
+_AVX512 = {
+    "avx512f": "-DGGML_AVX512=ON",
+    "avx512vbmi": "-DGGML_AVX512_VBMI=ON",
+    "avx512_vnni": "-DGGML_AVX512_VNNI=ON",
+    "avx512_bf16": "-DGGML_AVX512_BF16=ON",
+}
+
+
+def avx512_options(listing: str) -> str:
+    """The CMake options of the AVX-512 instruction sets in a /proc/cpuinfo `listing`."""
+    lines = [line for line in listing.splitlines() if line.startswith("flags")]
+    flags = lines[0].split() if lines else []
+    return " ".join(option for flag, option in _AVX512.items() if flag in flags)
+
+
+# The library finds its neighbour through $ORIGIN. Kernels for a quantised KV cache would double the
+# time of the build.
+_IK_LLAMA_CPP = (
+    "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DGGML_IQK_FA_ALL_QUANTS=OFF -DLLAMA_CURL=OFF "
+    f"-DCMAKE_INSTALL_RPATH=$ORIGIN -DCMAKE_PROJECT_ik_llama_cpp_python_INCLUDE="
+    f"{HERE / 'requirements' / 'ik_llama.cpp.cmake'} "
+) + avx512_options(CPU.read_text() if CPU.exists() else "")
 ENVIRONMENTS = {
     one.name: one
     for one in (
         Environment("gguf"),
         Environment("llama.cpp", build={"CMAKE_ARGS": _LLAMA_CPP}),
+        Environment("ik_llama.cpp", build={"CMAKE_ARGS": _IK_LLAMA_CPP}),
         Environment("openvino", unwanted=_CUDA_ONLY),
         Environment("transformers"),
         Environment("vllm", unwanted=_CUDA_ONLY),
+        Environment("vllm+zentorch", unwanted=_CUDA_ONLY),
     )
 }
 

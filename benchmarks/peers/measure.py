@@ -2,7 +2,7 @@
 
 For each model and row (the format of the weights) the engines live side by side and take turns; one
 that is not asked is stopped. The first run makes the environments and models, which takes half an
-hour and 15 GB; llama.cpp is built from source in about five minutes.
+hour and 15 GB; llama.cpp and ik_llama.cpp are built from source in ten minutes each.
 """
 
 import json
@@ -15,15 +15,25 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 from benchmarks.cells import Cell
 from benchmarks.machine import Bandwidth, Limits, cpu_name, describe, measure_limits
 from benchmarks.peers.engines import BYTES_A_WEIGHT, OURS, PEERS, ROWS, Peer
-from benchmarks.peers.group import Group
-from benchmarks.peers.plan import ERROR, MEMORY, START, Subject, subjects, too_long
+from benchmarks.peers.group import GB, Group
+from benchmarks.peers.plan import (
+    ERROR,
+    MEMORY,
+    START,
+    Subject,
+    subjects,
+    too_long,
+    weights_and_kv,
+)
 from benchmarks.peers.report import cell_record, table
 from benchmarks.peers.rounds import Found, Rounds
 from benchmarks.peers.timing import Figure, error
+from benchmarks.shape import Shape
 from sagellm.cli.errors import Failure, show_failure
 from sagellm.graphs.vocabulary import nearest
 
@@ -43,6 +53,7 @@ def peers(
     out_tokens: int = 128,
     threads: int = 2,
     spend_s: float = 60.0,
+    spinning: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     output: Path = RESULTS,
 ) -> None:
     """Measure, print the table, and keep it.
@@ -50,7 +61,8 @@ def peers(
     Parameters
     ----------
     chosen
-        A peer, may be repeated; all unless given: llama.cpp, openvino, vllm, transformers.
+        A peer, may be repeated; all unless given: llama.cpp, ik_llama.cpp, openvino, vllm,
+        vllm+zentorch, transformers.
     models
         A model, may be repeated; all unless given: qwen05, llama15m, qwen05-2-layers (the long
         contexts).
@@ -68,6 +80,8 @@ def peers(
     spend_s
         A cell's share of time: a peer's decoding is cut short behind it, and extrapolated. A long
         context whose prefill alone would take twice as long is left out.
+    spinning
+        Measure each speed once more in each round, beside this many processes that spin.
     output
         The folder for peers-CPU.json and peers-CPU.md.
     """
@@ -82,6 +96,7 @@ def peers(
         "machine": describe(),
         "rounds": rounds,
         "peers": others,
+        "spinning": spinning,
         "limits": [],
         "cells": [],
     }
@@ -89,7 +104,7 @@ def peers(
     bench = Bench(
         record=record,
         engines=[PEERS[name] for name in (OURS, *others)],
-        rounds=Rounds(bandwidth.measure, rounds, spend_s),
+        rounds=Rounds(bandwidth.measure, rounds, spend_s, spinning),
         threads=threads,
         spend_s=spend_s,
         output=output,
@@ -137,7 +152,7 @@ class Bench:
                 if cell.kind == "decode" and left_out:
                     self._keep(group, cell, Found({}), None, left_out)
                 else:
-                    limit = limits.of(cell, subject.shape, BYTES_A_WEIGHT[row])
+                    limit = _limit(limits, subject.shape, row, cell, cells)
                     self._keep(group, cell, self._found(group, cell, exact), limit)
 
     def _found(self, group: Group, cell: Cell, exact: Sequence[float] | None) -> Found:
@@ -190,6 +205,15 @@ class Bench:
         file = self._output / f"peers-{re.sub('[^a-z0-9]+', '-', cpu_name().lower())}.json"
         file.write_text(json.dumps(self._record, indent=2) + "\n")
         file.with_suffix(".md").write_text(table(self._record))
+
+
+def _limit(
+    limits: Limits, shape: Shape, row: str, cell: Cell, cells: Iterable[Cell]
+) -> float | None:
+    """The bound for any engine in the unit of the cell; of memory, what all `cells` need."""
+    if cell is MEMORY:
+        return weights_and_kv(shape, BYTES_A_WEIGHT[row], cells) / GB
+    return limits.of(cell, shape, BYTES_A_WEIGHT[row])
 
 
 def _errors(group: Group, exact: Sequence[float] | None) -> Found:

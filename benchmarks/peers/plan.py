@@ -1,5 +1,6 @@
 """The cells of each model, and which cells are left out because of their cost."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.cells import Cell
@@ -60,6 +61,15 @@ def subjects(num_out: int) -> dict[str, Subject]:
         LLAMA15M.name: Subject(LLAMA15M, (START, decode, batch, MEMORY, ERROR)),
         QWEN05_2L.name: Subject(QWEN05_2L, long, is_long=True),
     }
+
+
+def weights_and_kv(shape: Shape, bytes_a_weight: float, cells: Iterable[Cell]) -> float:
+    """Bytes of the weights, and of the keys and values of the largest of the `cells`.
+
+    Keys and values count in bfloat16, norms and biases not at all.
+    """
+    tokens = max(cell.num_sequences * (cell.prompt_len + cell.num_out) for cell in cells)
+    return shape.num_weights * bytes_a_weight + tokens * shape.kv_bytes_a_token
 
 
 def too_long(cell: Cell, shape: Shape, limits: Limits, spend_s: float) -> str | None:

@@ -23,7 +23,7 @@ def cell_record(
     }
     ours = medians.pop(OURS, None)
     best = best_of(cell.kind, medians)
-    return {
+    kept = {
         "cell": cell.name,
         "model": model,
         "row": row,
@@ -42,6 +42,37 @@ def cell_record(
         "missing": dict(failed),
         "bandwidth_gb_per_s": [round(one / 1e9, 1) for one in found.bandwidths],
         "moved_rounds": [number + 1 for number in found.moved],
+    }
+    if found.beside:
+        kept["beside_spinning"] = _beside(cell.kind, found, best)
+    return kept
+
+
+def _beside(kind: str, found: Found, best: str | None) -> dict[str, Any]:
+    """The figures beside spinning processes, and their shares of those alone.
+
+    A share is the median of the rounds' shares: both figures of a round saw the same machine.
+    `relative_to_best_peer`: the share of sagellm over that of the peer that is best alone. Below 1,
+    sagellm falls further.
+    """
+    shares = {
+        name: median(
+            ratio(kind, one.value, alone.value)
+            for one, alone in zip(figures, found.figures[name], strict=False)
+        )
+        for name, figures in found.beside.items()
+    }
+    ours, theirs = shares.get(OURS), shares.get(best or "")
+    return {
+        "figures": {
+            name: rounded(median(one.value for one in figures))
+            for name, figures in found.beside.items()
+        },
+        "share_of_alone": {name: round(share, 3) for name, share in shares.items()},
+        "relative_to_best_peer": round(ours / theirs, 3) if ours and theirs else None,
+        "rounds": {
+            name: [rounded(one.value) for one in figures] for name, figures in found.beside.items()
+        },
     }
 
 
@@ -84,6 +115,7 @@ def table(record: Mapping[str, Any]) -> str:
     for model in dict.fromkeys(cell["model"] for cell in record["cells"]):
         cells = [cell for cell in record["cells"] if cell["model"] == model]
         lines += ["", f"## {model}", "", *_rows(cells, peers)]
+        lines += _beside_rows(cells, peers, record.get("spinning", 0))
     lines += _notes(record["cells"])
     return "\n".join(lines) + "\n"
 
@@ -97,6 +129,36 @@ def _rows(cells: Iterable[dict[str, Any]], peers: Iterable[str]) -> list[str]:
         named = cell["cell"] + (" (moved)" if cell["moved_rounds"] else "")
         lines.append(f"| {' | '.join([cell['row'], named, cell['unit'], *shown, *ratios])} |")
     return lines
+
+
+def _beside_rows(cells: Iterable[dict[str, Any]], peers: Iterable[str], spinning: int) -> list[str]:
+    """The table of the cells that were also measured beside spinning processes, if there are any.
+
+    A peer is the best peer if its figure alone is.
+    """
+    shown = [cell for cell in cells if "beside_spinning" in cell]
+    if not shown:
+        return []
+    heads = ["row", "cell", "unit", OURS, *peers, "share / best peer's", "sagellm falls further"]
+    lines = ["", f"Beside {spinning} spinning processes (share of the figure alone):", ""]
+    lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for cell in shown:
+        beside = cell["beside_spinning"]
+        figures = [_beside_shown(cell, name) for name in (OURS, *peers)]
+        relative = beside["relative_to_best_peer"]
+        falls = "" if relative is None else "yes" if relative < 1 else "no"
+        named = [cell["row"], cell["cell"], cell["unit"]]
+        lines.append(f"| {' | '.join([*named, *figures, _number(relative), falls])} |")
+    return lines
+
+
+def _beside_shown(cell: dict[str, Any], name: str) -> str:
+    beside = cell["beside_spinning"]
+    if name not in beside["figures"]:
+        return _shown(cell, name) if name in cell["missing"] else ""
+    value = f"{beside['figures'][name]:g}"
+    mark = f"**{value}**" if name == cell["best_peer"] else value
+    return f"{mark} ({beside['share_of_alone'][name]:g})"
 
 
 def _shown(cell: dict[str, Any], name: str) -> str:
@@ -114,12 +176,27 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
+def _memory_note(cell: dict[str, Any]) -> str:
+    """The peak memory of sagellm as a multiple of the least that any engine needs."""
+    times = cell["ours"] / cell["limit"]
+    return (
+        f"{cell['model']} {cell['row']} {cell['cell']}: {OURS} takes {times:.2f}x of weights + KV "
+        f"({cell['limit']:g} GB, the limit)."
+    )
+
+
 def _notes(cells: Iterable[dict[str, Any]]) -> list[str]:
     """The legend of the marks, and each reason once."""
     cells = list(cells)
     lines = []
     if any(cell["extrapolated_from_tokens"] for cell in cells):
         lines += ["", "\\* cut short, and extrapolated from the tokens that were measured."]
+    lines += [
+        line
+        for cell in cells
+        if cell["unit"] == UNITS["memory"] and cell["ratio_to_limit"]
+        for line in ("", _memory_note(cell))
+    ]
     if any(cell["moved_rounds"] for cell in cells):
         lines += ["", "(moved): the machine's bandwidth moved by more than 10 % in a round, twice."]
     reasons = {

@@ -1,7 +1,9 @@
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.cells import Cell
@@ -10,7 +12,7 @@ from benchmarks.peers.engines import OURS, Peer
 from benchmarks.peers.environments import NotInstalled
 from benchmarks.peers.group import Group
 from benchmarks.peers.models import DRIVERS
-from benchmarks.peers.plan import START, Subject, too_long
+from benchmarks.peers.plan import MEMORY, START, Subject, too_long, weights_and_kv
 from benchmarks.peers.report import cell_record, table
 from benchmarks.peers.rounds import Found, Rounds
 from benchmarks.peers.timing import Figure
@@ -77,6 +79,46 @@ def test_a_round_in_which_the_machine_moved_is_measured_again_and_then_marked() 
         marked = Rounds(lambda: next(twice), 1, spend_s=60).measure(group, CELL)
     assert (repeated.moved, len(repeated.figures[OURS])) == ([], 1)
     assert (marked.moved, len(marked.figures[OURS])) == ([0], 1)
+
+
+class Watching(Group):
+    """A group that notes how many processes there are beside one engine when that engine runs."""
+
+    seen: list[tuple[int, int]]  # the number of each run, and the processes beside its engine
+
+    def run(self, name: str, cell: Cell, number: int, cap_s: float) -> Figure:
+        self.seen.append((number, len(psutil.Process().children()) - 1))
+        return super().run(name, cell, number, cap_s)
+
+
+def test_each_round_is_alone_and_then_beside_processes_that_spin() -> None:
+    with Watching([fake(OURS)], SUBJECT, "bf16", threads=1) as group:
+        group.seen = []
+        group.start(OURS)
+        found = Rounds(steady, 2, spend_s=60, spinning=2).measure(group, CELL)
+    assert [beside for _, beside in group.seen] == [0, 2, 0, 2]
+    assert len({number for number, _ in group.seen}) == 4  # no two runs have the same prompts
+    assert (len(found.figures[OURS]), len(found.beside[OURS])) == (2, 2)
+
+
+def test_starting_and_a_measurement_without_spinning_are_alone_only() -> None:
+    with opened(fake(OURS)) as group:
+        assert Rounds(steady, 1, spend_s=60, spinning=1).measure(group, START).beside == {}
+        assert Rounds(steady, 1, spend_s=60).measure(group, CELL).beside == {}
+
+
+def test_a_peer_whose_time_is_spent_alone_or_beside_has_one_round_of_both() -> None:
+    with opened(fake(OURS), fake("a")) as group:
+        found = Rounds(steady, 3, spend_s=0, spinning=1).measure(group, CELL)
+    assert (len(found.figures["a"]), len(found.beside["a"])) == (1, 1)
+    assert (len(found.figures[OURS]), len(found.beside[OURS])) == (3, 3)
+
+
+def test_a_moved_round_is_repeated_beside_the_processes_too() -> None:
+    bandwidths: Iterator[float] = iter([10e9, 8e9, 10e9, 10e9])
+    with opened(fake(OURS)) as group:
+        found = Rounds(lambda: next(bandwidths), 1, spend_s=60, spinning=1).measure(group, CELL)
+    assert (found.moved, len(found.beside[OURS])) == ([], 1)
 
 
 def test_starting_is_a_new_process_each_round() -> None:
@@ -150,3 +192,50 @@ def test_a_long_context_is_left_out_where_filling_it_takes_too_long() -> None:
     assert why is not None
     assert "--spend-s" in why
     assert too_long(cell, QWEN05_2L, LIMITS, spend_s=600) is None
+
+
+def spun(kind: str, ours: list[float], peer: list[float]) -> dict[str, Any]:
+    """The record of a cell; each list has the figures of two rounds alone, then beside."""
+    alone = {OURS: [Figure(one) for one in ours[:2]], "a": [Figure(one) for one in peer[:2]]}
+    beside = {OURS: [Figure(one) for one in ours[2:]], "a": [Figure(one) for one in peer[2:]]}
+    cell = Cell("c", kind, 1, 4, 5)
+    return cell_record(cell, "m", "bf16", Found(alone, beside=beside), {}, None)
+
+
+def test_the_share_of_a_figure_alone_is_that_within_a_round() -> None:
+    found = spun("decode", [10.0, 20.0, 5.0, 5.0], [4.0, 4.0, 3.0, 3.0])["beside_spinning"]
+    assert found["figures"] == {OURS: 5.0, "a": 3.0}
+    assert found["share_of_alone"] == {OURS: 0.375, "a": 0.75}
+    assert found["relative_to_best_peer"] == 0.5
+    assert found["rounds"] == {OURS: [5.0, 5.0], "a": [3.0, 3.0]}
+
+
+def test_a_time_that_doubles_is_a_share_of_a_half() -> None:
+    found = spun("ttft", [10.0, 10.0, 20.0, 20.0], [10.0, 10.0, 40.0, 40.0])["beside_spinning"]
+    assert found["share_of_alone"] == {OURS: 0.5, "a": 0.25}
+    assert found["relative_to_best_peer"] == 2.0
+
+
+def test_a_table_of_its_own_says_which_engine_falls_further() -> None:
+    worse = spun("decode", [8.0, 8.0, 2.0, 2.0], [4.0, 4.0, 2.0, 2.0])
+    better = spun("decode", [8.0, 8.0, 6.0, 6.0], [4.0, 4.0, 2.0, 2.0])
+    lines = table({**NAMED, "peers": ["a"], "spinning": 2, "cells": [worse, better]}).splitlines()
+    assert "Beside 2 spinning processes (share of the figure alone):" in lines
+    assert "| bf16 | c | tokens/s | 2 (0.25) | **2** (0.5) | 0.5 | yes |" in lines
+    assert "| bf16 | c | tokens/s | 6 (0.75) | **2** (0.5) | 1.5 | no |" in lines
+
+
+def test_without_spinning_there_is_no_such_table() -> None:
+    shown = table({**NAMED, "peers": ["a"], "cells": [kept(CELL, 20.0, a=10.0)]})
+    assert "spinning" not in shown
+
+
+def test_peak_memory_is_a_multiple_of_weights_and_kv() -> None:
+    cells = (Cell("decode-1", "decode", 1, 100, 10), Cell("batch-2", "batch", 2, 100, 10), MEMORY)
+    least = weights_and_kv(LLAMA15M, 0.5, cells)
+    assert least == LLAMA15M.num_weights / 2 + 220 * LLAMA15M.kv_bytes_a_token
+    found = Found({OURS: [Figure(1.5)], "a": [Figure(1.2)]})
+    one = cell_record(MEMORY, "m", "int4", found, {}, 1.2)
+    assert (one["ratio_to_best_peer"], one["ratio_to_limit"]) == (0.8, 0.8)
+    lines = table({**NAMED, "peers": ["a"], "cells": [one]}).splitlines()
+    assert "m int4 peak-memory: sagellm takes 1.25x of weights + KV (1.2 GB, the limit)." in lines

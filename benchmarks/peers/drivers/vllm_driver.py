@@ -1,9 +1,10 @@
-"""vLLM's CPU build, offline, compiled, with the engine in this process.
+"""vLLM's CPU build, offline, compiled, with the engine in this process; with zentorch, if there.
 
 Its CPU worker reads the gigabytes of KV and the list of cores from the environment, at import.
 """
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 from wire import Ask, Clock, Load, serve
@@ -28,8 +29,11 @@ class Vllm:
             "HF_HUB_OFFLINE": "1",
         }
         from vllm import LLM, SamplingParams  # reads the environment variables
+        from vllm.platforms import current_platform
         from vllm.sampling_params import StructuredOutputsParams
 
+        if find_spec("zentorch") and not current_platform.is_zen_cpu():
+            raise RuntimeError("zentorch is installed, but vLLM does not use it on this CPU")
         self._params = SamplingParams
         self._bound = StructuredOutputsParams
         self._engine: Any = LLM(
