@@ -51,7 +51,7 @@ soak: export SAGELLM_FUZZ_GRAMMARS_S ?= 600
 soak: $(STAMPS)/test $(STAMPS)/fuzz
 	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
 		tests/soak tests/sagellm/gateway/test_fuzz.py
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 -m soak tests
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 -rs -m soak tests
 	$(BIN)/python -O -m pytest -W ignore::pytest.PytestConfigWarning tests/security
 	for others in SAGELLM_TEST_EXECUTOR=processes SAGELLM_TEST_GATEWAYS=2; do \
 		env $$others $(BIN)/pytest --numprocesses logical --maxprocesses 4 \
