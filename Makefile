@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run shell test soak chaos clients javascript prometheus page first-hour house lint format bench bench-peers clean
+.PHONY: setup run shell test soak chaos clients javascript prometheus page first-hour house native-coverage lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -51,7 +51,7 @@ soak: export SAGELLM_FUZZ_GRAMMARS_S ?= 600
 soak: $(STAMPS)/test $(STAMPS)/fuzz
 	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
 		tests/soak tests/sagellm/gateway/test_fuzz.py
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 -m soak tests
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 -rs -m soak tests
 	$(BIN)/python -O -m pytest -W ignore::pytest.PytestConfigWarning tests/security
 	for others in SAGELLM_TEST_EXECUTOR=processes SAGELLM_TEST_GATEWAYS=2; do \
 		env $$others $(BIN)/pytest --numprocesses logical --maxprocesses 4 \
@@ -133,6 +133,12 @@ $(CLIENTS)/%/.ready: Makefile
 # Figures of the source tree: files, lines, repeated names, circles.
 house: $(STAMPS)/run
 	$(BIN)/python tests/house.py
+
+# The lines of the C kernels that the cases of tests/native_kernels run, for each instruction set that
+# this machine runs or emulates: benchmarks/results/native-coverage.md. ARM needs Debian's packages
+# gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user.
+native-coverage: $(STAMPS)/test
+	PYTHONPATH=tests $(BIN)/python -m native_kernels.coverage
 
 lint: $(STAMPS)/test $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -101,6 +101,16 @@ def test_a_compiler_of_another_name_is_found(monkeypatch, tmp_path, name):
     assert compiler.c_compiler() == (path,)
 
 
+@pytest.mark.parametrize(
+    ("answer", "named"), [("exit 0", "-march=native"), ("exit 1", "-mcpu=native")]
+)
+def test_a_compiler_names_this_cpu_in_its_own_way(tmp_path, answer, named):
+    path = executable(tmp_path / "cc", f'case "$*" in *-march=native*) {answer};; esac')
+    flags = compiler._flags((path,))
+    assert [flag for flag in flags if flag.endswith("=native")] == [named]
+    assert len(flags) == len(compiler._FLAGS)
+
+
 def test_another_compiler_or_c_library_gets_another_library(monkeypatch, tmp_path):
     path = tmp_path / "cc"
     first = compiler._key((executable(path, "echo 1; echo built today"),))

@@ -1,6 +1,7 @@
 """Attention in C against its torch definition: batches, chunks and threads change no bit."""
 
 import itertools
+import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +66,9 @@ class Case:
 
     @property
     def is_rounded(self):
-        """Whether queries and softmax weights are rounded: the CPU multiplies bfloat16 pairs."""
-        return self.pool.dtype == torch.bfloat16 and KERNELS.has_pairs
+        """Whether queries and softmax weights are rounded: attention multiplies bfloat16 pairs."""
+        has_pairs = KERNELS.has_pairs and platform.machine() not in ("aarch64", "arm64")
+        return self.pool.dtype == torch.bfloat16 and has_pairs
 
     def wanted(self, rows):
         inputs, q = self.inputs(rows), self._queries(rows)

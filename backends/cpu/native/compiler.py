@@ -93,11 +93,20 @@ def _build(compiler: tuple[str, ...], library: Path) -> Path:
     """
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         fresh = Path(folder) / library.name
-        command = [*compiler, *_FLAGS, "-o", str(fresh), *map(str, _sources(".c")), "-lm"]
+        sources = map(str, _sources(".c"))
+        command = [*compiler, *_flags(compiler), "-o", str(fresh), *sources, "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
         fresh.chmod(0o700)  # the umask may allow others to write
         fresh.replace(library)
     return library
+
+
+def _flags(compiler: tuple[str, ...]) -> tuple[str, ...]:
+    """_FLAGS for this compiler: some compilers for ARM name the CPU by -mcpu alone."""
+    named = [*compiler, "-march=native", "-fsyntax-only", "-x", "c", os.devnull]
+    if not subprocess.run(named, capture_output=True, timeout=_TIMEOUT_S).returncode:
+        return _FLAGS
+    return tuple(flag.replace("-march=native", "-mcpu=native") for flag in _FLAGS)
 
 
 def _sources(*suffixes: str) -> list[Path]:

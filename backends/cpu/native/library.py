@@ -109,7 +109,7 @@ class NativeKernels:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether this CPU multiplies pairs of bfloat16 (AVX512-BF16)."""
+        """Whether this CPU multiplies pairs of bfloat16 (AVX512-BF16, or BF16 of ARM)."""
         return bool(self._library.sage_has_pairs())
 
     def is_gated(self, num_cols: int, size: int) -> bool:

@@ -14,7 +14,7 @@
 #include "team.h"
 #include "tuning.h"
 
-#if WIDE == 16
+#if WIDE == 16 || defined(__aarch64__)
 #define TILE_ROWS 12 /* with one panel: 24 sums, 2 weights and a value of x, of 32 registers */
 #else
 #define TILE_ROWS 6 /* 12 sums, 2 weights, a value of x and a mask fill the 16 AVX2 registers */
@@ -281,14 +281,7 @@ MULTIPLY(sage_gated_pairs, PAIRS, 1)
 /* Whether the gated form supports the shape: halves of whole panels, and rows that fit SPAN. */
 int sage_is_gated(long num_cols, long k) { return num_cols % (2 * PANEL) == 0 && k <= SPAN; }
 
-/* Whether this CPU multiplies pairs of bfloat16, so that PAIRS are faster than BFLOATS. */
-int sage_has_pairs(void) {
-#ifdef __AVX512BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}
+int sage_has_pairs(void) { return HAS_PAIRS; }
 
 typedef struct {
     const Linear *linear;

@@ -12,6 +12,8 @@
  * bottleneck. */
 #ifdef __AVX__
 #define IN_REGISTER(value) __asm__("" : "+x"(value))
+#elif defined(__aarch64__)
+#define IN_REGISTER(value) __asm__("" : "+w"(value))
 #else
 #define IN_REGISTER(value) (void)(value)
 #endif
@@ -42,7 +44,7 @@ INLINE void product_tile(const float *a, long across, long down, const float *pa
 /* The number of parts of about equal size, at most TILE_ROWS, in which `product` takes rows. */
 INLINE long num_parts(long rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
-/* c (rows x 8 vecs) = a (rows x depth) times panels of b, `panel_len` floats apart; added to c if
+/* c (rows x LANES vecs) = a (rows x depth) times panels of b, `panel_len` floats apart; added to c if
  * `add`. If `part` is not 0, a is stored in parts, `part` floats apart.
  *
  * Each element is one sum in the order of depth, in every tile: more rows change no bit. */
@@ -68,7 +70,7 @@ INLINE void product(const float *a, long across, long down, long part, const flo
         }
 }
 
-/* Numbers i to i + 8 of a row of `size` numbers. Past the end they are zeros. `whole`: rows are
+/* Numbers i to i + LANES of a row of `size` numbers. Past the end they are zeros. `whole`: rows are
  * whole vectors, so that no load passes the end. */
 INLINE vec load_padded(const void *row, long i, long size, int bfloat, int whole) {
     if (whole || i + LANES <= size) return load(row, i, bfloat);
@@ -94,6 +96,16 @@ INLINE void transpose(vec rows[LANES]) {
     for (int i = 0; i < 4; i++) {
         rows[i] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
         rows[i + 4] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+}
+#elif defined(__aarch64__)
+/* Transpose 4 x 4 floats in place. */
+INLINE void transpose(vec rows[LANES]) {
+    float32x4x2_t top = vtrnq_f32((float32x4_t)rows[0], (float32x4_t)rows[1]);
+    float32x4x2_t end = vtrnq_f32((float32x4_t)rows[2], (float32x4_t)rows[3]);
+    for (int i = 0; i < 2; i++) {
+        rows[i] = (vec)vcombine_f32(vget_low_f32(top.val[i]), vget_low_f32(end.val[i]));
+        rows[i + 2] = (vec)vcombine_f32(vget_high_f32(top.val[i]), vget_high_f32(end.val[i]));
     }
 }
 #else

@@ -5,15 +5,28 @@
 #include "vector.h"
 
 #ifdef __AVX512BF16__
-#define PAIR_LANES 16
+#define PAIR_LANES 16 /* attention is computed in pairs too: see block_pairs.h */
 #else
 #define PAIR_LANES LANES
+#endif
+
+/* Whether this CPU multiplies pairs, so that PAIRS are faster than BFLOATS. */
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && WIDE == 4
+#define HAS_BFDOT 1
+#endif
+#if defined(__AVX512BF16__) || defined(HAS_BFDOT)
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
 #endif
 
 /* sums + both products of each column's pair with the pair x. */
 INLINE wide add_products(wide sums, wide_bits columns, int32_t x) {
 #ifdef __AVX512BF16__
     return (wide)_mm512_dpbf16_ps((__m512)sums, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(x));
+#elif defined(HAS_BFDOT)
+    return (wide)vbfdotq_f32((float32x4_t)sums, (bfloat16x8_t)columns,
+                             (bfloat16x8_t)vdupq_n_s32(x));
 #else
     const wide_bits upper = (wide_bits){0} + (int32_t)0xffff0000, both = (wide_bits){0} + x;
     sums = fused_wide((wide)(both << 16), (wide)(columns << 16), sums);
@@ -34,6 +47,11 @@ INLINE void round_all(const float *from, uint16_t *to, long count) {
 #ifdef __AVX512BF16__
     for (; i + WIDE <= count; i += WIDE) {
         __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
+        memcpy(to + i, &half, sizeof half);
+    }
+#elif defined(HAS_BFDOT)
+    for (; i + WIDE <= count; i += WIDE) {
+        bfloat16x4_t half = vcvt_bf16_f32(vld1q_f32(from + i));
         memcpy(to + i, &half, sizeof half);
     }
 #endif

@@ -16,18 +16,17 @@ typedef float floats __attribute__((vector_size(64)));
 typedef __m256i ints;
 typedef vec floats;
 #else
-#define INTS 8
+#define INTS LANES
 typedef ivec ints;
 typedef vec floats;
-typedef int8_t bytes __attribute__((vector_size(32)));
-typedef int16_t halves __attribute__((vector_size(32)));
+typedef int16_t halves __attribute__((vector_size(4 * LANES)));
 #endif
 
 /* Compilers keep an array in registers only if all its indices are constants, hence UNROLL. */
 #define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")
 #define COLS 16                     /* columns of a panel */
-#define VECS 2                      /* vectors of columns that a tile holds */
+#define VECS (INTS == 4 ? 4 : 2)    /* vectors of columns that a tile holds */
 #define PANELS (VECS * INTS / COLS) /* panels that these vectors cover: 1 or 2 */
 
 INLINE ints load_ints(const void *from) {
@@ -122,6 +121,8 @@ INLINE floats load_halves(const uint16_t *from) {
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 #elif defined(__AVX2__)
     return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__aarch64__)
+    return (floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
 #else
     floats value = {0};
     for (int i = 0; i < INTS; i++) value[i] = half_to_float(from[i]);

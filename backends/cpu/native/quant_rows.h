@@ -5,6 +5,8 @@
 #include "quant.h"
 #if INTS == 16
 #include "quant_vnni.h"
+#elif defined(__aarch64__)
+#include "quant_dot.h"
 #else
 #include "quant_pairs.h"
 #endif
@@ -12,9 +14,10 @@
 #define BLOCK 32
 #define LARGEST 32639.0f /* 127 x 256 + 127: the largest code that splits into two signed bytes */
 
-/* Store 32 codes as bytes, or as 16-bit numbers. Of each four 16-bit numbers a b c d, the even ones
+/* Store 32 codes as bytes, or as 16-bit numbers. ARM stores 16 bits as quant_dot.h reads them: 32
+ * upper bytes, then 32 lower bytes. Elsewhere, of each four 16-bit numbers a b c d, the even ones
  * come first (a c b d), because block_sums multiplies even and odd bytes of weights separately. */
-INLINE void store_block(void *codes, const ivec whole[4], int bits) {
+INLINE void store_block(void *codes, const ivec whole[BLOCK / LANES], int bits) {
 #ifdef __AVX2__
     __m256i w[4];
     memcpy(w, whole, sizeof w);
@@ -30,6 +33,14 @@ INLINE void store_block(void *codes, const ivec whole[4], int bits) {
         right = _mm256_permute4x64_epi64(right, _MM_SHUFFLE(3, 1, 2, 0));
         memcpy(codes, &left, sizeof left);
         memcpy((char *)codes + sizeof left, &right, sizeof right);
+    }
+#elif defined(__aarch64__)
+    for (int i = 0; i < BLOCK / 8; i++) {
+        int16x8_t eight = vcombine_s16(vmovn_s32((int32x4_t)whole[2 * i]),
+                                       vmovn_s32((int32x4_t)whole[2 * i + 1]));
+        int8_t *to = (int8_t *)codes + 8 * i;
+        if (bits == 16) vst1_s8(to, vrshrn_n_s16(eight, 8));
+        vst1_s8(to + (bits == 16 ? BLOCK : 0), vmovn_s16(eight));
     }
 #else
     static const int places[] = {0, 2, 1, 3};
@@ -47,21 +58,25 @@ INLINE void store_block(void *codes, const ivec whole[4], int bits) {
 INLINE vec larger(vec a, vec b) {
 #ifdef __AVX2__
     return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__aarch64__)
+    return (vec)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b);
 #else
     return choose(a > b, a, b);
 #endif
 }
 
 /* The largest absolute value. */
-INLINE float largest(const vec x[4]) {
+INLINE float largest(const vec x[BLOCK / LANES]) {
     vec most = {0};
-    for (int i = 0; i < 4; i++) most = larger((vec)((ivec)x[i] & 0x7fffffff), most);
+    for (int i = 0; i < BLOCK / LANES; i++) most = larger((vec)((ivec)x[i] & 0x7fffffff), most);
 #ifdef __AVX2__
     __m256 turned = _mm256_permute2f128_ps((__m256)most, (__m256)most, 1);
     most = larger(most, (vec)turned);
     most = larger(most, (vec)_mm256_permute_ps((__m256)most, _MM_SHUFFLE(1, 0, 3, 2)));
     most = larger(most, (vec)_mm256_permute_ps((__m256)most, _MM_SHUFFLE(2, 3, 0, 1)));
     return most[0];
+#elif defined(__aarch64__)
+    return vmaxnmvq_f32((float32x4_t)most);
 #else
     float found = 0.0f;
     for (int i = 0; i < LANES; i++) found = most[i] > found ? most[i] : found;
@@ -76,6 +91,8 @@ INLINE int32_t whole_sum(ivec value) {
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1)));
     return _mm_cvtsi128_si32(half);
+#elif defined(__aarch64__)
+    return vaddvq_s32((int32x4_t)value);
 #else
     int32_t sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += value[lane];
@@ -105,12 +122,12 @@ INLINE void quantise_block(const float *from, char *codes, float *scale, int32_t
 }
 #else
 INLINE void quantise_block(const float *from, void *codes, float *scale, int32_t *sum, int bits) {
-    vec x[4];
-    ivec whole[4], total = {0};
+    vec x[BLOCK / LANES];
+    ivec whole[BLOCK / LANES], total = {0};
     memcpy(x, from, sizeof x);
     float most = largest(x), top = bits == 8 ? 127.0f : LARGEST;
     float by = most > 1e-30f ? top / most : 0.0f; /* else it could overflow */
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < BLOCK / LANES; i++) {
         whole[i] = (ivec)(x[i] * by + 12582912.0f) - 0x4b400000; /* to nearest even */
         total += whole[i];
     }

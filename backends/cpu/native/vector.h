@@ -1,4 +1,4 @@
-/* Vectors of eight floats, in the extension that gcc and clang share; vectors of WIDE floats for
+/* Vectors of LANES floats, in the extension that gcc and clang share; vectors of WIDE floats for
  * matrix products. */
 #ifndef SAGELLM_VECTOR_H
 #define SAGELLM_VECTOR_H
@@ -9,31 +9,41 @@
 
 #ifdef __AVX__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
+/* The floats of a register of AVX, or of 16 bytes, which every other CPU has. gcc keeps a vector
+ * that is longer than a register in memory. */
+#ifdef __AVX__
 #define LANES 8
+#else
+#define LANES 4
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(32)));
-typedef int32_t ivec __attribute__((vector_size(32)));
-typedef uint16_t half_vec __attribute__((vector_size(16)));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half_vec __attribute__((vector_size(2 * LANES)));
 
 /* a * b + c. With -ffp-contract=off, compilers fuse nothing by themselves: the bits of a result
  * must not depend on which copy of a loop computed it. */
 INLINE vec fused(vec a, vec b, vec c) {
 #ifdef __FMA__
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
 }
 
-/* The floats that a register of this CPU holds, at least eight. */
+/* The floats that a register of this CPU holds. */
 #ifndef WIDE
 #ifdef __AVX512F__
 #define WIDE 16
 #else
-#define WIDE 8
+#define WIDE LANES
 #endif
 #endif
 
@@ -41,12 +51,17 @@ typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef int32_t wide_bits __attribute__((vector_size(4 * WIDE)));
 
 INLINE wide fused_wide(wide a, wide b, wide c) {
-#if WIDE == 8
+#if WIDE == LANES
     return (wide)fused((vec)a, (vec)b, (vec)c);
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) && WIDE == 16
     return (wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
-    return a * b + c;
+    vec parts[3][WIDE / LANES];
+    memcpy(parts[0], &a, sizeof a), memcpy(parts[1], &b, sizeof b), memcpy(parts[2], &c, sizeof c);
+    for (int i = 0; i < WIDE / LANES; i++)
+        parts[2][i] = fused(parts[0][i], parts[1][i], parts[2][i]);
+    memcpy(&c, parts[2], sizeof c);
+    return c;
 #endif
 }
 
@@ -59,7 +74,7 @@ INLINE wide load_wide(const float *from) {
 INLINE wide fill_wide(float value) { return value - (wide){0}; } /* -0.0 + 0 would be 0.0 */
 
 INLINE float fused_one(float a, float b, float c) {
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__aarch64__)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;
@@ -79,6 +94,8 @@ INLINE vec load_bfloat(const uint16_t *from) {
 #ifdef __AVX2__ /* compilers would make two conversions of the code below */
     __m128i half = _mm_loadu_si128((const __m128i *)from);
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#elif defined(__aarch64__)
+    return (vec)vshll_n_u16(vld1_u16(from), 16);
 #else
     half_vec half;
     memcpy(&half, from, sizeof half);
@@ -113,21 +130,20 @@ INLINE void store_one(void *to, long index, float value, int bfloat) {
 
 /* The sum of all lanes, always added in the same order. */
 INLINE float lanes_sum(vec value) {
-    float a = (value[0] + value[4]) + (value[2] + value[6]);
-    float b = (value[1] + value[5]) + (value[3] + value[7]);
-    return a + b;
+    float four[4];
+    for (int i = 0; i < 4; i++) four[i] = LANES > 4 ? value[i] + value[(i + 4) % LANES] : value[i];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 INLINE float lanes_max(vec value) {
-    float four[4], two[2];
-    for (int i = 0; i < 4; i++) four[i] = value[i] > value[i + 4] ? value[i] : value[i + 4];
-    for (int i = 0; i < 2; i++) two[i] = four[i] > four[i + 2] ? four[i] : four[i + 2];
-    return two[0] > two[1] ? two[0] : two[1];
+    float most[LANES];
+    memcpy(most, &value, sizeof value);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) most[i] = most[i] > most[i + half] ? most[i] : most[i + half];
+    return most[0];
 }
 
-INLINE vec fill(float value) {
-    return (vec){value, value, value, value, value, value, value, value};
-}
+INLINE vec fill(float value) { return value - (vec){0}; } /* see fill_wide */
 
 INLINE vec choose(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));

@@ -1,0 +1,232 @@
+"""Cases of quantised weights: products of 4 and 8 bits by rows of 8 and 16 bits, the making."""
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from native_kernels.calls import Blob, Calls, Results
+from native_kernels.cases import Array, Case, bfloat, random, widened
+
+from sagellm.backends.cpu.native.c_structs import NativeLinear
+
+FORMS = [(8, 16), (8, 8), (4, 16), (4, 8)]
+BLOCK, COLS = 32, 16
+TOP = {8: 127.0, 16: 32639.0}
+
+
+class Quant(ctypes.Structure):
+    """The struct of quant.c: a Linear, and the order of k."""
+
+    _fields_ = (*NativeLinear._fields_, ("order", ctypes.c_void_p))
+
+
+def cases() -> Iterator[Case]:
+    for bits, row_bits in FORMS:
+        for num_cols, k, group in [(1, 32, 32), (7, 77, 32), (33, 2061, 64), (48, 1024, 128)]:
+            for extra in (False, True):
+                yield product(bits, row_bits, num_cols, k, group, extra=extra)
+        yield product(bits, row_bits, 40, 96, 32, counts=[130, 300])  # threads share rows
+        yield product(bits, row_bits, 40, 8300, 32, counts=[70])  # k in several parts
+        yield largest(bits, row_bits)
+        yield tiny(bits, row_bits)
+    for bits in (4, 8):
+        for is_bfloat in (0, 1):
+            yield making(bits, is_bfloat)
+        yield making_of_extremes(bits)
+
+
+def rounded_rows(x: Array, row_bits: int) -> Array:
+    """Rows as the kernels see them: rounded with a scale for each block."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK))).reshape(len(x), -1, BLOCK)
+    most = np.abs(padded).max(-1, keepdims=True)
+    top = np.float32(TOP[row_bits])
+    by = np.where(most > 1e-30, top / np.where(most > 0, most, 1), 0.0).astype(np.float32)
+    codes = np.rint(padded * by)
+    return (codes * (most / top)).reshape(len(x), -1)[:, : x.shape[1]].astype(np.float64)
+
+
+def packed_codes(codes: Array, bits: int) -> Array:
+    """The codes [N, K] as quant.c reads them: [panel, k / 4, 16, 4], or two of 4 bits a byte."""
+    fill = 8 if bits == 4 else 0
+    around = ((0, -codes.shape[0] % (2 * COLS)), (0, -codes.shape[1] % BLOCK))
+    filled = np.pad(codes, around, constant_values=fill)
+    panels = filled.reshape(-1, COLS, filled.shape[1] // 4, 4).swapaxes(1, 2)
+    return panels if bits == 8 else panels[:, 0::2] | panels[:, 1::2] << 4
+
+
+def packed_groups(of_groups: Array) -> Array:
+    """Scales or zeros [N, G] as quant.c reads them: [panel, G, 16]."""
+    filled = np.pad(of_groups, ((0, -len(of_groups) % (2 * COLS)), (0, 0)))
+    return filled.reshape(-1, COLS, filled.shape[1]).swapaxes(1, 2)
+
+
+def linear(
+    calls: Calls, codes: Array, scales: Array, forms: tuple[int, int, int], **extra: Any
+) -> Blob:
+    """A Quant. `forms`: bits of the weight and of rows, and the group."""
+    bits, row_bits, group = forms
+    num_cols, k = codes.shape
+    return calls.struct(
+        Quant,
+        run=f"sage_quant_{bits}_{row_bits}",
+        weight=calls.array(packed_codes(codes, bits)),
+        scales=calls.array(packed_groups(scales)),
+        num_cols=num_cols,
+        k=k,
+        group=group,
+        **extra,
+    )
+
+
+def random_codes(bits: int, num_cols: int, k: int) -> Array:
+    numbers = np.random.default_rng([bits, num_cols, k])
+    if bits == 4:
+        return numbers.integers(0, 16, (num_cols, k), np.uint8)
+    return numbers.integers(-127, 128, (num_cols, k), np.int8)
+
+
+def product(*form: int, counts: list[int] | None = None, extra: bool = False) -> Case:
+    """Products of some numbers of rows. `extra`: with zeros, an order of k, no bias."""
+    bits, row_bits, num_cols, k, group = form
+    calls = Calls(f"{bits} x {row_bits} bits, {num_cols} x {k}, extra {extra}")
+    counts = counts or [1, 2, 3, 4, 5, 6, 7, 12, 67]
+    groups, numbers = -(-k // group), np.random.default_rng(6)
+    codes = random_codes(bits, num_cols, k)
+    scales = (numbers.random((num_cols, groups)) / 100 + 1e-3).astype(np.float16)
+    scales[0, 0] = 1e-7  # below float16's normal range
+    zeros = np.full((num_cols, groups), 8 if bits == 4 else 0, np.int16)
+    order, bias = np.arange(k), random(num_cols)
+    optional: dict[str, Any] = {"bias": calls.array(bias)}
+    if extra:
+        low, high = (0, 16) if bits == 4 else (-127, 128)
+        zeros = numbers.integers(low, high, (num_cols, groups), np.int16)
+        order, bias = numbers.permutation(k), np.zeros(num_cols, np.float32)
+        optional = {
+            "zeros": calls.array(packed_groups(zeros)),
+            "order": calls.array(order.astype(np.int32)),
+        }
+    made = linear(calls, codes, scales, (bits, row_bits, group), **optional)
+    x = random(max(counts), k)
+    rows, outs = calls.array(x), []
+    for index, count in enumerate(counts):
+        out = calls.array(np.full((count, num_cols + 1), 7.0, np.float32), is_kept=True)
+        threads = (1, 2, 3, 7)[index % 4]
+        calls.call("sage_linear", made, rows, k, out, num_cols + 1, count, threads)
+        outs.append((count, out))
+    each = np.arange(k) // group
+    wide = (codes.astype(np.float64) - zeros[:, each]) * scales.astype(np.float64)[:, each]
+    wanted = rounded_rows(x[:, order], row_bits) @ wide.T + bias
+
+    def check(results: Results) -> None:
+        whole = results[outs[-1][1]]
+        relative(whole[:, :num_cols], wanted, 1e-5)
+        for count, out in outs:
+            assert (results[out] == whole[:count]).all()
+        assert (whole[:, num_cols] == 7.0).all()
+
+    return Case(calls, check)
+
+
+def relative(found: Array, wanted: Array, most: float) -> None:
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error < most, error
+
+
+def largest(bits: int, row_bits: int) -> Case:
+    """The largest codes and rows do not overflow."""
+    calls, outs = Calls(f"{bits} x {row_bits} bits, the largest"), []
+    x = np.stack([np.ones(64), -np.ones(64), 1e6 * np.ones(64)]).astype(np.float32)
+    for code in (0, 15) if bits == 4 else (-127, 127):
+        codes = np.full((16, 64), code, np.uint8 if bits == 4 else np.int8)
+        scales = np.full((16, 2), [6e4, -3e-5]).astype(np.float16)
+        out = calls.array(np.zeros((3, 16), np.float32), is_kept=True)
+        made = linear(calls, codes, scales, (bits, row_bits, 32))
+        calls.call("sage_linear", made, calls.array(x), 64, out, 16, 3, 1)
+        wide = (codes.astype(np.float64) - (8 if bits == 4 else 0)) * scales.repeat(32, 1)
+        outs.append((out, x.astype(np.float64) @ wide.T))
+
+    def check(results: Results) -> None:
+        for out, wanted in outs:
+            relative(results[out], wanted, 1e-6)
+
+    return Case(calls, check)
+
+
+def tiny(bits: int, row_bits: int) -> Case:
+    """Rows of zeros, and of numbers whose inverse is none."""
+    calls = Calls(f"{bits} x {row_bits} bits, tiny")
+    x = random(3, 96) * np.array([[0.0], [1e-38], [1e-20]], np.float32)
+    codes, scales = random_codes(bits, 5, 96), np.full((5, 3), 0.01, np.float16)
+    out = calls.array(np.full((3, 5), 7.0, np.float32), is_kept=True)
+    made = linear(calls, codes, scales, (bits, row_bits, 32))
+    calls.call("sage_linear", made, calls.array(x), 96, out, 5, 3, 1)
+
+    def check(results: Results) -> None:
+        assert np.abs(results[out][:2]).max() < 1e-30
+        assert 0.0 < np.abs(results[out][2]).max() < 1e-17
+
+    return Case(calls, check)
+
+
+TRIES = {
+    4: [code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)],
+    8: [127.0 + 0.25 * step for step in range(-8, 9)],
+}
+
+
+def make(calls: Calls, weight: Array, bits: int, is_bfloat: int) -> tuple[Blob, Blob]:
+    """Call sage_quant_make. Returns codes and scales."""
+    num_rows, k = weight.shape
+    tries = np.array(TRIES[bits], np.float32)
+    codes = calls.array(np.zeros((num_rows, k), np.uint8 if bits == 4 else np.int8), is_kept=True)
+    scales = calls.array(np.zeros((num_rows, -(-k // BLOCK)), np.float16), is_kept=True)
+    calls.call(
+        "sage_quant_make",
+        *(calls.array(weight), is_bfloat, calls.array(tries), len(tries)),
+        *(codes, scales, bits, num_rows, k, 2),
+    )
+    return codes, scales
+
+
+def making(bits: int, is_bfloat: int) -> Case:
+    """Quantising a weight: each group at least as good as by the plain formula."""
+    calls, k = Calls(f"{bits} bits are made, bfloat {is_bfloat}"), 77
+    weight = random(9, k) * np.float32(0.02)
+    stored = bfloat(weight) if is_bfloat else weight
+    right = widened(stored) if is_bfloat else weight
+    codes, scales = make(calls, stored, bits, is_bfloat)
+
+    def check(results: Results) -> None:
+        zero = 8 if bits == 4 else 0
+        wide = results[scales].astype(np.float64).repeat(BLOCK, 1)[:, :k]
+        found = (results[codes].astype(np.float64) - zero) * wide
+        padded = np.pad(right, ((0, 0), (0, -k % BLOCK))).reshape(9, -1, BLOCK)
+        at = np.abs(padded).argmax(-1, keepdims=True)
+        most = np.take_along_axis(padded, at, -1)
+        plain = (most / -8 if bits == 4 else np.abs(most) / 127).astype(np.float16)
+        plain = plain.astype(np.float64)
+        limits = (-8, 7) if bits == 4 else (-127, 127)
+        theirs = np.clip(np.rint(padded / plain), *limits) * plain - padded
+        ours = np.pad(found - right, ((0, 0), (0, -k % BLOCK))).reshape(9, -1, BLOCK)
+        errors = [(error**2).sum(-1) for error in (ours, theirs)]
+        assert (errors[0] <= errors[1] * 1.0001 + 1e-12).all()
+        assert errors[0].sum() < 0.985 * errors[1].sum()
+
+    return Case(calls, check)
+
+
+def making_of_extremes(bits: int) -> Case:
+    """Zeros, and numbers whose scale float16 lacks."""
+    calls, weight = Calls(f"{bits} bits of extremes"), np.zeros((3, 64), np.float32)
+    weight[1, :32], weight[2] = 1e-12, np.linspace(-1e7, 1e7, 64)
+    codes, scales = make(calls, weight, bits, 0)
+
+    def check(results: Results) -> None:
+        zero = 8 if bits == 4 else 0
+        assert np.isfinite(results[scales].astype(np.float64)).all()
+        assert not (
+            (results[codes][:2].astype(int) - zero) * results[scales][:2].repeat(32, 1)
+        ).any()
+
+    return Case(calls, check)
