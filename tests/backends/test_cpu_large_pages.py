@@ -1,11 +1,15 @@
 """Weights in large pages have the same numbers, and begin where a large page begins."""
 
 import mmap
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sagellm.backends.cpu.native.library import LARGE_PAGE, in_large_pages
+
+THERE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
@@ -16,6 +20,29 @@ def test_a_large_tensor_is_copied_to_the_start_of_a_page(dtype):
     assert np.array_equal(copy, array)
     assert copy.dtype == dtype
     assert copy.ctypes.data % LARGE_PAGE == 0 != copy.ctypes.data - array.ctypes.data
+
+
+@pytest.mark.skipif(not THERE.exists(), reason="a Linux without large pages")
+def test_the_system_may_use_large_pages():
+    copy = in_large_pages(np.zeros(3 * LARGE_PAGE, dtype=np.uint8))
+    mapping = mapping_at(copy.ctypes.data)
+    assert mapping["mode"] == "rw-p"  # shared memory has large pages only where an admin allows it
+    assert "hg" in mapping["VmFlags"].split()
+
+
+def mapping_at(address):
+    """The fields of this process's mapping that contains the address."""
+    found = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+            found = {"mode": bounds[3]} if inside else {}
+        elif found:
+            name, value = line.split(":", 1)
+            found[name] = value
+            if name == "VmFlags":
+                return found
+    raise LookupError(hex(address))
 
 
 def test_a_small_tensor_stays_where_it_is():

@@ -4,8 +4,8 @@ import ctypes
 import threading
 import time
 
+import numpy as np
 import pytest
-import torch
 
 from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
@@ -25,7 +25,7 @@ def portions(num_rows, *, threads=2, slow_s=0.0, scales=None):
     on helper threads take `slow_s`.
     """
     calls = []
-    arena = torch.arange(float(num_rows)).repeat_interleave(WIDTH)  # each number is its row's
+    arena = np.arange(num_rows, dtype=np.float32).repeat(WIDTH)  # each number is its row's
 
     def multiply(linear, x, ldx, out, ldo, count, number, sharing):
         calls.append((threading.get_ident(), int(x[0]), count, number, sharing))
@@ -42,10 +42,9 @@ def portions(num_rows, *, threads=2, slow_s=0.0, scales=None):
         num_instructions=1,
         num_rows=num_rows,
         capacity=num_rows,
-        arena=arena.data_ptr(),
+        arena=arena.ctypes.data,
     )
-    torch.set_num_threads(threads)
-    KERNELS.run_step(step)
+    KERNELS.run_step(step, threads)
     KERNELS.close_step(step)
     return calls
 
@@ -58,7 +57,7 @@ def taken(calls):
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("num_rows", [384, 385, 511, 1000])
-def test_each_row_is_in_one_portion_and_portions_are_equal(kept_threads, num_rows, threads):
+def test_each_row_is_in_one_portion_and_portions_are_equal(num_rows, threads):
     calls = sorted(call[1:] for call in portions(num_rows, threads=threads, slow_s=0.001))
     assert len(calls) % threads == 0
     assert {call[2:] for call in calls} == {(0, 1)}
@@ -68,19 +67,19 @@ def test_each_row_is_in_one_portion_and_portions_are_equal(kept_threads, num_row
     assert max(counts) - min(counts) <= 1
 
 
-def test_a_slow_thread_takes_fewer_portions(kept_threads):
+def test_a_slow_thread_takes_fewer_portions():
     fewest, most = taken(portions(1000, slow_s=0.05))
     assert fewest < most / 2
 
 
-def test_few_rows_are_not_cut(kept_threads):
+def test_few_rows_are_not_cut():
     assert sorted(call[1:] for call in portions(255)) == [(0, 255, 0, 2), (0, 255, 1, 2)]
 
 
-def test_rows_of_a_quantised_weight_are_not_cut(kept_threads):
+def test_rows_of_a_quantised_weight_are_not_cut():
     calls = portions(1000, scales=1)
     assert sorted(call[1:] for call in calls) == [(0, 1000, 0, 2), (0, 1000, 1, 2)]
 
 
-def test_one_thread_cuts_nothing(kept_threads):
+def test_one_thread_cuts_nothing():
     assert [call[1:] for call in portions(1000, threads=1)] == [(0, 1000, 0, 1)]

@@ -309,7 +309,9 @@ def empty_in_large_pages(num_elements: int, dtype: np.dtype[Any]) -> Array:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
     if num_bytes < LARGE_PAGE or advice is None:
         return np.empty(num_elements, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE)
+    # Shared memory, the default of mmap, gets large pages on few systems.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE, flags=flags)
     start = -_address_of(memory) % LARGE_PAGE
     try:
         memory.madvise(advice, start, num_bytes // LARGE_PAGE * LARGE_PAGE)

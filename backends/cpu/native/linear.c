@@ -20,6 +20,7 @@
 #define TILE_ROWS 6 /* 12 sums, 2 weights, a value of x and a mask fill the 16 AVX2 registers */
 #endif
 #define TILE_COLS 4        /* panels of a tile of one row: enough sums that no addition waits */
+#define WARM 4096          /* bytes of each panel of the first tile that linear_warm prefetches */
 #define CHUNK 2048         /* of k, at most: a chunk of a panel stays in the second-level cache */
 #define APART (CHUNK + 32) /* between rounded rows: a line more than CHUNK, so that sets differ */
 #define OWN_ROWS 128       /* threads share rows, not columns, if each gets at least this many */
@@ -120,7 +121,7 @@ INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind k
         if (i == at->turn) ahead = at->then;
         for (int c = 0; c < panels; c++)
             for (long line = 0; line < 2 * step; line += 64)
-                __builtin_prefetch(ahead + c * p->apart + line, 0, 2);
+                __builtin_prefetch(ahead + c * p->apart + line, 0, rows == 1 ? 3 : 2);
         if (kind == PAIRS) {
             add_pair(p, pairs + i, w, rows, panels, sums);
         } else {
@@ -277,6 +278,25 @@ MULTIPLY(sage_gated_float, FLOATS, 1)
 MULTIPLY(sage_gated_bfloat, BFLOATS, 1)
 MULTIPLY(sage_gated_pairs, PAIRS, 1)
 #undef MULTIPLY
+
+/* Find the kind of the panels. Return 0 for weights of other kernels. */
+static int kind_of(const Linear *l, Kind *kind) {
+    multiply *const runs[] = {sage_multiply_float, sage_multiply_bfloat, sage_multiply_pairs};
+    for (*kind = FLOATS; *kind <= PAIRS; ++*kind)
+        if (l->run == runs[*kind]) return 1;
+    return 0;
+}
+
+void linear_warm(const Linear *l, int gated, int number, int threads) {
+    Kind kind;
+    if (!kind_of(l, &kind)) return;
+    long first, last, apart = panel_bytes(l->k, kind);
+    share_of(num_panels(l->num_cols) / (gated ? 2 : 1), number, threads, &first, &last);
+    const char *panel = (const char *)l->weight + first * apart;
+    for (long c = 0; c < least(TILE_COLS, last - first); c++, panel += apart)
+        for (long line = 0; line < least(WARM, apart); line += 64)
+            __builtin_prefetch(panel + line, 0, 2);
+}
 
 /* Whether the gated form supports the shape: halves of whole panels, and rows that fit SPAN. */
 int sage_is_gated(long num_cols, long k) { return num_cols % (2 * PANEL) == 0 && k <= SPAN; }

@@ -22,4 +22,8 @@ struct Linear {
     long group; /* numbers along k that share a scale; 0: the weight is not quantised */
 };
 
+/* Prefetch the first weights of this thread's share of a product with one row, so that the memory
+ * is not idle while threads wait for each other. */
+void linear_warm(const Linear *linear, int gated, int number, int threads);
+
 #endif

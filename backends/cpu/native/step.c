@@ -16,9 +16,14 @@
 typedef struct {
     const Step *step;
     Attention *attentions; /* one plan per kind of attention */
-    atomic_long *next;     /* of each instruction: the next piece of its work */
+    atomic_long *next;     /* of each instruction and thread: the next piece of work */
+    int threads;
     Barrier barrier;
 } Run;
+
+static atomic_long *counter(const Run *run, long instruction, int thread) {
+    return run->next + instruction * run->threads + thread;
+}
 
 static float *at(const Step *s, const View *v) {
     return v->first < 0 ? s->logits : s->arena + v->first * s->capacity + v->column;
@@ -51,6 +56,18 @@ static void run_norm(const Step *s, const Instruction *i, int number, int thread
     norm_rows(&job, number, threads);
 }
 
+/* After a linear, prefetch from the weights of the next one. */
+static void warm_next(const Step *s, long n, int number, int threads) {
+    while (++n < s->num_instructions) {
+        const Instruction *i = s->instructions + n;
+        if (i->op != LINEAR && i->op != GATED_LINEAR) continue;
+        const Linear *next = i->weight;
+        if (rows_of(s, i) == 1)
+            linear_warm(next, i->op == GATED_LINEAR && next->gated, number, threads);
+        return;
+    }
+}
+
 /* Multiply rows first to last (exclusive): alone if `threads` is 1, else this thread's share. */
 static void multiply_rows(const Step *s, const Instruction *i, long first, long last, int number,
                           int threads) {
@@ -62,20 +79,26 @@ static void multiply_rows(const Step *s, const Instruction *i, long first, long 
         out->width, last - first, number, threads);
 }
 
-/* Many rows are computed in portions, which threads take in turn: a thread whose core runs other
- * programs too takes fewer. The portions are equal, and each thread's share of them is whole.
- * Kernels of quantised weights unpack the weight for every call, so they share the rows. */
+/* Many rows are computed in equal portions. A thread takes its own in turn, whose rows are in its
+ * cache, and then those that others have not begun: a thread whose core runs other programs too
+ * computes fewer. Kernels of quantised weights unpack the weight for every call, so they get all of
+ * a thread's rows at once. */
 static void run_linear(Run *run, long n, int number, int threads) {
     const Step *s = run->step;
     const Instruction *i = s->instructions + n;
-    long rows = rows_of(s, i), rounds = (rows + threads * PORTION - 1) / (threads * PORTION);
-    long portions = rounds * threads, portion;
+    long rows = rows_of(s, i), each = (rows + threads * PORTION - 1) / (threads * PORTION), next;
     if (threads == 1 || rows < threads * OWN_ROWS || ((const Linear *)i->weight)->scales) {
         multiply_rows(s, i, 0, rows, number, threads);
+        warm_next(s, n, number, threads);
         return;
     }
-    while ((portion = atomic_fetch_add(run->next + n, 1)) < portions)
-        multiply_rows(s, i, rows * portion / portions, rows * (portion + 1) / portions, 0, 1);
+    for (int turn = 0; turn < threads; turn++) {
+        int owner = (number + turn) % threads;
+        while ((next = atomic_fetch_add(counter(run, n, owner), 1)) < each) {
+            long portion = owner * each + next, count = each * threads;
+            multiply_rows(s, i, rows * portion / count, rows * (portion + 1) / count, 0, 1);
+        }
+    }
 }
 
 /* out = silu(gate) * up. Gate and up are the halves of one matrix, which all threads have made. */
@@ -128,7 +151,7 @@ static void run_attention(Run *run, long n, int number) {
     Layer layer = {at(s, i->in), cache.keys, cache.values, at(s, i->out), i->in[0].width,
                    i->out[0].width,
                    s->block_tables + i->blocks * s->batch.num_sequences * s->batch.table_len};
-    attention_share(run->attentions + i->table, &layer, run->next + n, number);
+    attention_share(run->attentions + i->table, &layer, counter(run, n, 0), number);
 }
 
 static int64_t now_ns(void) {
@@ -169,7 +192,7 @@ static long rounded_up(long bytes) { return (bytes + 63) / 64 * 64; }
  * sage_step_close. Return whether there is memory. */
 static int plan(Run *run, Step *s, int threads) {
     long plans = rounded_up(s->num_heads * (long)sizeof(Attention));
-    long counters = s->num_instructions * (long)sizeof(atomic_long);
+    long counters = s->num_instructions * threads * (long)sizeof(atomic_long);
     long bytes = plans + rounded_up(counters);
     Attention sized;
     for (long kind = 0; kind < s->num_heads; kind++)
@@ -202,7 +225,7 @@ static int are_tokens(const Step *s) {
 
 int sage_step_run(Step *step, int threads) {
     if (!are_tokens(step)) return NO_SUCH_TOKEN;
-    Run run = {.step = step};
+    Run run = {.step = step, .threads = threads};
     if (!plan(&run, step, threads)) return NO_MEMORY;
     team_run(run_share, &run, threads);
     if (step->times) step->times[step->num_instructions] = now_ns();
