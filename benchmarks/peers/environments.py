@@ -1,6 +1,7 @@
 """The environments of the peers, made when first needed, then reused."""
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ _LLAMA_CPP = (
     "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF "
     "-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF"
 )
-# ik_llama.cpp compiles its AVX-512 kernels only if each of these instruction sets is enabled.
+# Without these, ik_llama.cpp may leave its AVX-512 kernels out, and says nothing.
 _AVX512 = {
     "avx512f": "-DGGML_AVX512=ON",
     "avx512vbmi": "-DGGML_AVX512_VBMI=ON",
@@ -60,12 +61,12 @@ def avx512_options(listing: str) -> str:
     return " ".join(option for flag, option in _AVX512.items() if flag in flags)
 
 
-# The library finds its neighbour through $ORIGIN. Kernels for a quantised KV cache would double the
-# time of the build.
+# The library finds its neighbour through $ORIGIN. Kernels for a quantised KV cache are left out,
+# because they take long to build. The included file adds what the source package lacks.
 _IK_LLAMA_CPP = (
     "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DGGML_IQK_FA_ALL_QUANTS=OFF -DLLAMA_CURL=OFF "
     f"-DCMAKE_INSTALL_RPATH=$ORIGIN -DCMAKE_PROJECT_ik_llama_cpp_python_INCLUDE="
-    f"{HERE / 'requirements' / 'ik_llama.cpp.cmake'} "
+    f"{shlex.quote(str(HERE / 'requirements' / 'ik_llama.cpp.cmake'))} "
 ) + avx512_options(CPU.read_text() if CPU.exists() else "")
 ENVIRONMENTS = {
     one.name: one

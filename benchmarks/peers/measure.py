@@ -2,7 +2,7 @@
 
 For each model and row (the format of the weights) the engines live side by side and take turns; one
 that is not asked is stopped. The first run makes the environments and models, which takes half an
-hour and 15 GB; llama.cpp and ik_llama.cpp are built from source in ten minutes each.
+hour and 15 GB; llama.cpp and ik_llama.cpp are built from source, in five and eight minutes.
 """
 
 import json

@@ -261,7 +261,7 @@ grammars = _measurement(
 peers = _measurement(
     "peers",
     "benchmarks.peers.measure",
-    """Measure the engine beside llama.cpp, OpenVINO, vLLM and transformers.
+    """Measure the engine beside llama.cpp, ik_llama.cpp, OpenVINO, vLLM and transformers.
 
     Each gets an environment of its own under .venv-peers, made when it is first needed.""",
     sets_threads=True,

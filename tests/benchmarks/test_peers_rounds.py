@@ -92,7 +92,8 @@ class Watching(Group):
 
 
 def test_each_round_is_alone_and_then_beside_processes_that_spin() -> None:
-    with Watching([fake(OURS)], SUBJECT, "bf16", threads=1) as group:
+    group = Watching([fake(OURS)], SUBJECT, "bf16", threads=1)
+    with group:
         group.seen = []
         group.start(OURS)
         found = Rounds(steady, 2, spend_s=60, spinning=2).measure(group, CELL)

@@ -14,7 +14,7 @@ CPU = Path("/proc/cpuinfo")
 BF16 = 30  # ggml's type of bfloat16
 
 
-class IkLlamaCpp(Llama):
+class IkLlamaCpp(Llama):  # type: ignore[misc]
     """ik_llama.cpp with the options that were fastest, and its defaults otherwise."""
 
     def load_options(self) -> Any:

@@ -16,7 +16,7 @@ def _quiet(level: int, text: bytes, data: Any) -> None:
     pass
 
 
-class LlamaCpp(Llama):
+class LlamaCpp(Llama):  # type: ignore[misc]
     """llama.cpp without its log."""
 
     def load_options(self) -> Any:
