@@ -5,18 +5,20 @@ emulator, and all of them with the product's flags.
 """
 
 import shutil
+import sys
 
 import pytest
 from native_kernels.calls import Calls
 from native_kernels.coverage import Coverage, measured, table
 from native_kernels.paths import PATHS, KernelPath
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the driver is linked for Linux")
 LEAST_PERCENT = 98
 
 
 def skip_without_tools(path):
     if path.missing:
-        pytest.skip(f"{path.name} cannot run here: apt-get install {path.missing}")
+        pytest.skip(f"{path.name} cannot run here: {path.missing}")
 
 
 HERE = [path for path in PATHS if path.is_here]
@@ -47,13 +49,14 @@ def test_it_is_right_as_the_product_compiles_it(path, tmp_path):
 
 
 def test_a_path_says_which_packages_it_needs(monkeypatch):
-    found = {"qemu-aarch64": "/usr/bin/qemu-aarch64"}
+    found = {tool: tool for tool in ("qemu-aarch64", "gcc", "gcov")}
     monkeypatch.setattr(shutil, "which", found.get)
     monkeypatch.setattr("native_kernels.paths.MACHINE", "x86_64")
     path = KernelPath("NEON", "aarch64", (), "asimd", "max")
-    assert path.missing == "gcc-aarch64-linux-gnu"
+    assert path.missing == "apt-get install gcc-aarch64-linux-gnu"
     found.clear()
-    assert path.missing == "gcc-aarch64-linux-gnu qemu-user"
+    assert path.missing == "apt-get install gcc-aarch64-linux-gnu qemu-user"
+    assert KernelPath("AVX9", "x86_64", (), "avx9").missing == "a CPU with avx9"
 
 
 def test_an_array_of_a_case_ends_where_it_says():

@@ -94,7 +94,7 @@ def report(found: dict[str, Coverage], skipped: Sequence[KernelPath]) -> str:
             f"{date.today()}, `make native-coverage`: percent of the lines that a path compiles",
             "and that the cases of `tests/native_kernels` run, by gcov. Empty: it does not compile",
             f"the file. Run by qemu-user: {', '.join(emulated) or 'none'}.",
-            *(f"Not run: {path.name} ({path.missing} is missing)." for path in skipped),
+            *(f"Not run: {path.name} ({path.missing})." for path in skipped),
             "",
             table(found),
             "",
@@ -111,7 +111,7 @@ def main() -> None:
     skipped = [path for path in PATHS if path.missing]
     for path in PATHS:
         if path in skipped:
-            print(f"{path.name}: skipped; Debian has {path.missing}")
+            print(f"{path.name}: skipped: {path.missing}")
             continue
         with tempfile.TemporaryDirectory() as folder:
             failures, found[path.name] = measured(path, Path(folder))

@@ -40,21 +40,20 @@ class KernelPath:
 
     @property
     def missing(self) -> str:
-        """The Debian packages without which it cannot be run here; "" if it can."""
-        if self.is_here:
-            return "" if compiler.c_compiler() else "gcc"
-        tools = {f"qemu-{self.machine}": "qemu-user"}
-        if self.machine != MACHINE:
-            package = f"gcc-{self.machine.replace('_', '-')}-linux-gnu"
-            tools[f"{self.machine}-linux-gnu-gcc"] = package
-        needed = [package for tool, package in tools.items() if not shutil.which(tool)]
-        return " ".join(sorted(needed))
+        """What is missing to run it here: a CPU, or packages of Debian; "" if nothing is."""
+        if not self.is_here and not self.cpu:
+            return f"a CPU with {self.features}"
+        prefix = "" if self.machine == MACHINE else f"{self.machine}-linux-gnu-"
+        package = f"gcc-{prefix.rstrip('-')}".rstrip("-").replace("x86_64", "x86-64")
+        tools = {f"{prefix}gcc": package, self.gcov: package}
+        if not self.is_here:
+            tools[f"qemu-{self.machine}"] = "qemu-user"
+        needed = {package for tool, package in tools.items() if not shutil.which(tool)}
+        return f"apt-get install {' '.join(sorted(needed))}" if needed else ""
 
     @property
-    def compiler(self) -> tuple[str, ...]:
-        if self.machine == MACHINE:
-            return compiler.c_compiler()
-        return (f"{self.machine}-linux-gnu-gcc",)
+    def compiler(self) -> str:
+        return "gcc" if self.machine == MACHINE else f"{self.machine}-linux-gnu-gcc"
 
     @property
     def gcov(self) -> str:
@@ -71,12 +70,13 @@ class KernelPath:
 
         Raises CalledProcessError.
         """
-        skipped = ("-march=native", "-mcpu=native", "-shared", "-fPIC")
+        skipped = ("-march=native", "-shared", "-fPIC")
         flags = [flag for flag in compiler._FLAGS if flag not in skipped]
-        # Without shared libraries an emulator needs none of the other machine.
-        linked = [f"-Wl,--wrap={name}" for name in WRAPPED] + ["-static"]
+        linked = [f"-Wl,--wrap={name}" for name in WRAPPED]
+        if self.machine != MACHINE:  # an emulator would look for the other machine's libraries
+            linked.append("-static")
         driver, sources = folder / "driver", [DRIVER, *sorted(SOURCES.glob("*.c"))]
-        command = [*self.compiler, *flags, *self.flags, *extra, *linked, f"-I{SOURCES}"]
+        command = [self.compiler, *flags, *self.flags, *extra, *linked, f"-I{SOURCES}"]
         subprocess.run(
             [*command, "-o", str(driver), *map(str, sources), "-lm"],
             check=True,

@@ -43,7 +43,8 @@ def rounded_rows(x: Array, row_bits: int) -> Array:
     top = np.float32(TOP[row_bits])
     by = np.where(most > 1e-30, top / np.where(most > 0, most, 1), 0.0).astype(np.float32)
     codes = np.rint(padded * by)
-    return (codes * (most / top)).reshape(len(x), -1)[:, : x.shape[1]].astype(np.float64)
+    seen: Array = (codes * (most / top)).reshape(len(x), -1)[:, : x.shape[1]]
+    return seen.astype(np.float64)
 
 
 def packed_codes(codes: Array, bits: int) -> Array:

@@ -88,7 +88,8 @@ class Program:
         return self.floats - width
 
     def norm(self, rows: Matrix, *more: Matrix) -> Any:
-        weight, total = random(WIDTH, seed=len(self.rows)), sum(m.value for m in (rows, *more))
+        weight = random(WIDTH, seed=len(self.rows))
+        total = np.sum([matrix.value for matrix in (rows, *more)], axis=0)
         value = total / np.sqrt((total**2).mean(1, keepdims=True) + EPSILON) * weight
         op, values = ("add_rms_norm", [total, value]) if more else ("rms_norm", [value])
         given = {"weight": self.calls.array(weight), "size": WIDTH, "epsilon": EPSILON}
