@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 import pytest
 
-from sagellm.backends.cpu.native.library import LARGE_PAGE, in_large_pages
+from sagellm.backends.arrays import LARGE_PAGE, in_large_pages
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
