@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -54,19 +54,28 @@ def sample_random(
     return found
 
 
+class Pickers(NamedTuple):
+    """The functions that take most of the sampler's time."""
+
+    largest: LargestAllowed = largest_allowed
+    random: SampleRandom = sample_random
+
+
+PICKERS = Pickers()
+
+
 def sample(
     logits: Floats,
     rows: Sequence[LogitsRow],
     masks: TokenMasks | None = None,
-    largest: LargestAllowed = largest_allowed,
-    random: SampleRandom = sample_random,
+    pickers: Pickers = PICKERS,
 ) -> Sampled:
     """Sample one token for each row of `logits` [R, vocab] float32.
 
     Each operation treats one row at a time or all rows alike, so that a row's token does not
     depend on the other rows. Rows whose largest logit is not finite are `broken`; their token is
     sampled as if all logits were zero. `masks`: of the rows that follow a grammar; None: they are
-    computed here. `largest`, `random`: faster functions for the same results.
+    computed here. `pickers`: faster functions for the same results.
     """
     if not rows:
         return Sampled([])
@@ -81,9 +90,9 @@ def sample(
     special = [index for index, row in enumerate(rows) if not _is_greedy(row)]
     greedy = bits.keys() - special
     bound = {index: mask for index, mask in bits.items() if index in greedy}
-    none_left = _sample_bound(logits, token_ids, bound, largest)
+    none_left = _sample_bound(logits, token_ids, bound, pickers.largest)
     if special:
-        none_left += _sample_processed(logits, rows, token_ids, bits, special, random)
+        none_left += _sample_processed(logits, rows, token_ids, bits, special, pickers.random)
     refused = {} if masks is None else dict(masks.refused)
     exhausted = frozenset(none_left).difference(broken, refused)
     refused |= cut_off(rows, exhausted)

@@ -2,6 +2,7 @@
 traceback, even during imports.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -66,7 +67,11 @@ def _load(ending: _Ending) -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, ending.exit)
+    # Imports make no garbage: each collection would visit all of their objects in vain.
+    gc.disable()
     import_module("sagellm.cli").load(sys.argv[1:])
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, before)
 
 

@@ -12,6 +12,7 @@ import threading
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -26,10 +27,10 @@ from sagellm.backends.cpu.native_forms import NATIVE_FORMS, NoNativeForm, rope_t
 from sagellm.backends.cpu.translation import Translation, translate
 from sagellm.backends.instructions import Instruction, KernelPlan, plan_kernels
 from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress, Weights
-from sagellm.backends.sampler import sample, score
+from sagellm.backends.sampler import Pickers, sample, score
 from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Ticket
 from sagellm.backends.step_inputs import feed, step_inputs
-from sagellm.backends.token_masks import LargestAllowed, MaskThread, largest_allowed
+from sagellm.backends.token_masks import MaskThread
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS
 
@@ -202,6 +203,13 @@ def _import_torch() -> None:
         gc.enable()
 
 
+def pickers(kernels: NativeKernels | None, threads: int) -> Pickers:
+    """The functions that pick tokens, in C if there is a library."""
+    if kernels is None:
+        return Pickers()
+    return Pickers(kernels.largest_allowed, partial(kernels.sample_random, threads=threads))
+
+
 THREAD_NAME = "sagellm-engine"
 
 
@@ -224,10 +232,11 @@ class CpuQueue:
 
     def __init__(self, threads: int | None = None, *, is_native: bool = True) -> None:
         native = native_kernels() if is_native else None
-        self._largest = native.largest_allowed if native else largest_allowed
+        tuned = native.tuning.tuned if native else None
+        self._threads = default_threads(tuned) if threads is None else threads
+        self._pickers = pickers(native, self._threads)
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masks = MaskThread()
-        self._threads = threads or default_threads(native.tuning.tuned if native else None)
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME)
         self._thread.start()
 
@@ -251,16 +260,14 @@ class CpuQueue:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began
             try:
-                sampled = _computed(launch, self._masks, self._largest, self._threads)
+                sampled = _computed(launch, self._masks, self._pickers, self._threads)
             except BaseException as error:  # the ticket raises it; the thread serves later launches
                 launch.ticket.set_exception(error)
             else:
                 launch.ticket.set_result(sampled)
 
 
-def _computed(
-    launch: _Launch, mask_thread: MaskThread, largest: LargestAllowed, threads: int
-) -> Sampled:
+def _computed(launch: _Launch, mask_thread: MaskThread, pickers: Pickers, threads: int) -> Sampled:
     """Run the launch's program, and sample from its logits. Raises the errors of the step."""
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
@@ -272,7 +279,7 @@ def _computed(
     finally:
         found = masks.result()  # matchers belong to one thread: none may work past the step
     num_rows = len(batch.rows)
-    sampled = sample(logits[:num_rows], batch.rows, found, largest)
+    sampled = sample(logits[:num_rows], batch.rows, found, pickers)
     if batch.scored:
         sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
     return sampled

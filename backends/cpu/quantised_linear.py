@@ -6,9 +6,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sagellm.backends.arrays import Array, Floats
+from sagellm.backends.arrays import Array, Floats, in_large_pages
 from sagellm.backends.cpu.binding import Binding
-from sagellm.backends.cpu.native.library import NativeKernels, in_large_pages
+from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.quantised_weight import (
     GROUP_SIZE,
     LOGITS_MODE,

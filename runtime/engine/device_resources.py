@@ -1,6 +1,7 @@
 """The resources of an engine that computes: program, KV pool, queue, tokenizer, drafter."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -46,7 +47,10 @@ def open_resources(
     blocks = kv_blocks(options, folder.facts)
     layout = _layout(options, folder, blocks)
     tokenizer = load_tokenizer(folder)
-    program = _program(options, folder, blocks, device, progress)
+    eos_token_ids = frozenset(folder.eos_token_ids)
+    with ThreadPoolExecutor(1) as beside:  # the vocabulary is opened while C packs weights
+        compiler = beside.submit(GrammarCompiler, tokenizer, folder.facts.vocab_size, eos_token_ids)
+        program = _program(options, folder, blocks, device, progress)
     memory = pool_memory(sharing, facts.num_blocks * facts.kv_block_bytes)
     storage = device.allocate(layout, facts.num_blocks, memory.view if memory else None)
     pool = PoolBytes(storage, memory)
@@ -58,10 +62,10 @@ def open_resources(
         runner,
         DeviceStorage(pool, transport),
         folder.facts.vocab_size,
-        frozenset(folder.eos_token_ids),
+        eos_token_ids,
         _output_text_opener(tokenizer),
         _speculation(options, folder, facts, device, runner),
-        GrammarCompiler(tokenizer, folder.facts.vocab_size, frozenset(folder.eos_token_ids)),
+        compiler.result(),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sagellm.backends.cpu.native.library import LARGE_PAGE, in_large_pages
+from sagellm.backends.arrays import LARGE_PAGE, in_large_pages
 
 THERE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -11,8 +11,11 @@ from sampled_rows import LOGITS, floats, repeated, row, sample_one
 from transformers.generation import NoBadWordsLogitsProcessor
 
 from sagellm.backends import LogitsRow, sampler
-from sagellm.backends.sampler import banned_tokens, sample, uniform
+from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.sampler import banned_tokens, sample, sample_random, uniform
 from sagellm.runtime.sampling import Sampling
+
+KERNELS = native_kernels()
 
 
 def sampled_set(logits=LOGITS, count=300, **sampling):
@@ -231,3 +234,54 @@ def test_logprobs_are_of_the_raw_distribution():
 
 def test_logprobs_zero_gives_the_chosen_token_alone():
     assert sample(LOGITS[None], [row(logprobs=0)]).logprobs[0].top == ()
+
+
+@pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
+class TestSamplingInC:
+    """The C sampler against the definition in numpy."""
+
+    SAMPLINGS = (
+        {},
+        {"temperature": 0.3},
+        {"top_k": 1},
+        {"top_k": 40},
+        {"top_k": 2000},
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"top_p": 1e-9},
+        {"min_p": 0.05},
+        {"top_k": 50, "top_p": 0.8, "min_p": 0.01},
+        {"temperature": 40.0, "top_p": 0.99, "top_k": 2999},
+    )
+
+    @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+    @pytest.mark.parametrize("size", [1, 7, 513, 3001])
+    @pytest.mark.parametrize("spread", [0.0, 3.0, 200.0])
+    def test_tokens_are_those_of_numpy(self, size, spread, sampling):
+        generator = np.random.default_rng(size)
+        logits = (generator.standard_normal((40, size)) * spread).astype(np.float32)
+        logits[::3, : size // 2] = -np.inf  # forbidden
+        samplings = [Sampling(**{"temperature": 1.0, **sampling})] * 40
+        numbers = generator.random(40).tolist()
+        numbers[:2] = [1e-9, 1 - 2**-53]
+        found = KERNELS.sample_random(logits.copy(), samplings, numbers, 3)
+        assert found.tolist() == sample_random(logits.copy(), samplings, numbers).tolist()
+
+    def test_equal_logits_at_the_cut_are_all_kept(self):
+        logits = np.zeros((600, 1000), np.float32)
+        numbers = np.linspace(0, 1, 600, endpoint=False).tolist()
+        for sampling in (Sampling(temperature=1.0, top_k=3), Sampling(temperature=1.0, top_p=0.1)):
+            found = KERNELS.sample_random(logits.copy(), [sampling] * 600, numbers)
+            assert found.tolist() == [int(number * 1000) for number in numbers]
+
+    def test_threads_and_neighbours_change_no_token(self):
+        logits = np.random.default_rng(1).standard_normal((9, 5000)).astype(np.float32)
+        samplings = [Sampling(temperature=0.7, top_p=0.1 * row) for row in range(1, 10)]
+        numbers = [0.11 * row for row in range(9)]
+        alone = [
+            KERNELS.sample_random(logits[[row]], samplings[row : row + 1], numbers[row : row + 1])
+            for row in range(9)
+        ]
+        for threads in (1, 2, 5, 16):
+            found = KERNELS.sample_random(logits.copy(), samplings, numbers, threads)
+            assert found.tolist() == np.concatenate(alone).tolist()

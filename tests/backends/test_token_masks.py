@@ -11,7 +11,7 @@ from sampled_rows import LOGITS, floats, repeated, row, sample_one
 
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.program import _computed, _Launch
-from sagellm.backends.sampler import sample
+from sagellm.backends.sampler import PICKERS, sample
 from sagellm.backends.step import MatcherError, StepBatch
 from sagellm.backends.token_masks import MaskThread, allowed_tokens, largest_allowed, token_masks
 
@@ -197,7 +197,7 @@ def test_no_matcher_works_past_a_step_whose_program_failed():
     masks = MaskThread()
     launch = _Launch(program, SimpleNamespace(pool=None), batch, None)
     with pytest.raises(RuntimeError, match="broken"):
-        _computed(launch, masks, largest_allowed, 1)
+        _computed(launch, masks, PICKERS, 1)
     assert one.answer.matcher.outputs  # the masks are complete
     masks.close()
 

@@ -3,7 +3,6 @@ must be contiguous.
 """
 
 import ctypes
-import mmap
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,16 +11,23 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from sagellm.backends.arrays import BFLOAT16, Array, BlockIds, Floats, Integers
+from sagellm.backends.arrays import (
+    BFLOAT16,
+    Array,
+    BlockIds,
+    Floats,
+    Integers,
+    empty_in_large_pages,
+)
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.tuning import KernelTuning
 from sagellm.backends.interface import Progress, silent
+from sagellm.backends.step import SamplingParams
 from sagellm.backends.token_masks import Mask
 from sagellm.graphs.log import get_logger
 
 _log = get_logger(__name__)
-LARGE_PAGE = 2 << 20  # bytes
 _opened: list["NativeKernels | None"] = []  # empty, or the result of this process's first use
 _opening = threading.Lock()
 
@@ -30,6 +36,10 @@ _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
 
 PanelKind: TypeAlias = Literal["float", "bfloat", "pairs"]
 _KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
+
+_SAMPLE_OPTIONS = np.dtype(  # of sample.c
+    [("temperature", "f4"), ("min_p", "f4"), ("top_p", "f8"), ("number", "f8"), ("top_k", "i8")]
+)
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_linear": (_POINTER, *_MATRIX, *_MATRIX, _LONG, _INT),
@@ -51,6 +61,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_step_close": (_POINTER,),
     "sage_copy_sum": (_LONG, _POINTER, _POINTER, _POINTER),
     "sage_largest_allowed": (_POINTER, _POINTER, _LONG),
+    "sage_sample": (*_MATRIX, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "sage_quant_make": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
         *(_INT, _LONG, _LONG, _INT),
@@ -265,6 +276,26 @@ class NativeKernels:
         )
         return None if found < 0 else found
 
+    def sample_random(
+        self,
+        logits: Floats,
+        samplings: Sequence[SamplingParams],
+        numbers: Sequence[float],
+        threads: int = 1,
+    ) -> Integers:
+        """The result of `sample_random` of sampler.py, but for rounding. Raises MemoryError."""
+        given = zip(samplings, numbers, strict=True)
+        options = np.array(
+            [(one.temperature, one.min_p, one.top_p, number, one.top_k) for one, number in given],
+            dtype=_SAMPLE_OPTIONS,
+        )
+        tokens = np.empty(len(logits), dtype=np.int64)
+        if self._library.sage_sample(
+            *(*_matrix(logits), *logits.shape, options.ctypes.data, tokens.ctypes.data, threads)
+        ):
+            raise MemoryError("no memory to sample")
+        return tokens
+
     def run_step(self, step: NativeStep, threads: int) -> None:
         """Run all instructions of a step.
 
@@ -297,37 +328,3 @@ def _keys_and_values(pool: Array, layer: int) -> tuple[int, int, int]:
 
 def _is_bfloat(array: Array) -> int:
     return int(array.dtype == BFLOAT16)
-
-
-def empty_in_large_pages(num_elements: int, dtype: np.dtype[Any]) -> Array:
-    """Allocate an uninitialised vector in large pages, from which sequential reads are faster.
-
-    The end of the vector, which would not fill a large page, is in small pages to save memory. On a
-    system without large pages, the whole vector is in small pages.
-    """
-    num_bytes = num_elements * dtype.itemsize
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
-    if num_bytes < LARGE_PAGE or advice is None:
-        return np.empty(num_elements, dtype=dtype)
-    # Shared memory, the default of mmap, gets large pages on few systems.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE, flags=flags)
-    start = -_address_of(memory) % LARGE_PAGE
-    try:
-        memory.madvise(advice, start, num_bytes // LARGE_PAGE * LARGE_PAGE)
-    except OSError:  # a Linux without large pages
-        return np.empty(num_elements, dtype=dtype)
-    return np.frombuffer(memory, dtype=dtype, count=num_elements, offset=start)
-
-
-def in_large_pages(array: Array) -> Array:
-    """A contiguous copy of an array in large pages, or the array itself if it is too small."""
-    if array.nbytes < LARGE_PAGE:
-        return array
-    copy = empty_in_large_pages(array.size, array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-def _address_of(memory: mmap.mmap) -> int:
-    return np.frombuffer(memory, dtype=np.uint8).ctypes.data
