@@ -1,6 +1,7 @@
 """Linear layers with quantised weights: quantising on load, packing for C, and multiplying."""
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,9 @@ from sagellm.backends.cpu.linear import LinearFunction, linear
 from sagellm.backends.cpu.native.library import NativeKernels, in_large_pages
 from sagellm.backends.quantised_weight import (
     GROUP_SIZE,
+    LEVELS,
     LOGITS_MODE,
+    LOGITS_MODES,
     MODES,
     ZERO_CODE,
     QuantisationMode,
@@ -47,8 +50,8 @@ def _on_load(binding: Binding, name: str, rows: int, size: int) -> QuantisedWeig
     weight = binding.weight(name, rows, size)
     if binding.quantization is None:
         return weight
-    bits = (LOGITS_MODE if binding.makes_logits(name) else MODES[binding.quantization]).weight_bits
-    return quantise(weight, bits, binding.native)
+    modes = LOGITS_MODES if binding.makes_logits(name) else MODES
+    return quantise(weight, modes[binding.quantization].weight_bits, binding.native)
 
 
 def _bound_product(
@@ -59,12 +62,14 @@ def _bound_product(
 ) -> LinearFunction:
     if isinstance(weight, torch.Tensor):
         return linear(binding, weight, bias, exact=is_logits)
-    mode = LOGITS_MODE if is_logits else MODES.get(binding.quantization or "")
+    modes, stored = (LOGITS_MODES, LOGITS_MODE) if is_logits else (MODES, None)
+    mode = modes.get(binding.quantization or "", stored)
     bits = _row_bits(weight.bits, mode, binding.deterministic)
     kernels = binding.native
     if kernels is None:
         return dequantising(weight, bias, bits, alone=binding.deterministic)
-    return PackedQuantised(kernels, weight, bias, bits)
+    is_exact = binding.deterministic or (is_logits and bits == 16)
+    return PackedQuantised(kernels, weight, bias, bits if is_exact else f"{bits}_many")
 
 
 def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bool) -> int:
@@ -90,12 +95,16 @@ def _joined(weights: Sequence[QuantisedWeight | torch.Tensor]) -> QuantisedWeigh
     alike = [weight for weight in weights if isinstance(weight, QuantisedWeight)]
     zeros = None if first.zeros is None else torch.cat([one.zeros for one in alike])  # type: ignore[misc]
     codes, scales = (torch.cat([getattr(w, name) for w in alike]) for name in ("codes", "scales"))
-    return QuantisedWeight(first.bits, first.group, codes, scales, zeros, first.order)
+    parts = codes, scales, zeros, first.order
+    return QuantisedWeight(first.bits, first.group, *parts, first.has_levels)
 
 
 def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
-    """Whether two weights have the same bits, groups and order of k, and both or neither zeros."""
-    if (a.bits, a.group, a.zeros is None) != (b.bits, b.group, b.zeros is None):
+    """Whether two weights have the same bits, groups and order of k, and both or neither have zeros
+    and levels.
+    """
+    forms = [(one.bits, one.group, one.zeros is None, one.has_levels) for one in (a, b)]
+    if forms[0] != forms[1]:
         return False
     if a.order is None or b.order is None:
         return a.order is b.order
@@ -108,19 +117,22 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
 
 class NativeQuant(ctypes.Structure):
-    """The C struct `Quant` of quant.c: a `Linear`, and the order of k."""
+    """The C struct `Quant` of quant.h: a `Linear`, the order of k, and the levels of codes."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
         *((name, _LONG) for name in ("num_cols", "k", "group")),
         ("order", _POINTER),
+        ("levels", _POINTER),
     )
 
 
 class PackedQuantised:
-    """The product rows [T, K] -> [T, N], float32, in C. A row's bits do not depend on other rows.
+    """The product rows [T, K] -> [T, N], float32, in C.
 
-    Rows are quantised to `row_bits` (8 or 16). `address`: the address of the C `Linear`, valid
+    `row_form`: what rows are rounded to: integers of 8 or 16 bits; "pairs": bfloat16; "8_many" or
+    "16_many": bfloat16 where rows are many and that is faster, else 8 or 16 bits. The bits of a row
+    do not depend on other rows, except with "many". `address`: the address of the C `Linear`, valid
     while this object lives.
     """
 
@@ -129,19 +141,21 @@ class PackedQuantised:
         kernels: NativeKernels,
         weight: QuantisedWeight,
         bias: torch.Tensor | None,
-        row_bits: int,
+        row_form: int | str,
     ) -> None:
         zeros = None if weight.zeros is None else _packed_groups(weight.zeros.short())
         order = None if weight.order is None else weight.order.int().contiguous()
         self.shape = weight.shape
         codes = in_large_pages(_packed_codes(weight))
-        self._kept = (codes, _packed_groups(weight.scales.half()), zeros, bias, order)
+        levels = torch.tensor(LEVELS, dtype=torch.int8) if weight.has_levels else None
+        self._kept = (codes, _packed_groups(weight.scales.half()), zeros, bias, order, levels)
         numbers, scales, *optional = (_address(tensor) for tensor in self._kept)
-        run = kernels.function(f"sage_quant_{weight.bits}_{row_bits}")
+        run = kernels.function(f"sage_quant_{weight.bits}_{row_form}")
         self._struct = NativeQuant(
             run, None, numbers, scales, optional[0], optional[1], *self.shape
         )
         self._struct.group, self._struct.order = weight.group, optional[2]
+        self._struct.levels = optional[3]
         self._kernels = kernels
         self.address = ctypes.addressof(self._struct)
 
@@ -227,14 +241,16 @@ def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
 
 _NUMBERS_AT_ONCE = 1 << 18  # numbers of a weight, so that the temporaries of a try fit in the cache
 
-# Each try maps the largest number of a group to one of these codes. 4 bits have one code more below
-# 0 than above 0, and clipping the largest number a little makes the other numbers more precise.
+# Each try maps the largest number of a group to one of these numbers. Clipping the largest number a
+# little makes the other numbers more precise. The levels of 4 bits reach further below 0 than
+# above.
 TRIES = {
-    4: tuple(code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)),
+    4: (-127.0, -120.0, -112.0, -104.0, -134.0, -142.0, 113.0, 107.0, 100.0, 119.0, 126.0),
     8: tuple(127.0 + 0.25 * step for step in range(-8, 9)),
 }
 _LARGEST_SCALE = 65504.0  # the largest float16
-_LIMITS = {4: (-8, 7), 8: (-127, 127)}
+_LARGEST = 127
+_MIDDLES = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
 
 
 def quantise(
@@ -242,15 +258,15 @@ def quantise(
 ) -> QuantisedWeight:
     """Quantise `weight` [N, K], float32 or bfloat16, in groups of 32, without zeros.
 
-    Each group gets the scale with the least squared error. `kernels` None: compute in torch.
+    Each group gets the scale with the least squared error. Weights of 4 bits get levels. `kernels`
+    None: compute in torch.
     """
     if kernels:
-        return QuantisedWeight(
-            bits, GROUP_SIZE, *kernels.quantise(weight.contiguous(), bits, TRIES[bits])
-        )
+        made = kernels.quantise(weight.contiguous(), bits, TRIES[bits])
+        return QuantisedWeight(bits, GROUP_SIZE, *made, has_levels=bits == 4)
     parts = [_quantise_part(part.float(), bits) for part in torch.split(weight, _num_rows(weight))]
     codes, scales = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
-    return QuantisedWeight(bits, GROUP_SIZE, codes, scales)
+    return QuantisedWeight(bits, GROUP_SIZE, codes, scales, has_levels=bits == 4)
 
 
 def _num_rows(weight: torch.Tensor) -> int:
@@ -260,9 +276,11 @@ def _num_rows(weight: torch.Tensor) -> int:
 def _quantise_part(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     groups = pad(weight, (0, -weight.shape[1] % GROUP_SIZE)).view(len(weight), -1, GROUP_SIZE)
     scales = _best_scales(groups, bits).half()
-    codes = _codes(groups, scales.float(), bits) + ZERO_CODE[bits]
-    dtype = torch.uint8 if bits == 4 else torch.int8
-    return codes.to(dtype).flatten(1)[:, : weight.shape[1]], scales.squeeze(-1)
+    if bits == 4:
+        codes = _level_numbers(groups, scales.float()).byte()
+    else:
+        codes = _values(groups, scales.float(), bits).char()
+    return codes.flatten(1)[:, : weight.shape[1]], scales.squeeze(-1)
 
 
 def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
@@ -274,7 +292,7 @@ def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
     error = _error(groups, best, bits)
     for code in TRIES[bits][1:]:
         best, error = _better(groups, _stored(largest / code), best, error, bits)
-    codes = _codes(groups, best, bits)
+    codes = _values(groups, best, bits)
     fit = (groups * codes).sum(-1, True) / (codes.square().sum(-1, True) + 1e-30)
     return _better(groups, _stored(fit), best, error, bits)[0]
 
@@ -297,9 +315,19 @@ def _better(
 
 
 def _error(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    return (_codes(groups, scales, bits) * scales - groups).square().sum(-1, True)
+    return (_values(groups, scales, bits) * scales - groups).square().sum(-1, True)
 
 
-def _codes(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    inverse = torch.where(scales.abs() > 1e-30, 1 / scales, 0.0)
-    return (groups * inverse).round().clamp(*_LIMITS[bits])
+def _values(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The numbers that the nearest codes stand for, to be multiplied by the scales."""
+    if bits == 4:
+        return torch.tensor(LEVELS, dtype=torch.float32)[_level_numbers(groups, scales)]
+    return _scaled(groups, scales).round().clamp(-_LARGEST, _LARGEST)
+
+
+def _level_numbers(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.searchsorted(torch.tensor(_MIDDLES), _scaled(groups, scales))
+
+
+def _scaled(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return groups * torch.where(scales.abs() > 1e-30, 1 / scales, 0.0)

@@ -17,6 +17,7 @@ import torch
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.interface import Progress, silent
+from sagellm.backends.quantised_weight import LEVELS
 from sagellm.backends.token_masks import Mask
 from sagellm.graphs.log import get_logger
 
@@ -52,7 +53,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_copy_sum": (_LONG, _POINTER, _POINTER, _POINTER),
     "sage_largest_allowed": (_POINTER, _POINTER, _LONG),
     "sage_quant_make": (
-        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _POINTER),
         *(_INT, _LONG, _LONG, _INT),
     ),
 }
@@ -91,7 +92,8 @@ class NativeKernels:
     """The C kernels, which return new tensors. Activations are float32; weights and pools are
     float32 or bfloat16.
 
-    Every kernel is batch-invariant: a row's bits do not depend on other rows.
+    Every kernel is batch-invariant: a row's bits do not depend on other rows. Only the names that
+    end in `_many` choose a kernel by the number of rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,14 +132,15 @@ class NativeKernels:
         self, weight: torch.Tensor, bits: int, tries: tuple[float, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantise a weight [N, K], float32 or bfloat16, in groups of 32. Returns codes [N, K] and
-        scales [N, G] float16. `tries`: codes to try for the largest number of a group.
+        scales [N, G] float16. `tries`: numbers to try for the largest number of a group. Codes of 4
+        bits are those of LEVELS.
         """
         num_rows, size = weight.shape
         codes = torch.empty(num_rows, size, dtype=torch.uint8 if bits == 4 else torch.int8)
         scales = torch.empty(num_rows, -(-size // 32), dtype=torch.float16)
         self._library.sage_quant_make(
             *(weight.data_ptr(), _is_bfloat(weight)),
-            *((_FLOAT * len(tries))(*tries), len(tries)),
+            *((_FLOAT * len(tries))(*tries), len(tries), (_FLOAT * len(LEVELS))(*LEVELS)),
             *(codes.data_ptr(), scales.data_ptr(), bits, num_rows, size),
             torch.get_num_threads(),
         )

@@ -9,7 +9,6 @@
 #include "quant_pairs.h"
 #endif
 
-#define BLOCK 32
 #define LARGEST 32639.0f /* 127 x 256 + 127: the largest code that splits into two signed bytes */
 
 /* Store 32 codes as bytes, or as 16-bit numbers. Of each four 16-bit numbers a b c d, the even ones
