@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # graphs are checked without loading torch
-    import torch
+if TYPE_CHECKING:  # graphs are checked without loading numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    from sagellm.backends.arrays import Array
 
 ZERO_CODE = {4: 8, 8: 0}  # by bits: the code of 0.0 in a weight without `zeros`
 # What the codes of a weight with levels stand for: the levels of llama.cpp's IQ4_NL. Most weights
@@ -53,10 +56,10 @@ class QuantisedWeight:
 
     bits: int
     group: int
-    codes: "torch.Tensor"
-    scales: "torch.Tensor"
-    zeros: "torch.Tensor | None" = None
-    order: "torch.Tensor | None" = None
+    codes: "Array"
+    scales: "Array"
+    zeros: "Array | None" = None
+    order: "Array | None" = None
     has_levels: bool = False
 
     @property
@@ -69,19 +72,20 @@ class QuantisedWeight:
         part = self.codes[top:end], self.scales[top:end]
         return QuantisedWeight(self.bits, self.group, *part, zeros, self.order, self.has_levels)
 
-    def dequantised(self) -> "torch.Tensor":
+    def dequantised(self) -> "npt.NDArray[np.float32]":
         """The weight in float32 [N, K], its columns in ascending order of k."""
         values = self.ordered()
         return values if self.order is None else values[:, self.order.argsort()]
 
-    def ordered(self) -> "torch.Tensor":
+    def ordered(self) -> "npt.NDArray[np.float32]":
         """The weight in float32 [N, K], its columns in the order of the codes."""
-        if self.has_levels:
-            levels = self.scales.new_tensor(LEVELS).float()
-            return levels[self.codes.int()] * self._each(self.scales)
-        zeros = ZERO_CODE[self.bits] if self.zeros is None else self._each(self.zeros)
-        return (self.codes.float() - zeros) * self._each(self.scales)
+        numbers = self.codes.choose(LEVELS) if self.has_levels else self.codes
+        values: npt.NDArray[np.float32] = numbers.astype("float32")
+        if not self.has_levels:
+            values -= ZERO_CODE[self.bits] if self.zeros is None else self._each(self.zeros)
+        values *= self._each(self.scales)
+        return values
 
-    def _each(self, of_groups: "torch.Tensor") -> "torch.Tensor":
+    def _each(self, of_groups: "Array") -> "npt.NDArray[np.float32]":
         """Repeat a value of each group for its columns: [N, G] -> float32 [N, K]."""
-        return of_groups.float().repeat_interleave(self.group, 1)[:, : self.shape[1]]
+        return of_groups.astype("float32").repeat(self.group, 1)[:, : self.shape[1]]

@@ -6,10 +6,10 @@ import subprocess
 import pytest
 import torch
 
-from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.cpu import CpuBackend, quantised_linear
 from sagellm.backends.cpu.native import compiler
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
-from sagellm.backends.cpu.quantised_linear import PackedQuantised
+from sagellm.backends.cpu.torch_linear import array, tensor
 from sagellm.backends.quantised_weight import QuantisedWeight
 
 KERNELS = native_kernels()
@@ -43,16 +43,28 @@ def built(tmp_path_factory):
     return build
 
 
+class PackedQuantised:
+    """A product of the library on tensors."""
+
+    def __init__(self, kernels, weight, bias, row_form):
+        offset = None if bias is None else array(bias)
+        self.made = quantised_linear.PackedQuantised(kernels, weight, offset, row_form)
+
+    def __call__(self, rows, threads=2):
+        return torch.from_numpy(self.made(array(rows), threads))
+
+
 def random_weight(bits, width, depth, group=32, form=""):
     groups = -(-depth // group)
     low, high = (0, 16) if bits == 4 else (-127, 128)
+    codes = torch.randint(low, high, (width, depth))
     return QuantisedWeight(
         bits,
         group,
-        torch.randint(low, high, (width, depth)).to(torch.uint8 if bits == 4 else torch.int8),
-        (torch.rand(width, groups) / 100 + 1e-3).half(),
-        torch.randint(low, high + 1, (width, groups)).short() if form == "zeros" else None,
-        torch.randperm(depth).int() if form == "zeros" else None,
+        array(codes.to(torch.uint8 if bits == 4 else torch.int8)),
+        array((torch.rand(width, groups) / 100 + 1e-3).half()),
+        array(torch.randint(low, high + 1, (width, groups)).short()) if form == "zeros" else None,
+        array(torch.randperm(depth).int()) if form == "zeros" else None,
         form == "levels",
     )
 
@@ -62,7 +74,7 @@ def error(found, right):
 
 
 def wanted(weight, x, bias):
-    rounded = weight.dequantised().bfloat16().double()
+    rounded = tensor(weight.dequantised()).bfloat16().double()
     return x.bfloat16().double() @ rounded.T + bias
 
 
@@ -86,14 +98,8 @@ def test_products_are_those_of_rounded_numbers(flags, bits, form, width, depth, 
 @pytest.mark.parametrize("num_rows", [1, 64, 200])
 def test_threads_share_rows_or_columns_and_change_no_bit(bits, num_rows):
     packed = PackedQuantised(KERNELS, random_weight(bits, 97, 301), torch.randn(97), "pairs")
-    x, before = torch.randn(num_rows, 301), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(packed(x))
-    finally:
-        torch.set_num_threads(before)
+    x = torch.randn(num_rows, 301)
+    found = [packed(x, threads) for threads in (1, 2, 3)]
     assert all(torch.equal(one, found[0]) for one in found)
 
 
