@@ -175,7 +175,7 @@ SCHEMES = (
     Scheme("Q8_0, rows of 8 bits", 8.5, "w8a8", plain(8), plain(8)),
     INT4,
     Q4_0,
-    Scheme("int4, its logits too", 4.5, None, ours(4), ours(4)),
+    Scheme("int4, its logits in 8 bits", 4.5, None, ours(4), ours(8)),
 )
 
 

@@ -19,7 +19,7 @@ from sagellm.backends.cpu.quantised_linear import (
     joined,
     quantise,
     quantised_weights,
-    row_bits,
+    row_form,
 )
 from sagellm.backends.quantised_weight import QuantisedWeight
 from sagellm.graphs.kernels.rowwise import Embedding, FusedLinear, Linear, RmsNorm
@@ -146,7 +146,7 @@ def _packed(
     weight = joined(weights)
     if weight is None:
         raise NoNativeForm("the weights of a layer have different forms")
-    return PackedQuantised(kernels, weight, bias, row_bits(binding, weight, is_logits))
+    return PackedQuantised(kernels, weight, bias, row_form(binding, weight, is_logits))
 
 
 def _fused_bias(options: FusedLinear, binding: Binding) -> Floats | None:

@@ -11,7 +11,9 @@ from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.quantised_weight import (
     GROUP_SIZE,
+    LEVELS,
     LOGITS_MODE,
+    LOGITS_MODES,
     MODES,
     ZERO_CODE,
     QuantisationMode,
@@ -42,14 +44,22 @@ def _on_load(
     weight = binding.weight(name, *shape)
     if binding.quantization is None:
         return weight
-    bits = (LOGITS_MODE if binding.makes_logits(name) else MODES[binding.quantization]).weight_bits
-    return quantise(weight, bits)
+    modes = LOGITS_MODES if binding.makes_logits(name) else MODES
+    return quantise(weight, modes[binding.quantization].weight_bits)
 
 
 def row_bits(binding: Binding, weight: QuantisedWeight, is_logits: bool) -> int:
     """The bits of the activation rows that a weight of the program is multiplied by."""
-    mode = LOGITS_MODE if is_logits else MODES.get(binding.quantization or "")
+    modes, stored = (LOGITS_MODES, LOGITS_MODE) if is_logits else (MODES, None)
+    mode = modes.get(binding.quantization or "", stored)
     return _row_bits(weight.bits, mode, binding.deterministic)
+
+
+def row_form(binding: Binding, weight: QuantisedWeight, is_logits: bool) -> int | str:
+    """What `PackedQuantised` rounds the rows of a weight of the program to."""
+    bits = row_bits(binding, weight, is_logits)
+    is_exact = binding.deterministic or (is_logits and bits == 16)
+    return bits if is_exact else f"{bits}_many"
 
 
 def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bool) -> int:
@@ -80,12 +90,17 @@ def joined(weights: Sequence[QuantisedWeight | Array]) -> QuantisedWeight | None
         np.concatenate([getattr(weight, name) for weight in alike]) for name in ("codes", "scales")
     )
     whole = np.concatenate(zeros) if zeros else None
-    return QuantisedWeight(first.bits, first.group, codes, scales, whole, first.order)
+    return QuantisedWeight(
+        first.bits, first.group, codes, scales, whole, first.order, first.has_levels
+    )
 
 
 def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
-    """Whether two weights have the same bits, groups and order of k, and both or neither zeros."""
-    if (a.bits, a.group, a.zeros is None) != (b.bits, b.group, b.zeros is None):
+    """Whether two weights have the same bits, groups and order of k, and both or neither have zeros
+    and levels.
+    """
+    forms = [(one.bits, one.group, one.zeros is None, one.has_levels) for one in (a, b)]
+    if forms[0] != forms[1]:
         return False
     if a.order is None or b.order is None:
         return a.order is b.order
@@ -98,19 +113,22 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
 
 class NativeQuant(ctypes.Structure):
-    """The C struct `Quant` of quant.c: a `Linear`, and the order of k."""
+    """The C struct `Quant` of quant.h: a `Linear`, the order of k, and the levels of codes."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
         *((name, _LONG) for name in ("num_cols", "k", "group")),
         ("order", _POINTER),
+        ("levels", _POINTER),
     )
 
 
 class PackedQuantised:
-    """The product rows [T, K] -> [T, N], float32, in C. A row's bits do not depend on other rows.
+    """The product rows [T, K] -> [T, N], float32, in C.
 
-    Rows are quantised to `row_bits` (8 or 16). `address`: the address of the C `Linear`, valid
+    `row_form`: what rows are rounded to: integers of 8 or 16 bits; "pairs": bfloat16; "8_many" or
+    "16_many": bfloat16 where rows are many and that is faster, else 8 or 16 bits. The bits of a row
+    do not depend on other rows, except with "many". `address`: the address of the C `Linear`, valid
     while this object lives.
     """
 
@@ -119,19 +137,22 @@ class PackedQuantised:
         kernels: NativeKernels,
         weight: QuantisedWeight,
         bias: Floats | None,
-        row_bits: int,
+        row_form: int | str,
     ) -> None:
         zeros = None if weight.zeros is None else _packed_groups(weight.zeros.astype(np.int16))
         order = None if weight.order is None else np.ascontiguousarray(weight.order, np.int32)
         self.shape = weight.shape
         codes = in_large_pages(_packed_codes(weight))
-        self._kept = (codes, _packed_groups(weight.scales.astype(np.float16)), zeros, bias, order)
+        levels = np.array(LEVELS, np.int8) if weight.has_levels else None
+        groups = _packed_groups(weight.scales.astype(np.float16))
+        self._kept = (codes, groups, zeros, bias, order, levels)
         numbers, scales, *optional = (_address(array) for array in self._kept)
-        run = kernels.function(f"sage_quant_{weight.bits}_{row_bits}")
+        run = kernels.function(f"sage_quant_{weight.bits}_{row_form}")
         self._struct = NativeQuant(
             run, None, numbers, scales, optional[0], optional[1], *self.shape
         )
         self._struct.group, self._struct.order = weight.group, optional[2]
+        self._struct.levels = optional[3]
         self._kernels = kernels
         self.address = ctypes.addressof(self._struct)
 
@@ -169,10 +190,11 @@ def _address(array: Array | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-# Each try maps the largest number of a group to one of these codes. 4 bits have one code more below
-# 0 than above 0, and clipping the largest number a little makes the other numbers more precise.
+# Each try maps the largest number of a group to one of these numbers. Clipping the largest number a
+# little makes the other numbers more precise. The levels of 4 bits reach further below 0 than
+# above.
 TRIES = {
-    4: tuple(code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)),
+    4: (-127.0, -120.0, -112.0, -104.0, -134.0, -142.0, 113.0, 107.0, 100.0, 119.0, 126.0),
     8: tuple(127.0 + 0.25 * step for step in range(-8, 9)),
 }
 
@@ -180,7 +202,7 @@ TRIES = {
 def quantise(kernels: NativeKernels, weight: Array, bits: int, threads: int = 1) -> QuantisedWeight:
     """Quantise `weight` [N, K], float32 or bfloat16, in groups of 32, without zeros.
 
-    Each group gets the scale with the least squared error.
+    Each group gets the scale with the least squared error. Weights of 4 bits get levels.
     """
     made = kernels.quantise(np.ascontiguousarray(weight), bits, TRIES[bits], threads)
-    return QuantisedWeight(bits, GROUP_SIZE, *made)
+    return QuantisedWeight(bits, GROUP_SIZE, *made, has_levels=bits == 4)

@@ -2,6 +2,7 @@
 and determinism; and quantising on load without a C compiler.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -22,8 +23,9 @@ from sagellm.backends.cpu.quantised_linear import (
     quantise,
     quantised_weights,
     row_bits,
+    row_form,
 )
-from sagellm.backends.quantised_weight import GROUP_SIZE, ZERO_CODE, QuantisedWeight
+from sagellm.backends.quantised_weight import GROUP_SIZE, LEVELS, QuantisedWeight
 
 
 def tensor(values: Array) -> torch.Tensor:
@@ -179,11 +181,12 @@ def _bound_product(
 ) -> LinearFunction:
     if not isinstance(weight, QuantisedWeight):
         return linear(binding, tensor(weight), bias, exact=is_logits)
-    bits, kernels = row_bits(binding, weight, is_logits), binding.native
+    kernels = binding.native
     if kernels is None:
+        bits = row_bits(binding, weight, is_logits)
         return dequantising(weight, bias, bits, alone=binding.deterministic)
     offset = None if bias is None else array(bias)
-    return by_kernel(PackedQuantised(kernels, weight, offset, bits))
+    return by_kernel(PackedQuantised(kernels, weight, offset, row_form(binding, weight, is_logits)))
 
 
 _LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}  # 16 bits: two signed bytes
@@ -236,17 +239,18 @@ def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
 _NUMBERS_AT_ONCE = 1 << 18  # numbers of a weight, so that the temporaries of a try fit in the cache
 
 _LARGEST_SCALE = 65504.0  # the largest float16
-_LIMITS = {4: (-8, 7), 8: (-127, 127)}
+_LARGEST = 127
+_MIDDLES = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
 
 
 def quantised(weight: torch.Tensor, bits: int) -> QuantisedWeight:
     """Quantise `weight` [N, K], float32 or bfloat16, in groups of 32, without zeros, as C does.
 
-    Each group gets the scale with the least squared error.
+    Each group gets the scale with the least squared error. Weights of 4 bits get levels.
     """
     parts = [_quantise_part(part.float(), bits) for part in torch.split(weight, _num_rows(weight))]
     codes, scales = (torch.cat(of_parts).numpy() for of_parts in zip(*parts, strict=True))
-    return QuantisedWeight(bits, GROUP_SIZE, codes, scales)
+    return QuantisedWeight(bits, GROUP_SIZE, codes, scales, has_levels=bits == 4)
 
 
 def _num_rows(weight: torch.Tensor) -> int:
@@ -256,9 +260,11 @@ def _num_rows(weight: torch.Tensor) -> int:
 def _quantise_part(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     groups = pad(weight, (0, -weight.shape[1] % GROUP_SIZE)).view(len(weight), -1, GROUP_SIZE)
     scales = _best_scales(groups, bits).half()
-    codes = _codes(groups, scales.float(), bits) + ZERO_CODE[bits]
-    dtype = torch.uint8 if bits == 4 else torch.int8
-    return codes.to(dtype).flatten(1)[:, : weight.shape[1]], scales.squeeze(-1)
+    if bits == 4:
+        codes = _level_numbers(groups, scales.float()).byte()
+    else:
+        codes = _values(groups, scales.float(), bits).char()
+    return codes.flatten(1)[:, : weight.shape[1]], scales.squeeze(-1)
 
 
 def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
@@ -270,7 +276,7 @@ def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
     error = _error(groups, best, bits)
     for code in TRIES[bits][1:]:
         best, error = _better(groups, _stored(largest / code), best, error, bits)
-    codes = _codes(groups, best, bits)
+    codes = _values(groups, best, bits)
     fit = (groups * codes).sum(-1, True) / (codes.square().sum(-1, True) + 1e-30)
     return _better(groups, _stored(fit), best, error, bits)[0]
 
@@ -293,9 +299,19 @@ def _better(
 
 
 def _error(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    return (_codes(groups, scales, bits) * scales - groups).square().sum(-1, True)
+    return (_values(groups, scales, bits) * scales - groups).square().sum(-1, True)
 
 
-def _codes(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    inverse = torch.where(scales.abs() > 1e-30, 1 / scales, 0.0)
-    return (groups * inverse).round().clamp(*_LIMITS[bits])
+def _values(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The numbers that the nearest codes stand for, to be multiplied by the scales."""
+    if bits == 4:
+        return torch.tensor(LEVELS, dtype=torch.float32)[_level_numbers(groups, scales)]
+    return _scaled(groups, scales).round().clamp(-_LARGEST, _LARGEST)
+
+
+def _level_numbers(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.searchsorted(torch.tensor(_MIDDLES), _scaled(groups, scales))
+
+
+def _scaled(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return groups * torch.where(scales.abs() > 1e-30, 1 / scales, 0.0)

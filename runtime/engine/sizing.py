@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
-from sagellm.backends.quantised_weight import GROUP_SIZE, MODES
+from sagellm.backends.quantised_weight import GROUP_SIZE, LOGITS_MODES, MODES
 from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import ModelFacts
 from sagellm.graphs.rules.rule import EngineFactsView
@@ -128,8 +128,11 @@ def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
     table = facts.vocab_size * facts.hidden_size
     layers = facts.num_parameters - table * (1 if facts.tie_embeddings else 2)
     if options.quantization is not None:
-        bits = MODES[options.quantization].weight_bits
-        return int(table * itemsize + table * _weight_bytes(8) + layers * _weight_bytes(bits))
+        of_layers, of_logits = (
+            _weight_bytes(modes[options.quantization].weight_bits)
+            for modes in (MODES, LOGITS_MODES)
+        )
+        return int(table * itemsize + table * of_logits + layers * of_layers)
     stored = facts.weight_bits / 8 if facts.weight_bits else itemsize
     return int((facts.num_parameters - layers) * itemsize + layers * stored)
 

@@ -36,7 +36,7 @@ class PackedQuantised:
         return torch.from_numpy(self.made(array(rows), threads))
 
 
-def random_weight(bits, width, depth, group=32, *, zeros=False, order=False):
+def random_weight(bits, width, depth, group=32, *, zeros=False, order=False, levels=False):
     groups = -(-depth // group)
     low, high = (0, 16) if bits == 4 else (-127, 128)
     codes = torch.randint(low, high, (width, depth))
@@ -47,6 +47,7 @@ def random_weight(bits, width, depth, group=32, *, zeros=False, order=False):
         array((torch.rand(width, groups) / 100 + 1e-3).half()),
         array(torch.randint(low, high + 1, (width, groups)).short()) if zeros else None,
         array(torch.randperm(depth).int()) if order else None,
+        levels,
     )
 
 
@@ -89,11 +90,21 @@ def test_zeros_and_order(bits, row_bits, width, depth, group):
     assert error(found, wanted(weight, x, None, row_bits)) < 1e-5
 
 
+@SIZES
+@pytest.mark.parametrize("row_bits", [8, 16])
+@pytest.mark.parametrize("rows", [1, 5, 13, 67])
+def test_codes_may_stand_for_levels(row_bits, width, depth, group, rows):
+    weight, x = random_weight(4, width, depth, group, levels=True), torch.randn(rows, depth)
+    found = PackedQuantised(KERNELS, weight, None, row_bits)(x)
+    assert error(found, wanted(weight, x, None, row_bits)) < 1e-5
+
+
 @FORMS
-def test_the_largest_numbers_do_not_overflow(bits, row_bits):
+@pytest.mark.parametrize("levels", [False, True])
+def test_the_largest_numbers_do_not_overflow(bits, row_bits, levels):
     x = torch.cat([torch.ones(1, 64), -torch.ones(1, 64), torch.ones(1, 64) * 1e6])
     for code in (0, 15) if bits == 4 else (-127, 127):
-        weight = random_weight(bits, 16, 64)
+        weight = random_weight(bits, 16, 64, levels=levels and bits == 4)
         weight.codes.fill(code)
         found = PackedQuantised(KERNELS, weight, None, row_bits)(x)
         assert error(found, x.double() @ dequantised(weight).T) < 1e-6
@@ -178,11 +189,13 @@ def built(tmp_path_factory):
     ],
 )
 @FORMS
-def test_other_cpus_get_the_same(flags, bits, row_bits, built):
+@pytest.mark.parametrize("levels", [False, True])
+def test_other_cpus_get_the_same(flags, bits, row_bits, levels, built):
     if flags and not torch.cpu._is_avx2_supported():
         pytest.skip("a CPU without AVX2")
     other = built(flags)
-    weight = random_weight(bits, 33, 301, 64, zeros=True)
+    has_levels = levels and bits == 4
+    weight = random_weight(bits, 33, 301, 64, zeros=not has_levels, levels=has_levels)
     weight.scales[0, :3] = [1e-7, 6e4, -3e-5]  # subnormal, huge, negative
     x = torch.randn(5, 301)
     found, own = (PackedQuantised(k, weight, None, row_bits)(x) for k in (other, KERNELS))

@@ -1,4 +1,4 @@
-"""Quantising a weight: never worse than the plain formulas of Q8_0 and Q4_0 at the same size."""
+"""Quantising a weight: never worse than the plain formulas of Q8_0 and IQ4_NL at the same size."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from sagellm.backends.cpu import quantised_linear
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.torch_linear import array, quantised, tensor
+from sagellm.backends.quantised_weight import LEVELS
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,14 +32,19 @@ def weight_of(kind, rows=40, depth=896, seed=1):
     return drawn
 
 
-def plain(weight, bits):
-    """Q8_0: absmax / 127; Q4_0: the largest number / -8. Groups of 32, scales in float16."""
+def plain(weight, form):
+    """Q8_0: absmax / 127; Q4_0: the largest number / -8; IQ4_NL: the largest number / -127, and
+    levels. Groups of 32, scales in float16.
+    """
     groups = pad(weight, (0, -weight.shape[1] % 32)).view(len(weight), -1, 32)
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scales = (largest / -8 if bits == 4 else largest.abs() / 127).half().float()
-    low, high = (-8, 7) if bits == 4 else (-127, 127)
-    codes = (groups / torch.where(scales == 0, 1.0, scales)).round().clamp(low, high)
-    return (codes * scales).flatten(1)[:, : weight.shape[1]]
+    by = {"Q8_0": 127, "Q4_0": -8, "IQ4_NL": -127}[form]
+    scales = ((largest.abs() if form == "Q8_0" else largest) / by).half().float()
+    numbers = {"Q8_0": range(-127, 128), "Q4_0": range(-8, 8), "IQ4_NL": LEVELS}[form]
+    numbers = torch.tensor(numbers, dtype=torch.float32)
+    codes = groups / torch.where(scales == 0, 1.0, scales)
+    nearest = numbers[torch.searchsorted((numbers[1:] + numbers[:-1]) / 2, codes)]
+    return (nearest * scales).flatten(1)[:, : weight.shape[1]]
 
 
 @BITS
@@ -49,11 +55,20 @@ def test_no_group_is_worse_than_by_the_plain_formula(bits, dtype, kernels, kind)
     weight = weight_of(kind).to(dtype)
     made = tensor(quantise(weight, bits, kernels).dequantised())
     right = weight.float()
-    ours, theirs = ((x - right).view(-1, 32).square().sum(-1) for x in (made, plain(right, bits)))
+    other = plain(right, "IQ4_NL" if bits == 4 else "Q8_0")
+    ours, theirs = ((x - right).view(-1, 32).square().sum(-1) for x in (made, other))
     assert bool((ours <= theirs * 1.0001 + 1e-12).all())
     assert ours.sum() < 0.985 * theirs.sum()
     if kind == "normal":
         assert ours.sum() < (0.91 if bits == 4 else 0.86) * theirs.sum()
+
+
+@pytest.mark.parametrize("kernels", WAYS, ids=IDS)
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "outliers"])
+def test_levels_have_a_quarter_less_squared_error_than_q4_0(kernels, kind):
+    weight = weight_of(kind)
+    made = tensor(quantise(weight, 4, kernels).dequantised())
+    assert (made - weight).square().sum() < 0.75 * (plain(weight, "Q4_0") - weight).square().sum()
 
 
 @BITS

@@ -24,6 +24,7 @@ from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.tuning import KernelTuning
 from sagellm.backends.interface import Progress, silent
 from sagellm.backends.step import SamplingParams
+from sagellm.backends.quantised_weight import LEVELS
 from sagellm.backends.token_masks import Mask
 from sagellm.graphs.log import get_logger
 
@@ -63,7 +64,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_largest_allowed": (_POINTER, _POINTER, _LONG),
     "sage_sample": (*_MATRIX, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "sage_quant_make": (
-        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _POINTER),
         *(_INT, _LONG, _LONG, _INT),
     ),
 }
@@ -102,7 +103,8 @@ class NativeKernels:
     """The C kernels, which return new arrays. Activations are float32; weights and pools are
     float32 or bfloat16. `threads`: how many threads share the work, the caller's included.
 
-    Every kernel is batch-invariant: a row's bits do not depend on other rows.
+    Every kernel is batch-invariant: a row's bits do not depend on other rows. Only the names that
+    end in `_many` choose a kernel by the number of rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,14 +143,15 @@ class NativeKernels:
         self, weight: Array, bits: int, tries: tuple[float, ...], threads: int
     ) -> tuple[Array, Array]:
         """Quantise a weight [N, K], float32 or bfloat16, in groups of 32. Returns codes [N, K] and
-        scales [N, G] float16. `tries`: codes to try for the largest number of a group.
+        scales [N, G] float16. `tries`: numbers to try for the largest number of a group. Codes of 4
+        bits are those of LEVELS.
         """
         num_rows, size = weight.shape
         codes: Array = np.empty((num_rows, size), dtype=np.uint8 if bits == 4 else np.int8)
         scales: Array = np.empty((num_rows, -(-size // 32)), dtype=np.float16)
         self._library.sage_quant_make(
             *(weight.ctypes.data, _is_bfloat(weight)),
-            *((_FLOAT * len(tries))(*tries), len(tries)),
+            *((_FLOAT * len(tries))(*tries), len(tries), (_FLOAT * len(LEVELS))(*LEVELS)),
             *(codes.ctypes.data, scales.ctypes.data, bits, num_rows, size),
             threads,
         )

@@ -5,6 +5,7 @@
 #ifndef SAGELLM_QUANT_H
 #define SAGELLM_QUANT_H
 
+#include "linear.h"
 #include "vector.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
@@ -25,9 +26,16 @@ typedef int16_t halves __attribute__((vector_size(4 * LANES)));
 /* Compilers keep an array in registers only if all its indices are constants, hence UNROLL. */
 #define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")
+#define BLOCK 32                    /* codes along k whose products are summed as integers */
 #define COLS 16                     /* columns of a panel */
 #define VECS (INTS == 4 ? 4 : 2)    /* vectors of columns that a tile holds */
 #define PANELS (VECS * INTS / COLS) /* panels that these vectors cover: 1 or 2 */
+
+typedef struct {
+    Linear linear;
+    const int32_t *order; /* the k of each column of codes; NULL: ascending */
+    const int8_t *levels; /* the values of the 16 codes of 4 bits; NULL: code - zero */
+} Quant;
 
 INLINE ints load_ints(const void *from) {
     ints value;

@@ -5,6 +5,7 @@
 #include "quant.h"
 
 #define TILE 4           /* rows of a tile: 8 sums and their operands fill the AVX2 registers */
+#define HIGH TILE
 #define UNSIGNED_ZERO 0  /* added to 8-bit codes before they are multiplied: nothing */
 
 #ifdef __AVX2__
@@ -49,26 +50,44 @@ INLINE ints add_fours8(ints sums, ints a, ints b) {
 #endif
 }
 
-/* sums[r][v] = starts[r] + codes of vector v times row r, over one block. w: the codes of vector v
- * begin at w + v * apart; x: the codes of the rows, one row after the other. */
-INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
-                       int bits, int x_bits, ints sums[TILE][VECS]) {
+typedef const int8_t *Table; /* the levels of 16 codes; NULL: codes without levels */
+
+INLINE Table table_of(const int8_t *levels) { return levels; }
+
+/* The level of each of 32 codes. */
+INLINE ints levels_of(ints codes, Table levels) {
+#ifdef __AVX2__
+    __m128i table = _mm_loadu_si128((const __m128i *)levels);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
+#else
+    int8_t found[sizeof codes];
+    memcpy(found, &codes, sizeof codes);
+    for (size_t i = 0; i < sizeof codes; i++) found[i] = levels[found[i]];
+    return load_ints(found);
+#endif
+}
+
+INLINE void sums_of(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
+                       int vecs, int bits, int x_bits, Table levels,
+                       ints sums[HIGH][VECS]) {
+    const int is_signed = bits == 8 || levels;
     const ints low = splat("\x0f\x0f\x0f\x0f"), ones = splat("\1\0\1");
-    ints small[TILE][VECS];
+    ints small[HIGH][VECS];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECS; v++) small[r][v] = NONE, sums[r][v] = splat(starts + r);
+        for (int v = 0; v < vecs; v++) small[r][v] = NONE, sums[r][v] = splat(starts + r);
     for (int step = 0; step < (bits == 8 ? 8 : 4); step++) {
         ints codes[VECS];
-        for (int v = 0; v < VECS; v++) codes[v] = load_ints(w + step * COLS * 4 + v * apart);
+        for (int v = 0; v < vecs; v++) codes[v] = load_ints(w + step * COLS * 4 + v * apart);
         for (int half = 0; half < (bits == 8 ? 1 : 2); half++) {
             int four = bits == 8 ? step : 2 * step + half;
             ints even[VECS], odd[VECS];
-            for (int v = 0; v < VECS; v++) {
-                if (bits == 8) {
-                    even[v] = x_bits == 8 ? codes[v] : SIGNED_RIGHT16(LEFT16(codes[v], 8), 8);
-                    odd[v] = SIGNED_RIGHT16(codes[v], 8);
+            for (int v = 0; v < vecs; v++) {
+                ints four_bits = both(half ? RIGHT16(codes[v], 4) : codes[v], low);
+                if (is_signed) {
+                    ints byte = bits == 8 ? codes[v] : levels_of(four_bits, levels);
+                    even[v] = x_bits == 8 ? byte : SIGNED_RIGHT16(LEFT16(byte, 8), 8);
+                    odd[v] = SIGNED_RIGHT16(byte, 8);
                 } else {
-                    ints four_bits = both(half ? RIGHT16(codes[v], 4) : codes[v], low);
                     even[v] = x_bits == 8 ? four_bits : both(four_bits, splat("\xff\0\xff"));
                     odd[v] = RIGHT16(four_bits, 8);
                 }
@@ -76,10 +95,10 @@ INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_
             for (int r = 0; r < rows; r++) {
                 const char *from = x + r * x_bits * 4 + four * (x_bits / 2);
                 ints first = splat(from);
-                for (int v = 0; v < VECS; v++) {
+                for (int v = 0; v < vecs; v++) {
                     if (x_bits == 16)
                         sums[r][v] = add_pairs16(sums[r][v], even[v], first);
-                    else if (bits == 8)
+                    else if (is_signed)
                         sums[r][v] = add_fours8(sums[r][v], even[v], first);
                     else { /* at most 8 x 2 x 15 x 127, which 16 bits hold */
                         small[r][v] = add16(small[r][v], pairs8(even[v], first));
@@ -88,15 +107,26 @@ INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_
                 }
                 if (x_bits == 8) continue;
                 ints second = splat(from + 4);
-                for (int v = 0; v < VECS; v++)
+                for (int v = 0; v < vecs; v++)
                     sums[r][v] = add_pairs16(sums[r][v], odd[v], second);
             }
         }
     }
-    if (bits == 4 && x_bits == 8)
+    if (!is_signed && x_bits == 8)
         for (int r = 0; r < rows; r++)
-            for (int v = 0; v < VECS; v++)
+            for (int v = 0; v < vecs; v++)
                 sums[r][v] = add32(sums[r][v], pairs16(small[r][v], ones));
+}
+
+/* sums[r][v] = starts[r] + codes of vector v times row r, over one block. w: the codes of vector v
+ * begin at w + v * apart; x: the codes of the rows, one row after the other. */
+INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
+                       int vecs, int bits, int x_bits, Table levels,
+                       ints sums[HIGH][VECS]) {
+    if (bits == 4 && levels)
+        sums_of(w, apart, x, starts, rows, vecs, bits, x_bits, levels, sums);
+    else
+        sums_of(w, apart, x, starts, rows, vecs, bits, x_bits, NULL, sums);
 }
 
 #endif

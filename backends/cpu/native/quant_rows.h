@@ -11,7 +11,6 @@
 #include "quant_pairs.h"
 #endif
 
-#define BLOCK 32
 #define LARGEST 32639.0f /* 127 x 256 + 127: the largest code that splits into two signed bytes */
 
 /* Store 32 codes as bytes, or as 16-bit numbers. ARM stores 16 bits as quant_dot.h reads them: 32

@@ -1,0 +1,77 @@
+/* Dequantises blocks of weights to pairs of bfloat16, for products of many rows. */
+#ifndef SAGELLM_DEQUANT_H
+#define SAGELLM_DEQUANT_H
+
+#include "pairs.h"
+#include "panel.h"
+#include "quant.h"
+
+#ifdef __AVX512BF16__
+/* Store 4 codes of each of 16 columns (16 x 4 signed bytes) as two rows of pairs: k and k + 1, then
+ * k + 2 and k + 3. by[j], add[j]: the factors and offsets of columns 4 j to 4 j + 3, four each. */
+INLINE void store_pairs(__m512i codes, const __m512 by[4], const __m512 add[4], uint16_t *to) {
+    const __m512i one = _mm512_set1_epi32(1);
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, one);
+    __m128i fours[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
+                        _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+    __m512 values[4];
+    for (int j = 0; j < 4; j++)
+        values[j] =
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(fours[j])), by[j], add[j]);
+    __m512i left = (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]);
+    __m512i right = (__m512i)_mm512_cvtne2ps_pbh(values[3], values[2]);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi32(left, even, right));
+    _mm512_storeu_si512(to + 2 * PANEL, _mm512_permutex2var_epi32(left, odd, right));
+}
+
+/* Dequantise a block of 32 codes of 16 columns. The pairs of one k are 2 x PANEL numbers apart from
+ * those of the next k. `zeros` NULL: the zero is 8 with 4 bits, 0 with 8 bits. `levels` NULL: codes
+ * have no levels. */
+INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const int16_t *zeros,
+                             const int8_t *levels, int bits, uint16_t *to) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
+    __m512 zero = _mm512_set1_ps(bits == 8 || levels ? 0.0f : 8.0f), by[4], add[4];
+    if (zeros) {
+        __m256i narrow = _mm256_loadu_si256((const __m256i *)zeros);
+        zero = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(narrow));
+    }
+    __m512 offset = _mm512_fnmadd_ps(scale, zero, _mm512_setzero_ps());
+    __m512i table = low;
+    if (levels) table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)levels));
+    for (int j = 0; j < 4; j++) {
+        __m512i lanes = _mm512_add_epi32(spread, _mm512_set1_epi32(4 * j));
+        by[j] = _mm512_permutexvar_ps(lanes, scale), add[j] = _mm512_permutexvar_ps(lanes, offset);
+    }
+    for (int step = 0; step < bits; step++, codes += 64, to += 32 / bits * PANEL) {
+        __m512i some = _mm512_loadu_si512(codes);
+        if (bits == 8) {
+            store_pairs(some, by, add, to);
+        } else {
+            __m512i first = _mm512_and_si512(some, low);
+            __m512i second = _mm512_and_si512(_mm512_srli_epi16(some, 4), low);
+            store_pairs(levels ? _mm512_shuffle_epi8(table, first) : first, by, add, to);
+            store_pairs(levels ? _mm512_shuffle_epi8(table, second) : second, by, add,
+                        to + 4 * PANEL);
+        }
+    }
+}
+#else
+INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const int16_t *zeros,
+                             const int8_t *levels, int bits, uint16_t *to) {
+    for (int k = 0; k < BLOCK; k++)
+        for (int col = 0; col < COLS; col++) {
+            int at = (bits == 8 ? k / 4 : k / 8) * 64 + col * 4 + k % 4;
+            int code = bits == 8 ? (int8_t)codes[at] : k / 4 % 2 ? codes[at] >> 4 : codes[at] & 15;
+            int zero = zeros ? zeros[col] : bits == 8 ? 0 : 8;
+            int level = levels ? levels[code] : code - zero;
+            float value = (float)level * half_to_float(scales[col]);
+            to[k / 2 * 2 * PANEL + col * 2 + k % 2] = rounded(value);
+        }
+}
+#endif
+
+#endif
