@@ -23,8 +23,8 @@ from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, Nati
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.tuning import KernelTuning
 from sagellm.backends.interface import Progress, silent
-from sagellm.backends.step import SamplingParams
 from sagellm.backends.quantised_weight import LEVELS
+from sagellm.backends.step import SamplingParams
 from sagellm.backends.token_masks import Mask
 from sagellm.graphs.log import get_logger
 

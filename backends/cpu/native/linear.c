@@ -121,7 +121,10 @@ INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind k
         if (i == at->turn) ahead = at->then;
         for (int c = 0; c < panels; c++)
             for (long line = 0; line < 2 * step; line += 64)
-                __builtin_prefetch(ahead + c * p->apart + line, 0, rows == 1 ? 3 : 2);
+                if (rows == 1) /* each line is read once, and soon: to the first-level cache */
+                    __builtin_prefetch(ahead + c * p->apart + line, 0, 3);
+                else
+                    __builtin_prefetch(ahead + c * p->apart + line, 0, 2);
         if (kind == PAIRS) {
             add_pair(p, pairs + i, w, rows, panels, sums);
         } else {
