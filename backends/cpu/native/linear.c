@@ -157,6 +157,26 @@ INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, 
 #undef CASE
 }
 
+/* One copy of the tiles for each kind, which all products share: a call is brief beside a tile, and
+ * a compiler would make a copy for each place that computes tiles. */
+#define TILES(name, kind)                                                                         \
+    static __attribute__((noinline)) void name(const Product *p, const Place *at, int rows,      \
+                                               int panels) {                                     \
+        sized_tile(p, at, rows, panels, kind);                                                   \
+    }
+TILES(float_tile, FLOATS)
+TILES(bfloat_tile, BFLOATS)
+TILES(pairs_tile, PAIRS)
+#undef TILES
+
+INLINE void tile_of_kind(const Product *p, const Place *at, int rows, int panels, Kind kind) {
+    switch (kind) {
+        case FLOATS: float_tile(p, at, rows, panels); break;
+        case BFLOATS: bfloat_tile(p, at, rows, panels); break;
+        case PAIRS: pairs_tile(p, at, rows, panels); break;
+    }
+}
+
 /* Let the only tile of a chunk prefetch weights `p->ahead` bytes further on, and at the chunk's end
  * the first weights at `next`. */
 INLINE void look_ahead(const Product *p, Place *at, const char *next, Kind kind) {
@@ -176,7 +196,7 @@ INLINE void block_of_rows(const Product *p, Place at, const char *next, int pane
         at.row = p->top + row;
         at.ahead = next + t * at.hop * (at.k_len / 2);
         if (tiles == 1) look_ahead(p, &at, next, kind);
-        sized_tile(p, &at, (int)(end - row), panels, kind);
+        tile_of_kind(p, &at, (int)(end - row), panels, kind);
     }
 }
 
