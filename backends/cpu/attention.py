@@ -10,6 +10,7 @@ import torch
 
 from sagellm.backends.cpu.binding import Binding, ForwardContext
 from sagellm.backends.cpu.native.library import NativeKernels
+from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
 from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
 _FEWEST = 256  # positions of the smallest table
@@ -233,4 +234,25 @@ def _gathered(
 def _dense(side: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """Gather blocks [blocks, kv_heads, size, dim] to [B, kv_heads, M * size, dim] float32."""
     picked = side[tables.long()].transpose(1, 2)  # [B, kv_heads, M, block_size, head_dim]
+    picked = dequantised(picked) if picked.dtype == torch.int8 else picked
     return picked.flatten(2, 3).float()
+
+
+def quantised(rows: torch.Tensor) -> torch.Tensor:
+    """Quantise keys or values [..., head_dim] as codes.h does: [..., head_dim + SCALE_BYTES] int8.
+
+    A row with a number that is not finite gets the scale NaN.
+    """
+    none = (rows * 0).sum(-1, keepdim=True)  # 0 or NaN
+    largest = rows.abs().amax(-1, keepdim=True) + none
+    # Smaller numbers, for which the inverse would overflow, become 0.
+    scales = torch.where(largest > 1e-30, largest / 127.0, none).bfloat16()
+    inverse = torch.where(scales > 0, 1.0 / scales.float(), 0.0)
+    codes = (rows * inverse).round().nan_to_num(0.0).to(torch.int8)
+    return torch.cat([codes, scales.view(torch.int8)], -1)
+
+
+def dequantised(rows: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., head_dim] float32 of rows that `quantised` made."""
+    codes, scales = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].contiguous()
+    return codes * scales.view(torch.bfloat16).float()

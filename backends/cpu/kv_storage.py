@@ -1,6 +1,6 @@
 """A KV pool in host memory: one tensor, whose bytes are copied, checksummed and shared in place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xxhash
 
-from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native.library import head_dim_of, native_kernels
 from sagellm.backends.interface import (
     KVStorage,
     LoweringError,
@@ -21,6 +21,7 @@ from sagellm.backends.interface import (
 from sagellm.backends.step import KVLayout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_POOL_DTYPES = {**_DTYPES, "int8": torch.int8}
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]  # [layers, keys and values, blocks, bytes]
 
 
@@ -87,23 +88,23 @@ def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None
     """Allocate a pool of zeros. Raises LoweringError for an unknown dtype."""
     # Fresh pages of the system are zeros, and take memory only when they are written; torch.zeros
     # would write all of them.
-    dtype, flags = torch_dtype(layout.dtype), MAP_PRIVATE | MAP_ANONYMOUS
+    dtype, flags = torch_dtype(layout.dtype, _POOL_DTYPES), MAP_PRIVATE | MAP_ANONYMOUS
     pages = memory or mmap(-1, num_blocks * layout.block_bytes, flags=flags)
     pool = torch.frombuffer(pages, dtype=dtype)
     return CpuStorage(pool.view(layout.pool_shape(num_blocks)))
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype named `name`. Raises LoweringError for an unknown name."""
-    if name not in _DTYPES:
-        raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
-    return _DTYPES[name]
+def torch_dtype(name: str, known: Mapping[str, torch.dtype] = _DTYPES) -> torch.dtype:
+    """The dtype named `name`. Raises LoweringError for a name that is not `known`."""
+    if name not in known:
+        raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(known)}")
+    return known[name]
 
 
 def _layout_of(pool: torch.Tensor) -> KVLayout:
-    num_layers, _, _, num_kv_heads, block_size, head_dim = pool.shape
+    num_layers, _, _, num_kv_heads, block_size, _ = pool.shape
     dtype = str(pool.dtype).removeprefix("torch.")
-    return KVLayout(num_layers, num_kv_heads, head_dim, block_size, dtype)
+    return KVLayout(num_layers, num_kv_heads, head_dim_of(pool), block_size, dtype)
 
 
 def _as_blocks(memory: _Bytes, layout: KVLayout) -> _Bytes:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from sagellm.backends.cpu.attention import attention, rope_tables, rotated
+from sagellm.backends.cpu.attention import attention, quantised, rope_tables, rotated
 from sagellm.backends.cpu.binding import Binding, ForwardContext, NativeKernel
 from sagellm.backends.cpu.linear import linear
 from sagellm.backends.cpu.linear_attention import linear_attention
@@ -146,11 +146,13 @@ def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
 
 
 def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write rows of k and v to slots in `layer` [2, blocks, kv_heads, block_size, head_dim]."""
-    _, _, kv_heads, block_size, head_dim = layer.shape
+    """Write rows of k and v to slots in one `layer` of a pool."""
+    kv_heads, block_size = layer.shape[2:4]
     block, offset = slots // block_size, slots % block_size
     for side, rows in zip(layer, (k, v), strict=True):
-        side[block, :, offset] = rows.reshape(-1, kv_heads, head_dim).to(layer.dtype)
+        heads = rows.view(len(rows), kv_heads, rows.shape[1] // kv_heads)
+        is_int8 = layer.dtype == torch.int8
+        side[block, :, offset] = quantised(heads) if is_int8 else heads.to(layer.dtype)
 
 
 def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:

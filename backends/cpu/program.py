@@ -17,7 +17,12 @@ from sagellm.backends.cpu.binding import Binding, ForwardContext
 from sagellm.backends.cpu.kv_storage import CpuStorage, torch_dtype
 from sagellm.backends.cpu.lowerings import LOWERINGS, BoundKernel
 from sagellm.backends.cpu.native import c_structs
-from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
+from sagellm.backends.cpu.native.library import (
+    KV_DTYPES,
+    NativeKernels,
+    head_dim_of,
+    native_kernels,
+)
 from sagellm.backends.cpu.translation import Translation, UntranslatableError, translate
 from sagellm.backends.instructions import Instruction, KernelPlan, plan_kernels
 from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress, Weights
@@ -158,7 +163,8 @@ class NativeProgram:
         step, size = self._step, pool.element_size()
         step.pool = pool.data_ptr()
         step.layer_bytes, step.side_bytes = pool.stride(0) * size, pool.stride(1) * size
-        _, _, _, step.kv_heads, block_size, step.head_dim = pool.shape
+        step.kv_heads, block_size = pool.shape[3:5]
+        step.head_dim = head_dim_of(pool)
         step.token_ids = inputs.token_ids.data_ptr()
         step.positions = inputs.positions.data_ptr()
         step.slots = inputs.slots.data_ptr()
@@ -172,7 +178,7 @@ class NativeProgram:
         batch.num_sequences, batch.block_size = len(inputs.context_lens), block_size
         batch.query_starts = inputs.query_starts.data_ptr()
         batch.context_lens = inputs.context_lens.data_ptr()
-        batch.bfloat = pool.dtype == torch.bfloat16
+        batch.dtype = KV_DTYPES[pool.dtype]
 
 
 def lower(

@@ -18,12 +18,15 @@ from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, Nati
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.interface import Progress, silent
 from sagellm.backends.token_masks import Mask
+from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
 from sagellm.graphs.log import get_logger
 
 _log = get_logger(__name__)
 LARGE_PAGE = 2 << 20  # bytes
 _opened: list["NativeKernels | None"] = []  # empty, or the result of this process's first use
 _opening = threading.Lock()
+
+KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of pools, as in codes.h
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
@@ -88,8 +91,8 @@ def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
 
 
 class NativeKernels:
-    """The C kernels, which return new tensors. Activations are float32; weights and pools are
-    float32 or bfloat16.
+    """The C kernels, which return new tensors. Activations are float32; weights are
+    float32 or bfloat16, pools also int8.
 
     Every kernel is batch-invariant: a row's bits do not depend on other rows.
     """
@@ -199,11 +202,10 @@ class NativeKernels:
     ) -> torch.Tensor:
         """Return rotated q [T, heads * head_dim]; write rotated k and unchanged v to their slots.
 
-        Shapes: tables [positions, 2, head_dim / 2], pool [layers, 2, blocks, kv_heads, block_size,
-        head_dim].
+        Shapes: tables [positions, 2, head_dim / 2], pool as in `KVLayout`.
         """
-        out = torch.empty(q.shape)
-        _, _, _, kv_heads, block_size, head_dim = pool.shape
+        out, head_dim = torch.empty(q.shape), head_dim_of(pool)
+        kv_heads, block_size = pool.shape[3:5]
         self._library.sage_rope_kv_write(
             *(*_matrix(q), *_matrix(k), *_matrix(v)),
             *(tables.data_ptr(), positions.data_ptr(), slots.data_ptr(), out.data_ptr()),
@@ -228,13 +230,13 @@ class NativeKernels:
 
         Raises MemoryError.
         """
-        out = torch.empty(q.shape)
-        _, _, _, kv_heads, block_size, head_dim = pool.shape
-        keys, values, bfloat = _keys_and_values(pool, layer)
+        out, head_dim = torch.empty(q.shape), head_dim_of(pool)
+        kv_heads, block_size = pool.shape[3:5]
+        keys, values, dtype = _keys_and_values(pool, layer)
         heads = NativeHeads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
         batch = NativeBatch(
             *(block_tables.shape[1], len(context_lens), block_size),
-            *(query_starts.data_ptr(), context_lens.data_ptr(), bfloat),
+            *(query_starts.data_ptr(), context_lens.data_ptr(), dtype),
         )
         place = NativeLayer(q.data_ptr(), keys, values, out.data_ptr(), q.stride(0), out.stride(0))
         place.tables = block_tables.data_ptr()
@@ -288,13 +290,18 @@ def _matrix(rows: torch.Tensor) -> tuple[int, int]:
 
 
 def _keys_and_values(pool: torch.Tensor, layer: int) -> tuple[int, int, int]:
-    """The addresses of a layer's keys and values, and whether they are bfloat16.
+    """The addresses of a layer's keys and values, and their dtype as a number of codes.h.
 
     Computed from strides, because slices of tensors cost more time.
     """
     side, size = pool.stride(1), pool.element_size()
     first = pool.data_ptr() + pool.stride(0) * layer * size
-    return first, first + side * size, _is_bfloat(pool)
+    return first, first + side * size, KV_DTYPES[pool.dtype]
+
+
+def head_dim_of(pool: torch.Tensor) -> int:
+    """The head dimension of a pool of the shape `KVLayout.pool_shape`."""
+    return pool.shape[5] - (SCALE_BYTES if pool.dtype == torch.int8 else 0)
 
 
 def _is_bfloat(tensor: torch.Tensor) -> int:
