@@ -46,7 +46,7 @@ def load(options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor) -> 
     if int(blocks[0]) < 0:
         return torch.zeros(shape)
     pages = pool[options.layer][:, blocks.long()]
-    return pages.reshape(-1).view(torch.float32)[: options.state_bytes // 4].reshape(shape)
+    return pages.reshape(-1).view(torch.uint8)[: options.state_bytes].view(torch.float32).view(shape)
 
 
 def store(
@@ -54,9 +54,9 @@ def store(
 ) -> None:
     """Write the float32 bytes of a state to its blocks, whatever the dtype of the pool."""
     pages = pool[options.layer][:, blocks.long()]
-    flat = pages.reshape(-1).view(torch.float32)
-    flat[: state.numel()] = state.reshape(-1)
-    pool[options.layer][:, blocks.long()] = flat.view(pool.dtype).view(pages.shape)
+    flat = pages.reshape(-1)
+    flat.view(torch.uint8)[: options.state_bytes] = state.reshape(-1).view(torch.uint8)
+    pool[options.layer][:, blocks.long()] = flat.view(pages.shape)
 
 
 def token_by_token(
