@@ -46,7 +46,9 @@ def load(options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor) -> 
     if int(blocks[0]) < 0:
         return torch.zeros(shape)
     pages = pool[options.layer][:, blocks.long()]
-    return pages.reshape(-1).view(torch.uint8)[: options.state_bytes].view(torch.float32).view(shape)
+    return (
+        pages.reshape(-1).view(torch.uint8)[: options.state_bytes].view(torch.float32).view(shape)
+    )
 
 
 def store(

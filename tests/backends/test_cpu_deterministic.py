@@ -31,9 +31,7 @@ def alone(sequences, prompt):
 
 @CASES
 @FAMILIES
-def test_chunks_of_seven_change_no_bit(
-    reference, paged, family, native, dtype, kv_cache_dtype
-):
+def test_chunks_of_seven_change_no_bit(reference, paged, family, native, dtype, kv_cache_dtype):
     model, prompt, backend = reference(family), tokens(50, seed=1), CpuBackend(native=native)
     options = {"dtype": dtype, "deterministic": True, "kv_cache_dtype": kv_cache_dtype}
     wanted = alone(paged(model, backend, **options), prompt)
@@ -44,9 +42,7 @@ def test_chunks_of_seven_change_no_bit(
 
 @CASES
 @FAMILIES
-def test_eight_others_change_no_bit(
-    reference, paged, family, native, dtype, kv_cache_dtype
-):
+def test_eight_others_change_no_bit(reference, paged, family, native, dtype, kv_cache_dtype):
     model, prompt, backend = reference(family), tokens(50, seed=1), CpuBackend(native=native)
     options = {"dtype": dtype, "deterministic": True, "kv_cache_dtype": kv_cache_dtype}
     wanted = alone(paged(model, backend, **options), prompt)
