@@ -191,8 +191,8 @@ class Device(Protocol):
         quantization: str | None = None,
         progress: Progress = silent,
     ) -> Program:
-        """Lower a graph to a program with weights in `dtype`, for pools of `layout`. Reads each weight
-        once.
+        """Lower a graph to a program with weights in `dtype`, for pools of `layout`. Each weight is
+        read once.
 
         `quantization`: one of `Backend.quantizations`, for the weights of linear layers; None: keep
         them as stored. `deterministic`: use the same kernels for all batch sizes, so that a row's

@@ -1,7 +1,6 @@
 """Options of engines with a KV pool, and the limits of a scheduler that follow from them."""
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -230,10 +229,10 @@ class EngineOptions(PagedOptions):
 
     def _check_quantization(self) -> None:
         if self.quantization is not None:
-            _check_known("quantization", self.quantization, MODES, ", ")
+            _check_known("quantization", self.quantization, tuple(MODES), ", ")
 
 
-def _check_known(option: str, name: str, known: Collection[str], comma: str) -> None:
+def _check_known(option: str, name: str, known: tuple[str, ...], comma: str) -> None:
     """Raises EngineOptionError for a name that is not `known`."""
     if name not in known:
         close = nearest(name, known)
