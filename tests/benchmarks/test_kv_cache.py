@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import kv_cache
+from benchmarks import kv_cache, weights
 from benchmarks.shape import ONE_LAYER
 from sagellm.backends.cpu.attention import dequantised
 
 
 def test_a_line_a_cell_and_the_tokens_of_a_gib(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(kv_cache, "CELLS", ((1, 32), (2, 16)))
     shape = replace(ONE_LAYER, name="small", vocab_size=64, hidden=32, num_heads=2, num_kv_heads=2)
     lines = kv_cache.measured(shape, rounds=2, threads=1)
