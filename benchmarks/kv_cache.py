@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.shape import QWEN05, QWEN05_2L, Shape
 from benchmarks.weights import model_folder
 from sagellm.backends import KVLayout, StepInputs
+from sagellm.backends.arrays import Array
 from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.cpu.attention import quantised
+from sagellm.backends.cpu.torch_linear import array, tensor
 from sagellm.graphs.models import build, facts
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.models.stored_weights import open_weights
@@ -41,13 +44,12 @@ def measured(shape: Shape, rounds: int, threads: int) -> list[str]:
         dtype="bfloat16",
         deterministic=False,
     )
-    torch.set_num_threads(threads)
     num_blocks = max(count * context for count, context in CELLS) // _BLOCK_SIZE
     pools = {dtype: _filled(device, layouts[dtype], num_blocks) for dtype in _DTYPES}
     lines = ["| sequences | context | bfloat16, ms | int8, ms | speed |", "|---|---|---|---|---|"]
     for count, context in CELLS:
         inputs = _inputs(count, context)
-        times = _times(program, inputs, pools, rounds)
+        times = _times(program, inputs, pools, rounds, threads)
         wide, small = (median(times[dtype]) for dtype in _DTYPES)
         lines.append(f"| {count} | {context} | {wide:.2f} | {small:.2f} | {wide / small:.2f}x |")
     for dtype, layout in layouts.items():
@@ -56,42 +58,42 @@ def measured(shape: Shape, rounds: int, threads: int) -> list[str]:
     return lines
 
 
-def _filled(device: Any, layout: KVLayout, num_blocks: int) -> torch.Tensor:
+def _filled(device: Any, layout: KVLayout, num_blocks: int) -> Array:
     """A pool of random numbers, the same in each layer."""
-    pool: torch.Tensor = device.allocate(layout, num_blocks).pool
+    pool = tensor(device.allocate(layout, num_blocks).pool)
     sizes = num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim
     side = torch.randn(sizes)
     pool[:, :] = quantised(side) if pool.dtype == torch.int8 else side.to(pool.dtype)
-    return pool
+    return array(pool)
 
 
 def _inputs(count: int, context: int) -> StepInputs:
     """A step with one new token of each sequence. The blocks of a sequence are consecutive."""
     per_sequence = context // _BLOCK_SIZE
-    tables = torch.arange(count * per_sequence, dtype=torch.int32).view(count, per_sequence)
+    tables = np.arange(count * per_sequence, dtype=np.int32).reshape(count, per_sequence)
     return StepInputs(
-        token_ids=torch.arange(count),
-        positions=torch.full((count,), context - 1),
-        slots=tables[:, -1].long() * _BLOCK_SIZE + (context - 1) % _BLOCK_SIZE,
-        query_starts=torch.arange(count + 1),
-        context_lens=torch.full((count,), context),
+        token_ids=np.arange(count),
+        positions=np.full(count, context - 1),
+        slots=tables[:, -1].astype(np.int64) * _BLOCK_SIZE + (context - 1) % _BLOCK_SIZE,
+        query_starts=np.arange(count + 1),
+        context_lens=np.full(count, context),
         block_tables=tables,
-        logit_rows=torch.arange(count),
-        states=torch.empty(2, count, 0, dtype=torch.int32),
+        logit_rows=np.arange(count),
+        states=np.empty((2, count, 0), dtype=np.int32),
         query_lens=(1,) * count,
         contexts=(context,) * count,
     )
 
 
 def _times(
-    program: Any, inputs: StepInputs, pools: dict[str, torch.Tensor], rounds: int
+    program: Any, inputs: StepInputs, pools: dict[str, Array], rounds: int, threads: int
 ) -> dict[str, Sequence[float]]:
     """Milliseconds of each step; the pools take turns, and the first round does not count."""
     times: dict[str, list[float]] = {dtype: [] for dtype in pools}
     for _ in range(rounds + 1):
         for dtype, pool in pools.items():
             started = time.perf_counter()
-            program.run(inputs, pool)
+            program.run(inputs, pool, threads)
             times[dtype].append(1e3 * (time.perf_counter() - started))
     return {dtype: found[1:] for dtype, found in times.items()}
 

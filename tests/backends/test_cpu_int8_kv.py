@@ -9,6 +9,7 @@ from sagellm.backends.cpu.attention import dequantised, quantised
 from sagellm.backends.cpu.kv_storage import CpuStorage
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.program import NativeProgram
+from sagellm.backends.cpu.torch_linear import array, tensor
 
 KERNELS = native_kernels()
 in_c = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -24,6 +25,15 @@ def tokens(count, seed):
 def sequences(paged, model, native=True, dtype="float32", kv_cache_dtype="int8"):
     backend = CpuBackend(native=native)
     return paged(model, backend, dtype=dtype, deterministic=True, kv_cache_dtype=kv_cache_dtype)
+
+
+def write(rows, head_dim, pool, slots, layer):
+    """Write rows as keys and values by C, without a rotation."""
+    count = len(rows)
+    still = torch.stack([torch.ones(count, head_dim // 2), torch.zeros(count, head_dim // 2)], 1)
+    places = {"tables": still, "positions": torch.arange(count), "slots": slots, "pool": pool}
+    given = {name: array(found) for name, found in places.items()}
+    KERNELS.rope_kv_write(*[array(rows)] * 3, **given, layer=layer)
 
 
 def test_a_number_is_off_by_half_a_step_at_most():
@@ -56,10 +66,8 @@ def test_c_writes_the_codes_and_scales_of_torch(head_dim):
     rows = torch.randn(9, 2 * head_dim) * torch.logspace(-3, 3, 9)[:, None]
     rows[3], rows[4] = 0.0, 1e-38
     layout = KVLayout(2, 2, head_dim, 4, "int8")
-    pool, slots = CpuBackend().device().allocate(layout, 5).pool, torch.arange(3, 12)
-    still = torch.stack([torch.ones(9, head_dim // 2), torch.zeros(9, head_dim // 2)], 1)
-    places = {"tables": still, "positions": torch.arange(9), "slots": slots, "pool": pool}
-    KERNELS.rope_kv_write(rows, rows, rows, **places, layer=1)
+    pool, slots = tensor(CpuBackend().device().allocate(layout, 5).pool), torch.arange(3, 12)
+    write(rows, head_dim, pool, slots, layer=1)
     for side in (0, 1):
         written = pool[1, side, slots // 4, :, slots % 4]
         assert torch.equal(written, quantised(rows.view(9, 2, head_dim)))
@@ -72,11 +80,8 @@ def test_c_writes_the_codes_and_scales_of_torch(head_dim):
 def test_c_marks_a_row_that_is_not_finite(value, number):
     rows = torch.ones(2, 20)
     rows[1, number % 20] = value
-    pool = CpuBackend().device().allocate(KVLayout(1, 1, 20, 4, "int8"), 1).pool
-    still = torch.stack([torch.ones(2, 10), torch.zeros(2, 10)], 1)
-    slots = torch.arange(2)
-    places = {"tables": still, "positions": slots, "slots": slots, "pool": pool}
-    KERNELS.rope_kv_write(rows, rows, rows, **places, layer=0)
+    pool = tensor(CpuBackend().device().allocate(KVLayout(1, 1, 20, 4, "int8"), 1).pool)
+    write(rows, 20, pool, torch.arange(2), layer=0)
     written = dequantised(pool[0, 1, 0, 0, :2])
     assert written[0].isfinite().all()
     assert written[1].isnan().all()
@@ -117,8 +122,12 @@ def test_one_native_call_agrees_with_torch(reference, paged, family):
 @FAMILIES
 def test_kernel_by_kernel_has_the_bits_of_one_native_call(reference, paged, kept_threads, family):
     model = reference(family)
-    step, kernels = sequences(paged, model), sequences(paged, model)
-    kernels.program = kernels.program._on_tensors
+    step = sequences(paged, model)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sagellm.backends.cpu.program.NATIVE_FORMS", {})
+        kernels = sequences(paged, model)
+    assert isinstance(step.program, NativeProgram)
+    assert not isinstance(kernels.program, NativeProgram)
     for threads, batch in enumerate(({"a": tokens(30, 1), "b": [5]}, {"a": [1], "b": [3]}), 1):
         torch.set_num_threads(threads)
         found, wanted = step.step(batch), kernels.step(batch)
@@ -143,9 +152,9 @@ def test_blocks_move_between_pools_bit_for_bit(block_size):
     layout = KVLayout(3, 2, 64, block_size, "int8")
     left, right = (CpuBackend().device().allocate(layout, 8) for _ in range(2))
     assert isinstance(left, CpuStorage)
-    left.pool.random_(-127, 127)
+    tensor(left.pool).random_(-127, 127)
     pairs, layers = [(slice(1, 4), slice(4, 7))], range(1, 3)
-    found = right.receive(memoryview(left.pool.numpy()).cast("B"), pairs, layers)
+    found = right.receive(memoryview(left.pool).cast("B"), pairs, layers)
     assert found == left.checksum([slice(1, 4)], layers) == right.checksum([slice(4, 7)], layers)
-    assert torch.equal(right.pool[1:, :, 4:7], left.pool[1:, :, 1:4])
+    assert (right.pool[1:, :, 4:7] == left.pool[1:, :, 1:4]).all()
     assert not right.pool[0].any()

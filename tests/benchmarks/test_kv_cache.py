@@ -7,6 +7,7 @@ import pytest
 from benchmarks import kv_cache, weights
 from benchmarks.shape import ONE_LAYER
 from sagellm.backends.cpu.attention import dequantised
+from sagellm.backends.cpu.torch_linear import tensor
 
 
 def test_a_line_a_cell_and_the_tokens_of_a_gib(monkeypatch, tmp_path):
@@ -23,6 +24,6 @@ def test_pools_hold_random_numbers():
     device = kv_cache.CpuBackend().device()
     layout = kv_cache.KVLayout(2, 2, 8, 16, "int8")
     pool = kv_cache._filled(device, layout, 3)
-    numbers = dequantised(pool)
+    numbers = dequantised(tensor(pool))
     assert numbers.shape == (2, 2, 3, 2, 16, 8)
     assert numbers.std() == pytest.approx(1, abs=0.1)
