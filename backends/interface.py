@@ -192,7 +192,8 @@ class Device(Protocol):
         quantization: str | None = None,
         progress: Progress = silent,
     ) -> Program:
-        """Lower a graph to a program with weights and pool in `dtype`. Reads each weight once.
+        """Lower a graph to a program with weights in `dtype`, for pools of `layout`. Each weight is
+        read once.
 
         `quantization`: one of `Backend.quantizations`, for the weights of linear layers; None: keep
         them as stored. `deterministic`: use the same kernels for all batch sizes, so that a row's
@@ -219,6 +220,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def kv_cache_dtypes(self) -> tuple[str, ...]:
+        """The dtypes of a KVLayout, besides the program's own, that devices allocate and read."""
+        ...
+
+    @property
     def stages(self) -> Mapping[str, Stage]: ...
 
     def devices(self) -> tuple[str, ...]:
@@ -242,7 +248,7 @@ GROUP = "sagellm.backends"
 # Modules with a `BACKEND`. A module is imported when its backend is first asked for.
 SHIPPED: Mapping[str, str] = {"cpu": "sagellm.backends.cpu", "null": "sagellm.backends.null"}
 # A backend's members, all of which `register_backend` requires.
-_MEMBERS = ("name", "quantizations", "stages", "devices", "device")
+_MEMBERS = ("name", "quantizations", "kv_cache_dtypes", "stages", "devices", "device")
 _registered: dict[str, Backend] = {}
 
 

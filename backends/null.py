@@ -149,6 +149,10 @@ class NullBackend:
         return ()
 
     @property
+    def kv_cache_dtypes(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def stages(self) -> Mapping[str, Stage]:
         return {"infer": infer}
 

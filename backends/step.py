@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
+from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
+
 if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading numpy
     from sagellm.backends.arrays import BlockIds, Integers
 
@@ -248,6 +250,9 @@ class StepInputs:
     contexts: tuple[int, ...]
 
 
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """The shape of the blocks of a model's KV cache.
@@ -255,23 +260,28 @@ class KVLayout:
     `num_layers`: the layers that one block holds; fewer than the model's if it has several KV
     groups. A pool has the shape [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim],
     where 2 stands for keys and values. So the keys of one block in one layer are contiguous, and so
-    are its values.
+    are its values. With dtype "int8" a key or a value is head_dim codes and the bytes of its scale,
+    a bfloat16, so that the last size is head_dim + SCALE_BYTES.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int
-    dtype: str  # "float32" | "bfloat16"
+    dtype: str  # "float32" | "bfloat16" | "int8"
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values of `num_layers` layers."""
-        itemsize = 4 if self.dtype == "float32" else 2
-        per_layer = 2 * self.num_kv_heads * self.block_size * self.head_dim
-        return self.num_layers * per_layer * itemsize
+        per_layer = 2 * self.num_kv_heads * self.block_size * self._row_len
+        return self.num_layers * per_layer * _ITEM_BYTES.get(self.dtype, 2)
 
     def pool_shape(self, num_blocks: int) -> tuple[int, ...]:
         """The shape of the pool's array."""
         head = (self.num_layers, 2, num_blocks)
-        return (*head, self.num_kv_heads, self.block_size, self.head_dim)
+        return (*head, self.num_kv_heads, self.block_size, self._row_len)
+
+    @property
+    def _row_len(self) -> int:
+        """The items of a key or a value."""
+        return self.head_dim + (SCALE_BYTES if self.dtype == "int8" else 0)

@@ -1,6 +1,7 @@
 """The loss of quality by quantised weights: `python -m benchmarks.quality`.
 
-`python -m benchmarks.quality 5` compares int4 with Q4_0 on five random models instead.
+`python -m benchmarks.quality 5` compares int4 with Q4_0 on five random models instead;
+`python -m benchmarks.quality kv` compares the dtypes of keys and values.
 
 On sage-tiny: the share of right answers to exercises outside the training set, and the perplexity
 of the answers. On random weights of the shape of Qwen2.5-0.5B: the distance of logits from those of
@@ -46,7 +47,7 @@ class Scheme:
     """How the weights of the layers and of the head are quantised, and the precision of their rows.
 
     `mode` is a quantisation of the engine. Without a mode, 4-bit weights take rows of 8 bits, other
-    weights rows of 16 bits.
+    weights rows of 16 bits. `kv`: the dtype of keys and values.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Scheme:
     mode: str | None = None
     layers: Make | None = None
     head: Make | None = None
+    kv: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,20 @@ class Model:
         weights[HEAD] = weights[TABLE]
         return cls({**config.to_dict(), "tie_word_embeddings": False}, weights)
 
+    def with_large_keys(self, size: float) -> "Model":
+        """The model with a bias of `size` on the first number of each half of its keys."""
+        shape, weights = facts(self.config), dict(self.weights)
+        for name in [name for name in weights if name.endswith("k_proj.bias")]:
+            halves = weights[name].clone().view(2 * shape.num_kv_heads, shape.head_dim // 2)
+            halves[:, 0] += size
+            weights[name] = halves.flatten()
+        return Model(self.config, weights)
+
     def logits(self, scheme: Scheme, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits as [tokens of all prompts, vocabulary]; activations and KV are float32."""
+        """Logits as [tokens of all prompts, vocabulary]; activations are float32."""
         shape = facts(self.config)
         heads = shape.num_layers, shape.num_kv_heads, shape.head_dim
-        layout, device = KVLayout(*heads, _BLOCK_SIZE, "float32"), CpuBackend().device()
+        layout, device = KVLayout(*heads, _BLOCK_SIZE, scheme.kv), CpuBackend().device()
         program: Any = device.lower(
             build(self.config),
             {name: _stored(_made(scheme, name, weight)) for name, weight in self.weights.items()},
@@ -233,6 +244,32 @@ def table(count: int = 200, prompt_len: int = 64) -> str:
     return "\n".join(lines)
 
 
+KV = (Scheme("bfloat16", 16, kv="bfloat16"), Scheme("int8", 8.25, kv="int8"))
+_LARGE_KEY = 30.0
+
+
+def kv_table(count: int = 200, prompt_len: int = 512) -> str:
+    """Each dtype of keys and values against float32, as a table in Markdown."""
+    path = resolve_model("sage-tiny").path
+    assert path is not None
+    tiny, random = Model.of(path), Model.of(model_folder())
+    torch.manual_seed(0)
+    prompts = [torch.randint(0, random.config["vocab_size"], (prompt_len,)).tolist()]
+    models = (random, random.with_large_keys(_LARGE_KEY))
+    right = [model.logits(FLOATS, prompts) for model in models]
+    columns = "logit error | KL | same token"
+    lines = [f"| keys and values | exercises right | perplexity | {columns} | {columns} |"]
+    lines.append("|---" * 9 + "|")
+    for scheme in (FLOATS, *KV):
+        share, perplexity = exercised(tiny, scheme, count)
+        line = f"| {scheme.kv} | {share:.1%} | {perplexity:.4f} "
+        for model, wanted in zip(models, right, strict=True):
+            error, divergence, same = distances(model.logits(scheme, prompts), wanted)
+            line += f"| {error:.2%} | {divergence:.1e} | {same:.1%} "
+        lines.append(line + "|")
+    return "\n".join(lines)
+
+
 def by_seed(seeds: Iterable[int], prompt_len: int = 64) -> Iterator[str]:
     """The 4-bit forms on random models, and their means. Yields Markdown line by line."""
     found: dict[str, list[tuple[float, float, float]]] = {INT4.name: [], Q4_0.name: []}
@@ -255,5 +292,8 @@ def _line(seed: str, name: str, found: Sequence[float]) -> str:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    for line in by_seed(range(int(sys.argv[1]))) if len(sys.argv) > 1 else [table()]:
-        print(line, flush=True)
+    if sys.argv[1:] == ["kv"]:
+        print(kv_table())
+    else:
+        for line in by_seed(range(int(sys.argv[1]))) if len(sys.argv) > 1 else [table()]:
+            print(line, flush=True)

@@ -259,6 +259,7 @@ class DetachedBackend:
 
     name = "detached"
     quantizations: tuple[str, ...] = ()
+    kv_cache_dtypes: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self._devices = [DetachedDevice(f"detached:{index}") for index in range(2)]

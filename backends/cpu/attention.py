@@ -15,6 +15,7 @@ from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.cpu.torch_linear import array, tensor
 from sagellm.backends.step import StepInputs
+from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
 from sagellm.graphs.kernels.token_mixers import LinearAttention, PagedAttention
 
 _CHUNK = 64  # query rows at a time, so that their scores fit in the CPU's cache
@@ -242,7 +243,28 @@ def _gathered(
 def _dense(side: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """Gather blocks [blocks, kv_heads, size, dim] to [B, kv_heads, M * size, dim] float32."""
     picked = side[tables.long()].transpose(1, 2)  # [B, kv_heads, M, block_size, head_dim]
+    picked = dequantised(picked) if picked.dtype == torch.int8 else picked
     return picked.flatten(2, 3).float()
+
+
+def quantised(rows: torch.Tensor) -> torch.Tensor:
+    """Quantise keys or values [..., head_dim] as codes.h does: [..., head_dim + SCALE_BYTES] int8.
+
+    A row with a number that is not finite gets the scale NaN.
+    """
+    none = (rows * 0).sum(-1, keepdim=True)  # 0 or NaN
+    largest = rows.abs().amax(-1, keepdim=True) + none
+    # Smaller numbers, for which the inverse would overflow, become 0.
+    scales = torch.where(largest > 1e-30, largest / 127.0, none).bfloat16()
+    inverse = torch.where(scales > 0, 1.0 / scales.float(), 0.0)
+    codes = (rows * inverse).round().nan_to_num(0.0).to(torch.int8)
+    return torch.cat([codes, scales.view(torch.int8)], -1)
+
+
+def dequantised(rows: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., head_dim] float32 of rows that `quantised` made."""
+    codes, scales = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].contiguous()
+    return codes * scales.view(torch.bfloat16).float()
 
 
 _TOKENS = 64  # tokens of linear attention that are multiplied at once
@@ -282,7 +304,9 @@ def load(options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor) -> 
     if int(blocks[0]) < 0:
         return torch.zeros(shape)
     pages = pool[options.layer][:, blocks.long()]
-    return pages.reshape(-1).view(torch.float32)[: options.state_bytes // 4].reshape(shape)
+    return (
+        pages.reshape(-1).view(torch.uint8)[: options.state_bytes].view(torch.float32).view(shape)
+    )
 
 
 def store(
@@ -290,9 +314,9 @@ def store(
 ) -> None:
     """Write the float32 bytes of a state to its blocks, whatever the dtype of the pool."""
     pages = pool[options.layer][:, blocks.long()]
-    flat = pages.reshape(-1).view(torch.float32)
-    flat[: state.numel()] = state.reshape(-1)
-    pool[options.layer][:, blocks.long()] = flat.view(pool.dtype).view(pages.shape)
+    flat = pages.reshape(-1)
+    flat.view(torch.uint8)[: options.state_bytes] = state.reshape(-1).view(torch.uint8)
+    pool[options.layer][:, blocks.long()] = flat.view(pages.shape)
 
 
 def token_by_token(

@@ -29,6 +29,10 @@ class CpuBackend:
         return tuple(MODES)
 
     @property
+    def kv_cache_dtypes(self) -> tuple[str, ...]:
+        return ("int8",)
+
+    @property
     def stages(self) -> Mapping[str, Stage]:
         fusions: dict[str, Stage] = {step.name: step.apply for step in self.passes}
         # "infer" is last, so that it checks the graph that is bound.

@@ -1,6 +1,6 @@
 """A KV pool in host memory: one array, whose bytes are copied, checksummed and shared in place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from sagellm.backends.arrays import BFLOAT16, Array, dtype_name
-from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native.library import head_dim_of, native_kernels
 from sagellm.backends.interface import (
     KVStorage,
     LoweringError,
@@ -21,6 +21,7 @@ from sagellm.backends.interface import (
 from sagellm.backends.step import KVLayout
 
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
+_POOL_DTYPES = {**_DTYPES, "int8": np.dtype(np.int8)}
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]  # [layers, keys and values, blocks, bytes]
 
 
@@ -86,21 +87,22 @@ class CpuStorage:
 def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None) -> CpuStorage:
     """Allocate a pool of zeros. Raises LoweringError for an unknown dtype."""
     # Fresh pages of the system are zeros, and take memory only when they are written.
-    dtype, flags = stored_dtype(layout.dtype), MAP_PRIVATE | MAP_ANONYMOUS
+    dtype, flags = stored_dtype(layout.dtype, _POOL_DTYPES), MAP_PRIVATE | MAP_ANONYMOUS
     pages = memory or mmap(-1, num_blocks * layout.block_bytes, flags=flags)
     return CpuStorage(np.frombuffer(pages, dtype=dtype).reshape(layout.pool_shape(num_blocks)))
 
 
-def stored_dtype(name: str) -> np.dtype[Any]:
-    """The dtype named `name`. Raises LoweringError for an unknown name."""
-    if name not in _DTYPES:
-        raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
-    return _DTYPES[name]
+def stored_dtype(name: str, known: Mapping[str, np.dtype[Any]] = _DTYPES) -> np.dtype[Any]:
+    """The dtype named `name`. Raises LoweringError for a name that is not `known`."""
+    if name not in known:
+        raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(known)}")
+    return known[name]
 
 
 def _layout_of(pool: Array) -> KVLayout:
-    num_layers, _, _, num_kv_heads, block_size, head_dim = pool.shape
-    return KVLayout(num_layers, num_kv_heads, head_dim, block_size, dtype_name(pool.dtype))
+    num_layers, _, _, num_kv_heads, block_size, _ = pool.shape
+    head_dim, dtype = head_dim_of(pool), dtype_name(pool.dtype)
+    return KVLayout(num_layers, num_kv_heads, head_dim, block_size, dtype)
 
 
 def _as_blocks(memory: _Bytes, layout: KVLayout) -> _Bytes:

@@ -14,6 +14,7 @@ from sagellm.backends.cpu.attention import (
     ForwardContext,
     attention,
     linear_attention,
+    quantised,
     rotated,
 )
 from sagellm.backends.cpu.binding import Binding
@@ -192,11 +193,13 @@ def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
 
 
 def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write rows of k and v to slots in `layer` [2, blocks, kv_heads, block_size, head_dim]."""
-    _, _, kv_heads, block_size, head_dim = layer.shape
+    """Write rows of k and v to slots in one `layer` of a pool."""
+    kv_heads, block_size = layer.shape[2:4]
     block, offset = slots // block_size, slots % block_size
     for side, rows in zip(layer, (k, v), strict=True):
-        side[block, :, offset] = rows.reshape(-1, kv_heads, head_dim).to(layer.dtype)
+        heads = rows.reshape(len(rows), kv_heads, rows.shape[1] // kv_heads)
+        is_int8 = layer.dtype == torch.int8
+        side[block, :, offset] = quantised(heads) if is_int8 else heads.to(layer.dtype)
 
 
 def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:

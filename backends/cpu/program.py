@@ -17,11 +17,16 @@ from typing import cast
 
 import numpy as np
 
-from sagellm.backends.arrays import BFLOAT16, Array, Floats
+from sagellm.backends.arrays import Array, Floats, dtype_name
 from sagellm.backends.cpu.binding import Binding, NativeKernel
 from sagellm.backends.cpu.kv_storage import CpuStorage, stored_dtype
 from sagellm.backends.cpu.native import c_structs
-from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
+from sagellm.backends.cpu.native.library import (
+    KV_DTYPES,
+    NativeKernels,
+    head_dim_of,
+    native_kernels,
+)
 from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.cpu.native_forms import NATIVE_FORMS, NoNativeForm, rope_tables
 from sagellm.backends.cpu.translation import Translation, translate
@@ -119,7 +124,8 @@ class NativeProgram(StepProgram):
         step = self._step
         step.pool = pool.ctypes.data
         step.layer_bytes, step.side_bytes = pool.strides[:2]
-        _, _, _, step.kv_heads, block_size, step.head_dim = pool.shape
+        step.kv_heads, block_size = pool.shape[3:5]
+        step.head_dim = head_dim_of(pool)
         step.token_ids = inputs.token_ids.ctypes.data
         step.positions = inputs.positions.ctypes.data
         step.slots = inputs.slots.ctypes.data
@@ -130,7 +136,7 @@ class NativeProgram(StepProgram):
         batch.num_sequences, batch.block_size = len(inputs.context_lens), block_size
         batch.query_starts = inputs.query_starts.ctypes.data
         batch.context_lens = inputs.context_lens.ctypes.data
-        batch.bfloat = pool.dtype == BFLOAT16
+        batch.dtype = KV_DTYPES.index(dtype_name(pool.dtype))
 
 
 def lower(

@@ -12,6 +12,7 @@ from sagellm.graphs.kernels.token_mixers import LinearAttention, PagedAttention
 Shape: TypeAlias = tuple[int, ...]
 GroupKind: TypeAlias = Literal["full", "window", "state"]
 _ORDER: tuple[GroupKind, ...] = ("full", "window", "state")
+SCALE_BYTES = 2  # of the bfloat16 scale that each key and value in 8 bits has
 _WASTE_SHARE = 8  # empty layers in blocks may be at most 1/8 of the model's layers
 
 
@@ -128,7 +129,8 @@ class KVBlocks:
     the states of `block_layers` layers. A group with more layers has several block tables, and uses
     one block of each table for the same tokens. Because all blocks are equal, one group can use the
     blocks that another group frees, and a transfer moves blocks without knowing their content.
-    `itemsize`: bytes of a number in a key or value.
+    `itemsize`: bytes of a number in a key or value. `scale_bytes`: bytes of the scale of each key
+    and value, 0 if they have none.
     """
 
     groups: tuple[KVGroup, ...]
@@ -136,6 +138,7 @@ class KVBlocks:
     head_dim: int
     block_size: int
     itemsize: int
+    scale_bytes: int = 0
 
     @cached_property
     def block_layers(self) -> int:
@@ -155,7 +158,8 @@ class KVBlocks:
     @property
     def layer_bytes(self) -> int:
         """The bytes of one layer in a block: its keys and values."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
+        row_bytes = self.head_dim * self.itemsize + self.scale_bytes
+        return 2 * self.num_kv_heads * self.block_size * row_bytes
 
     @property
     def block_bytes(self) -> int:

@@ -17,6 +17,7 @@ TRANSFER = "kv_transfer"
 _AGREED = {  # each fact that must be equal on prefill and decode engine -> its name in messages
     "dtype": "dtype",
     "quantization": "quantization",
+    "kv_cache_dtype": "KV cache dtype",
     "block_size": "block size",
     "num_layers": "number of layers",
     "num_kv_heads": "number of KV heads",

@@ -16,6 +16,7 @@ class EngineFactsView:
     model_hash: str | None = None
     dtype: str | None = None
     quantization: str | None = None  # "none": the weights as stored
+    kv_cache_dtype: str | None = None  # "auto": `dtype`
     block_size: int | None = None  # tokens
     num_kv_heads: int | None = None
     head_dim: int | None = None

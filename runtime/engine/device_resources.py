@@ -14,7 +14,7 @@ from sagellm.runtime.engine.drafters import DraftLimits, ModelDrafter, NgramDraf
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.output import IncrementalDetokenizer, OutputText
 from sagellm.runtime.engine.runner import DeviceQueue, DeviceRunner, EngineResources, OpenOutputText
-from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks
+from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks, kv_dtype
 from sagellm.runtime.engine.speculation import Drafter, Speculation
 from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.kv.memory import DeviceStorage, PoolBytes
@@ -112,7 +112,7 @@ def _program(
     progress: Progress = silent,
 ) -> Program:
     how = engine_dtype(options, folder.facts), options.deterministic, options.quantization
-    key = (folder.path, folder.hash, device.name, blocks, *how)
+    key = (folder.path, folder.hash, device.name, blocks, options.kv_cache_dtype, *how)
     # Replicas that open at the same time must not load the same weights twice.
     with _loading:
         program = _programs.get(key)
@@ -134,6 +134,12 @@ def _lower(
         raise EngineOptionError(
             f"quantization: device {backend.name} has no {options.quantization}; it has {offered}"
         )
+    if options.kv_cache_dtype not in ("auto", *backend.kv_cache_dtypes):
+        offered = ", ".join(("auto", *backend.kv_cache_dtypes))
+        raise EngineOptionError(
+            f"kv_cache_dtype: device {backend.name} has no {options.kv_cache_dtype}; "
+            f"it has {offered}"
+        )
     weights = open_weights(folder, progress)
     weights.require(weight_names(graph))
     layout = _layout(options, folder, blocks)
@@ -141,7 +147,7 @@ def _lower(
         PlaceLayers(blocks).apply(graph),
         weights,
         layout=layout,
-        dtype=layout.dtype,
+        dtype=engine_dtype(options, folder.facts),
         deterministic=options.deterministic,
         quantization=options.quantization,
         progress=progress,
@@ -157,7 +163,7 @@ def _layout(options: EngineOptions, folder: ModelFolder, blocks: KVBlocks) -> KV
         num_kv_heads=blocks.num_kv_heads,
         head_dim=blocks.head_dim,
         block_size=blocks.block_size,
-        dtype=engine_dtype(options, folder.facts),
+        dtype=kv_dtype(options, folder.facts),
     )
 
 

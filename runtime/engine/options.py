@@ -50,6 +50,7 @@ LOCAL_CAPABILITIES = frozenset(
     {TOKENS_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS, GRAMMARS}
 )
 _SPECULATIONS = ("ngram", "draft")
+KV_CACHE_DTYPES = ("auto", "int8")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -78,6 +79,8 @@ class SizedOptions(Protocol):
     @property
     def dtype(self) -> str | None: ...
     @property
+    def kv_cache_dtype(self) -> str: ...
+    @property
     def block_size(self) -> int: ...
     @property
     def num_blocks(self) -> int | None: ...
@@ -102,8 +105,9 @@ class PagedOptions:
     """The options of an engine that schedules batches over a paged KV pool. Raises
     EngineOptionError for invalid values.
 
-    `model`: a built-in name, a folder, a Hub id, or "null". `dtype` None: the model's own. The KV
-    pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"); without either, the
+    `model`: a built-in name, a folder, a Hub id, or "null". `dtype` None: the model's own.
+    `kv_cache_dtype`, one of KV_CACHE_DTYPES: the form of keys and values; "auto": as `dtype`. The
+    KV pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"); without either, the
     number follows from the free memory. `max_num_batched_tokens`: the most tokens of one step.
     `prefill_chunk`: the most tokens of one prompt in a step. `prefix_caching`: keep blocks of ended
     sequences for prompts that begin alike.
@@ -111,6 +115,7 @@ class PagedOptions:
 
     model: str = "sage-tiny"
     dtype: str | None = None
+    kv_cache_dtype: str = "auto"
     block_size: int = field(default=16, metadata={"min": 1})
     num_blocks: int | None = field(default=None, metadata={"min": 1})
     kv_memory: str | None = None
@@ -133,6 +138,7 @@ class PagedOptions:
             raise EngineOptionError("num_blocks and kv_memory both size the KV pool; give one")
         if self.kv_memory is not None:
             num_bytes(self.kv_memory)
+        _check_known("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, " or ")
 
     @property
     def limits(self) -> Limits:
@@ -206,10 +212,7 @@ class EngineOptions(PagedOptions):
                 if getattr(self, name) is not None:
                     raise EngineOptionError(f"{name}: nothing is drafted without speculation")
             return
-        if self.speculation not in _SPECULATIONS:
-            close = nearest(self.speculation, _SPECULATIONS)
-            fix = f"did you mean {close}?" if close else f"use {' or '.join(_SPECULATIONS)}"
-            raise EngineOptionError(f"speculation: {self.speculation!r} is unknown; {fix}")
+        _check_known("speculation", self.speculation, _SPECULATIONS, " or ")
         if self.speculation == "draft" and self.draft_model is None:
             raise EngineOptionError("speculation: draft needs draft_model; name one, or use ngram")
         if self.speculation != "draft" and self.draft_model is not None:
@@ -225,8 +228,13 @@ class EngineOptions(PagedOptions):
             )
 
     def _check_quantization(self) -> None:
-        mode = self.quantization
-        if mode is not None and mode not in MODES:
-            close = nearest(mode, MODES)
-            fix = f"did you mean {close}?" if close else f"use {', '.join(MODES)}"
-            raise EngineOptionError(f"quantization: {mode!r} is unknown; {fix}")
+        if self.quantization is not None:
+            _check_known("quantization", self.quantization, tuple(MODES), ", ")
+
+
+def _check_known(option: str, name: str, known: tuple[str, ...], comma: str) -> None:
+    """Raises EngineOptionError for a name that is not `known`."""
+    if name not in known:
+        close = nearest(name, known)
+        fix = f"did you mean {close}?" if close else f"use {comma.join(known)}"
+        raise EngineOptionError(f"{option}: {name!r} is unknown; {fix}")

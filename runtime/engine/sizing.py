@@ -8,6 +8,7 @@ import msgspec
 
 from sagellm.backends.quantised_weight import GROUP_SIZE, LOGITS_MODES, MODES
 from sagellm.graphs.kernels import KVBlocks, KVGroup
+from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
 from sagellm.graphs.models import ModelFacts
 from sagellm.graphs.rules.rule import EngineFactsView
 from sagellm.runtime.engine.options import EngineOptionError, PagedOptions, SizedOptions, num_bytes
@@ -18,6 +19,7 @@ from sagellm.runtime.port import EngineFacts
 _MEMORY_PART = 0.25  # of free memory: the rest is for weights, activations and other engines
 _LEAST_PART = 0.05  # of free memory, if weights seem to leave less: they may be loaded already
 _STEPS_UNDER_WAY = 2  # with async scheduling: one step computes, the next is launched
+_KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _NUM_LONGEST = 8  # sequences of full length that the default pool holds, with all windows
 _SHORTEST = 2  # a prompt of one token, and its answer
 
@@ -41,7 +43,7 @@ class Sizing:
 
 
 def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
-    """The dtype of weights and KV. Float16 models are computed in float32. Raises
+    """The dtype of weights, and of KV by default. Float16 models are computed in float32. Raises
     EngineOptionError.
     """
     dtype = options.dtype or facts.dtype
@@ -50,6 +52,12 @@ def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
     if options.dtype == "float16":
         raise EngineOptionError("dtype: float16 is not built; use float32 or bfloat16")
     return "float32" if dtype == "float16" else dtype
+
+
+def kv_dtype(options: SizedOptions, facts: ModelFacts) -> str:
+    """The dtype of keys and values. Raises EngineOptionError."""
+    dtype = engine_dtype(options, facts)
+    return dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
 
 
 def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
@@ -85,8 +93,9 @@ def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
 def kv_blocks(options: SizedOptions, facts: ModelFacts) -> KVBlocks:
     """The layout of the model's KV groups in the blocks of a pool."""
     groups = facts.kv_groups or (KVGroup("full", tuple(range(facts.num_layers))),)
-    itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
-    return KVBlocks(groups, facts.num_kv_heads, facts.head_dim, options.block_size, itemsize)
+    itemsize = _KV_ITEM_BYTES[kv_dtype(options, facts)]
+    sizes = facts.num_kv_heads, facts.head_dim, options.block_size, itemsize
+    return KVBlocks(groups, *sizes, scale_bytes=SCALE_BYTES if itemsize == 1 else 0)
 
 
 def lease_shape(options: SizedOptions, facts: ModelFacts) -> LeaseShape:
@@ -169,7 +178,7 @@ def engine_facts(options: SizedOptions, folder: ModelFolder, sizing: Sizing) -> 
 def _layout_hash(options: SizedOptions, facts: ModelFacts) -> str:
     """A hash that is equal for pools that can exchange blocks."""
     blocks = kv_blocks(options, facts)
-    shape = [blocks.num_kv_heads, blocks.head_dim, blocks.block_size, engine_dtype(options, facts)]
+    shape = [blocks.num_kv_heads, blocks.head_dim, blocks.block_size, kv_dtype(options, facts)]
     return _digest([*shape, blocks.block_layers, list(map(str, blocks.groups))])
 
 
@@ -204,6 +213,7 @@ def facts_view(
         model_hash=facts.model_hash,
         dtype=engine_dtype(options, model),
         quantization=options.quantization or "none",
+        kv_cache_dtype=options.kv_cache_dtype,
         block_size=facts.block_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,

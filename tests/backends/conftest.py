@@ -151,7 +151,7 @@ def reference() -> Callable[..., Reference]:
 
 @pytest.fixture
 def paged() -> Callable[..., Paged]:
-    """paged(reference, backend, dtype, deterministic, quantization): sequences on a fresh pool."""
+    """paged(reference, backend, dtype, deterministic, ...): sequences on a fresh pool."""
 
     def make(
         model: Reference,
@@ -160,8 +160,9 @@ def paged() -> Callable[..., Paged]:
         dtype: str = "float32",
         deterministic: bool = False,
         quantization: str | None = None,
+        kv_cache_dtype: str | None = None,
     ) -> Paged:
-        backend, layout = backend or CpuBackend(), model.layout(dtype)
+        backend, layout = backend or CpuBackend(), model.layout(kv_cache_dtype or dtype)
         options = {"layout": layout, "dtype": dtype, "deterministic": deterministic}
         options["quantization"] = quantization
         weights = arrays(model.weights)

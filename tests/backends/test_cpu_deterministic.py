@@ -6,7 +6,13 @@ import torch
 from sagellm.backends.cpu import CpuBackend
 
 CASES = pytest.mark.parametrize(
-    ("native", "dtype"), [(True, "float32"), (True, "bfloat16"), (False, "float32")]
+    ("native", "dtype", "kv_cache_dtype"),
+    [
+        *((native, dtype, None) for native, dtype in ((True, "float32"), (True, "bfloat16"))),
+        (False, "float32", None),
+        (True, "bfloat16", "int8"),
+        (False, "float32", "int8"),
+    ],
 )
 FAMILIES = pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 
@@ -25,9 +31,9 @@ def alone(sequences, prompt):
 
 @CASES
 @FAMILIES
-def test_chunks_of_seven_change_no_bit(reference, paged, family, native, dtype):
+def test_chunks_of_seven_change_no_bit(reference, paged, family, native, dtype, kv_cache_dtype):
     model, prompt, backend = reference(family), tokens(50, seed=1), CpuBackend(native=native)
-    options = {"dtype": dtype, "deterministic": True}
+    options = {"dtype": dtype, "deterministic": True, "kv_cache_dtype": kv_cache_dtype}
     wanted = alone(paged(model, backend, **options), prompt)
     sequences = paged(model, backend, **options)
     parts = [sequences.step({"a": prompt[top : top + 7]})["a"] for top in range(0, 50, 7)]
@@ -36,9 +42,9 @@ def test_chunks_of_seven_change_no_bit(reference, paged, family, native, dtype):
 
 @CASES
 @FAMILIES
-def test_eight_others_change_no_bit(reference, paged, family, native, dtype):
+def test_eight_others_change_no_bit(reference, paged, family, native, dtype, kv_cache_dtype):
     model, prompt, backend = reference(family), tokens(50, seed=1), CpuBackend(native=native)
-    options = {"dtype": dtype, "deterministic": True}
+    options = {"dtype": dtype, "deterministic": True, "kv_cache_dtype": kv_cache_dtype}
     wanted = alone(paged(model, backend, **options), prompt)
     sequences = paged(model, backend, **options)
     others = {str(seed): tokens(11 + 3 * seed, seed) for seed in range(8)}

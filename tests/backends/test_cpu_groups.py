@@ -78,10 +78,14 @@ def test_products_of_chunks_are_the_recurrence():
     assert torch.equal(end, last)
 
 
-@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 2), (torch.bfloat16, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "count"), [(torch.float32, 2), (torch.bfloat16, 4), (torch.int8, 4)]
+)
 def test_a_state_keeps_its_bits_in_blocks_of_any_dtype(dtype, count):
     options = LinearAttention(layer=1, num_heads=3, key_dim=8, value_dim=5, num_blocks=count)
-    pool = torch.full((2, 2, 9, 2, 4, 8), float("nan"), dtype=dtype)
+    row = 15 if dtype == torch.int8 else 8  # head_dim 13 and a scale: a block has no whole floats
+    shape = (2, 2, 9, 1, 9, row) if dtype == torch.int8 else (2, 2, 9, 2, 4, row)
+    pool = torch.full(shape, 99 if dtype == torch.int8 else float("nan"), dtype=dtype)
     state, blocks = torch.randn(3, 8, 5), torch.tensor([7, 0, 5, 2][:count], dtype=torch.int32)
     before = pool.clone()
     store(options, pool, blocks, state)

@@ -19,6 +19,7 @@ PD = load_file(Path(sagellm.graphs.__file__).parent / "pd.yaml").graph
 ENGINE = EngineFactsView(
     model_hash="m",
     dtype="float32",
+    kv_cache_dtype="auto",
     block_size=16,
     num_kv_heads=2,
     head_dim=32,
@@ -53,6 +54,7 @@ def test_equal_engines_agree(vocabulary: Vocabulary) -> None:
     [
         ("model_hash", "other", "different models"),
         ("dtype", "bfloat16", "dtype: float32 and bfloat16"),
+        ("kv_cache_dtype", "int8", "KV cache dtype: auto and int8"),
         ("block_size", 32, "block size: 16 and 32"),
         ("num_kv_heads", 4, "number of KV heads: 2 and 4"),
         ("head_dim", 64, "head dimension: 32 and 64"),
@@ -115,6 +117,14 @@ def test_pools_share_the_memory(vocabulary: Vocabulary) -> None:
     assert found.code == "too-much-memory"
     assert "2.0 MiB" in found.message
     block_bytes = 2 * 4 * 2 * 32 * 16 * 4  # keys and values, layers, heads, width, tokens, float32
+    assert found.hint == f"{2**19 // block_bytes} blocks a replica of `p` would fit"
+
+
+def test_more_blocks_in_8_bits_would_fit(vocabulary: Vocabulary) -> None:
+    small = replace(ENGINE, kv_cache_dtype="int8")
+    both = Facts(engines={"p": small, "d": small}, memory_bytes=2**20 + 2**19)
+    (found,) = check(PD, vocabulary, both)
+    block_bytes = 2 * 4 * 2 * (32 + 2) * 16  # as above, with a byte a number and a scale of two
     assert found.hint == f"{2**19 // block_bytes} blocks a replica of `p` would fit"
 
 

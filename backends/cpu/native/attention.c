@@ -51,6 +51,7 @@ static void add_block(Work *w, long start, long first, long last) {
     long group = h->heads / h->kv_heads, num_keys = last - start;
     long padded = (num_keys + w->plan->lanes - 1) / w->plan->lanes * w->plan->lanes;
     int pairs = w->plan->lanes != LANES;
+    if (w->plan->batch.dtype == KV_INT8) load_scales(w, padded);
     pairs ? score_pairs(w, padded) : score(w, padded);
     for (long r = 0; r < w->rows; r++) {
         long position = w->tile->position + r / group;

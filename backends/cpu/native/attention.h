@@ -20,7 +20,7 @@ typedef struct {
 typedef struct {
     long table_len, num_sequences, block_size;
     const int64_t *query_starts, *context_lens;
-    int bfloat; /* whether the pool is bfloat16 */
+    int dtype; /* of the pool: KV_FLOAT, KV_BFLOAT or KV_INT8 */
 } Batch;
 
 /* Some new tokens of one sequence, whose first row and position are given. `partial`: index of the
@@ -50,7 +50,7 @@ typedef struct {
 } Attention;
 
 /* The tensors of one layer: q and out [rows, heads * head_dim], with rows ldq and ldo floats apart;
- * keys and values [blocks, kv_heads, block_size, head_dim]. */
+ * keys and values [blocks, kv_heads, block_size], rows of the pool's dtype. */
 typedef struct {
     const float *q;
     const void *keys, *values;

@@ -7,6 +7,7 @@
 #include <stddef.h>
 
 #include "attention.h"
+#include "codes.h"
 #include "matrix.h"
 #include "pairs.h"
 
@@ -53,7 +54,8 @@ long attention_plan(Attention *p, const Heads *heads, const Batch *batch, int th
     long group = heads->heads / heads->kv_heads;
     p->tile_tokens = group < MOST ? MOST / group : 1;
     p->tile_rows = p->tile_tokens * group;
-    p->lanes = batch->bfloat && heads->head_dim % 2 == 0 ? PAIR_LANES : LANES;
+    long lanes[] = {[KV_FLOAT] = LANES, [KV_BFLOAT] = PAIR_LANES, [KV_INT8] = CODE_LANES};
+    p->lanes = heads->head_dim % 2 == 0 ? lanes[batch->dtype] : LANES;
     p->width = rounded_up(heads->head_dim, p->lanes == LANES ? LANES : 2 * p->lanes);
     p->partial_len = p->tile_rows * (p->width + 2);
     /* Per row: sums, total, scores, rounded scores. Then q, a block of keys or values, zeros. */

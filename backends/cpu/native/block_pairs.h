@@ -4,13 +4,12 @@
 #define SAGELLM_BLOCK_PAIRS_H
 
 #include "blocks.h"
+#include "code_pairs.h"
 #include "pairs.h"
 
 #ifdef __AVX512BF16__
 
 #define PAIR_ROWS 12 /* 12 x 2 sums, 2 vectors of the panel and a pair of a: 27 of 32 registers */
-#define PAIR_VECS 2
-#define PAIR_PANEL (PAIR_VECS * PAIR_LANES) /* columns of a panel, which is [depth][PAIR_PANEL] */
 
 INLINE void pair_tile(const int32_t *a, long across, long down, const int32_t *panel, float *c,
                       long ldc, long depth, int rows, int vecs, int add) {
@@ -99,8 +98,12 @@ INLINE void load_key_pairs(Work *w, long num_keys, int32_t *panels) {
 
 /* Load numbers i to i + 32 of the values of keys k and k + 1, as pairs of both keys' numbers. Of
  * every eight pairs, the first four go to `low` and the others to `high`. */
-INLINE void load_value_pair(const Work *w, long k, long i, __mmask32 mask, wide_bits *low,
-                            wide_bits *high) {
+INLINE void load_value_pair(const Work *w, long k, long i, __mmask32 mask, int dtype,
+                            wide_bits *low, wide_bits *high) {
+    if (dtype == KV_INT8) {
+        load_code_pair(w, k, i, mask, low, high);
+        return;
+    }
     __m512i even = _mm512_maskz_loadu_epi16(mask, w->rows_at.values[k] + 2 * i);
     __m512i odd = _mm512_maskz_loadu_epi16(mask, w->rows_at.values[k + 1] + 2 * i);
     *low = (wide_bits)_mm512_unpacklo_epi16(even, odd);
@@ -117,18 +120,18 @@ INLINE __mmask32 numbers_from(const Work *w, long i) {
 INLINE long place_of_pair(long i) { return i / 32 * 32 + i / 4 % 2 * 16 + i % 32 / 8 * 4 + i % 4; }
 
 /* Load values as the rows of panels, [pairs of keys][PAIR_PANEL]. */
-INLINE void load_value_pairs(Work *w, long num_keys, int32_t *panels) {
+INLINE void load_value_pairs(Work *w, long num_keys, int dtype, int32_t *panels) {
     for (long i = 0; i < w->width; i += PAIR_PANEL, panels += PAIR_PANEL * (BLOCK / 2))
         for (long k = 0; k < num_keys; k += 2) {
             wide_bits both[PAIR_VECS];
-            load_value_pair(w, k, i, numbers_from(w, i), both, both + 1);
+            load_value_pair(w, k, i, numbers_from(w, i), dtype, both, both + 1);
             memcpy(panels + k / 2 * PAIR_PANEL, both, sizeof both);
         }
 }
 
 /* weigh_pairs for few rows, without panels: the sums of all rows fit in registers, so that every
  * pair of values is loaded once. */
-INLINE void weigh_few(Work *w, long num_keys, int rows) {
+INLINE void weigh_few(Work *w, long num_keys, int rows, int dtype) {
     for (long i = 0; i < w->width; i += PAIR_PANEL) {
         __mmask32 mask = numbers_from(w, i);
         wide acc[PAIR_ROWS][PAIR_VECS];
@@ -137,7 +140,7 @@ INLINE void weigh_few(Work *w, long num_keys, int rows) {
                 acc[r][v] = load_wide(w->sums.values + r * w->width + i + v * WIDE);
         for (long k = 0; k < num_keys; k += 2) {
             wide_bits low, high;
-            load_value_pair(w, k, i, mask, &low, &high);
+            load_value_pair(w, k, i, mask, dtype, &low, &high);
             for (int r = 0; r < rows; r++) {
                 int32_t weights;
                 memcpy(&weights, w->weights + r * BLOCK + k, sizeof weights);
@@ -169,9 +172,16 @@ INLINE __m512 exp_wide(__m512 x) {
     return _mm512_maskz_scalef_ps(some, p, n);
 }
 
-/* `soften` of blocks.h, which also writes the rounded exponentials to w->weights. */
-static float soften_pairs(Work *w, long row, long first, long last, long padded) {
+INLINE __m512 times(__m512 values, const float *scales) {
+    return _mm512_mul_ps(values, _mm512_loadu_ps(scales));
+}
+
+/* `soften_scaled` of blocks.h, which also writes the rounded weights to w->weights. */
+INLINE float soften_wide(Work *w, long row, long first, long last, long padded, int scaled) {
     float *scores = w->scores + row * BLOCK, *largest = w->sums.largest + row;
+    if (scaled)
+        for (long i = 0; i < padded; i += PAIR_LANES)
+            _mm512_storeu_ps(scores + i, times(_mm512_loadu_ps(scores + i), w->key_scales + i));
     for (long i = 0; i < first; i++) scores[i] = -INFINITY;
     for (long i = last; i < padded; i++) scores[i] = -INFINITY;
     __m512 most = _mm512_loadu_ps(scores), added = _mm512_setzero_ps();
@@ -182,7 +192,7 @@ static float soften_pairs(Work *w, long row, long first, long last, long padded)
     for (long i = 0; i < padded; i += PAIR_LANES) {
         __m512 distance = _mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(*largest));
         __m512 raised = exp_wide(distance);
-        __m256bh half = _mm512_cvtneps_pbh(raised);
+        __m256bh half = _mm512_cvtneps_pbh(scaled ? times(raised, w->value_scales + i) : raised);
         memcpy(w->weights + row * BLOCK + i, &half, sizeof half);
         added = _mm512_add_ps(added, raised);
     }
@@ -191,27 +201,39 @@ static float soften_pairs(Work *w, long row, long first, long last, long padded)
     return by;
 }
 
+static float soften_pairs(Work *w, long row, long first, long last, long padded) {
+    if (w->plan->batch.dtype == KV_INT8) return soften_wide(w, row, first, last, padded, 1);
+    return soften_wide(w, row, first, last, padded, 0);
+}
+
 static void score_pairs(Work *w, long num_keys) {
     long depth = w->plan->heads.head_dim / 2;
     int32_t *panels = (int32_t *)w->panels;
-    load_key_pairs(w, num_keys, panels);
+    w->plan->batch.dtype == KV_INT8 ? load_key_codes(w, num_keys, panels)
+                                    : load_key_pairs(w, num_keys, panels);
     product_of_pairs((const int32_t *)w->q, PAIR_ROWS, 1, PAIR_ROWS * depth, panels,
                      PAIR_PANEL * depth, w->scores, BLOCK, w->rows, num_keys / PAIR_LANES, depth, 0);
 }
 
-static void weigh_pairs(Work *w, long num_keys) {
-    for (long k = 0; k < num_keys; k++) ask_for(w->next.values[k], 2 * w->plan->heads.head_dim);
+INLINE void weigh_rows(Work *w, long num_keys, int dtype) {
+    long bytes = kv_row_bytes(w->plan->heads.head_dim, dtype);
+    for (long k = 0; k < num_keys; k++) ask_for(w->next.values[k], bytes);
 #define CASE(R) \
-    case R: weigh_few(w, num_keys, R); return;
+    case R: weigh_few(w, num_keys, R, dtype); return;
     switch (w->rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
     }
 #undef CASE
     int32_t *panels = (int32_t *)w->panels;
-    load_value_pairs(w, num_keys, panels);
+    load_value_pairs(w, num_keys, dtype, panels);
     product_of_pairs((const int32_t *)w->weights, 1, BLOCK / 2, 0, panels, PAIR_PANEL * (BLOCK / 2),
                      w->sums.values, w->width, w->rows, w->width / PAIR_LANES, (num_keys + 1) / 2,
                      1);
+}
+
+static void weigh_pairs(Work *w, long num_keys) {
+    w->plan->batch.dtype == KV_INT8 ? weigh_rows(w, num_keys, KV_INT8)
+                                    : weigh_rows(w, num_keys, KV_BFLOAT);
 }
 
 #else

@@ -25,6 +25,7 @@ typedef struct {
     long head, rows, width;
     float *q, *scores, *panels, *zeros; /* panels hold a block's keys, and later its values */
     uint16_t *weights;                  /* rounded scores, for products of bfloat16 pairs */
+    float key_scales[BLOCK], value_scales[BLOCK]; /* of a block in 8 bits */
     Sums sums, total;
     Rows rows_at, next; /* the addresses of this block and of the next one */
 } Work;
@@ -34,7 +35,7 @@ static void find_rows(const Work *w, long start, long first, long last, Rows *ro
     const Batch *b = &w->plan->batch;
     const Heads *h = &w->plan->heads;
     const int32_t *table = w->layer->tables + w->tile->sequence * b->table_len;
-    long row_bytes = h->head_dim * (b->bfloat ? 2 : 4);
+    long row_bytes = kv_row_bytes(h->head_dim, b->dtype);
     const char *nothing = (const char *)w->zeros;
     for (long i = 0; i < first - start; i++) rows->keys[i] = rows->values[i] = nothing;
     for (long i = last - start; i < BLOCK; i++) rows->keys[i] = rows->values[i] = nothing;
@@ -62,44 +63,54 @@ INLINE void ask_for(const char *row, long bytes) {
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
-/* Load keys as the columns of panels, in floats. num_keys is a multiple of LANES. */
-INLINE void load_keys(Work *w, long num_keys, int bfloat, int whole) {
-    long size = w->plan->heads.head_dim, width = w->width, bytes = size * (bfloat ? 2 : 4);
+/* Load the scales of a block in 8 bits. */
+static void load_scales(Work *w, long num_keys) {
+    long size = w->plan->heads.head_dim;
+    for (long k = 0; k < num_keys; k++) w->key_scales[k] = scale_of(w->rows_at.keys[k], size);
+    for (long k = 0; k < num_keys; k++) w->value_scales[k] = scale_of(w->rows_at.values[k], size);
+}
+
+/* Load keys, or their codes, as the columns of panels, in floats. num_keys is a multiple of
+ * LANES. */
+INLINE void load_keys(Work *w, long num_keys, int dtype, int whole) {
+    long size = w->plan->heads.head_dim, width = w->width, bytes = kv_row_bytes(size, dtype);
     for (long k = 0; k < num_keys; k += LANES) {
         float *to = w->panels + k / PANEL * PANEL * width + k % PANEL;
         for (int l = 0; l < LANES; l++) ask_for(w->next.keys[k + l], bytes);
         for (long i = 0; i < width; i += LANES) {
             vec corner[LANES];
             for (int l = 0; l < LANES; l++)
-                corner[l] = load_padded(w->rows_at.keys[k + l], i, size, bfloat, whole);
+                corner[l] = load_padded(w->rows_at.keys[k + l], i, size, dtype, whole);
             transpose(corner);
             for (int l = 0; l < LANES; l++) store_float(to + (i + l) * PANEL, corner[l]);
         }
     }
 }
 
-/* Load values as the rows of panels, in floats. */
-INLINE void load_values(Work *w, long num_keys, int bfloat, int whole) {
-    long size = w->plan->heads.head_dim, width = w->width, bytes = size * (bfloat ? 2 : 4);
+/* Load values, or their codes, as the rows of panels, in floats. */
+INLINE void load_values(Work *w, long num_keys, int dtype, int whole) {
+    long size = w->plan->heads.head_dim, width = w->width, bytes = kv_row_bytes(size, dtype);
     for (long k = 0; k < num_keys; k++) {
         const char *row = w->rows_at.values[k];
         float *to = w->panels + k * PANEL;
         ask_for(w->next.values[k], bytes);
         for (long i = 0; i < width; i += PANEL, to += PANEL * BLOCK) {
-            store_float(to, load_padded(row, i, size, bfloat, whole));
+            store_float(to, load_padded(row, i, size, dtype, whole));
             if (i + LANES < width)
-                store_float(to + LANES, load_padded(row, i + LANES, size, bfloat, whole));
+                store_float(to + LANES, load_padded(row, i + LANES, size, dtype, whole));
         }
     }
 }
 
 /* Call `load` with the pool's dtype, and whether head_dim is whole vectors, as constants. */
 #define SPECIALISED(load, w, num_keys)                                     \
-    switch ((w->plan->batch.bfloat ? 2 : 0) + (w->plan->heads.head_dim == w->width)) { \
-        case 0: load(w, num_keys, 0, 0); break;                            \
-        case 1: load(w, num_keys, 0, 1); break;                            \
-        case 2: load(w, num_keys, 1, 0); break;                            \
-        case 3: load(w, num_keys, 1, 1); break;                            \
+    switch (2 * w->plan->batch.dtype + (w->plan->heads.head_dim == w->width)) { \
+        case 2 * KV_FLOAT: load(w, num_keys, KV_FLOAT, 0); break;          \
+        case 2 * KV_FLOAT + 1: load(w, num_keys, KV_FLOAT, 1); break;      \
+        case 2 * KV_BFLOAT: load(w, num_keys, KV_BFLOAT, 0); break;        \
+        case 2 * KV_BFLOAT + 1: load(w, num_keys, KV_BFLOAT, 1); break;    \
+        case 2 * KV_INT8: load(w, num_keys, KV_INT8, 0); break;            \
+        case 2 * KV_INT8 + 1: load(w, num_keys, KV_INT8, 1); break;        \
     }
 
 /* Load the tile's queries, scaled, in the parts of rows that `product` takes: each part is
@@ -127,10 +138,11 @@ static void score(Work *w, long num_keys) {
 
 static float power(float x) { return lanes_exp(fill(x))[0]; }
 
-/* Replace a row's scores by exp(score - the largest score so far), and by 0 outside of `first` to
- * `last`. Return the factor that scales the row's earlier sums to the new largest score. */
-static float soften(Work *w, long row, long first, long last, long padded) {
+/* `soften`. If `scaled`, scores are of codes, and weights will multiply codes. */
+INLINE float soften_scaled(Work *w, long row, long first, long last, long padded, int scaled) {
     float *scores = w->scores + row * BLOCK, *largest = w->sums.largest + row;
+    if (scaled)
+        for (long i = 0; i < padded; i++) scores[i] *= w->key_scales[i];
     for (long i = 0; i < first; i++) scores[i] = -INFINITY;
     for (long i = last; i < padded; i++) scores[i] = -INFINITY;
     vec most = load_float(scores);
@@ -143,12 +155,19 @@ static float soften(Work *w, long row, long first, long last, long padded) {
     vec added = {0};
     for (long i = 0; i < padded; i += LANES) {
         vec raised = lanes_exp(load_float(scores + i) - *largest);
-        store_float(scores + i, raised);
+        store_float(scores + i, scaled ? raised * load_float(w->value_scales + i) : raised);
         added += raised;
     }
     float by = before == *largest ? 1.0f : power(before - *largest);
     w->sums.sum[row] = w->sums.sum[row] * by + lanes_sum(added);
     return by;
+}
+
+/* Replace a row's scores by exp(score - the largest score so far), and by 0 outside of `first` to
+ * `last`. Return the factor that scales the row's earlier sums to the new largest score. */
+static float soften(Work *w, long row, long first, long last, long padded) {
+    if (w->plan->batch.dtype == KV_INT8) return soften_scaled(w, row, first, last, padded, 1);
+    return soften_scaled(w, row, first, last, padded, 0);
 }
 
 /* sums += scores times values. */

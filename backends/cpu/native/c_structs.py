@@ -24,7 +24,7 @@ class NativeBatch(ctypes.Structure):
         *((name, _LONG) for name in ("table_len", "num_sequences", "block_size")),
         ("query_starts", _POINTER),
         ("context_lens", _POINTER),
-        ("bfloat", _INT),
+        ("dtype", _INT),
     ]
 
 

@@ -17,6 +17,7 @@ from sagellm.backends.arrays import (
     BlockIds,
     Floats,
     Integers,
+    dtype_name,
     empty_in_large_pages,
 )
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
@@ -26,11 +27,14 @@ from sagellm.backends.interface import Progress, silent
 from sagellm.backends.quantised_weight import LEVELS
 from sagellm.backends.step import SamplingParams
 from sagellm.backends.token_masks import Mask
+from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
 from sagellm.graphs.log import get_logger
 
 _log = get_logger(__name__)
 _opened: list["NativeKernels | None"] = []  # empty, or the result of this process's first use
 _opening = threading.Lock()
+
+KV_DTYPES = ("float32", "bfloat16", "int8")  # of pools, in the order of codes.h
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
@@ -100,8 +104,8 @@ def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
 
 
 class NativeKernels:
-    """The C kernels, which return new arrays. Activations are float32; weights and pools are
-    float32 or bfloat16. `threads`: how many threads share the work, the caller's included.
+    """The C kernels, which return new arrays. Activations are float32; weights are float32 or
+    bfloat16, pools also int8. `threads`: how many threads share the work, the caller's included.
 
     Every kernel is batch-invariant: a row's bits do not depend on other rows. Only the names that
     end in `_many` choose a kernel by the number of rows.
@@ -212,11 +216,10 @@ class NativeKernels:
     ) -> Floats:
         """Return rotated q [T, heads * head_dim]; write rotated k and unchanged v to their slots.
 
-        Shapes: tables [positions, 2, head_dim / 2], pool [layers, 2, blocks, kv_heads, block_size,
-        head_dim].
+        Shapes: tables [positions, 2, head_dim / 2], pool as in `KVLayout`.
         """
-        out = np.empty(q.shape, dtype=np.float32)
-        _, _, _, kv_heads, block_size, head_dim = pool.shape
+        out, head_dim = np.empty(q.shape, dtype=np.float32), head_dim_of(pool)
+        kv_heads, block_size = pool.shape[3:5]
         places = (tables, positions, slots, out)
         self._library.sage_rope_kv_write(
             *(*_matrix(q), *_matrix(k), *_matrix(v)),
@@ -243,13 +246,13 @@ class NativeKernels:
 
         Raises MemoryError.
         """
-        out = np.empty(q.shape, dtype=np.float32)
-        _, _, _, kv_heads, block_size, head_dim = pool.shape
-        keys, values, bfloat = _keys_and_values(pool, layer)
+        out, head_dim = np.empty(q.shape, dtype=np.float32), head_dim_of(pool)
+        kv_heads, block_size = pool.shape[3:5]
+        keys, values, dtype = _keys_and_values(pool, layer)
         heads = NativeHeads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
         batch = NativeBatch(
             *(block_tables.shape[1], len(context_lens), block_size),
-            *(query_starts.ctypes.data, context_lens.ctypes.data, bfloat),
+            *(query_starts.ctypes.data, context_lens.ctypes.data, dtype),
         )
         first, ldq = _matrix(q)
         place = NativeLayer(first, keys, values, out.ctypes.data, ldq, _matrix(out)[1])
@@ -324,9 +327,14 @@ def _matrix(rows: Floats) -> tuple[int, int]:
 
 
 def _keys_and_values(pool: Array, layer: int) -> tuple[int, int, int]:
-    """The addresses of a layer's keys and values, and whether they are bfloat16."""
+    """The addresses of a layer's keys and values, and their dtype as a number of codes.h."""
     first = pool.ctypes.data + pool.strides[0] * layer
-    return first, first + pool.strides[1], _is_bfloat(pool)
+    return first, first + pool.strides[1], KV_DTYPES.index(dtype_name(pool.dtype))
+
+
+def head_dim_of(pool: Array) -> int:
+    """The head dimension of a pool of the shape `KVLayout.pool_shape`."""
+    return pool.shape[5] - (SCALE_BYTES if pool.dtype == np.int8 else 0)
 
 
 def _is_bfloat(array: Array) -> int:

@@ -2,6 +2,7 @@
 #ifndef SAGELLM_MATRIX_H
 #define SAGELLM_MATRIX_H
 
+#include "codes.h"
 #include "vector.h"
 
 #define TILE_ROWS 6 /* 6 x 2 sums, 2 vectors of the panel and a number of a: 15 of 16 registers */
@@ -70,12 +71,15 @@ INLINE void product(const float *a, long across, long down, long part, const flo
         }
 }
 
-/* Numbers i to i + LANES of a row of `size` numbers. Past the end they are zeros. `whole`: rows are
- * whole vectors, so that no load passes the end. */
-INLINE vec load_padded(const void *row, long i, long size, int bfloat, int whole) {
-    if (whole || i + LANES <= size) return load(row, i, bfloat);
+/* Numbers i to i + LANES of a row of `size` numbers, or codes of a row in 8 bits. Past the end they are
+ * zeros. `whole`: rows are whole vectors, so that no load passes the end. */
+INLINE vec load_padded(const void *row, long i, long size, int dtype, int whole) {
+    const int8_t *codes = row;
+    if (whole || i + LANES <= size)
+        return dtype == KV_INT8 ? load_codes(codes + i) : load(row, i, dtype);
     vec value = {0};
-    for (long l = 0; i + l < size; l++) value[l] = load_one(row, i + l, bfloat);
+    for (long l = 0; i + l < size; l++)
+        value[l] = dtype == KV_INT8 ? codes[i + l] : load_one(row, i + l, dtype);
     return value;
 }
 

@@ -20,6 +20,16 @@
 #define HAS_PAIRS 0
 #endif
 
+#define PAIR_VECS 2
+#define PAIR_PANEL (PAIR_VECS * PAIR_LANES) /* columns of a panel, which is [depth][PAIR_PANEL] */
+
+/* Keys of a vector where keys are codes of 8 bits: these become pairs of bfloat16 by AVX512-VBMI. */
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define CODE_LANES PAIR_LANES
+#else
+#define CODE_LANES LANES
+#endif
+
 /* sums + both products of each column's pair with the pair x. */
 INLINE wide add_products(wide sums, wide_bits columns, int32_t x) {
 #ifdef __AVX512BF16__

@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include "codes.h"
 #include "team.h"
 #include "vector.h"
 
@@ -94,18 +95,35 @@ INLINE void copy(const float *head, void *out, long size, int bfloat) {
     for (long i = 0; i < size; i++) store_one(out, i, head[i], bfloat);
 }
 
+/* Write a key or a value to the pool, rotated if there are cosines. */
+INLINE void write_one(const float *head, const float *cosine, void *out, long size, int dtype) {
+    float turned[dtype == KV_INT8 ? size : 1]; /* head_dim is small */
+    void *to = dtype == KV_INT8 ? turned : out;
+    int bfloat = dtype == KV_BFLOAT;
+    if (cosine)
+        rotate(head, cosine, cosine + size / 2, to, size, bfloat);
+    else
+        copy(head, to, size, bfloat);
+    if (dtype == KV_INT8) write_codes(turned, out, size);
+}
+
 /* Write the key and the value of one row and KV head to their slot. */
-INLINE void write_head(const Turn *t, long row, long head, const float *cosine, int bfloat) {
+INLINE void write_head(const Turn *t, long row, long head, const float *cosine, int dtype) {
     const Cache *c = &t->cache;
     long size = c->head_dim, block = t->slots[row] / c->block_size;
     long offset = t->slots[row] % c->block_size;
-    long at = ((block * c->kv_heads + head) * c->block_size + offset) * size * (bfloat ? 2 : 4);
+    long at = ((block * c->kv_heads + head) * c->block_size + offset) * kv_row_bytes(size, dtype);
     const float *key = t->k + row * t->ldk + head * size;
-    if (cosine)
-        rotate(key, cosine, cosine + size / 2, (char *)c->keys + at, size, bfloat);
-    else
-        copy(key, (char *)c->keys + at, size, bfloat);
-    copy(t->v + row * t->ldv + head * size, (char *)c->values + at, size, bfloat);
+    write_one(key, cosine, (char *)c->keys + at, size, dtype);
+    write_one(t->v + row * t->ldv + head * size, NULL, (char *)c->values + at, size, dtype);
+}
+
+static void write_some(const Turn *t, long row, long head, const float *cosine) {
+    switch (t->cache.dtype) {
+        case KV_FLOAT: write_head(t, row, head, cosine, KV_FLOAT); break;
+        case KV_BFLOAT: write_head(t, row, head, cosine, KV_BFLOAT); break;
+        case KV_INT8: write_head(t, row, head, cosine, KV_INT8); break;
+    }
 }
 
 void turn_rows(void *turn, int number, int threads) {
@@ -118,10 +136,8 @@ void turn_rows(void *turn, int number, int threads) {
         if (head < turned)
             rotate(t->q + row * t->ldq + head * size, cosine, cosine + size / 2,
                    t->out + row * t->ldo + head * size, size, 0);
-        else if (t->cache.bfloat)
-            write_head(t, row, head - turned, cosine, 1);
         else
-            write_head(t, row, head - turned, cosine, 0);
+            write_some(t, row, head - turned, cosine);
     }
 }
 
@@ -156,9 +172,9 @@ void sage_silu_mul(const float *gate, long ldg, const float *up, long ldu, float
 
 void sage_rope_kv_write(const float *q, long ldq, const float *k, long ldk, const float *v,
                         long ldv, const float *tables, const int64_t *positions,
-                        const int64_t *slots, float *out, void *keys, void *values, int bfloat,
+                        const int64_t *slots, float *out, void *keys, void *values, int dtype,
                         long num_rows, long heads, long kv_heads, long head_dim, long block_size) {
-    Cache cache = {keys, values, kv_heads, head_dim, block_size, bfloat};
+    Cache cache = {keys, values, kv_heads, head_dim, block_size, dtype};
     Turn job = {q, k, v, tables, out, positions, slots, cache, ldq, ldk, ldv, heads * head_dim,
                 num_rows, heads};
     turn_rows(&job, 0, 1);

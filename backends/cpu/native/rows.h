@@ -26,11 +26,11 @@ typedef struct {
 } Elements;
 void pointwise(void *elements, int number, int threads);
 
-/* Keys and values of one layer of the pool: [blocks, kv_heads, block_size, head_dim]. */
+/* Keys and values of one layer of the pool: [blocks, kv_heads, block_size], rows of `dtype`. */
 typedef struct {
     void *keys, *values;
     long kv_heads, head_dim, block_size;
-    int bfloat;
+    int dtype; /* KV_FLOAT, KV_BFLOAT or KV_INT8 */
 } Cache;
 
 /* Write rotated q to out; write k and v to their slots, k rotated if there are tables. q may be

@@ -32,7 +32,7 @@ static float *at(const Step *s, const View *v) {
 static Cache cache_of(const Step *s, long layer) {
     char *keys = s->pool + layer * s->layer_bytes;
     return (Cache){keys, keys + s->side_bytes, s->kv_heads, s->head_dim, s->batch.block_size,
-                   s->batch.bfloat};
+                   s->batch.dtype};
 }
 
 static long rows_of(const Step *s, const Instruction *i) {
