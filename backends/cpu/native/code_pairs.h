@@ -31,9 +31,8 @@ INLINE Split split_codes(__m512i codes) {
                                              _mm512_loadu_si512(LOWER[1]));
     __m512i upper = _mm512_permutex2var_epi8(_mm512_loadu_si512(UPPER[0]), size,
                                              _mm512_loadu_si512(UPPER[1]));
-    const int upper_or_sign = 0xf8; /* a | (b & c) */
-    return (Split){lower, _mm512_ternarylogic_epi32(upper, codes, _mm512_set1_epi8((char)0x80),
-                                                    upper_or_sign)};
+    __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi8((char)0x80));
+    return (Split){lower, _mm512_or_si512(upper, sign)}; /* compilers fuse both operations */
 }
 
 /* In each 32 bits of `places`: which codes form the pair, each as its lower and its upper byte. */

@@ -334,7 +334,8 @@ def _keys_and_values(pool: Array, layer: int) -> tuple[int, int, int]:
 
 def head_dim_of(pool: Array) -> int:
     """The head dimension of a pool of the shape `KVLayout.pool_shape`."""
-    return pool.shape[5] - (SCALE_BYTES if pool.dtype == np.int8 else 0)
+    scale_bytes = SCALE_BYTES if pool.dtype == np.int8 else 0
+    return int(pool.shape[5]) - scale_bytes
 
 
 def _is_bfloat(array: Array) -> int:
