@@ -12,11 +12,6 @@
 #include "team.h"
 #include "tiles.h"
 
-#ifdef __AVX512BF16__
-#define HAS_PAIRS 1
-#else
-#define HAS_PAIRS 0
-#endif
 #if WIDE == 16
 #define TILE_ROWS 12
 #else
@@ -33,7 +28,7 @@
 /* The rounded rows and the dequantised panel of a thread. */
 typedef struct {
     _Alignas(64) uint16_t rows[MOST_NUMBERS];
-    _Alignas(64) uint16_t panel[MOST_K * PANEL];
+    _Alignas(64) uint16_t panel[MOST_K * DENSE];
 } Rounded;
 
 /* A block of rows, and the part of k from the block of codes `first` on. */
@@ -72,34 +67,34 @@ static void round_rows(const Part *p) {
     }
 }
 
-/* Dequantise the part of a panel of PANEL columns to kept.panel. */
+/* Dequantise the part of a panel of DENSE columns to kept.panel. */
 INLINE void dequantise(const Part *p, long panel, int bits) {
     const Linear *l = &p->weight->linear;
     const int8_t *levels = bits == 4 ? p->weight->levels : NULL;
     long all_blocks = parts(l->k, BLOCK), each = l->group / BLOCK;
     long num_groups = parts(all_blocks, each), block_bytes = BLOCK * COLS * bits / 8;
-    for (long c = 0; c < PANEL / COLS; c++) {
-        long from = panel * (PANEL / COLS) + c;
+    for (long c = 0; c < DENSE / COLS; c++) {
+        long from = panel * (DENSE / COLS) + c;
         const uint8_t *codes =
             (const uint8_t *)l->weight + (from * all_blocks + p->first) * block_bytes;
         for (long b = 0; b < p->num_blocks; b++, codes += block_bytes) {
             long at = (from * num_groups + (p->first + b) / each) * COLS;
             const int16_t *zeros = l->zeros ? (const int16_t *)l->zeros + at : NULL;
             dequantise_block(codes, (const uint16_t *)l->scales + at, zeros, levels, bits,
-                             kept.panel + b * BLOCK * PANEL + c * COLS * 2);
+                             kept.panel + b * BLOCK * DENSE + c * COLS * 2);
         }
     }
 }
 
 /* Add the sums of a tile to the bias if its part is the first, else to what `out` holds. */
-INLINE void add_to_out(const Part *p, long row, long col, int rows, wide (*sums)[2]) {
+INLINE void add_to_out(const Part *p, long row, long col, int rows, wide (*sums)[DENSE_VECS]) {
     const Linear *l = &p->weight->linear;
-    long cols = least(PANEL, l->num_cols - col);
+    long cols = least(DENSE, l->num_cols - col);
     for (int r = 0; r < rows; r++) {
-        float *out = p->out + (row + r) * p->ldo + col, part[PANEL] = {0};
+        float *out = p->out + (row + r) * p->ldo + col, part[DENSE] = {0};
         const float *before = p->first ? out : l->bias ? l->bias + col : NULL;
         if (before) memcpy(part, before, (size_t)cols * sizeof *out);
-        for (int v = 0; v < 2; v++) {
+        for (int v = 0; v < DENSE_VECS; v++) {
             wide sum = sums[r][v] + load_wide(part + v * WIDE);
             memcpy(part + v * WIDE, &sum, sizeof sum);
         }
@@ -111,16 +106,16 @@ INLINE void tile(const Part *p, long row, long col, int rows) {
     const uint16_t *x = kept.rows + row * stride(p);
     const char *w = (const char *)kept.panel;
     long ldx = stride(p);
-    wide sums[TILE_ROWS][2] = {{{0}}};
-    for (long i = 0; i < p->num_blocks * BLOCK; i += 2, w += 2 * sizeof(wide)) {
-        wide_bits low, high;
-        memcpy(&low, w, sizeof low);
-        memcpy(&high, w + sizeof low, sizeof high);
+    wide sums[TILE_ROWS][DENSE_VECS] = {{{0}}};
+    for (long i = 0; i < p->num_blocks * BLOCK; i += 2, w += DENSE_VECS * sizeof(wide)) {
+        wide_bits columns[DENSE_VECS];
+        UNROLL for (int v = 0; v < DENSE_VECS; v++)
+            memcpy(columns + v, w + v * (long)sizeof(wide), sizeof(wide));
         for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, x + r * ldx + i, sizeof pair);
-            sums[r][0] = add_products(sums[r][0], low, pair);
-            sums[r][1] = add_products(sums[r][1], high, pair);
+            UNROLL for (int v = 0; v < DENSE_VECS; v++)
+                sums[r][v] = add_products(sums[r][v], columns[v], pair);
         }
     }
     add_to_out(p, row, col, rows, sums);
@@ -129,8 +124,8 @@ INLINE void tile(const Part *p, long row, long col, int rows) {
 /* Prefetch part `part` of `parts` of the next panel's codes. */
 INLINE void ask_for(const Part *p, long panel, long part, long num_parts) {
     long all_blocks = parts(p->weight->linear.k, BLOCK), block_bytes = BLOCK * COLS * p->bits / 8;
-    for (long c = 0; c < PANEL / COLS; c++) {
-        long from = ((panel + 1) * (PANEL / COLS) + c) * all_blocks + p->first;
+    for (long c = 0; c < DENSE / COLS; c++) {
+        long from = ((panel + 1) * (DENSE / COLS) + c) * all_blocks + p->first;
         const char *codes = (const char *)p->weight->linear.weight + from * block_bytes;
         long bytes = p->num_blocks * block_bytes, end = bytes * (part + 1) / num_parts;
         for (long at = bytes * part / num_parts; at < end; at += 64)
@@ -159,14 +154,14 @@ static void sized_tile(const Part *p, long row, long col, int rows) {
 static void amx_tile(const Part *p, long row, long col, int rows) {
     const uint16_t *x = kept.rows + row * stride(p), *w = kept.panel;
     long apart = stride(p) * (long)sizeof *x, line = 2 * AMX_BYTES;
-    wide sums[2 * AMX_ROWS][2];
+    wide sums[2 * AMX_ROWS][DENSE_VECS];
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
     TILE_ZERO(3);
-    for (long b = 0; b < p->num_blocks; b++, x += BLOCK, w += BLOCK * PANEL) {
+    for (long b = 0; b < p->num_blocks; b++, x += BLOCK, w += BLOCK * DENSE) {
         TILE_LOAD(6, w, line);
-        TILE_LOAD(7, w + PANEL, line);
+        TILE_LOAD(7, w + DENSE, line);
         TILE_LOAD(4, x, apart);
         TILE_DOT_BF16(0, 4, 6);
         TILE_DOT_BF16(1, 4, 7);
@@ -196,8 +191,8 @@ static void panels_part(const Part *p, long first, long last) {
         for (long t = 0; t < tiles; t++) {
             long row = p->num_rows * t / tiles, end = p->num_rows * (t + 1) / tiles;
             ask_for(p, panel, t, tiles);
-            p->by_tiles ? amx_tile(p, row, panel * PANEL, (int)(end - row))
-                        : sized_tile(p, row, panel * PANEL, (int)(end - row));
+            p->by_tiles ? amx_tile(p, row, panel * DENSE, (int)(end - row))
+                        : sized_tile(p, row, panel * DENSE, (int)(end - row));
         }
     }
 }
@@ -212,7 +207,7 @@ static int may_use_tiles(void) {
 
 static void multiply_share(const Linear *l, const float *x, long ldx, float *out, long ldo,
                            long num_rows, int number, int threads, int bits) {
-    long top = 0, end = num_rows, first = 0, last = parts(l->num_cols, PANEL);
+    long top = 0, end = num_rows, first = 0, last = parts(l->num_cols, DENSE);
     if (num_rows >= threads * OWN_ROWS)
         share_of(num_rows, number, threads, &top, &end);
     else
@@ -243,10 +238,11 @@ PAIRS_OF(4)
 PAIRS_OF(8)
 
 /* From this many rows on, bfloat16 is faster than integers of x_bits. Tiles of bfloat16 are faster
- * than tiles of bytes here, whose sums would have to be scaled after each block of 32. */
+ * than tiles of bytes here, whose sums would have to be scaled after each block of 32. An ARM CPU
+ * that multiplies pairs multiplies four times as many bytes at once (i8mm). */
 static long many_rows(int x_bits) {
     if (may_use_tiles()) return 16;
-    return HAS_PAIRS && x_bits == 16 ? 64 : LONG_MAX;
+    return HAS_PAIRS && WIDE == 16 && x_bits == 16 ? 64 : LONG_MAX;
 }
 
 /* Multiply few rows as integers, and many rows in bfloat16, where that is faster. */

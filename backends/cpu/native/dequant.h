@@ -6,6 +6,10 @@
 #include "panel.h"
 #include "quant.h"
 
+/* Columns of a dequantised panel, and its vectors: whole panels of codes, and of packed weights. */
+#define DENSE (PANEL < COLS ? COLS : PANEL)
+#define DENSE_VECS (DENSE / WIDE)
+
 #ifdef __AVX512BF16__
 /* Store 4 codes of each of 16 columns (16 x 4 signed bytes) as two rows of pairs: k and k + 1, then
  * k + 2 and k + 3. by[j], add[j]: the factors and offsets of columns 4 j to 4 j + 3, four each. */
@@ -23,10 +27,10 @@ INLINE void store_pairs(__m512i codes, const __m512 by[4], const __m512 add[4], 
     __m512i left = (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]);
     __m512i right = (__m512i)_mm512_cvtne2ps_pbh(values[3], values[2]);
     _mm512_storeu_si512(to, _mm512_permutex2var_epi32(left, even, right));
-    _mm512_storeu_si512(to + 2 * PANEL, _mm512_permutex2var_epi32(left, odd, right));
+    _mm512_storeu_si512(to + 2 * DENSE, _mm512_permutex2var_epi32(left, odd, right));
 }
 
-/* Dequantise a block of 32 codes of 16 columns. The pairs of one k are 2 x PANEL numbers apart from
+/* Dequantise a block of 32 codes of 16 columns. The pairs of one k are 2 x DENSE numbers apart from
  * those of the next k. `zeros` NULL: the zero is 8 with 4 bits, 0 with 8 bits. `levels` NULL: codes
  * have no levels. */
 INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const int16_t *zeros,
@@ -46,7 +50,7 @@ INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const
         __m512i lanes = _mm512_add_epi32(spread, _mm512_set1_epi32(4 * j));
         by[j] = _mm512_permutexvar_ps(lanes, scale), add[j] = _mm512_permutexvar_ps(lanes, offset);
     }
-    for (int step = 0; step < bits; step++, codes += 64, to += 32 / bits * PANEL) {
+    for (int step = 0; step < bits; step++, codes += 64, to += 32 / bits * DENSE) {
         __m512i some = _mm512_loadu_si512(codes);
         if (bits == 8) {
             store_pairs(some, by, add, to);
@@ -55,7 +59,7 @@ INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const
             __m512i second = _mm512_and_si512(_mm512_srli_epi16(some, 4), low);
             store_pairs(levels ? _mm512_shuffle_epi8(table, first) : first, by, add, to);
             store_pairs(levels ? _mm512_shuffle_epi8(table, second) : second, by, add,
-                        to + 4 * PANEL);
+                        to + 4 * DENSE);
         }
     }
 }
@@ -69,7 +73,7 @@ INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const
             int zero = zeros ? zeros[col] : bits == 8 ? 0 : 8;
             int level = levels ? levels[code] : code - zero;
             float value = (float)level * half_to_float(scales[col]);
-            to[k / 2 * 2 * PANEL + col * 2 + k % 2] = rounded(value);
+            to[k / 2 * 2 * DENSE + col * 2 + k % 2] = rounded(value);
         }
 }
 #endif

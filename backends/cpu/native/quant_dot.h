@@ -8,6 +8,7 @@
 #include "quant.h"
 
 #define TILE 4          /* rows of a tile: 16 integer sums and 16 float sums */
+#define HIGH TILE
 #define UNSIGNED_ZERO 0 /* added to 8-bit codes before they are multiplied: nothing */
 
 /* sums + products of the four codes of each column with four bytes that all columns share. */
@@ -45,31 +46,38 @@ INLINE void untwist(ints *top, ints *end) {
 #define IN_TWOS(rows) 0
 #endif
 
+typedef int8x16_t Table; /* the bytes of 16 codes: the level, or the code itself */
+
+INLINE Table table_of(const int8_t *levels) {
+    static const int8_t own[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return vld1q_s8(levels ? levels : own);
+}
+
 /* Load the codes of k to k + 4 and of k + 4 to k + 8, for each of four columns. `step`: k / 8. */
-INLINE void load_eight(const uint8_t *w, int step, int bits, int8x16_t codes[2]) {
+INLINE void load_eight(const uint8_t *w, int step, int bits, Table table, int8x16_t codes[2]) {
     if (bits == 8) {
         codes[0] = vld1q_s8((const int8_t *)w + 2 * step * COLS * 4);
         codes[1] = vld1q_s8((const int8_t *)w + (2 * step + 1) * COLS * 4);
     } else {
         uint8x16_t both = vld1q_u8(w + step * COLS * 4);
-        codes[0] = (int8x16_t)vandq_u8(both, vdupq_n_u8(15));
-        codes[1] = (int8x16_t)vshrq_n_u8(both, 4);
+        codes[0] = vqtbl1q_s8(table, vandq_u8(both, vdupq_n_u8(15)));
+        codes[1] = vqtbl1q_s8(table, vshrq_n_u8(both, 4));
     }
 }
 
 /* sums[r][v] = starts[r] + codes of vector v times row r, over one block. w: the codes of vector v
  * begin at w + v * apart; x: the codes of the rows, one row after the other. */
 INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
-                       int bits, int x_bits, ints sums[TILE][VECS]) {
+                       int vecs, int bits, int x_bits, Table table, ints sums[HIGH][VECS]) {
     const long ldx = x_bits * 4;
     ROLLED for (int part = 0; part < x_bits / 8; part++) {
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < VECS; v++) sums[r][v] = part ? sums[r][v] << 8 : NONE;
+            UNROLL for (int v = 0; v < vecs; v++) sums[r][v] = part ? sums[r][v] << 8 : NONE;
         UNROLL for (int step = 0; step < 4; step++) {
             const char *from = x + part * 32 + step * 8;
-            UNROLL for (int v = 0; v < VECS; v++) {
+            UNROLL for (int v = 0; v < vecs; v++) {
                 int8x16_t codes[2];
-                load_eight(w + v * apart, step, bits, codes);
+                load_eight(w + v * apart, step, bits, table, codes);
 #ifdef __ARM_FEATURE_MATMUL_INT8
                 UNROLL for (int r = 0; r < IN_TWOS(rows); r += 2)
                     add_twisted(sums[r] + v, sums[r + 1] + v, codes, from + r * ldx, ldx);
@@ -80,7 +88,7 @@ INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_
             }
         }
     }
-    UNROLL for (int v = 0; v < VECS; v++) {
+    UNROLL for (int v = 0; v < vecs; v++) {
 #ifdef __ARM_FEATURE_MATMUL_INT8
         UNROLL for (int r = 0; r < IN_TWOS(rows); r += 2) untwist(sums[r] + v, sums[r + 1] + v);
 #endif

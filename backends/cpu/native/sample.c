@@ -28,7 +28,7 @@ typedef struct {
     atomic_int is_out_of_memory;
 } Sampling;
 
-typedef double doubles __attribute__((vector_size(64)));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
 
 /* The scores from `at`; those past the end of the row are -inf. */
 INLINE vec scores_at(const float *row, long at, long size) {
@@ -141,9 +141,12 @@ static void keep_top_p(float *row, long size, float largest, double share, float
     drop_below(row, size, scratch[kept]);
 }
 
+/* The sum of all lanes in doubles, added in the order of lanes_sum. */
 static double sum_of(vec values) {
     doubles wide = __builtin_convertvector(values, doubles);
-    return ((wide[0] + wide[4]) + (wide[2] + wide[6])) + ((wide[1] + wide[5]) + (wide[3] + wide[7]));
+    double four[4];
+    for (int i = 0; i < 4; i++) four[i] = LANES > 4 ? wide[i] + wide[(i + 4) % LANES] : wide[i];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 /* The sum of the weights of the tokens `first` to `last` (exclusive). */
