@@ -127,7 +127,7 @@ def test_a_program_multiplies_many_rows_in_bfloat16_and_few_as_integers(referenc
             for exactly in (False, True)
         )
         assert torch.equal(found, exact) != is_rounded
-        assert error(found, exact) < 1e-2
+        assert error(found, exact) < 0.03  # as far as int8 may be from the floats
 
 
 @pytest.mark.parametrize(("bits", "row_bits"), [(8, 16), (8, 8), (4, 8)])

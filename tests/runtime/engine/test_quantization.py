@@ -66,7 +66,7 @@ def test_the_size_of_the_weights_is_known_before_they_are_loaded(mode):
     table = TINY.facts.vocab_size * TINY.facts.hidden_size
     layers = TINY.facts.num_parameters - table
     bits = {None: 16, "int8": 8.5, "w8a8": 8.5, "int4": 4.5}[mode]
-    logits = 0 if mode is None else table * 8.5 / 8
+    logits = 0 if mode is None else table * bits / 8
     assert told == pytest.approx(2 * table + logits + layers * bits / 8, rel=1e-6)
     assert size(options, TINY.facts, 2**34).weight_bytes == told
 
