@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,13 @@ from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
 # float8 and integers would need scales
 _STORED = ("float32", "bfloat16", "float16")
+
+
+@runtime_checkable
+class MappedWeights(Protocol):
+    """Weights that are views of mapped files."""
+
+    def give_back(self) -> None: ...
 
 
 class Binding:
@@ -114,6 +121,11 @@ class Binding:
     def vector(self, name: str, size: int) -> Floats:
         """The weight `name` of a norm, or a bias: [size] float32."""
         return to_float32(self.weight(name, size))
+
+    def give_back(self) -> None:
+        """Drop the pages of mapped files from memory; those that are used again are read again."""
+        if isinstance(self._weights, MappedWeights):
+            self._weights.give_back()
 
     def makes_logits(self, name: str) -> bool:
         """Whether the layer with this weight computes the logits."""

@@ -1,6 +1,7 @@
 """Linear layers with float weights, packed for the C kernels."""
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -46,10 +47,12 @@ def pack(
     bias: Floats | None,
     kind: PanelKind | None = None,
     threads: int = 1,
+    free: Callable[[], None] | None = None,
 ) -> PackedLinear:
     """The product with a packed copy of `weight` [N, K], float32 or bfloat16.
 
     `kind` None: the fastest kind on this CPU for the dtype. "pairs" rounds the rows to bfloat16.
+    `free`: as in `NativeKernels.pack`.
     """
     if kind is None:
         bfloat: PanelKind = "pairs" if kernels.has_pairs else "bfloat"
@@ -58,7 +61,7 @@ def pack(
     return PackedLinear(
         kernels,
         f"sage_multiply_{kind}",
-        kernels.pack(weight, kind, threads),
+        kernels.pack(weight, kind, threads, free),
         shape,
         gated=f"sage_gated_{kind}" if kernels.is_gated(*shape) else None,
         bias=bias,

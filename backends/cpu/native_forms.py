@@ -142,7 +142,8 @@ def _packed(
         is_rounded = binding.dtype == BFLOAT16 and not is_logits and not binding.deterministic
         if is_rounded and has_tiles():
             raise NoNativeForm("oneDNN multiplies bfloat16 faster on this CPU")
-        return pack(kernels, binding.joined(names, sizes, size), bias, threads=threads)
+        whole = binding.joined(names, sizes, size)
+        return pack(kernels, whole, bias, threads=threads, free=binding.give_back)
     weight = joined(weights)
     if weight is None:
         raise NoNativeForm("the weights of a layer have different forms")

@@ -57,3 +57,16 @@ def test_another_dtype_is_joined_too():
 def test_a_wrong_shape_is_named():
     with pytest.raises(LoweringError, match="'b'"):
         bound(in_one_piece()).joined(NAMES, (3, 4, 2), 7)
+
+
+def test_pages_are_given_back_where_weights_are_mapped():
+    class Mapped(dict):
+        given = 0
+
+        def give_back(self):
+            self.given += 1
+
+    mapped = Mapped(in_one_piece())
+    bound(mapped).give_back()
+    assert mapped.given == 1
+    bound(in_one_piece()).give_back()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sagellm.backends.arrays import LARGE_PAGE, in_large_pages
+from sagellm.backends.arrays import LARGE_PAGE, empty_in_large_pages, in_large_pages
 
 THERE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -59,3 +59,16 @@ def test_a_kernel_without_large_pages_is_no_error(monkeypatch):
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)
     array = np.ones(LARGE_PAGE, dtype=np.uint8)
     assert np.array_equal(in_large_pages(array), array)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
+def test_the_memory_is_private():
+    """Of shared memory, Linux makes large pages only where it was told so."""
+    array = empty_in_large_pages(3 * LARGE_PAGE, np.dtype(np.uint8))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        places, access, *_ = line.split()
+        low, _, high = places.partition("-")
+        if int(low, 16) <= array.ctypes.data < int(high, 16):
+            assert access == "rw-p"
+            return
+    raise AssertionError("no mapping has the array")

@@ -46,6 +46,18 @@ def test_an_interrupt_of_an_import_is_one_line(
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
+def test_modules_of_the_command_are_visited_by_no_collection() -> None:
+    code = (
+        "import gc, sys; from sagellm import __main__ as command; "
+        "sys.argv = ['sagellm', 'version']; code = command.command(); "
+        "counts = gc.get_freeze_count(), len(gc.get_objects()); "
+        "print(code, gc.isenabled(), counts[0] > 10_000 > counts[1])"
+    )
+    arguments = [sys.executable, "-c", code]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.splitlines()[-1] == "0 True True"
+
+
 def test_any_other_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "import_module", lambda name: 1 / 0)
     with pytest.raises(ZeroDivisionError):

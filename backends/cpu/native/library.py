@@ -4,7 +4,7 @@ must be contiguous.
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -40,6 +40,8 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
 
 PanelKind: TypeAlias = Literal["float", "bfloat", "pairs"]
+_PACKED_AT_ONCE = 32 << 20  # bytes of a weight
+_PANELS = 64  # columns: whole panels on every CPU
 _KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
 
 _SAMPLE_OPTIONS = np.dtype(  # of sample.c
@@ -133,14 +135,24 @@ class NativeKernels:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
         return bool(self._library.sage_is_gated(num_cols, size))
 
-    def pack(self, weight: Array, kind: PanelKind, threads: int) -> Array:
-        """Copy a contiguous weight [N, K] to the order `kind` of panel.h: a vector of its dtype."""
-        number = _KINDS.index(kind)
+    def pack(
+        self, weight: Array, kind: PanelKind, threads: int, free: Callable[[], None] | None = None
+    ) -> Array:
+        """Copy a contiguous weight [N, K] to the order `kind` of panel.h: a vector of its dtype.
+
+        `free` is called after each part of a large weight: nobody reads that part again.
+        """
+        number, size = _KINDS.index(kind), weight.shape[1]
         num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
         packed = empty_in_large_pages(num_bytes // weight.itemsize, weight.dtype)
-        self._library.sage_pack(
-            *(weight.ctypes.data, number, packed.ctypes.data), *(*weight.shape, threads)
-        )
+        # Parts begin where a panel begins.
+        step = max(1, _PACKED_AT_ONCE // (_PANELS * size * weight.itemsize)) * _PANELS
+        for top in range(0, len(weight), step):
+            part = weight[top : top + step]
+            place = packed.ctypes.data + self._library.sage_packed_bytes(top, size, number)
+            self._library.sage_pack(part.ctypes.data, number, place, len(part), size, threads)
+            if free and len(weight) > step:
+                free()
         return packed
 
     def quantise(
