@@ -28,9 +28,9 @@ INLINE vec fused(vec a, vec b, vec c) {
 #endif
 }
 
-/* The floats that a register of this CPU holds, at least eight. */
+/* The floats that a register of this CPU holds, at least eight. Panels of 16 fit tiles. */
 #ifndef WIDE
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(SAGE_TILE_MODEL)
 #define WIDE 16
 #else
 #define WIDE 8
