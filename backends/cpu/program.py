@@ -90,7 +90,11 @@ class NativeProgram:
     """
 
     def __init__(
-        self, translation: Translation, kernels: NativeKernels, on_tensors: object
+        self,
+        translation: Translation,
+        kernels: NativeKernels,
+        on_tensors: object,
+        uses_tiles: bool = False,
     ) -> None:
         self.lock = threading.Lock()
         self._translation = translation
@@ -106,6 +110,7 @@ class NativeProgram:
             num_instructions=len(translation.instructions),
             num_heads=len(self._heads),
         )
+        self._step.batch.tiles = uses_tiles
         # A program has no `close`: engines share it, and the last one to drop it frees C's memory.
         weakref.finalize(self, kernels.close_step, self._step)
 
@@ -209,7 +214,7 @@ def bind(planned: KernelPlan, binding: Binding) -> CpuProgram | NativeProgram:
         translation = translate(planned, [call.kernel for call in calls])
     except UntranslatableError:
         return program
-    return NativeProgram(translation, binding.native, program)
+    return NativeProgram(translation, binding.native, program, binding.uses_tiles)
 
 
 def _call(step: Instruction, binding: Binding) -> KernelCall:

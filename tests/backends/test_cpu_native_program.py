@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sagellm.backends.cpu import CpuBackend, linear
+from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.program import CpuProgram, NativeProgram
@@ -125,12 +125,6 @@ def test_a_program_says_how_it_runs(reference, paged):
     without = paged(model, CpuBackend(native=False), deterministic=True).program
     assert isinstance(without, CpuProgram)
     assert not str(without).startswith("#")
-
-
-def test_products_of_bfloat16_by_onednn_run_kernel_by_kernel(reference, paged, monkeypatch):
-    monkeypatch.setattr(linear, "has_tiles", lambda: True)
-    monkeypatch.setattr(linear, "packed", lambda weight, bias: lambda rows: rows)
-    assert isinstance(paged(reference("llama"), dtype="bfloat16").program, CpuProgram)
 
 
 def test_a_profile_names_each_instruction(reference, paged):

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "matrix.h"
 #include "pairs.h"
+#include "tiles.h"
 
 #define MOST_SHARED (64L << 20) /* bytes of span sums; a batch that needs more shares no tile */
 
@@ -52,8 +53,9 @@ long attention_plan(Attention *p, const Heads *heads, const Batch *batch, int th
     *p = (Attention){.heads = *heads, .batch = *batch};
     long group = heads->heads / heads->kv_heads;
     p->tile_tokens = group < MOST ? MOST / group : 1;
-    p->tile_rows = p->tile_tokens * group;
     p->lanes = batch->bfloat && heads->head_dim % 2 == 0 ? PAIR_LANES : LANES;
+    p->by_tiles = batch->tiles && p->lanes != LANES && heads->head_dim % AMX_K == 0;
+    p->tile_rows = rounded_up(p->tile_tokens * group, p->by_tiles ? AMX_ROWS : 1);
     p->width = rounded_up(heads->head_dim, p->lanes == LANES ? LANES : 2 * p->lanes);
     p->partial_len = p->tile_rows * (p->width + 2);
     /* Per row: sums, total, scores, rounded scores. Then q, a block of keys or values, zeros. */

@@ -34,6 +34,7 @@ _KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_linear": (_POINTER, *_MATRIX, *_MATRIX, _LONG, _INT),
     "sage_has_pairs": (),
+    "sage_has_tiles": (),
     "sage_is_gated": (_LONG, _LONG),
     "sage_packed_bytes": (_LONG, _LONG, _INT),
     "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
@@ -69,13 +70,16 @@ def native_kernels(progress: Progress = silent) -> "NativeKernels | None":
         return _opened[0]
 
 
-def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
-    """Open the library, and build it first if needed. Returns None if that fails.
+def open_kernels(
+    progress: Progress = silent, flags: tuple[str, ...] = ()
+) -> "NativeKernels | None":
+    """Open the library, and build it first if needed. Returns None if that fails. `flags`: more
+    flags of the compiler.
 
     A library that does not load, for example because a full disk truncated it, is built once more.
     """
     for _ in range(2):
-        path = compiled(progress)
+        path = compiled(progress, flags)
         if path is None:
             return None
         try:
@@ -91,7 +95,7 @@ class NativeKernels:
     """The C kernels, which return new tensors. Activations are float32; weights and pools are
     float32 or bfloat16.
 
-    Every kernel is batch-invariant: a row's bits do not depend on other rows.
+    Every kernel without tiles is batch-invariant: a row's bits do not depend on other rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,6 +114,11 @@ class NativeKernels:
     def has_pairs(self) -> bool:
         """Whether this CPU multiplies pairs of bfloat16 (AVX512-BF16)."""
         return bool(self._library.sage_has_pairs())
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether this CPU has AMX, and its operating system lets this process use it."""
+        return bool(self._library.sage_has_tiles())
 
     def is_gated(self, num_cols: int, size: int) -> bool:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
@@ -223,8 +232,10 @@ class NativeKernels:
         context_lens: torch.Tensor,
         scale: float,
         window: int | None,
+        tiles: bool = False,
     ) -> torch.Tensor:
-        """Attention of q [T, heads * head_dim] over the blocks of each row's sequence.
+        """Attention of q [T, heads * head_dim] over the blocks of each row's sequence. `tiles`:
+        whether tiles may multiply, so that bits depend on the number of rows.
 
         Raises MemoryError.
         """
@@ -234,7 +245,7 @@ class NativeKernels:
         heads = NativeHeads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
         batch = NativeBatch(
             *(block_tables.shape[1], len(context_lens), block_size),
-            *(query_starts.data_ptr(), context_lens.data_ptr(), bfloat),
+            *(query_starts.data_ptr(), context_lens.data_ptr(), bfloat, tiles),
         )
         place = NativeLayer(q.data_ptr(), keys, values, out.data_ptr(), q.stride(0), out.stride(0))
         place.tables = block_tables.data_ptr()

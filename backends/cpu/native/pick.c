@@ -10,7 +10,7 @@ INLINE float largest_of_word(const float *from, uint32_t bits) {
     const ivec lanes = {1, 2, 4, 8, 16, 32, 64, 128};
     vec best = fill(-INFINITY);
     for (int at = 0; at < BITS; at += LANES) {
-        ivec is_set = ((ivec){0} + (int32_t)(bits >> at & 255) & lanes) == lanes;
+        ivec is_set = (((ivec){0} + (int32_t)(bits >> at & 255)) & lanes) == lanes;
         vec value = choose(is_set, load_float(from + at), best);
         best = choose(value > best, value, best);
     }

@@ -15,6 +15,7 @@
 #define AMX_TILES 8
 #define AMX_ROWS 16  /* of a tile */
 #define AMX_BYTES 64 /* of a row of a tile */
+#define AMX_K 32     /* numbers of bfloat16 of a row: k of a product */
 
 /* The operand of LDTILECFG: how many rows and bytes of a row each tile has. */
 typedef struct {
@@ -179,6 +180,9 @@ INLINE void tiles_begin(void) {
 }
 
 INLINE void tiles_end(void) { TILE_RELEASE(); }
+#else
+INLINE void tiles_begin(void) {}
+INLINE void tiles_end(void) {}
 #endif
 
 #endif
