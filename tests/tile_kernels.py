@@ -7,7 +7,7 @@ import pytest
 
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels, open_kernels
 
-MODEL = "-DSAGE_TILE_MODEL"
+MODEL = ("-DSAGE_TILE_MODEL", "-O1")  # flags of the compiler
 
 
 def has_amx() -> bool:
@@ -22,7 +22,7 @@ WAYS = ["model", pytest.param("AMX", marks=pytest.mark.skipif(not has_amx(), rea
 @cache
 def kernels_by(way: str) -> NativeKernels:
     """The library whose tiles are the model's or the CPU's. Skips the test without a compiler."""
-    kernels = open_kernels(flags=(MODEL,)) if way == "model" else native_kernels()
+    kernels = open_kernels(flags=MODEL) if way == "model" else native_kernels()
     if kernels is None:
         pytest.skip("no C compiler on this machine")
     assert kernels.has_tiles

@@ -11,7 +11,7 @@
 
 #if TILES && defined(__AVX512BF16__)
 
-#define TILED_FROM AMX_ROWS /* rows; fewer fill no tile, and vectors take up to 12 at once */
+#define TILED_FROM 9 /* rows; for fewer, vectors need no panels of values */
 
 /* Load the tile's queries, scaled and rounded: [rows / AMX_ROWS, head_dim / AMX_K, AMX_ROWS,
  * AMX_K]. */

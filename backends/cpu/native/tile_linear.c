@@ -14,7 +14,7 @@
 #include "tiles.h"
 
 #if TILES
-#define TILES_FROM 8     /* rows; for fewer, vectors compute faster than the weight can be read */
+#define TILES_FROM 4     /* rows; for fewer, vectors compute while the weight is read anyway */
 #define PAIR (2 * AMX_ROWS) /* rows of two tiles */
 #define NUMBERS (AMX_ROWS * DEEP) /* of a tile of rows */
 #define CHUNK 12         /* tiles along k: a chunk of a panel and of a pair of rows share 48 KiB */
