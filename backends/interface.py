@@ -14,7 +14,7 @@ from sagellm.graphs.ir import Graph
 from sagellm.graphs.vocabulary import nearest
 
 if TYPE_CHECKING:
-    import torch
+    from sagellm.backends.arrays import Array
 
 
 class Compiling(msgspec.Struct, frozen=True, tag=True):
@@ -126,7 +126,8 @@ def block_addresses(
 
 
 Stage: TypeAlias = Callable[[Graph], Graph]  # one step of lowering
-Weights: TypeAlias = Mapping[str, "torch.Tensor | QuantisedWeight"]
+# Arrays may be views of files, which nobody may write to. The dtype of bfloat16: arrays.py.
+Weights: TypeAlias = Mapping[str, "Array | QuantisedWeight"]
 
 
 class Program(Protocol):

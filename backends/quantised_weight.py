@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # graphs are checked without loading torch
-    import torch
+if TYPE_CHECKING:  # graphs are checked without loading numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    from sagellm.backends.arrays import Array
 
 ZERO_CODE = {4: 8, 8: 0}  # by bits: the code of 0.0 in a weight without `zeros`
 GROUP_SIZE = 32  # codes along k that share a scale, in weights that are quantised on load
@@ -44,10 +47,10 @@ class QuantisedWeight:
 
     bits: int
     group: int
-    codes: "torch.Tensor"
-    scales: "torch.Tensor"
-    zeros: "torch.Tensor | None" = None
-    order: "torch.Tensor | None" = None
+    codes: "Array"
+    scales: "Array"
+    zeros: "Array | None" = None
+    order: "Array | None" = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,16 +62,18 @@ class QuantisedWeight:
         part = self.codes[top:end], self.scales[top:end]
         return QuantisedWeight(self.bits, self.group, *part, zeros, self.order)
 
-    def dequantised(self) -> "torch.Tensor":
+    def dequantised(self) -> "npt.NDArray[np.float32]":
         """The weight in float32 [N, K], its columns in ascending order of k."""
         values = self.ordered()
         return values if self.order is None else values[:, self.order.argsort()]
 
-    def ordered(self) -> "torch.Tensor":
+    def ordered(self) -> "npt.NDArray[np.float32]":
         """The weight in float32 [N, K], its columns in the order of the codes."""
-        zeros = ZERO_CODE[self.bits] if self.zeros is None else self._each(self.zeros)
-        return (self.codes.float() - zeros) * self._each(self.scales)
+        values: npt.NDArray[np.float32] = self.codes.astype("float32")
+        values -= ZERO_CODE[self.bits] if self.zeros is None else self._each(self.zeros)
+        values *= self._each(self.scales)
+        return values
 
-    def _each(self, of_groups: "torch.Tensor") -> "torch.Tensor":
+    def _each(self, of_groups: "Array") -> "npt.NDArray[np.float32]":
         """Repeat a value of each group for its columns: [N, G] -> float32 [N, K]."""
-        return of_groups.float().repeat_interleave(self.group, 1)[:, : self.shape[1]]
+        return of_groups.astype("float32").repeat(self.group, 1)[:, : self.shape[1]]

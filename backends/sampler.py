@@ -2,11 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
-import torch
+import numpy as np
 
+from sagellm.backends.arrays import Floats, Integers
 from sagellm.backends.step import LogitsRow, Logprob, Sampled, SamplingParams, Scored
 from sagellm.backends.token_masks import (
     LargestAllowed,
@@ -19,9 +20,12 @@ from sagellm.backends.token_masks import (
 )
 
 Bits: TypeAlias = Mapping[int, Mask]  # a row that follows a grammar -> the bits of its mask
+# Takes logits [R, vocab], which it may change, the options and a number in [0, 1) for each row;
+# returns a token for each row.
+SampleRandom: TypeAlias = Callable[[Floats, Sequence[SamplingParams], Sequence[float]], Integers]
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
-_NEVER = float("-inf")
+_NEVER = np.float32(-np.inf)
 _NUCLEUS = 256  # top-p first sorts this many of the most likely tokens; rarely it needs more
 
 
@@ -32,35 +36,54 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+def sample_random(
+    logits: Floats, samplings: Sequence[SamplingParams], numbers: Sequence[float]
+) -> Integers:
+    """Sample a token for each row: invert its cumulative distribution at its number."""
+    logits /= _column([sampling.temperature for sampling in samplings])
+    _keep_min_p(logits, samplings)
+    _keep_top_k(logits, samplings)
+    _keep_top_p(logits, samplings)
+    found = np.empty(len(logits), dtype=np.int64)
+    for index, (scores, number) in enumerate(zip(logits, numbers, strict=True)):
+        # In float64, rounding moves no boundary by more than the last bits of the logits do.
+        cumulated = np.exp(scores.astype(np.float64) - scores.max()).cumsum()
+        # The number is scaled to the sum of all, which lacks the norm that makes it 1.
+        place = cumulated.searchsorted(number * cumulated[-1], side="right")
+        found[index] = min(int(place), len(scores) - 1)
+    return found
+
+
 def sample(
-    logits: torch.Tensor,
+    logits: Floats,
     rows: Sequence[LogitsRow],
     masks: TokenMasks | None = None,
     largest: LargestAllowed = largest_allowed,
+    random: SampleRandom = sample_random,
 ) -> Sampled:
     """Sample one token for each row of `logits` [R, vocab] float32.
 
     Each operation treats one row at a time or all rows alike, so that a row's token does not
     depend on the other rows. Rows whose largest logit is not finite are `broken`; their token is
     sampled as if all logits were zero. `masks`: of the rows that follow a grammar; None: they are
-    computed here. `largest`: a faster function for the same result.
+    computed here. `largest`, `random`: faster functions for the same results.
     """
     if not rows:
         return Sampled([])
     masks = masks or token_masks(rows)
-    token_ids = _largest(logits)
-    is_finite = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
+    token_ids: Integers = logits.argmax(axis=-1)  # the first NaN, if there is one
+    is_finite = np.isfinite(logits[np.arange(len(rows)), token_ids])
     broken: frozenset[int] = frozenset()
-    if not bool(is_finite.all()):
-        broken = frozenset((~is_finite).nonzero().flatten().tolist())
-        logits = logits.where(is_finite.unsqueeze(1), 0.0)
+    if not is_finite.all():
+        broken = frozenset((~is_finite).nonzero()[0].tolist())
+        logits = np.where(is_finite[:, None], logits, np.float32(0))
     bits = {} if masks is None else dict(zip(masks.rows, masks.bits, strict=True))
     special = [index for index, row in enumerate(rows) if not _is_greedy(row)]
     greedy = bits.keys() - special
     bound = {index: mask for index, mask in bits.items() if index in greedy}
     none_left = _sample_bound(logits, token_ids, bound, largest)
     if special:
-        none_left += _sample_processed(logits, rows, token_ids, bits, special)
+        none_left += _sample_processed(logits, rows, token_ids, bits, special, random)
     refused = {} if masks is None else dict(masks.refused)
     exhausted = frozenset(none_left).difference(broken, refused)
     refused |= cut_off(rows, exhausted)
@@ -73,7 +96,7 @@ def sample(
 
 
 def _sample_bound(
-    logits: torch.Tensor, token_ids: torch.Tensor, bound: Bits, largest: LargestAllowed
+    logits: Floats, token_ids: Integers, bound: Bits, largest: LargestAllowed
 ) -> list[int]:
     """Sample the greedy rows `bound`, from `token_ids`, the largest logits of all rows. Returns the
     rows whose grammar allows no token.
@@ -81,25 +104,16 @@ def _sample_bound(
     The model's own choice is most often allowed; then its row of logits is not read again.
     """
     none_left = []
-    scores = logits.cpu().numpy() if bound else None
     for index, mask in bound.items():
         token_id = int(token_ids[index])
         if mask[token_id // 32] >> token_id % 32 & 1:
             continue
-        assert scores is not None
-        best = largest(scores[index], mask)
+        best = largest(logits[index], mask)
         if best is None:
             none_left.append(index)
         else:
             token_ids[index] = best
     return none_left
-
-
-def _largest(logits: torch.Tensor) -> torch.Tensor:
-    """The index of the largest logit of each row, or of its first NaN: [R] int64."""
-    if logits.device.type == "cpu":  # numpy's search is vectorised; torch's takes ten times as long
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))
-    return logits.argmax(dim=-1)
 
 
 def _is_greedy(row: LogitsRow) -> bool:
@@ -127,11 +141,12 @@ def _has_penalty(sampling: SamplingParams) -> bool:
 
 
 def _sample_processed(
-    logits: torch.Tensor,
+    logits: Floats,
     rows: Sequence[LogitsRow],
-    token_ids: torch.Tensor,
+    token_ids: Integers,
     bits: Bits,
     special: Sequence[int],
+    random: SampleRandom,
 ) -> list[int]:
     """Sample the `special` rows into `token_ids`. Returns the rows whose masks forbid every token.
 
@@ -143,37 +158,46 @@ def _sample_processed(
         mask = bits.get(index)
         if mask is not None or _is_masked(row):  # only a mask can forbid every token
             _mask(row_scores, row, mask)
-            if float(row_scores.amax()) == _NEVER:
+            if _is_exhausted(row_scores):
                 none_left.append(index)
-                row_scores.fill_(0.0)  # any token will do: the row is reported as exhausted
+                row_scores.fill(0.0)  # any token will do: the row is reported as exhausted
         _bias(row_scores, row.sampling)
         if _has_penalty(row.sampling):
             _penalise(row_scores, row)
-    found = _largest(scores)
+    found = np.empty(len(special), dtype=np.int64)
     warm = [at for at, row in enumerate(chosen) if row.sampling.temperature >= _GREEDY_BELOW]
+    if len(warm) < len(special):
+        cold = [at for at in range(len(special)) if at not in set(warm)]
+        found[cold] = scores[cold].argmax(axis=-1)
     if warm:
-        found[warm] = _sample_random(scores[warm], [chosen[at] for at in warm])
+        drawn = [chosen[at] for at in warm]
+        numbers = [uniform(r.sampling.seed or 0, r.answer.choice, r.num_output) for r in drawn]
+        warm_scores = scores if len(warm) == len(special) else scores[warm]
+        found[warm] = random(warm_scores, [row.sampling for row in drawn], numbers)
     token_ids[special] = found
     return none_left
 
 
-def _mask(logits: torch.Tensor, row: LogitsRow, mask: Mask | None) -> None:
+def _is_exhausted(logits: Floats) -> bool:
+    return bool(logits.max() == _NEVER)
+
+
+def _mask(logits: Floats, row: LogitsRow, mask: Mask | None) -> None:
     """Set the logits of forbidden tokens to -inf. Forbidden are tokens that are not allowed, that
     complete a bad word, that end the output before `min_tokens`, or that leave the row's grammar.
     """
     sampling = row.sampling
     if mask is not None:
-        logits.masked_fill_(~torch.from_numpy(allowed_tokens(mask, len(logits))), _NEVER)
+        logits[~allowed_tokens(mask, len(logits))] = _NEVER
     if sampling.allowed_token_ids:
-        allowed = torch.frombuffer(row.answer.allowed_ids, dtype=torch.int64)
+        allowed = np.frombuffer(row.answer.allowed_ids, dtype=np.int64)
         scores = logits[allowed]
-        logits.fill_(_NEVER)
+        logits.fill(_NEVER)
         logits[allowed] = scores
     if sampling.bad_words_token_ids:
-        banned = banned_tokens(sampling.bad_words_token_ids, row.output)
-        logits[torch.tensor(banned, dtype=torch.long)] = _NEVER
+        logits[banned_tokens(sampling.bad_words_token_ids, row.output)] = _NEVER
     if row.num_output < sampling.min_tokens and row.answer.stop_ids:
-        logits[torch.tensor(sorted(row.answer.stop_ids))] = _NEVER
+        logits[sorted(row.answer.stop_ids)] = _NEVER
 
 
 def banned_tokens(sequences: Sequence[Sequence[int]], output: Sequence[int]) -> list[int]:
@@ -188,108 +212,92 @@ def banned_tokens(sequences: Sequence[Sequence[int]], output: Sequence[int]) -> 
     ]
 
 
-def _bias(logits: torch.Tensor, sampling: SamplingParams) -> None:
+def _bias(logits: Floats, sampling: SamplingParams) -> None:
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias))
-        logits[ids] += torch.tensor(list(sampling.logit_bias.values()))
+        logits[list(sampling.logit_bias)] += np.array(list(sampling.logit_bias.values()), "f4")
 
 
-def _penalise(logits: torch.Tensor, row: LogitsRow) -> None:
+def _penalise(logits: Floats, row: LogitsRow) -> None:
     """Apply the penalties. Repetition (CTRL, arXiv:1909.05858) counts prompt and output tokens;
     presence and frequency count output tokens only.
     """
     sampling = row.sampling
-    seen = torch.tensor(sorted(set(row.tokens)))
+    seen = list(set(row.tokens))
     scores = logits[seen]
-    factor = sampling.repetition_penalty
+    factor = np.float32(sampling.repetition_penalty)
     # A factor above 1 must make negative scores smaller too.
-    logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+    logits[seen] = np.where(scores > 0, scores / factor, scores * factor)
     counts = Counter(row.output)
     if counts:
-        times = torch.tensor(list(counts.values()))
-        penalty = sampling.presence_penalty + sampling.frequency_penalty * times
-        logits[torch.tensor(list(counts))] -= penalty
+        times = np.array(list(counts.values()), dtype=np.float32)
+        frequency = np.float32(sampling.frequency_penalty) * times
+        logits[list(counts)] -= np.float32(sampling.presence_penalty) + frequency
 
 
-def _sample_random(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
-    """Sample a token for each row: invert its cumulative distribution at one uniform number."""
-    samplings = [row.sampling for row in rows]
-    logits = logits / _column([sampling.temperature for sampling in samplings])
-    _keep_min_p(logits, samplings)
-    _keep_top_k(logits, samplings)
-    _keep_top_p(logits, samplings)
-    # In float64, rounding moves no boundary by more than the last bits of the logits do.
-    cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    numbers = [uniform(row.sampling.seed or 0, row.answer.choice, row.num_output) for row in rows]
-    # The last sum may differ from 1 in its last bits, so the number is scaled to it.
-    aims = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-
-
-def _keep_min_p(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
+def _keep_min_p(logits: Floats, samplings: Sequence[SamplingParams]) -> None:
     """Drop tokens whose probability is below `min_p` times the largest one (arXiv:2407.01082)."""
-    if any(sampling.min_p for sampling in samplings):
-        floors = _column([sampling.min_p for sampling in samplings]).log()
-        logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floors, _NEVER)
+    for scores, sampling in zip(logits, samplings, strict=True):
+        if sampling.min_p:
+            scores[scores < scores.max() + np.log(np.float32(sampling.min_p))] = _NEVER
 
 
-def _keep_top_k(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
+def _keep_top_k(logits: Floats, samplings: Sequence[SamplingParams]) -> None:
     """Keep the k most likely tokens, and tokens as likely as the k-th. A k of 0 keeps all."""
-    counts = [sampling.top_k for sampling in samplings]
-    most = max((count for count in counts if count < logits.shape[1]), default=0)
-    if most:
-        best = logits.topk(most, dim=-1).values
-        last = [count - 1 if 0 < count <= most else 0 for count in counts]
-        least = best.gather(1, torch.tensor(last).unsqueeze(1))
-        # Rows without a top-k keep every token.
-        least[[index for index, count in enumerate(counts) if not 0 < count <= most]] = _NEVER
-        logits.masked_fill_(logits < least, _NEVER)
+    for scores, sampling in zip(logits, samplings, strict=True):
+        if 0 < sampling.top_k < len(scores):
+            scores[scores < _best(scores, sampling.top_k)[-1]] = _NEVER
 
 
-def _keep_top_p(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
+def _keep_top_p(logits: Floats, samplings: Sequence[SamplingParams]) -> None:
     """Keep the fewest most likely tokens whose probabilities reach `top_p` (arXiv:1904.09751).
 
     Few tokens reach `top_p` in most rows, so only the _NUCLEUS most likely ones are sorted. If they
     do not reach it, the whole row is sorted. Probabilities are normalised over the whole row in
     both cases, so that both keep the same tokens.
     """
-    chosen = [index for index, sampling in enumerate(samplings) if sampling.top_p < 1]
-    if not chosen:
-        return
-    rows = logits[chosen]
-    shares = _column([samplings[index].top_p for index in chosen])
-    totals = rows.logsumexp(dim=-1, keepdim=True)
-    least, is_enough = _least_kept(rows, totals, shares, min(_NUCLEUS, rows.shape[1]))
-    rest = (~is_enough).nonzero().flatten()
-    if len(rest):
-        whole, _ = _least_kept(rows[rest], totals[rest], shares[rest], rows.shape[1])
-        least[rest] = whole
-    logits[chosen] = rows.masked_fill(rows < least, _NEVER)
+    for scores, sampling in zip(logits, samplings, strict=True):
+        if sampling.top_p >= 1:
+            continue
+        total = np.exp(scores - scores.max()).sum(dtype=np.float64)
+        for num_best in (min(_NUCLEUS, len(scores)), len(scores)):
+            best = _best(scores, num_best)
+            cumulated = np.exp(best - best[0]).cumsum(dtype=np.float64)
+            if cumulated[-1] >= sampling.top_p * total:
+                break
+        # The first token is kept always; another one if those before it do not reach top_p.
+        num_kept = 1 + int(cumulated[:-1].searchsorted(sampling.top_p * total))
+        scores[scores < best[num_kept - 1]] = _NEVER
 
 
-def _least_kept(
-    rows: torch.Tensor, totals: torch.Tensor, shares: torch.Tensor, num_best: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top-p cut-off of each row: the smallest logit to keep [R, 1], and its validity [R].
-
-    Only the `num_best` largest logits of a row are searched. The cut-off is invalid if their
-    probabilities sum to less than the row's top-p (`shares` [R, 1]). `totals` [R, 1]: logsumexp.
-    """
-    best = rows.topk(num_best, dim=-1).values
-    cumulated = (best - totals).exp().cumsum(dim=-1)
-    before = cumulated.roll(1, dims=-1)
-    before[:, 0] = 0
-    num_kept = (before < shares).sum(dim=-1, keepdim=True).clamp(min=1)
-    is_enough = (cumulated[:, -1:] >= shares).squeeze(1)
-    return best.gather(1, num_kept - 1), is_enough
+def _best(scores: Floats, count: int) -> Floats:
+    """The `count` largest scores, best first."""
+    part = np.partition(scores, len(scores) - count)[len(scores) - count :]
+    part.sort()
+    return part[::-1]
 
 
-def _column(values: list[float]) -> torch.Tensor:
-    return torch.tensor(values).unsqueeze(1)
+def _column(values: list[float]) -> Floats:
+    return np.array(values, dtype=np.float32)[:, None]
+
+
+def _log_softmax(scores: Floats) -> Floats:
+    shifted: Floats = scores - scores.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def _top(logprobs: Floats, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most likely tokens of a row with their logprobs, best first."""
+    count = min(count, len(logprobs))
+    if not count:
+        return ()
+    ids = np.argpartition(logprobs, len(logprobs) - count)[len(logprobs) - count :]
+    ids = ids[np.lexsort((ids, -logprobs[ids]))]
+    return tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
 
 
 def _logprobs(
-    logits: torch.Tensor, rows: Sequence[LogitsRow], token_ids: list[int]
+    logits: Floats, rows: Sequence[LogitsRow], token_ids: list[int]
 ) -> list[Logprob | None]:
     """Logprobs of the model's own distribution, before any processing, as vLLM does by default."""
     found: list[Logprob | None] = []
@@ -298,34 +306,28 @@ def _logprobs(
         if count is None:
             found.append(None)
             continue
-        logprobs = scores.log_softmax(dim=-1)
-        values, ids = logprobs.topk(min(count, len(logprobs)))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        found.append(Logprob(token_id, float(logprobs[token_id]), top))
+        logprobs = _log_softmax(scores)
+        found.append(Logprob(token_id, float(logprobs[token_id]), _top(logprobs, count)))
     return found
 
 
-def score(logits: torch.Tensor, scored: Sequence[Scored]) -> list[list[Logprob]]:
+def score(logits: Floats, scored: Sequence[Scored]) -> list[list[Logprob]]:
     """Logprobs of the prompt tokens of each entry of `scored`.
 
     `logits` [R, vocab]: one row per prompt token, in the order of `scored`.
     """
     found, start = [], 0
     for token_ids, num_top in scored:
-        found.append(_scored(logits[start : start + len(token_ids)], token_ids, num_top))
+        part = logits[start : start + len(token_ids)]
+        pairs = zip(part, token_ids, strict=True)
+        found.append([_scored(scores, token_id, num_top) for scores, token_id in pairs])
         start += len(token_ids)
     return found
 
 
-def _scored(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[Logprob]:
-    """The logprob and rank of each token; row i of `logits` predicts `token_ids[i]`."""
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
-    ranks = (logprobs > chosen.unsqueeze(1)).sum(dim=-1) + 1
-    values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
-    tops = zip(ids.tolist(), values.tolist(), strict=True)
-    rows = zip(token_ids, chosen.tolist(), tops, ranks.tolist(), strict=True)
-    return [
-        Logprob(token_id, logprob, tuple(zip(*top, strict=True)), rank)
-        for token_id, logprob, top, rank in rows
-    ]
+def _scored(scores: Floats, token_id: int, num_top: int) -> Logprob:
+    """The logprob and rank of a token; `scores` are the logits of the row that predicts it."""
+    logprobs = _log_softmax(scores)
+    chosen = logprobs[token_id]
+    rank = int((logprobs > chosen).sum()) + 1
+    return Logprob(token_id, float(chosen), _top(logprobs, num_top), rank)

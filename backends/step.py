@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
-    import numpy as np
-    import numpy.typing as npt
-    import torch
+if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading numpy
+    from sagellm.backends.arrays import BlockIds, Integers
 
 
 class Logprob(NamedTuple):
@@ -96,7 +94,7 @@ class Matcher(Protocol):
         """The number of logits of a row."""
         ...
 
-    def fill(self, output: Sequence[int], mask: "npt.NDArray[np.int32]") -> None:
+    def fill(self, output: Sequence[int], mask: "BlockIds") -> None:
         """Write the tokens that may follow `output` to `mask` [ceil(vocab_size / 32)], a bit each,
         the lowest bit first.
 
@@ -130,7 +128,7 @@ class SampledSequence(Protocol):
     def stop_ids(self) -> frozenset[int]: ...
     @property
     def allowed_ids(self) -> "array[int]":
-        """`sampling.allowed_token_ids` as int64, whose memory a tensor can share."""
+        """`sampling.allowed_token_ids` as int64, whose memory a numpy array can share."""
         ...
 
     @property
@@ -229,23 +227,23 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The inputs that the kernel dialect declares (STEP_INPUTS) as tensors, without the KV pool.
+    """The inputs that the kernel dialect declares (STEP_INPUTS) as arrays, without the KV pool.
 
     The batch is ragged: the new tokens of all sequences, one sequence after the other.
 
     Shapes: T new tokens in all, B sequences, M the largest number of blocks of one sequence, R rows
-    of logits, N blocks of a recurrent state, G block tables per sequence. All tensors are on the
-    backend's device; block ids are int32, all other integers int64.
+    of logits, N blocks of a recurrent state, G block tables per sequence. All arrays are in host
+    memory; block ids are int32, all other integers int64.
     """
 
-    token_ids: "torch.Tensor"  # [T]
-    positions: "torch.Tensor"  # [T] position of each token in its sequence
-    slots: "torch.Tensor"  # [G * T] slot of each token's key and value: block * block_size + offset
-    query_starts: "torch.Tensor"  # [B + 1] offsets into T
-    context_lens: "torch.Tensor"  # [B] tokens of the sequence, including the new ones
-    block_tables: "torch.Tensor"  # [G * B, M] blocks in order; padded with 0
-    logit_rows: "torch.Tensor"  # [R] indices into T of the rows that need logits
-    states: "torch.Tensor"  # [2, B, N] blocks to read states from (-1: zeros), and to write them to
+    token_ids: "Integers"  # [T]
+    positions: "Integers"  # [T] position of each token in its sequence
+    slots: "Integers"  # [G * T] slot of each token's key and value: block * block_size + offset
+    query_starts: "Integers"  # [B + 1] offsets into T
+    context_lens: "Integers"  # [B] tokens of the sequence, including the new ones
+    block_tables: "BlockIds"  # [G * B, M] blocks in order; padded with 0
+    logit_rows: "Integers"  # [R] indices into T of the rows that need logits
+    states: "BlockIds"  # [2, B, N] blocks to read states from (-1: zeros), and to write them to
     query_lens: tuple[int, ...]  # as in StepBatch, for code on the host
     contexts: tuple[int, ...]
 
@@ -274,6 +272,6 @@ class KVLayout:
         return self.num_layers * per_layer * itemsize
 
     def pool_shape(self, num_blocks: int) -> tuple[int, ...]:
-        """The shape of the pool's tensor."""
+        """The shape of the pool's array."""
         head = (self.num_layers, 2, num_blocks)
         return (*head, self.num_kv_heads, self.block_size, self.head_dim)

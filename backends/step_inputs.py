@@ -1,19 +1,15 @@
-"""Converts a batch to the ragged tensors that a kernel graph reads."""
+"""Converts a batch to the ragged arrays that a kernel graph reads."""
 
 from functools import cache
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from sagellm.backends.arrays import BlockIds, Integers
 from sagellm.backends.step import StepBatch, StepInputs
-
-Integers: TypeAlias = npt.NDArray[np.int64]
 
 
 def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
-    """The inputs of a step as tensors in host memory. Tokens of `batch.fed` are 0 until `feed`."""
+    """The inputs of a step as arrays in host memory. Tokens of `batch.fed` are 0 until `feed`."""
     query_lens = np.array(batch.query_lens, dtype=np.int64)
     ends = np.array(batch.contexts, dtype=np.int64)
     query_starts = np.zeros(len(ends) + 1, dtype=np.int64)
@@ -25,20 +21,20 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
     slots = _blocks_at(tables, owners, positions // block_size, len(ends)).astype(np.int64)
     slots = (slots * block_size + positions % block_size).reshape(-1)
     return StepInputs(
-        token_ids=torch.from_numpy(np.array(batch.token_ids, dtype=np.int64)),
-        positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(slots),
-        query_starts=torch.from_numpy(query_starts),
-        context_lens=torch.from_numpy(ends),
-        block_tables=torch.from_numpy(tables),
-        logit_rows=torch.from_numpy(np.array(batch.logit_rows, dtype=np.int64)),
+        token_ids=np.array(batch.token_ids, dtype=np.int64),
+        positions=positions,
+        slots=slots,
+        query_starts=query_starts,
+        context_lens=ends,
+        block_tables=tables,
+        logit_rows=np.array(batch.logit_rows, dtype=np.int64),
         states=_states(batch),
         query_lens=tuple(batch.query_lens),
         contexts=tuple(batch.contexts),
     )
 
 
-def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
+def _block_tables(batch: StepBatch, block_size: int) -> BlockIds:
     """The block tables as [G * B, M] int32, padded with 0. M: blocks of the longest context."""
     counts = [-(-context // block_size) for context in batch.contexts]
     longest = max(counts)
@@ -49,9 +45,7 @@ def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
     return tables
 
 
-def _blocks_at(
-    tables: npt.NDArray[np.int32], owners: Integers, at: Integers, count: int
-) -> npt.NDArray[np.int32]:
+def _blocks_at(tables: BlockIds, owners: Integers, at: Integers, count: int) -> BlockIds:
     """The block of each new token in each table: [G, T], or [T] if there is a single table.
 
     `owners`: the sequence of each token; `at`: its block's index in the table; `count`: B.
@@ -61,12 +55,12 @@ def _blocks_at(
     return tables.reshape(-1, count, tables.shape[1])[:, owners, at]
 
 
-@cache  # most models have no recurrent state, and a step needs this tensor each time
-def _no_states(count: int) -> torch.Tensor:
-    return torch.empty((2, count, 0), dtype=torch.int32)
+@cache  # most models have no recurrent state, and a step needs this array each time
+def _no_states(count: int) -> BlockIds:
+    return np.empty((2, count, 0), dtype=np.int32)
 
 
-def _states(batch: StepBatch) -> torch.Tensor:
+def _states(batch: StepBatch) -> BlockIds:
     """The blocks of recurrent states, [2, B, N] int32: the blocks to read (-1: the state is zeros),
     then the blocks to write. N is 0 for a model without recurrent state.
     """
@@ -76,7 +70,7 @@ def _states(batch: StepBatch) -> torch.Tensor:
     for index, (read, written) in enumerate(batch.states):
         states[0, index, : len(read)] = read
         states[1, index] = written
-    return torch.from_numpy(states)
+    return states
 
 
 def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:
@@ -85,6 +79,6 @@ def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:
     """
     if batch.fed:
         places, sources = zip(*batch.fed, strict=True)
-        inputs.token_ids.numpy()[list(places)] = [token_ids[source] for source in sources]
+        inputs.token_ids[list(places)] = [token_ids[source] for source in sources]
     for row in batch.rows:
         row.feed(token_ids)

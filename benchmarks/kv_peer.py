@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import torch
 import trio
 import zmq
 
 from benchmarks.shape import QWEN05
+from sagellm.backends.arrays import BFLOAT16
 from sagellm.backends.cpu.kv_storage import CpuStorage
 from sagellm.runtime.kv.memory import PoolBytes, SharedMemory
 from sagellm.runtime.kv.transport import Sharing, Transport
@@ -36,7 +36,8 @@ def opened(kind: str) -> Transport:
     size = 2 * math.prod(SHAPE)
     memory = SharedMemory(size) if kind == "memory" else None
     buffer = memory.view if memory else bytearray(size)
-    pool = torch.frombuffer(buffer, dtype=torch.bfloat16).view(SHAPE).fill_(1.5)
+    pool = np.frombuffer(buffer, dtype=BFLOAT16).reshape(SHAPE)
+    pool.view(np.uint16).fill(0x3FC0)  # 1.5
     return open_transport(Sharing(kind), PoolBytes(CpuStorage(pool), memory))
 
 

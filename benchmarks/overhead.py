@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-import torch
-
 from benchmarks.cells import Cell
 from benchmarks.ours import Ours, bench_graph
 from benchmarks.shape import LLAMA15M, QWEN05, Shape
 from benchmarks.weights import model_folder
 from sagellm.backends import StepInputs
-from sagellm.backends.cpu.program import CpuProgram, NativeProgram
+from sagellm.backends.arrays import Array, Floats
+from sagellm.backends.cpu.lowerings import CpuProgram
+from sagellm.backends.cpu.program import NativeProgram
 
-Run: TypeAlias = Callable[[Any, StepInputs, torch.Tensor], torch.Tensor]
+Run: TypeAlias = Callable[[Any, StepInputs, Array, int], Floats]
 
 BATCH = 32
 CELL = Cell("overhead", "decode", BATCH, 32, 32)
@@ -47,9 +47,9 @@ def noted_calls() -> Iterator[list[Call]]:
 
 
 def _noted(whole: Run, calls: list[Call]) -> Run:
-    def run(self: Any, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+    def run(self: Any, inputs: StepInputs, pool: Array, threads: int) -> Floats:
         start_s = time.perf_counter()
-        logits = whole(self, inputs, pool)
+        logits = whole(self, inputs, pool, threads)
         is_decode = all(length == 1 for length in inputs.query_lens)
         num_decoding = len(inputs.query_lens) if is_decode else 0
         calls.append(Call(start_s, time.perf_counter(), num_decoding))

@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 import trio
 from cyclopts import App
 
@@ -23,6 +22,7 @@ from benchmarks.shape import QWEN05
 from benchmarks.transports import transports
 from benchmarks.weights import model_folder
 from sagellm import Graph, Sampling
+from sagellm.backends.arrays import BFLOAT16
 from sagellm.backends.cpu.kv_storage import CpuStorage
 from sagellm.runtime.engine.remote_engine import RemoteEngine
 from sagellm.runtime.kv.memory import PoolBytes, SharedMemory, SharedTransport
@@ -206,7 +206,8 @@ async def _fetch_s(num_blocks: int) -> float:
     pools = []
     for _ in range(2):
         memory = SharedMemory(2 * math.prod(shape))
-        pool = torch.frombuffer(memory.view, dtype=torch.bfloat16).view(shape).fill_(1.5)
+        pool = np.frombuffer(memory.view, dtype=BFLOAT16).reshape(shape)
+        pool.view(np.uint16).fill(0x3FC0)  # 1.5
         pools.append(SharedTransport(PoolBytes(CpuStorage(pool)), memory))
     blocks, times = range(num_blocks, 2 * num_blocks), []
     for _ in range(9):

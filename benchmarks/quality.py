@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.weights import model_folder
 from sagellm.backends import KVLayout, StepInputs
+from sagellm.backends.arrays import Array
 from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.quantised_linear import quantise
+from sagellm.backends.cpu.torch_linear import array, quantised
 from sagellm.backends.quantised_weight import GROUP_SIZE, QuantisedWeight
 from sagellm.graphs.models import build, facts
 from sagellm.runtime.models.folder import resolve_model
@@ -85,7 +88,7 @@ class Model:
         layout, device = KVLayout(*heads, _BLOCK_SIZE, "float32"), CpuBackend().device()
         program: Any = device.lower(
             build(self.config),
-            {name: _made(scheme, name, weight) for name, weight in self.weights.items()},
+            {name: _stored(_made(scheme, name, weight)) for name, weight in self.weights.items()},
             layout=layout,
             dtype="float32",
             deterministic=False,
@@ -93,8 +96,11 @@ class Model:
         )
         inputs, num_blocks = _inputs(prompts)
         pool: Any = device.allocate(layout, num_blocks)
-        logits: torch.Tensor = program.run(inputs, pool.pool)
-        return logits
+        return torch.from_numpy(program.run(inputs, pool.pool, torch.get_num_threads()))
+
+
+def _stored(weight: torch.Tensor | QuantisedWeight) -> Array | QuantisedWeight:
+    return array(weight) if isinstance(weight, torch.Tensor) else weight
 
 
 def _made(scheme: Scheme, name: str, weight: torch.Tensor) -> torch.Tensor | QuantisedWeight:
@@ -108,21 +114,21 @@ def _inputs(prompts: Sequence[Sequence[int]]) -> tuple[StepInputs, int]:
     """Inputs of one step that prefills whole prompts and returns logits of every row."""
     lens = [len(prompt) for prompt in prompts]
     blocks = [-(-size // _BLOCK_SIZE) for size in lens]
-    firsts = torch.tensor([0, *blocks]).cumsum(0).tolist()
-    positions = [torch.arange(size) for size in lens]
+    firsts = np.cumsum([0, *blocks]).tolist()
+    positions = [np.arange(size) for size in lens]
     slots = [first * _BLOCK_SIZE + at for first, at in zip(firsts, positions, strict=False)]
-    tables = torch.zeros(len(prompts), max(blocks), dtype=torch.int32)
+    tables = np.zeros((len(prompts), max(blocks)), dtype=np.int32)
     for row, (first, count) in enumerate(zip(firsts, blocks, strict=False)):
-        tables[row, :count] = torch.arange(first, first + count)
+        tables[row, :count] = np.arange(first, first + count)
     inputs = StepInputs(
-        token_ids=torch.tensor([token for prompt in prompts for token in prompt]),
-        positions=torch.cat(positions),
-        slots=torch.cat(slots),
-        query_starts=torch.tensor([0, *lens]).cumsum(0),
-        context_lens=torch.tensor(lens),
+        token_ids=np.array([token for prompt in prompts for token in prompt]),
+        positions=np.concatenate(positions),
+        slots=np.concatenate(slots),
+        query_starts=np.cumsum([0, *lens]),
+        context_lens=np.array(lens),
         block_tables=tables,
-        logit_rows=torch.arange(sum(lens)),
-        states=torch.empty(2, len(lens), 0, dtype=torch.int32),
+        logit_rows=np.arange(sum(lens)),
+        states=np.empty((2, len(lens), 0), dtype=np.int32),
         query_lens=tuple(lens),
         contexts=tuple(lens),
     )
@@ -140,7 +146,7 @@ def plain(bits: int) -> Make:
         wide = scales.float()
         codes = (groups / torch.where(wide == 0, 1.0, wide)).round().clamp(low, high).flatten(1)
         codes = (codes + 8).to(torch.uint8) if bits == 4 else codes.to(torch.int8)
-        return QuantisedWeight(bits, GROUP_SIZE, codes, scales.squeeze(-1))
+        return QuantisedWeight(bits, GROUP_SIZE, array(codes), array(scales.squeeze(-1)))
 
     return make
 
@@ -152,7 +158,10 @@ def per_channel(weight: torch.Tensor) -> torch.Tensor:
 
 
 def ours(bits: int) -> Make:
-    return lambda weight: quantise(weight, bits, native_kernels())
+    kernels = native_kernels()
+    if kernels is None:
+        return lambda weight: quantised(weight, bits)
+    return lambda weight: quantise(kernels, array(weight), bits)
 
 
 FLOATS = Scheme("as stored", 16)

@@ -16,9 +16,16 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.shape import QWEN05
-from sagellm.backends.cpu.linear import LinearFunction, has_bfloat16_products, native, packed
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
 from sagellm.backends.cpu.quantised_linear import PackedQuantised, quantise
+from sagellm.backends.cpu.torch_linear import (
+    LinearFunction,
+    array,
+    by_kernel,
+    has_bfloat16_products,
+    native,
+    packed,
+)
 from sagellm.backends.quantised_weight import MODES
 
 _HIDDEN, _INNER = QWEN05.hidden, QWEN05.intermediate
@@ -36,10 +43,10 @@ def variants(
     """Functions that make a product with a copy of `weight`, by variant."""
 
     def of_mode(name: str) -> Callable[[], LinearFunction]:
-        made = quantise(weight, MODES[name].weight_bits, kernels)
+        made = quantise(kernels, array(weight), MODES[name].weight_bits)
 
         def make() -> LinearFunction:
-            return PackedQuantised(kernels, made, None, MODES[name].row_bits)
+            return by_kernel(PackedQuantised(kernels, made, None, MODES[name].row_bits))
 
         return make
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 import xxhash
 
 from sagellm.backends import (
@@ -27,7 +27,7 @@ from sagellm.backends import (
     Ticket,
     get_backend,
 )
-from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.backends.cpu.kv_storage import CpuStorage, allocate
 from sagellm.backends.interface import Progress, Region, RunPairs, Runs, Stage, Weights, silent
 from sagellm.backends.sampler import sample, score
 from sagellm.backends.step_inputs import feed, step_inputs
@@ -93,8 +93,9 @@ class DetachedStorage:
         self.device = device
         self.layout = layout
         self.num_blocks = num_blocks
-        pool = torch.empty(layout.pool_shape(num_blocks), dtype=getattr(torch, layout.dtype))
-        self.pool = Memory(CpuStorage(pool.fill_(float("nan"))))
+        pool = allocate(layout, num_blocks)
+        pool.pool.view(np.uint8).fill(0xFF)  # NaNs
+        self.pool = Memory(pool)
 
     def copy(self, source: KVStorage, pairs: RunPairs, layers: range) -> None:
         if not isinstance(source, DetachedStorage):
@@ -189,7 +190,6 @@ class DetachedQueue:
         except BaseException as error:
             launch.error = error
 
-    @torch.inference_mode()
     def _sampled(self, launch: DetachedLaunch) -> Sampled:
         batch, inputs = launch.batch, launch.inputs
         if batch.after is not None:
@@ -201,7 +201,7 @@ class DetachedQueue:
             feed(batch, inputs, sampled.token_ids)
         program = launch.program.inside.opened(_KEY)
         with program.lock:
-            logits = program.run(inputs, _inside(launch.storage).pool)
+            logits = program.run(inputs, _inside(launch.storage).pool, 1)
         found = sample(logits[: len(batch.rows)], batch.rows)
         if batch.scored:
             found.prompt_logprobs.extend(score(logits[len(batch.rows) :], batch.scored))

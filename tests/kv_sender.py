@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import msgspec
-import torch
+import numpy as np
 import trio
 
 from sagellm.backends.cpu.kv_storage import CpuStorage
@@ -26,9 +26,9 @@ def opened(kind: str, seed: int | None, num_blocks: int = SHAPE[2]) -> tuple[Cpu
     shape = (*SHAPE[:2], num_blocks, *SHAPE[3:])
     memory = SharedMemory(SIZE * num_blocks // SHAPE[2]) if kind == "memory" else None
     zeros = bytearray(SIZE * num_blocks // SHAPE[2])
-    pool = torch.frombuffer(memory.view if memory else zeros, dtype=torch.float32).view(shape)
+    pool = np.frombuffer(memory.view if memory else zeros, dtype=np.float32).reshape(shape)
     if seed is not None:
-        pool.copy_(torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
+        pool[:] = np.random.default_rng(seed).random(shape)
     storage = CpuStorage(pool)
     return storage, open_transport(Sharing(kind), PoolBytes(storage, memory))
 

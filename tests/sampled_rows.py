@@ -1,6 +1,6 @@
 """Rows of logits of sequences that no engine computes."""
 
-import torch
+import numpy as np
 
 from sagellm.backends import LogitsRow
 from sagellm.backends.sampler import sample
@@ -9,7 +9,7 @@ from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.sampling import Sampling
 
-LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.9, 0.0])
+LOGITS = np.array([0.5, 2.0, 1.0, -1.0, 1.9, 0.0], dtype=np.float32)
 
 
 def row(output=(), prompt=(0,), choice=0, stop_ids=(), **sampling):
@@ -32,5 +32,14 @@ def row(output=(), prompt=(0,), choice=0, stop_ids=(), **sampling):
     return LogitsRow(sequence, len(sequence.tokens))
 
 
+def floats(*numbers):
+    return np.array(numbers, dtype=np.float32)
+
+
+def repeated(count, logits=LOGITS):
+    """Rows of the same logits."""
+    return np.repeat(logits[None], count, 0)
+
+
 def sample_one(one, logits=LOGITS):
-    return sample(logits.clone().unsqueeze(0), [one]).token_ids[0]
+    return sample(logits[None].copy(), [one]).token_ids[0]

@@ -1,68 +1,75 @@
-"""Rotary position embeddings, and paged attention in C or in torch."""
+"""Attention on torch tensors: paged attention, in C or in torch, linear attention with the states
+of sequences in blocks of the KV pool, and the context of the step that they read.
+"""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 
-from sagellm.backends.cpu.binding import Binding, ForwardContext
+from sagellm.backends.arrays import Array
+from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native.library import NativeKernels
-from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
+from sagellm.backends.cpu.torch_linear import array, tensor
+from sagellm.backends.step import StepInputs
+from sagellm.graphs.kernels.token_mixers import LinearAttention, PagedAttention
 
-_FEWEST = 256  # positions of the smallest table
 _CHUNK = 64  # query rows at a time, so that their scores fit in the CPU's cache
+
+T = TypeVar("T")
+
+
+class ForwardContext:
+    """The inputs and the pool of one step as tensors, and values that all layers share (`once`).
+
+    A context lives for one `run` of a program.
+    """
+
+    def __init__(self, inputs: StepInputs, pool: Array) -> None:
+        self.inputs = inputs
+        self.pool = tensor(pool)
+        self.positions = tensor(inputs.positions)
+        self.query_starts = tensor(inputs.query_starts)
+        self.states = tensor(inputs.states)
+        self._block_tables, self._slots = tensor(inputs.block_tables), tensor(inputs.slots)
+        self._kept: dict[object, object] = {}
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Call `make()` on the first call with `key`, and return the same value on later calls."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
+
+    @property
+    def row_sequences(self) -> torch.Tensor:
+        """The index of each row's sequence: [T] int64."""
+        return self.once("row_sequences", self._row_sequences)
+
+    def _row_sequences(self) -> torch.Tensor:
+        starts = self.query_starts
+        return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+
+    def tables(self, table: int) -> torch.Tensor:
+        """The block tables number `table`, one per sequence: [B, M] int32."""
+        count = len(self.inputs.context_lens)
+        return self._block_tables[table * count : (table + 1) * count]
+
+    def slots(self, table: int) -> torch.Tensor:
+        """The slot of each row's key and value in the blocks of table number `table`: [T] int64."""
+        count = len(self.inputs.token_ids)
+        return self._slots[table * count : (table + 1) * count]
+
+    @property
+    def longest_context(self) -> int:
+        """The number of tokens of the longest sequence; every position of the step is smaller."""
+        return max(self.inputs.contexts)
+
 
 # Maps q [T, heads * head_dim] to the result, of the same shape, over the step's pool.
 Attention: TypeAlias = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
-
-
-class RopeTables:
-    """Cosines and sines by position: [positions, 2, head_dim / 2] float32, grown by doubling.
-
-    Angles are float32 products, as in transformers, so that far positions agree with its results.
-    """
-
-    def __init__(self, options: Rope) -> None:
-        self._frequencies = frequencies(options)
-        self._tables = self._made(_FEWEST)
-
-    def up_to(self, num_positions: int) -> torch.Tensor:
-        """The tables, grown to at least `num_positions` positions."""
-        tables = self._tables  # read once: another engine's thread may set shorter ones meanwhile
-        if num_positions > len(tables):
-            tables = self._tables = self._made(1 << (num_positions - 1).bit_length())
-        return tables
-
-    def _made(self, num_positions: int) -> torch.Tensor:
-        places = torch.arange(num_positions, dtype=torch.float32)
-        angles = torch.outer(places, self._frequencies)
-        return torch.stack([angles.cos(), angles.sin()], 1)
-
-
-@cache
-def rope_tables(options: Rope) -> RopeTables:
-    """The tables for `options`, which all layers and programs share."""
-    return RopeTables(options)
-
-
-def frequencies(options: Rope) -> torch.Tensor:
-    """The angle in radians by which one position turns each pair, scaled: [head_dim / 2]."""
-    steps = torch.arange(0, options.head_dim, 2, dtype=torch.int64).float() / options.head_dim
-    plain = 1.0 / options.theta**steps
-    if options.scaling == "linear":
-        return plain / options.factor
-    return _llama3(plain, options) if options.scaling == "llama3" else plain
-
-
-def _llama3(plain: torch.Tensor, options: Rope) -> torch.Tensor:
-    """Scale low frequencies, keep high ones, and interpolate between them (Llama 3.1 release)."""
-    turns = options.original_max_len / (2 * math.pi / plain)  # full turns in the original context
-    low, high = options.low_freq_factor, options.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - kept) * plain / options.factor + kept * plain
 
 
 def rotated(rows: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -91,17 +98,19 @@ def _native(
     step: ForwardContext,
     q: torch.Tensor,
 ) -> torch.Tensor:
-    return kernels.attention(
-        q,
-        pool=step.pool,
+    found = kernels.attention(
+        array(q),
+        pool=array(step.pool),
         layer=options.layer,
-        block_tables=step.tables(options.table),
+        block_tables=array(step.tables(options.table)),
         query_starts=step.inputs.query_starts,
         context_lens=step.inputs.context_lens,
         scale=options.scale,
         window=options.window,
+        threads=torch.get_num_threads(),
         tiles=tiles,
     )
+    return torch.from_numpy(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +154,7 @@ def attend_row_by_row(
 ) -> torch.Tensor:
     """Attend with one row at a time: neither shapes nor bits depend on the batch."""
     sequences = step.row_sequences.tolist()
-    contexts = (step.inputs.positions + 1).tolist()
+    contexts = (step.positions + 1).tolist()
     each = zip(torch.split(q, 1), sequences, contexts, strict=True)
     return torch.cat([attend(options, step, row.clone(), *place) for row, *place in each])
 
@@ -213,7 +222,7 @@ def _decode_batch(
 ) -> DecodeBatch:
     block_size = step.pool.shape[4]
     sequences = step.row_sequences[rows]
-    at = step.inputs.positions[rows, None]
+    at = step.positions[rows, None]
     num_blocks = int(at.max()) // block_size + 1
     hidden = _hidden(torch.arange(num_blocks * block_size), at, window)
     return DecodeBatch(step.tables(table)[sequences, :num_blocks], hidden[:, None, None])
@@ -239,3 +248,94 @@ def _dense(side: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """Gather blocks [blocks, kv_heads, size, dim] to [B, kv_heads, M * size, dim] float32."""
     picked = side[tables.long()].transpose(1, 2)  # [B, kv_heads, M, block_size, head_dim]
     return picked.flatten(2, 3).float()
+
+
+_TOKENS = 64  # tokens of linear attention that are multiplied at once
+
+# For T new tokens of one sequence: takes q, k, v [T, heads, size], gate [T, heads] and the state
+# before the tokens; returns the result [T, heads, value_dim] and the state after the tokens.
+Recurrence: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def linear_attention(
+    options: LinearAttention, binding: Binding
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Make the kernel, which reads each sequence's state and writes the state after the step."""
+    # Products of chunks round differently from single tokens, and a prompt may be cut anywhere.
+    recurrence = token_by_token if binding.deterministic else in_chunks
+
+    def run(step: ForwardContext, *inlets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, gate = (rows.view(len(rows), options.num_heads, -1) for rows in inlets[:4])
+        read, written = step.states
+        parts = slice(options.first_block, options.first_block + options.num_blocks)
+        out, start = torch.empty_like(v), 0
+        for sequence, num_rows in enumerate(step.inputs.query_lens):
+            rows = slice(start, start + num_rows)
+            state = load(options, step.pool, read[sequence, parts])
+            given = q[rows] * options.scale, k[rows], v[rows], gate[rows, :, 0]
+            out[rows], state = recurrence(*given, state)
+            store(options, step.pool, written[sequence, parts], state)
+            start += num_rows
+        return (out.flatten(1),)
+
+    return run
+
+
+def load(options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Read a state from its blocks: [heads, key_dim, value_dim] float32; zeros if they are -1."""
+    shape = options.num_heads, options.key_dim, options.value_dim
+    if int(blocks[0]) < 0:
+        return torch.zeros(shape)
+    pages = pool[options.layer][:, blocks.long()]
+    return pages.reshape(-1).view(torch.float32)[: options.state_bytes // 4].reshape(shape)
+
+
+def store(
+    options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor, state: torch.Tensor
+) -> None:
+    """Write the float32 bytes of a state to its blocks, whatever the dtype of the pool."""
+    pages = pool[options.layer][:, blocks.long()]
+    flat = pages.reshape(-1).view(torch.float32)
+    flat[: state.numel()] = state.reshape(-1)
+    pool[options.layer][:, blocks.long()] = flat.view(pool.dtype).view(pages.shape)
+
+
+def token_by_token(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Recurrence by its definition. No shape or bit depends on the number of tokens."""
+    out = torch.empty_like(v)
+    for token in range(len(q)):
+        added = k[token, :, :, None] * v[token, :, None, :]
+        state = state * torch.sigmoid(gate[token])[:, None, None] + added
+        out[token] = (q[token, :, :, None] * state).sum(1)
+    return out, state
+
+
+def in_chunks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Recurrence by products of whole chunks (Yang et al. 2023, arXiv:2312.06635)."""
+    chunks = []
+    for top in range(0, len(q), _TOKENS):
+        rows = slice(top, top + _TOKENS)
+        out, state = _tokens_chunk(q[rows], k[rows], v[rows], gate[rows], state)
+        chunks.append(out)
+    return torch.cat(chunks), state
+
+
+def _tokens_chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Recurrence for one chunk.
+
+    The decay between two tokens is computed as the exponential of a difference of logs: it is at
+    most 1, so it cannot overflow.
+    """
+    q, k, v = (rows.transpose(0, 1) for rows in (q, k, v))  # heads first
+    since = F.logsigmoid(gate).cumsum(0).T[:, :, None]  # [heads, T, 1]: log of the decay so far
+    kept = (since - since.transpose(1, 2)).tril().exp().tril()
+    out = (q @ k.transpose(1, 2) * kept) @ v + (q * since.exp()) @ state
+    last = since[:, -1:]
+    state = state * last.exp() + (k * (last - since).exp()).transpose(1, 2) @ v
+    return out.transpose(0, 1), state

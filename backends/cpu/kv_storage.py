@@ -1,4 +1,4 @@
-"""A KV pool in host memory: one tensor, whose bytes are copied, checksummed and shared in place."""
+"""A KV pool in host memory: one array, whose bytes are copied, checksummed and shared in place."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
+from sagellm.backends.arrays import BFLOAT16, Array, dtype_name
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.interface import (
     KVStorage,
@@ -20,7 +20,7 @@ from sagellm.backends.interface import (
 )
 from sagellm.backends.step import KVLayout
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]  # [layers, keys and values, blocks, bytes]
 
 
@@ -35,13 +35,13 @@ class InPlaceBuffers:
 
 
 class CpuStorage:
-    """The KVStorage of the CPU: a tensor `pool` of the shape `KVLayout.pool_shape`."""
+    """The KVStorage of the CPU: an array `pool` of the shape `KVLayout.pool_shape`."""
 
-    def __init__(self, pool: torch.Tensor) -> None:
+    def __init__(self, pool: Array) -> None:
         self.pool = pool
         self.layout = _layout_of(pool)
         self.num_blocks = pool.shape[2]
-        self._bytes = _as_blocks(pool.view(torch.uint8).numpy().reshape(-1), self.layout)
+        self._bytes = _as_blocks(pool.reshape(-1).view(np.uint8), self.layout)
 
     def copy(self, source: KVStorage, pairs: RunPairs, layers: range) -> None:
         if not isinstance(source, CpuStorage):
@@ -80,30 +80,27 @@ class CpuStorage:
         return hashed.intdigest()
 
     def register(self) -> Region:
-        return Region(self.pool.data_ptr(), self.pool.nbytes)
+        return Region(self.pool.ctypes.data, self.pool.nbytes)
 
 
 def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None) -> CpuStorage:
     """Allocate a pool of zeros. Raises LoweringError for an unknown dtype."""
-    # Fresh pages of the system are zeros, and take memory only when they are written; torch.zeros
-    # would write all of them.
-    dtype, flags = torch_dtype(layout.dtype), MAP_PRIVATE | MAP_ANONYMOUS
+    # Fresh pages of the system are zeros, and take memory only when they are written.
+    dtype, flags = stored_dtype(layout.dtype), MAP_PRIVATE | MAP_ANONYMOUS
     pages = memory or mmap(-1, num_blocks * layout.block_bytes, flags=flags)
-    pool = torch.frombuffer(pages, dtype=dtype)
-    return CpuStorage(pool.view(layout.pool_shape(num_blocks)))
+    return CpuStorage(np.frombuffer(pages, dtype=dtype).reshape(layout.pool_shape(num_blocks)))
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def stored_dtype(name: str) -> np.dtype[Any]:
     """The dtype named `name`. Raises LoweringError for an unknown name."""
     if name not in _DTYPES:
         raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
-def _layout_of(pool: torch.Tensor) -> KVLayout:
+def _layout_of(pool: Array) -> KVLayout:
     num_layers, _, _, num_kv_heads, block_size, head_dim = pool.shape
-    dtype = str(pool.dtype).removeprefix("torch.")
-    return KVLayout(num_layers, num_kv_heads, head_dim, block_size, dtype)
+    return KVLayout(num_layers, num_kv_heads, head_dim, block_size, dtype_name(pool.dtype))
 
 
 def _as_blocks(memory: _Bytes, layout: KVLayout) -> _Bytes:

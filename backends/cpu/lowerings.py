@@ -1,18 +1,28 @@
-"""The lowering of each kernel of the dialect, in the table `LOWERINGS`: a function on tensors, with
-a native form if the C library has one.
+"""The program that calls its kernels one by one on torch tensors, and the table `LOWERINGS`, which
+makes such a call of each kernel of the dialect.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from sagellm.backends.cpu.attention import attention, rope_tables, rotated
-from sagellm.backends.cpu.binding import Binding, ForwardContext, NativeKernel
-from sagellm.backends.cpu.linear import linear
-from sagellm.backends.cpu.linear_attention import linear_attention
-from sagellm.backends.cpu.quantised_linear import quantised_linear
+from sagellm.backends.arrays import Array, Floats
+from sagellm.backends.cpu.attention import (
+    ForwardContext,
+    attention,
+    linear_attention,
+    rotated,
+)
+from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.native_forms import rope_tables
+from sagellm.backends.cpu.program import StepProgram
+from sagellm.backends.cpu.torch_linear import array, linear, quantised_linear, tensor
+from sagellm.backends.instructions import Instruction, KernelPlan
+from sagellm.backends.step import StepInputs
+from sagellm.graphs.kernels import KERNELS, KV
 from sagellm.graphs.kernels.rowwise import Embedding, FusedLinear, Linear, RmsNorm
 from sagellm.graphs.kernels.token_mixers import KVWrite, PagedAttention, Rope, RopeKVWrite
 
@@ -21,52 +31,98 @@ BoundKernel: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 # Makes a kernel from its options and the program's Binding.
 Lowering: TypeAlias = Callable[[Any, Binding], BoundKernel]
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
+_EMPTY = torch.empty(0)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """A bound kernel with the registers that it reads, the ones that it fills, and the ones whose
+    values are dead after it.
+    """
+
+    kernel: BoundKernel
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+
+
+class CpuProgram(StepProgram):
+    """A program that calls its kernels one by one. Its inputs, its pool and its logits are numpy
+    arrays, as those of NativeProgram.
+
+    The program holds the weights; the caller owns the pool.
+    """
+
+    def __init__(self, calls: tuple[KernelCall, ...], plan: KernelPlan) -> None:
+        super().__init__()
+        self._calls = calls
+        self._plan = plan
+
+    def __str__(self) -> str:
+        return str(self._plan)
+
+    @torch.no_grad()
+    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+        """Run a step. From now on, torch uses as many threads for this thread."""
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)  # OpenMP keeps this number for the calling thread
+        step = ForwardContext(inputs, pool)
+        registers = self._load(inputs, step.pool)
+        for call in self._calls:
+            results = call.kernel(step, *(registers[index] for index in call.inputs))
+            for index, result in zip(call.outputs, results, strict=True):
+                registers[index] = result
+            for index in call.dead:
+                registers[index] = _EMPTY
+        return array(registers[self._plan.logits])
+
+    def _load(self, inputs: StepInputs, pool: torch.Tensor) -> list[torch.Tensor]:
+        registers = [_EMPTY] * self._plan.num_registers
+        for name, index in self._plan.step_inputs.items():
+            registers[index] = pool if name == KV else tensor(getattr(inputs, name))
+        return registers
 
 
 def _embedding(options: Embedding, binding: Binding) -> BoundKernel:
-    weight = binding.weight(options.weight, options.vocab_size, options.size)
-    bfloat = weight.dtype == torch.bfloat16
-    fields = {"weight": weight.data_ptr(), "size": options.vocab_size, "bfloat": bfloat}
-
-    def run(step: ForwardContext, ids: torch.Tensor) -> Tensors:
-        return (F.embedding(ids, weight).float(),)
-
-    return NativeKernel(run, fields, widths=(options.size,))
+    weight = tensor(binding.weight(options.weight, options.vocab_size, options.size))
+    return lambda step, ids: (F.embedding(ids, weight).float(),)
 
 
 def _select_rows(_: object, binding: Binding) -> BoundKernel:
-    return NativeKernel(lambda step, rows, chosen: (rows[chosen],))
+    return lambda step, rows, chosen: (rows[chosen],)
 
 
 def _rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
     weight = binding.vector(options.weight, options.size)
     if kernels := binding.native:
-        size, epsilon = options.size, options.epsilon
-        return NativeKernel(
-            lambda step, rows: (kernels.rms_norm(rows, weight, size, epsilon),),
-            _norm_fields(options, weight),
-        )
-    return _row_by_row(binding, lambda step, rows: (_normed(rows, weight, options),))
+        how = weight, options.size, options.epsilon
+
+        def native(step: ForwardContext, rows: torch.Tensor) -> Tensors:
+            found = kernels.rms_norm(array(rows), *how, torch.get_num_threads())
+            return (torch.from_numpy(found),)
+
+        return native
+    scale = tensor(weight)
+    return _row_by_row(binding, lambda step, rows: (_normed(rows, scale, options),))
 
 
 def _add_rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
     weight = binding.vector(options.weight, options.size)
     if kernels := binding.native:
-        size, epsilon = options.size, options.epsilon
-        return NativeKernel(
-            lambda step, a, b: kernels.add_rms_norm(a, b, weight, size, epsilon),
-            _norm_fields(options, weight),
-        )
+        how = weight, options.size, options.epsilon
+
+        def native(step: ForwardContext, a: torch.Tensor, b: torch.Tensor) -> Tensors:
+            found = kernels.add_rms_norm(array(a), array(b), *how, torch.get_num_threads())
+            return tuple(map(torch.from_numpy, found))
+
+        return native
+    scale = tensor(weight)
 
     def run(step: ForwardContext, a: torch.Tensor, b: torch.Tensor) -> Tensors:
         total = a + b
-        return total, _normed(total, weight, options)
+        return total, _normed(total, scale, options)
 
     return _row_by_row(binding, run)
-
-
-def _norm_fields(options: RmsNorm, weight: torch.Tensor) -> dict[str, int | float | None]:
-    return {"weight": weight.data_ptr(), "size": options.size, "epsilon": options.epsilon}
 
 
 def _normed(rows: torch.Tensor, weight: torch.Tensor, options: RmsNorm) -> torch.Tensor:
@@ -76,14 +132,15 @@ def _normed(rows: torch.Tensor, weight: torch.Tensor, options: RmsNorm) -> torch
 
 
 def _linear(options: Linear, binding: Binding) -> BoundKernel:
-    bias = binding.vector(options.bias, options.out_features) if options.bias else None
+    bias = tensor(binding.vector(options.bias, options.out_features)) if options.bias else None
     sizes = options.out_features, options.in_features
     multiply = quantised_linear(binding, (options.weight,), sizes[:1], sizes[1], bias)
     if multiply is None:
-        weight = binding.weight(options.weight, *sizes)
+        weight = tensor(binding.weight(options.weight, *sizes))
         # Rounded logits could change which of them is the largest.
         multiply = linear(binding, weight, bias, exact=binding.makes_logits(options.weight))
-    return _product(lambda step, rows: (multiply(rows),), multiply, sizes[:1])
+    product = multiply
+    return lambda step, rows: (product(rows),)
 
 
 def _fused_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
@@ -91,43 +148,33 @@ def _fused_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
     bias = _fused_bias(options, binding)
     multiply = quantised_linear(binding, options.weights, sizes, size, bias)
     if multiply is None:
-        multiply = linear(binding, binding.joined(options.weights, sizes, size), bias)
-    return _product(lambda step, rows: torch.split(multiply(rows), sizes, 1), multiply, sizes)
+        weight = tensor(binding.joined(options.weights, sizes, size))
+        multiply = linear(binding, weight, bias)
+    product = multiply
+    return lambda step, rows: torch.split(product(rows), sizes, 1)
 
 
 def _gated_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
     product, gate = _fused_linear(options, binding), _silu_mul(options, binding)
-
-    def run(step: ForwardContext, rows: torch.Tensor) -> Tensors:
-        return gate(step, *product(step, rows))
-
-    if isinstance(product, NativeKernel):
-        return NativeKernel(run, product.fields, product.widths[:1], keep=product.keep)
-    return run
-
-
-def _product(run: BoundKernel, multiply: object, widths: Sequence[int]) -> BoundKernel:
-    """The kernel `run`, which calls `multiply`; with a native form if `multiply` has an address."""
-    address: int | None = getattr(multiply, "address", None)
-    if address is None:
-        return run
-    return NativeKernel(run, {"weight": address}, tuple(widths), keep=multiply)
+    return lambda step, rows: gate(step, *product(step, rows))
 
 
 def _fused_bias(options: FusedLinear, binding: Binding) -> torch.Tensor | None:
     if not any(options.biases):
         return None
     named = zip(options.biases, options.out_features, strict=True)
-    return torch.cat([binding.vector(n, size) if n else torch.zeros(size) for n, size in named])
+    return torch.cat(
+        [tensor(binding.vector(n, size)) if n else torch.zeros(size) for n, size in named]
+    )
 
 
 def _rope(options: Rope, binding: Binding) -> BoundKernel:
     tables = rope_tables(options)
 
     def run(step: ForwardContext, rows: torch.Tensor, positions: torch.Tensor) -> Tensors:
-        return (rotated(rows, tables.up_to(step.longest_context), positions),)
+        return (rotated(rows, tensor(tables.up_to(step.longest_context)), positions),)
 
-    return NativeKernel(run, {"size": options.head_dim}, rope=options)
+    return run
 
 
 def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
@@ -141,8 +188,7 @@ def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
         _write(pool[options.layer], k, v, step.slots(options.table))
         return ()
 
-    fields = {"layer": options.layer, "blocks": options.table, "size": options.head_dim}
-    return NativeKernel(run, fields)
+    return run
 
 
 def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
@@ -161,36 +207,41 @@ def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:
         slots = step.slots(options.table)
         angles, layer = tables.up_to(step.longest_context), options.layer
         if kernels:
-            places = {"tables": angles, "positions": positions, "slots": slots, "pool": pool}
-            return (kernels.rope_kv_write(q, k, v, **places, layer=layer),)
-        _write(pool[layer], rotated(k, angles, positions), v, slots)
-        return (rotated(q, angles, positions),)
+            at = {"positions": array(positions), "slots": array(slots), "pool": array(pool)}
+            parts = array(q), array(k), array(v)
+            found = kernels.rope_kv_write(*parts, tables=angles, **at, layer=layer)
+            return (torch.from_numpy(found),)
+        _write(pool[layer], rotated(k, tensor(angles), positions), v, slots)
+        return (rotated(q, tensor(angles), positions),)
 
-    fields = {"layer": options.layer, "blocks": options.table, "size": options.rope.head_dim}
-    return NativeKernel(run, fields, rope=options.rope)
+    return run
 
 
 def _paged_attention(options: PagedAttention, binding: Binding) -> BoundKernel:
     attend = attention(options, binding)
-    fields = {"layer": options.layer, "blocks": options.table}
-    return NativeKernel(lambda step, q, *_: (attend(step, q),), fields, attention=options)
+    return lambda step, q, *_: (attend(step, q),)
 
 
 def _silu(_: object, binding: Binding) -> BoundKernel:
-    return NativeKernel(_row_by_row(binding, lambda step, rows: (F.silu(rows),)))
+    return _row_by_row(binding, lambda step, rows: (F.silu(rows),))
 
 
 def _mul(_: object, binding: Binding) -> BoundKernel:
-    return NativeKernel(lambda step, a, b: (a * b,))
+    return lambda step, a, b: (a * b,)
 
 
 def _add(_: object, binding: Binding) -> BoundKernel:
-    return NativeKernel(lambda step, a, b: (a + b,))
+    return lambda step, a, b: (a + b,)
 
 
 def _silu_mul(_: object, binding: Binding) -> BoundKernel:
     if kernels := binding.native:
-        return NativeKernel(lambda step, gate, up: (kernels.silu_mul(gate, up),))
+
+        def native(step: ForwardContext, gate: torch.Tensor, up: torch.Tensor) -> Tensors:
+            found = kernels.silu_mul(array(gate), array(up), torch.get_num_threads())
+            return (torch.from_numpy(found),)
+
+        return native
     return _row_by_row(binding, lambda step, gate, up: (F.silu(gate) * up,))
 
 
@@ -229,3 +280,17 @@ LOWERINGS: Mapping[str, Lowering] = {
     "add": _add,
     "silu_mul": _silu_mul,
 }
+
+
+def bind(plan: KernelPlan, binding: Binding) -> CpuProgram:
+    """Give every instruction its kernel and its weights. Raises LoweringError."""
+    # The kernel of the logits is bound first, while few other weights are loaded: its weight is the
+    # largest, and packing holds a weight in memory twice.
+    *others, last = plan.instructions
+    head = _call(last, binding)
+    return CpuProgram((*(_call(step, binding) for step in others), head), plan)
+
+
+def _call(step: Instruction, binding: Binding) -> KernelCall:
+    kernel = LOWERINGS[step.node.op](KERNELS[step.node.op].options(step.node), binding)
+    return KernelCall(kernel, step.inputs, step.outputs, step.dead)

@@ -1,24 +1,32 @@
-"""CPU programs, which run a step kernel by kernel or in one call of C, and the queue, which
-launches programs and samples from their logits.
+"""The program that runs a step in one call of C, and the queue, which launches programs and samples
+from their logits.
 """
 
 import ctypes
+import gc
+import importlib
 import itertools
 import queue
+import sys
 import threading
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import cast
 
-import torch
+import numpy as np
 
-from sagellm.backends.cpu.attention import rope_tables
-from sagellm.backends.cpu.binding import Binding, ForwardContext
-from sagellm.backends.cpu.kv_storage import CpuStorage, torch_dtype
-from sagellm.backends.cpu.lowerings import LOWERINGS, BoundKernel
+from sagellm.backends.arrays import BFLOAT16, Array, Floats
+from sagellm.backends.cpu.binding import Binding, NativeKernel
+from sagellm.backends.cpu.kv_storage import CpuStorage, stored_dtype
 from sagellm.backends.cpu.native import c_structs
-from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
-from sagellm.backends.cpu.translation import Translation, UntranslatableError, translate
+from sagellm.backends.cpu.native.library import (
+    NativeKernels,
+    default_threads,
+    native_kernels,
+)
+from sagellm.backends.cpu.native_forms import NATIVE_FORMS, NoNativeForm, rope_tables
+from sagellm.backends.cpu.translation import Translation, translate
 from sagellm.backends.instructions import Instruction, KernelPlan, plan_kernels
 from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress, Weights
 from sagellm.backends.sampler import sample, score
@@ -26,81 +34,42 @@ from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Tick
 from sagellm.backends.step_inputs import feed, step_inputs
 from sagellm.backends.token_masks import LargestAllowed, MaskThread, largest_allowed
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.kernels import KERNELS, KV
+from sagellm.graphs.kernels import KERNELS
 
 _ROWS = 16  # the arena's rows are a multiple of 16, so that each buffer begins at a cache line
-_EMPTY = torch.empty(0)
 
 
-@dataclass(frozen=True, slots=True)
-class KernelCall:
-    """A bound kernel with the registers that it reads, the ones that it fills, and the ones whose
-    values are dead after it.
-    """
+class StepProgram:
+    """A program of the CPU. Not reentrant: the caller of `run` must hold `lock`."""
 
-    kernel: BoundKernel
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    dead: tuple[int, ...]
-
-
-class CpuProgram:
-    """A program that calls its kernels one by one on torch tensors.
-
-    The program holds the weights; the caller owns the pool. Not reentrant: the caller of `run` must
-    hold `lock`.
-    """
-
-    def __init__(self, calls: tuple[KernelCall, ...], plan: KernelPlan) -> None:
+    def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._calls = calls
-        self._plan = plan
 
-    def __str__(self) -> str:
-        return str(self._plan)
-
-    @torch.no_grad()
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
-        """Run a step: write keys and values of the T new tokens to `pool`, and return the logits
-        [R, vocab] float32.
+    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+        """Run a step on so many threads: write keys and values of the T new tokens to `pool`, and
+        return the logits [R, vocab] float32.
         """
-        step = ForwardContext(inputs, pool)
-        registers = self._load(inputs, pool)
-        for call in self._calls:
-            results = call.kernel(step, *(registers[index] for index in call.inputs))
-            for index, result in zip(call.outputs, results, strict=True):
-                registers[index] = result
-            for index in call.dead:
-                registers[index] = _EMPTY
-        return registers[self._plan.logits]
-
-    def _load(self, inputs: StepInputs, pool: torch.Tensor) -> list[torch.Tensor]:
-        registers = [_EMPTY] * self._plan.num_registers
-        for name, index in self._plan.step_inputs.items():
-            registers[index] = pool if name == KV else getattr(inputs, name)
-        return registers
+        raise NotImplementedError
 
 
-class NativeProgram:
+class NativeProgram(StepProgram):
     """A program that runs a step in one call of C.
 
     The arena of activations lives as long as the program, and grows to the largest step.
-    `on_tensors`: the CpuProgram of the same plan, for `str`. Not reentrant: the caller of `run`
-    must hold `lock`.
     """
 
     def __init__(
         self,
         translation: Translation,
         kernels: NativeKernels,
-        on_tensors: object,
+        plan: KernelPlan,
         uses_tiles: bool = False,
     ) -> None:
-        self.lock = threading.Lock()
+        super().__init__()
         self._translation = translation
         self._kernels = kernels
-        self._on_tensors = on_tensors
-        self._arena = torch.empty(0)
+        self._plan = plan
+        self._arena = np.empty(0, dtype=np.float32)
         self._heads = (c_structs.NativeHeads * len(translation.attentions))(*translation.attentions)
         self._tables = (ctypes.c_void_p * len(translation.ropes))()
         self._step = c_structs.NativeStep(
@@ -115,26 +84,21 @@ class NativeProgram:
         weakref.finalize(self, kernels.close_step, self._step)
 
     def __str__(self) -> str:
-        return f"# in one native call\n{self._on_tensors}"
+        return f"# in one native call\n{self._plan}"
 
-    @torch.no_grad()
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
-        """Run a step: write keys and values of the T new tokens to `pool`, and return the logits
-        [R, vocab] float32.
-
-        Raises IndexError for a token outside of the vocabulary.
-        """
+    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+        """Run a step. Raises IndexError for a token outside of the vocabulary."""
         num_rows = len(inputs.logit_rows if self._translation.is_chosen else inputs.token_ids)
-        logits = torch.empty(num_rows, self._translation.num_logits)
-        self._step.logits = logits.data_ptr()
+        logits = np.empty((num_rows, self._translation.num_logits), dtype=np.float32)
+        self._step.logits = logits.ctypes.data
         self._grow(max(len(inputs.token_ids), len(inputs.logit_rows)))
         tables = [rope_tables(rope).up_to(max(inputs.contexts)) for rope in self._translation.ropes]
-        self._tables[:] = [table.data_ptr() for table in tables]
+        self._tables[:] = [table.ctypes.data for table in tables]
         self._load(inputs, pool)
-        self._kernels.run_step(self._step)
+        self._kernels.run_step(self._step, threads)
         return logits
 
-    def profile(self, inputs: StepInputs, pool: torch.Tensor) -> list[tuple[str, int]]:
+    def profile(self, inputs: StepInputs, pool: Array, threads: int) -> list[tuple[str, int]]:
         """Run a step, and return the name and the nanoseconds of each instruction.
 
         Threads wait for each other after each instruction, so a step takes a little longer than in
@@ -144,7 +108,7 @@ class NativeProgram:
         times = (ctypes.c_int64 * (count + 1))()
         self._step.times = ctypes.addressof(times)
         try:
-            self.run(inputs, pool)
+            self.run(inputs, pool, threads)
         finally:
             self._step.times = None
         spans = (end - start for start, end in itertools.pairwise(times))
@@ -155,29 +119,27 @@ class NativeProgram:
         step = self._step
         if num_rows > step.capacity or step.arena is None:
             step.capacity = -(-num_rows // _ROWS) * _ROWS
-            self._arena = torch.empty(0)  # free the old arena before the new one is allocated
-            self._arena = torch.empty(step.capacity * self._translation.num_floats)
-            step.arena = self._arena.data_ptr()
+            self._arena = np.empty(0, dtype=np.float32)  # free it before the next is allocated
+            num_floats = step.capacity * self._translation.num_floats
+            self._arena = np.empty(num_floats, dtype=np.float32)
+            step.arena = self._arena.ctypes.data
 
-    def _load(self, inputs: StepInputs, pool: torch.Tensor) -> None:
-        step, size = self._step, pool.element_size()
-        step.pool = pool.data_ptr()
-        step.layer_bytes, step.side_bytes = pool.stride(0) * size, pool.stride(1) * size
+    def _load(self, inputs: StepInputs, pool: Array) -> None:
+        step = self._step
+        step.pool = pool.ctypes.data
+        step.layer_bytes, step.side_bytes = pool.strides[:2]
         _, _, _, step.kv_heads, block_size, step.head_dim = pool.shape
-        step.token_ids = inputs.token_ids.data_ptr()
-        step.positions = inputs.positions.data_ptr()
-        step.slots = inputs.slots.data_ptr()
-        step.logit_rows = inputs.logit_rows.data_ptr()
+        step.token_ids = inputs.token_ids.ctypes.data
+        step.positions = inputs.positions.ctypes.data
+        step.slots = inputs.slots.ctypes.data
+        step.logit_rows = inputs.logit_rows.ctypes.data
         step.num_rows, step.num_logit_rows = len(inputs.token_ids), len(inputs.logit_rows)
-        batch = step.batch
-        step.block_tables, batch.table_len = (
-            inputs.block_tables.data_ptr(),
-            inputs.block_tables.shape[1],
-        )
+        batch, tables = step.batch, inputs.block_tables
+        step.block_tables, batch.table_len = tables.ctypes.data, tables.shape[1]
         batch.num_sequences, batch.block_size = len(inputs.context_lens), block_size
-        batch.query_starts = inputs.query_starts.data_ptr()
-        batch.context_lens = inputs.context_lens.data_ptr()
-        batch.bfloat = pool.dtype == torch.bfloat16
+        batch.query_starts = inputs.query_starts.ctypes.data
+        batch.context_lens = inputs.context_lens.ctypes.data
+        batch.bfloat = pool.dtype == BFLOAT16
 
 
 def lower(
@@ -190,36 +152,64 @@ def lower(
     quantization: str | None,
     progress: Progress,
     is_native: bool,
-) -> CpuProgram | NativeProgram:
+) -> StepProgram:
     """Make the program of a graph that has passed all stages of lowering. Raises LoweringError."""
     native = native_kernels(progress) if is_native else None
-    how = torch_dtype(dtype), native, deterministic, quantization
-    return bind(plan_kernels(graph), Binding(graph, weights, layout, *how))
+    plan = plan_kernels(graph)
+
+    def binding() -> Binding:
+        how = stored_dtype(dtype), native, deterministic, quantization
+        return Binding(graph, weights, layout, *how)
+
+    if native is not None and all(step.node.op in NATIVE_FORMS for step in plan.instructions):
+        try:
+            return bind(plan, binding())
+        except NoNativeForm:
+            pass  # weights that were read are read once more
+    return lower_to_torch(plan, binding())
 
 
-def bind(planned: KernelPlan, binding: Binding) -> CpuProgram | NativeProgram:
-    """Give every instruction its kernel and its weights. Raises LoweringError.
-
-    The program is native if every kernel has a native form.
+def bind(plan: KernelPlan, binding: Binding) -> NativeProgram:
+    """Give every instruction its native form and its weights. Raises LoweringError and
+    NoNativeForm.
     """
+    assert binding.native is not None
     # The kernel of the logits is bound first, while few other weights are loaded: its weight is the
     # largest, and packing holds a weight in memory twice.
-    *others, last = planned.instructions
-    head = _call(last, binding)
-    calls = (*(_call(step, binding) for step in others), head)
-    program = CpuProgram(calls, planned)
-    if not binding.native:
-        return program
+    *others, last = plan.instructions
+    head = _native(last, binding)
+    kernels = (*(_native(step, binding) for step in others), head)
+    return NativeProgram(translate(plan, kernels), binding.native, plan, binding.uses_tiles)
+
+
+def _native(step: Instruction, binding: Binding) -> NativeKernel:
+    return NATIVE_FORMS[step.node.op](KERNELS[step.node.op].options(step.node), binding)
+
+
+def lower_to_torch(plan: KernelPlan, binding: Binding) -> StepProgram:
+    """Make a program that calls its kernels one by one on torch tensors. Raises LoweringError."""
+    _import_torch()
+    return cast(
+        StepProgram, importlib.import_module("sagellm.backends.cpu.lowerings").bind(plan, binding)
+    )
+
+
+def _import_torch() -> None:
+    """Import torch before other modules import it, and freeze its objects.
+
+    Torch makes hundreds of thousands of objects that live until the process ends. Unfrozen, the
+    garbage collector would visit them again and again during the import, and at each later
+    collection.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        return
+    gc.collect()  # garbage would be frozen too
+    gc.disable()
     try:
-        translation = translate(planned, [call.kernel for call in calls])
-    except UntranslatableError:
-        return program
-    return NativeProgram(translation, binding.native, program, binding.uses_tiles)
-
-
-def _call(step: Instruction, binding: Binding) -> KernelCall:
-    kernel = LOWERINGS[step.node.op](KERNELS[step.node.op].options(step.node), binding)
-    return KernelCall(kernel, step.inputs, step.outputs, step.dead)
+        importlib.import_module("torch")
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 THREAD_NAME = "sagellm-engine"
@@ -227,7 +217,7 @@ THREAD_NAME = "sagellm-engine"
 
 @dataclass(slots=True, eq=False)
 class _Launch:
-    program: CpuProgram | NativeProgram
+    program: StepProgram
     storage: CpuStorage
     batch: StepBatch
     inputs: StepInputs
@@ -237,7 +227,7 @@ class _Launch:
 class CpuQueue:
     """The Queue of the CPU: its own thread runs programs and then samples from their logits.
 
-    `threads`: how many threads kernels may use; None: torch's default. One thread computes all
+    `threads`: how many threads kernels may use; None: `default_threads`. One thread computes all
     launches, because OpenMP and the C kernels keep a team of threads for each calling thread.
     `launch` makes the inputs on the caller's thread, while the previous launch is computed.
     """
@@ -247,11 +237,12 @@ class CpuQueue:
         self._largest = native.largest_allowed if native else largest_allowed
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masks = MaskThread()
-        self._thread = threading.Thread(target=self._work, args=(threads,), name=THREAD_NAME)
+        self._threads = default_threads() if threads is None else threads
+        self._thread = threading.Thread(target=self._work, name=THREAD_NAME)
         self._thread.start()
 
     def launch(self, program: Program, storage: KVStorage, batch: StepBatch) -> Ticket:
-        if not isinstance(program, CpuProgram | NativeProgram):
+        if not isinstance(program, StepProgram):
             raise TypeError(f"the cpu runs programs that it lowered, not {type(program).__name__}")
         if not isinstance(storage, CpuStorage):
             raise TypeError(f"the cpu reads its own pools, not {type(storage).__name__}")
@@ -265,22 +256,21 @@ class CpuQueue:
         self._thread.join()
         self._masks.close()
 
-    def _work(self, threads: int | None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)  # OpenMP keeps this number for the calling thread
+    def _work(self) -> None:
         while (launch := self._launches.get()) is not None:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began
             try:
-                sampled = _computed(launch, self._masks, self._largest)
+                sampled = _computed(launch, self._masks, self._largest, self._threads)
             except BaseException as error:  # the ticket raises it; the thread serves later launches
                 launch.ticket.set_exception(error)
             else:
                 launch.ticket.set_result(sampled)
 
 
-@torch.inference_mode()
-def _computed(launch: _Launch, mask_thread: MaskThread, largest: LargestAllowed) -> Sampled:
+def _computed(
+    launch: _Launch, mask_thread: MaskThread, largest: LargestAllowed, threads: int
+) -> Sampled:
     """Run the launch's program, and sample from its logits. Raises the errors of the step."""
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
@@ -288,7 +278,7 @@ def _computed(launch: _Launch, mask_thread: MaskThread, largest: LargestAllowed)
     masks = mask_thread.start(batch.rows)
     try:
         with launch.program.lock:  # queues of other engines may run the same program
-            logits = launch.program.run(inputs, launch.storage.pool)
+            logits = launch.program.run(inputs, launch.storage.pool, threads)
     finally:
         found = masks.result()  # matchers belong to one thread: none may work past the step
     num_rows = len(batch.rows)

@@ -1,14 +1,13 @@
-"""Linear layers with quantised weights: quantising on load, packing for C, and multiplying."""
+"""Linear layers with quantised weights: quantising on load, and packing for the C kernels."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-import torch
-import torch.nn.functional as F
-from torch.nn.functional import pad
+import numpy as np
 
+from sagellm.backends.arrays import Array, Floats
 from sagellm.backends.cpu.binding import Binding
-from sagellm.backends.cpu.linear import LinearFunction, linear
 from sagellm.backends.cpu.native.library import NativeKernels, in_large_pages
 from sagellm.backends.quantised_weight import (
     GROUP_SIZE,
@@ -19,15 +18,14 @@ from sagellm.backends.quantised_weight import (
     QuantisedWeight,
 )
 
+# Quantises a float weight [N, K] to a number of bits.
+Quantise: TypeAlias = Callable[[Array, int], QuantisedWeight]
 
-def quantised_linear(
-    binding: Binding,
-    names: Sequence[str],
-    sizes: Sequence[int],
-    size: int,
-    bias: torch.Tensor | None,
-) -> LinearFunction | None:
-    """The product rows [T, size] -> [T, sum(sizes)] with the concatenated weights `names`.
+
+def quantised_weights(
+    binding: Binding, names: Sequence[str], sizes: Sequence[int], size: int, quantise: Quantise
+) -> list[QuantisedWeight | Array] | None:
+    """The weights `names` of a layer, [sizes[i], size] each, of which at least one is quantised.
 
     Returns None if all weights are stored in floats and the program has no mode of quantisation.
     """
@@ -35,36 +33,23 @@ def quantised_linear(
     if binding.quantization is None and not any(stored):
         return None
     named = zip(stored, names, sizes, strict=True)
-    weights = [found or _on_load(binding, name, rows, size) for found, name, rows in named]
-    if (joined := _joined(weights)) is not None:
-        return _bound_product(binding, joined, bias, binding.makes_logits(names[0]))
-    biases = [None] * len(sizes) if bias is None else list(torch.split(bias, list(sizes)))
-    parts = [_bound_product(binding, *part, False) for part in zip(weights, biases, strict=True)]
-    return lambda rows: torch.cat([part(rows) for part in parts], 1)
+    return [found or _on_load(binding, name, (rows, size), quantise) for found, name, rows in named]
 
 
-def _on_load(binding: Binding, name: str, rows: int, size: int) -> QuantisedWeight | torch.Tensor:
-    weight = binding.weight(name, rows, size)
+def _on_load(
+    binding: Binding, name: str, shape: tuple[int, int], quantise: Quantise
+) -> QuantisedWeight | Array:
+    weight = binding.weight(name, *shape)
     if binding.quantization is None:
         return weight
     bits = (LOGITS_MODE if binding.makes_logits(name) else MODES[binding.quantization]).weight_bits
-    return quantise(weight, bits, binding.native)
+    return quantise(weight, bits)
 
 
-def _bound_product(
-    binding: Binding,
-    weight: QuantisedWeight | torch.Tensor,
-    bias: torch.Tensor | None,
-    is_logits: bool,
-) -> LinearFunction:
-    if isinstance(weight, torch.Tensor):
-        return linear(binding, weight, bias, exact=is_logits)
+def row_bits(binding: Binding, weight: QuantisedWeight, is_logits: bool) -> int:
+    """The bits of the activation rows that a weight of the program is multiplied by."""
     mode = LOGITS_MODE if is_logits else MODES.get(binding.quantization or "")
-    bits = _row_bits(weight.bits, mode, binding.deterministic)
-    kernels = binding.native
-    if kernels is None:
-        return dequantising(weight, bias, bits, alone=binding.deterministic)
-    return PackedQuantised(kernels, weight, bias, bits)
+    return _row_bits(weight.bits, mode, binding.deterministic)
 
 
 def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bool) -> int:
@@ -80,17 +65,22 @@ def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bo
     return mode.row_bits if mode else 16
 
 
-def _joined(weights: Sequence[QuantisedWeight | torch.Tensor]) -> QuantisedWeight | None:
+def joined(weights: Sequence[QuantisedWeight | Array]) -> QuantisedWeight | None:
     """The weights concatenated along N; None if one is not quantised, or their forms differ."""
     first, *others = weights
     if not isinstance(first, QuantisedWeight):
         return None
     if not all(isinstance(other, QuantisedWeight) and _alike(first, other) for other in others):
         return None
+    if not others:
+        return first
     alike = [weight for weight in weights if isinstance(weight, QuantisedWeight)]
-    zeros = None if first.zeros is None else torch.cat([one.zeros for one in alike])  # type: ignore[misc]
-    codes, scales = (torch.cat([getattr(w, name) for w in alike]) for name in ("codes", "scales"))
-    return QuantisedWeight(first.bits, first.group, codes, scales, zeros, first.order)
+    zeros = [weight.zeros for weight in alike if weight.zeros is not None]
+    codes, scales = (
+        np.concatenate([getattr(weight, name) for weight in alike]) for name in ("codes", "scales")
+    )
+    whole = np.concatenate(zeros) if zeros else None
+    return QuantisedWeight(first.bits, first.group, codes, scales, whole, first.order)
 
 
 def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
@@ -99,7 +89,7 @@ def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
         return False
     if a.order is None or b.order is None:
         return a.order is b.order
-    return torch.equal(a.order, b.order)
+    return np.array_equal(a.order, b.order)
 
 
 BLOCK = 32  # codes along k whose products are summed as integers
@@ -128,15 +118,15 @@ class PackedQuantised:
         self,
         kernels: NativeKernels,
         weight: QuantisedWeight,
-        bias: torch.Tensor | None,
+        bias: Floats | None,
         row_bits: int,
     ) -> None:
-        zeros = None if weight.zeros is None else _packed_groups(weight.zeros.short())
-        order = None if weight.order is None else weight.order.int().contiguous()
+        zeros = None if weight.zeros is None else _packed_groups(weight.zeros.astype(np.int16))
+        order = None if weight.order is None else np.ascontiguousarray(weight.order, np.int32)
         self.shape = weight.shape
         codes = in_large_pages(_packed_codes(weight))
-        self._kept = (codes, _packed_groups(weight.scales.half()), zeros, bias, order)
-        numbers, scales, *optional = (_address(tensor) for tensor in self._kept)
+        self._kept = (codes, _packed_groups(weight.scales.astype(np.float16)), zeros, bias, order)
+        numbers, scales, *optional = (_address(array) for array in self._kept)
         run = kernels.function(f"sage_quant_{weight.bits}_{row_bits}")
         self._struct = NativeQuant(
             run, None, numbers, scales, optional[0], optional[1], *self.shape
@@ -145,87 +135,39 @@ class PackedQuantised:
         self._kernels = kernels
         self.address = ctypes.addressof(self._struct)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._kernels.linear(self.address, rows, self.shape[0])
+    def __call__(self, rows: Floats, threads: int = 1) -> Floats:
+        return self._kernels.linear(self.address, rows, self.shape[0], threads)
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._kept if tensor is not None)
+        return sum(array.nbytes for array in self._kept if array is not None)
 
 
-def _packed_codes(weight: QuantisedWeight) -> torch.Tensor:
+def _packed_codes(weight: QuantisedWeight) -> Array:
     """The codes [N, K] in the order that C reads: [panel, k / 4, 16, 4]. With 4 bits, the low half
     of a byte holds a code of one group of four along k, and the high half one of the next group.
     """
     num_rows, size = weight.shape
     fill = ZERO_CODE[weight.bits]  # padding is multiplied by activations of 0
-    filled = pad(weight.codes, (0, -size % BLOCK, 0, -num_rows % (2 * _COLUMNS)), value=fill)
-    panels = filled.view(-1, _COLUMNS, filled.shape[1] // 4, 4).transpose(1, 2)
+    margin = ((0, -num_rows % (2 * _COLUMNS)), (0, -size % BLOCK))
+    filled = np.pad(weight.codes, margin, constant_values=fill) if np.any(margin) else weight.codes
+    fours = np.ascontiguousarray(filled).view(np.uint32)  # four codes move as one number
+    panels = fours.reshape(-1, _COLUMNS, fours.shape[1]).transpose(0, 2, 1)
     if weight.bits == 8:
-        return panels.contiguous()
-    low, high = panels[:, 0::2], panels[:, 1::2]
-    return (low | (high << 4)).contiguous()
+        return np.ascontiguousarray(panels)
+    return np.ascontiguousarray(panels[:, 0::2] | (panels[:, 1::2] << 4))
 
 
-def _packed_groups(of_groups: torch.Tensor) -> torch.Tensor:
+def _packed_groups(of_groups: Array) -> Array:
     """Scales or zeros [N, G] in the order that C reads: [panel, G, 16]."""
-    filled = pad(of_groups, (0, 0, 0, -len(of_groups) % (2 * _COLUMNS)))
-    return filled.view(-1, _COLUMNS, filled.shape[1]).transpose(1, 2).contiguous()
+    filled = np.pad(of_groups, ((0, -len(of_groups) % (2 * _COLUMNS)), (0, 0)))
+    panels = filled.reshape(-1, _COLUMNS, filled.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(panels)
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(array: Array | None) -> int | None:
+    return None if array is None else array.ctypes.data
 
-
-_LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}  # 16 bits: two signed bytes
-_BLOCK_NUMBERS = 1 << 21  # numbers of a block of the weight in float32: 8 MiB fit in the cache
-
-
-def dequantising(
-    weight: QuantisedWeight, bias: torch.Tensor | None, row_bits: int, *, alone: bool
-) -> LinearFunction:
-    """The product rows [T, K] -> [T, N] in torch, with blocks of the weight in float32.
-
-    `alone`: multiply each row by itself, so that its bits do not depend on the batch. If weight and
-    rows both have 8 bits, rows are rounded as in C, so that the mode gives the same results. Other
-    rows are not rounded.
-    """
-    order = None if weight.order is None else weight.order.long()
-
-    def run(rows: torch.Tensor) -> torch.Tensor:
-        given = rows if order is None else rows[:, order]
-        if weight.bits == row_bits == 8:
-            given = rounded(given)
-        parts = torch.split(given, 1) if alone else (given,)
-        blocks = [
-            [F.linear(part.clone(), wide) for part in parts] for wide in _float_blocks(weight)
-        ]
-        out = torch.cat([torch.cat(block) for block in blocks], 1)
-        return out if bias is None else out.add_(bias)
-
-    return run
-
-
-def _float_blocks(weight: QuantisedWeight) -> Iterator[torch.Tensor]:
-    """Blocks of the weight's rows in float32. Their columns have the order of the codes."""
-    step = max(1, _BLOCK_NUMBERS // weight.shape[1])
-    for top in range(0, weight.shape[0], step):
-        yield weight.rows(top, top + step).ordered()
-
-
-def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """The rows [T, K] as the C kernels see them: rounded to `bits` with a scale for each 32
-    numbers, in float32.
-    """
-    size, top = rows.shape[1], _LARGEST_CODE[bits]
-    blocks = pad(rows, (0, -size % BLOCK)).view(len(rows), -1, BLOCK)
-    most = blocks.abs().amax(-1, keepdim=True)
-    codes = (blocks * torch.where(most > 1e-30, top / most, 0.0)).round()
-    seen: torch.Tensor = (codes * (most / top)).flatten(1)[:, :size]
-    return seen
-
-
-_NUMBERS_AT_ONCE = 1 << 18  # numbers of a weight, so that the temporaries of a try fit in the cache
 
 # Each try maps the largest number of a group to one of these codes. 4 bits have one code more below
 # 0 than above 0, and clipping the largest number a little makes the other numbers more precise.
@@ -233,73 +175,12 @@ TRIES = {
     4: tuple(code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)),
     8: tuple(127.0 + 0.25 * step for step in range(-8, 9)),
 }
-_LARGEST_SCALE = 65504.0  # the largest float16
-_LIMITS = {4: (-8, 7), 8: (-127, 127)}
 
 
-def quantise(
-    weight: torch.Tensor, bits: int, kernels: NativeKernels | None = None
-) -> QuantisedWeight:
+def quantise(kernels: NativeKernels, weight: Array, bits: int, threads: int = 1) -> QuantisedWeight:
     """Quantise `weight` [N, K], float32 or bfloat16, in groups of 32, without zeros.
 
-    Each group gets the scale with the least squared error. `kernels` None: compute in torch.
+    Each group gets the scale with the least squared error.
     """
-    if kernels:
-        return QuantisedWeight(
-            bits, GROUP_SIZE, *kernels.quantise(weight.contiguous(), bits, TRIES[bits])
-        )
-    parts = [_quantise_part(part.float(), bits) for part in torch.split(weight, _num_rows(weight))]
-    codes, scales = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
-    return QuantisedWeight(bits, GROUP_SIZE, codes, scales)
-
-
-def _num_rows(weight: torch.Tensor) -> int:
-    return max(1, _NUMBERS_AT_ONCE // weight.shape[1])
-
-
-def _quantise_part(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = pad(weight, (0, -weight.shape[1] % GROUP_SIZE)).view(len(weight), -1, GROUP_SIZE)
-    scales = _best_scales(groups, bits).half()
-    codes = _codes(groups, scales.float(), bits) + ZERO_CODE[bits]
-    dtype = torch.uint8 if bits == 4 else torch.int8
-    return codes.to(dtype).flatten(1)[:, : weight.shape[1]], scales.squeeze(-1)
-
-
-def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scales [N, G, 1] with the least squared error. Candidates are the tries, and the
-    least-squares fit to the codes of the best try.
-    """
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best = _stored(largest / TRIES[bits][0])
-    error = _error(groups, best, bits)
-    for code in TRIES[bits][1:]:
-        best, error = _better(groups, _stored(largest / code), best, error, bits)
-    codes = _codes(groups, best, bits)
-    fit = (groups * codes).sum(-1, True) / (codes.square().sum(-1, True) + 1e-30)
-    return _better(groups, _stored(fit), best, error, bits)[0]
-
-
-def _stored(scales: torch.Tensor) -> torch.Tensor:
-    """Round scales to float16, in which they are stored: codes must be chosen for stored scales."""
-    return scales.clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half().float()
-
-
-def _better(
-    groups: torch.Tensor, scales: torch.Tensor, best: torch.Tensor, error: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each group, the one of `scales` and `best` with the smaller error, and that error.
-
-    `error`: the error of `best`.
-    """
-    found = _error(groups, scales, bits)
-    is_less = found < error
-    return torch.where(is_less, scales, best), torch.where(is_less, found, error)
-
-
-def _error(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    return (_codes(groups, scales, bits) * scales - groups).square().sum(-1, True)
-
-
-def _codes(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    inverse = torch.where(scales.abs() > 1e-30, 1 / scales, 0.0)
-    return (groups * inverse).round().clamp(*_LIMITS[bits])
+    made = kernels.quantise(np.ascontiguousarray(weight), bits, TRIES[bits], threads)
+    return QuantisedWeight(bits, GROUP_SIZE, *made)

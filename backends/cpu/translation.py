@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sagellm.backends.cpu.binding import NativeKernel
 from sagellm.backends.cpu.native import c_structs
+from sagellm.backends.cpu.native_forms import NoNativeForm
 from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.graphs.kernels import KERNELS, KV
 from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
@@ -93,10 +94,6 @@ _STEP_PORTS = {
 _EVERY_ROW = ("rope", "kv_write", "rope_kv_write", "paged_attention")  # need all T rows
 
 
-class UntranslatableError(Exception):
-    """The plan has no native form; a CpuProgram can run it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Translation:
     """A plan in native form. `instructions` point to memory that `kernels` keep alive.
@@ -124,19 +121,15 @@ class _Value:
     chosen: bool
 
 
-def translate(plan: KernelPlan, kernels: Sequence[object]) -> Translation:
-    """The native form of a plan. `kernels`: the bound kernel of each instruction.
+def translate(plan: KernelPlan, kernels: Sequence[NativeKernel]) -> Translation:
+    """The native form of a plan. `kernels`: the native form of each instruction.
 
-    Raises UntranslatableError if a kernel has no native form, or if an inlet that C reads from the
-    step's inputs is wired to another value.
+    Raises NoNativeForm if an inlet that C reads from the step's inputs is wired to another value.
     """
-    native = tuple(kernel for kernel in kernels if isinstance(kernel, NativeKernel))
-    if len(native) < len(kernels):
-        raise UntranslatableError("a kernel is not the C library's")
     translator = _Translator(plan)
-    for step, kernel in zip(plan.instructions, native, strict=True):
+    for step, kernel in zip(plan.instructions, kernels, strict=True):
         translator.add(step, kernel)
-    return translator.translation(native)
+    return translator.translation(tuple(kernels))
 
 
 class _Translator:
@@ -153,14 +146,14 @@ class _Translator:
         self._attentions: dict[PagedAttention, int] = {}
 
     def add(self, step: Instruction, kernel: NativeKernel) -> None:
-        """Translate the next instruction of the plan. Raises UntranslatableError."""
+        """Translate the next instruction of the plan. Raises NoNativeForm."""
         op = _SAME.get(step.node.op, step.node.op)
         if op not in _OPS:
-            raise UntranslatableError(f"{op} is no instruction")
+            raise NoNativeForm(f"{op} is no instruction")
         registers = list(self._activations(step))
         inlets = [self._value(index) for index in registers]
         if op in _EVERY_ROW and any(value.chosen for value in inlets):
-            raise UntranslatableError(f"{step.node.name} reads rows of logits")
+            raise NoNativeForm(f"{step.node.name} reads rows of logits")
         outlets = self._outlets(step, kernel, op, registers, inlets)
         scratch = self._scratch(op, outlets)
         for index in step.dead:
@@ -172,7 +165,7 @@ class _Translator:
     def _activations(self, step: Instruction) -> Iterable[int]:
         """The registers of the inlets that take matrices.
 
-        Raises UntranslatableError if another inlet is not wired to the step input that C reads.
+        Raises NoNativeForm if another inlet is not wired to the step input that C reads.
         """
         ports = KERNELS[step.node.op].spec.inlets
         for port, index in zip(ports, step.inputs, strict=True):
@@ -180,11 +173,11 @@ class _Translator:
             if expected is None:
                 yield index
             elif index != self._plan.step_inputs[expected]:
-                raise UntranslatableError(f"{step.node.name}.{port.name} is not {expected}")
+                raise NoNativeForm(f"{step.node.name}.{port.name} is not {expected}")
 
     def _value(self, register: int) -> _Value:
         if register not in self._values:
-            raise UntranslatableError("a kernel reads an input of the step in another way")
+            raise NoNativeForm("a kernel reads an input of the step in another way")
         return self._values[register]
 
     def _outlets(
@@ -199,7 +192,7 @@ class _Translator:
         widths = kernel.widths or tuple(inlets[0].place.width for _ in step.outputs)
         if step is self._plan.instructions[-1]:
             if step.outputs != (self._plan.logits,):
-                raise UntranslatableError("logits are not the last result")
+                raise NoNativeForm("logits are not the last result")
             return [_Value(BufferSlice(LOGITS_BUFFER, 0, widths[0]), chosen)]
         if op in (_LINEAR, _GATED):
             return [_Value(place, chosen) for place in self._buffers.take(widths)]

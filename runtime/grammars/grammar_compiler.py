@@ -9,11 +9,15 @@ from typing import NamedTuple
 from llguidance import LLMatcher, LLTokenizer
 
 from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.compiled_grammar import LIMITS, CompiledGrammar
+from sagellm.runtime.grammars.compiled_grammar import (
+    LIMITS,
+    CompiledGrammar,
+    llguidance_text,
+    open_vocabulary,
+    vocabulary_of,
+)
 from sagellm.runtime.grammars.lark_grammars import special_tokens
-from sagellm.runtime.grammars.llguidance_text import llguidance_text
 from sagellm.runtime.grammars.matcher import GrammarMatcher
-from sagellm.runtime.grammars.token_bytes import open_vocabulary, vocabulary_of
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.sampling import Grammar
 

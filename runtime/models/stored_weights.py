@@ -5,19 +5,22 @@ Quantised formats: GPTQ (arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, A
 """
 
 import ctypes
+import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sagellm.backends.arrays import BFLOAT16, Array, dtype_name, opaque, to_float32
 from sagellm.backends.interface import Loading, Progress, silent
 from sagellm.backends.quantised_weight import ZERO_CODE, QuantisedWeight
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.models.config import StoredQuantisation, stored_quantisation
 from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.models.files import StoredTensor, read_header
 from sagellm.runtime.models.folder import ModelError, ModelFolder, shard_files
 
 _MAPS = Path("/proc/self/maps")
@@ -48,21 +51,25 @@ def _mapped(names: set[str]) -> Iterator[tuple[int, int]]:
 
 
 _HELD_BYTES = 32 << 20  # mapped pages are dropped each time this number of bytes has been read
+_DTYPES: Mapping[str, np.dtype[Any]] = {  # by the names of the format
+    "BF16": BFLOAT16,
+    "F8_E4M3": opaque("float8_e4m3fn", 1),
+    "F8_E5M2": opaque("float8_e5m2", 1),
+    "BOOL": np.dtype(np.bool_),
+    **{
+        f"{letter}{8 * size}": np.dtype(f"<{kind}{size}")
+        for letter, kind, sizes in (("F", "f", (2, 4, 8)), ("I", "i", (1, 2, 4, 8)))
+        for size in sizes
+    },
+    **{f"U{8 * size}": np.dtype(f"<u{size}") for size in (1, 2, 4, 8)},
+}
 
 
-class _Shard(Protocol):
-    """An open safetensors file, whose library has no types."""
-
-    def keys(self) -> list[str]: ...
-
-    def get_tensor(self, name: str) -> torch.Tensor: ...
-
-
-class SafetensorsWeights(Mapping[str, torch.Tensor]):
-    """Maps names to tensors. Headers are read at once; a tensor is read from disk at each access.
+class SafetensorsWeights(Mapping[str, Array]):
+    """Maps names to arrays. Headers are read at once; an array is a view of the mapped file.
 
     Pages that were read are dropped at intervals, so that the memory does not hold the weights
-    twice while a backend copies them. The tensors stay valid, but must not be written to.
+    twice while a backend copies them. The arrays stay valid, but must not be written to.
 
     `progress` is called with the number of bytes that have been read. Raises ModelError if a file
     is damaged, or lacks a tensor that the index promises.
@@ -72,36 +79,43 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
         if folder.path is None:
             raise ModelError(f"model {folder.name} has no weights")
         self._folder = folder.name
-        self._files: dict[str, _Shard] = {}
+        self._tensors: dict[str, StoredTensor] = {}
+        self._maps: dict[str, mmap.mmap] = {}
         self._paths: list[Path] = []
         self._unreturned_bytes = 0
         self._progress = progress
         self._read_bytes = self._told_bytes = 0
         for file, promised in shard_files(folder.name, folder.path).items():
             held = self._open(folder.path / file, file)
-            missing = sorted(set(promised) - set(held.keys()))
+            missing = sorted(set(promised) - set(held))
             if missing:
                 raise ModelError(f"model {folder.name}: {file} lacks tensor {missing[0]}")
-            self._files.update(dict.fromkeys(held.keys(), held))
+            self._tensors.update(held)
             self._paths.append(folder.path / file)
         self._total_bytes = sum(path.stat().st_size for path in self._paths)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._files[name].get_tensor(name)
+    def __getitem__(self, name: str) -> Array:
+        tensor = self._tensors[name]
+        dtype = _DTYPES.get(tensor.dtype)
+        if dtype is None:
+            cause = f"tensor {name} is stored as {tensor.dtype}, which is not read"
+            raise ModelError(f"model {self._folder}: {cause}")
         if self._unreturned_bytes >= _HELD_BYTES:
             self.give_back()
-        self._unreturned_bytes += tensor.nbytes
-        self._tell(tensor.nbytes)
-        return tensor
+        self._unreturned_bytes += tensor.num_bytes
+        self._tell(tensor.num_bytes)
+        count = math.prod(tensor.shape)
+        flat = np.frombuffer(self._maps[tensor.file], dtype, count, tensor.begin)
+        return flat.reshape(tensor.shape)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files  # without reading it
+        return name in self._tensors  # without reading it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._tensors)
 
     def give_back(self) -> None:
         """Drop the resident pages of all tensors. A page that is used again is read again."""
@@ -124,16 +138,21 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
     def require(self, names: Iterable[str]) -> None:
         """Raise ModelError for the first name that no file holds."""
         for name in names:
-            if name not in self._files:
-                close = nearest(name, list(self._files))
+            if name not in self._tensors:
+                close = nearest(name, list(self._tensors))
                 hint = f"; the nearest there is {close}" if close else ""
                 raise ModelError(f"model {self._folder}: tensor {name} is missing{hint}")
 
-    def _open(self, path: object, file: str) -> _Shard:
+    def _open(self, path: Path, file: str) -> dict[str, StoredTensor]:
+        """Map a file, and return its tensors by name."""
         try:
-            return cast(_Shard, safe_open(str(path), framework="pt"))
+            safe_open(str(path), framework="np")  # checks the header, and the sizes in it
+            with path.open("rb") as opened:
+                # Copy on write: libraries that take an array ask whether they may write to it.
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"model {self._folder}: {file} cannot be read: {error}") from error
+        return read_header(self._folder, path)
 
 
 def weight_names(graph: Graph) -> tuple[str, ...]:
@@ -147,7 +166,7 @@ _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in a word of columns 0, 1, 2
 _BLOCK = 32
 
 
-class PackedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
+class PackedWeights(Mapping[str, Array | QuantisedWeight]):
     """Maps names to weights. If the folder stores `NAME.qweight`, `NAME.qzeros` and `NAME.scales`,
     an access to `NAME.weight` unpacks a quantised weight from these three tensors.
 
@@ -161,7 +180,7 @@ class PackedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
         self._folder = folder.name
         self._stored = stored
 
-    def __getitem__(self, name: str) -> torch.Tensor | QuantisedWeight:
+    def __getitem__(self, name: str) -> Array | QuantisedWeight:
         stem = name.removesuffix(".weight")
         if name in self._weights or f"{stem}.qweight" not in self._weights:
             return self._weights[name]
@@ -212,7 +231,7 @@ def open_weights(
     return PackedWeights(folder, stored, progress)
 
 
-def gptq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -> QuantisedWeight:
+def gptq(stored: StoredQuantisation, parts: Mapping[str, Array | None]) -> QuantisedWeight:
     """Unpack a GPTQ weight: qweight [K / codes per word, N], qzeros [G, N / codes per word],
     scales [G, N], g_idx [K].
 
@@ -227,7 +246,7 @@ def gptq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -
     return _weight(stored, codes, zeros, parts["scales"], order)
 
 
-def awq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -> QuantisedWeight:
+def awq(stored: StoredQuantisation, parts: Mapping[str, Array | None]) -> QuantisedWeight:
     """Unpack an AWQ weight: qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]. Raises
     ValueError.
     """
@@ -239,10 +258,10 @@ def awq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) ->
 
 def _weight(
     stored: StoredQuantisation,
-    codes: torch.Tensor,
-    zeros: torch.Tensor,
-    scales: torch.Tensor | None,
-    order: torch.Tensor | None,
+    codes: Array,
+    zeros: Array,
+    scales: Array | None,
+    order: Array | None,
 ) -> QuantisedWeight:
     """Make a weight of unsigned codes [N, K], zeros [N, G] and scales [G, N]. Raises ValueError."""
     num_rows, size = codes.shape
@@ -255,46 +274,49 @@ def _weight(
             f"{stored.group_size} need {wanted[::-1]}"
         )
     if stored.bits == 8:  # backends take int8: shift unsigned codes by 128
-        codes, zeros = (codes - 128).to(torch.int8), zeros - 128
-    own = None if bool((zeros == ZERO_CODE[stored.bits]).all()) else zeros.short().contiguous()
-    codes = codes if stored.bits == 8 else codes.to(torch.uint8)
-    return QuantisedWeight(
-        stored.bits, group, codes.contiguous(), _half(scales).T.contiguous(), own, order
-    )
+        codes, zeros = (codes - 128).astype(np.int8), zeros - 128
+    has_zeros = bool((zeros != ZERO_CODE[stored.bits]).any())
+    own = np.ascontiguousarray(zeros, np.int16) if has_zeros else None
+    codes = np.ascontiguousarray(codes, np.int8 if stored.bits == 8 else np.uint8)
+    halves = np.ascontiguousarray(_half(scales).T)
+    return QuantisedWeight(stored.bits, group, codes, halves, own, order)
 
 
-def _half(scales: torch.Tensor) -> torch.Tensor:
-    half = scales.half()
-    if not torch.equal(half.float(), scales.float()):
-        raise ValueError(f"its scales ({scales.dtype}) have no place in float16; convert them")
+def _half(scales: Array) -> Array:
+    wide = to_float32(scales)
+    with np.errstate(over="ignore"):  # what overflows is not equal below
+        half = wide.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), wide):
+        found = dtype_name(scales.dtype)
+        raise ValueError(f"its scales ({found}) have no place in float16; convert them")
     return half
 
 
-def _whole(parts: Mapping[str, torch.Tensor | None], name: str) -> torch.Tensor:
+def _whole(parts: Mapping[str, Array | None], name: str) -> Array:
     found = parts[name]
     assert found is not None
-    if found.dtype != torch.int32 or found.dim() != 2:
-        raise ValueError(f"{name} is {found.dtype} of {list(found.shape)}, not a matrix of int32")
+    if found.dtype != np.int32 or found.ndim != 2:
+        kind, shape = dtype_name(found.dtype), list(found.shape)
+        raise ValueError(f"{name} is {kind} of {shape}, not a matrix of int32")
     return found
 
 
-def _spread(words: torch.Tensor, bits: int) -> torch.Tensor:
+def _spread(words: Array, bits: int) -> Array:
     """Unpack words: [R, W] int32 -> [R, W * codes per word] int16. A word's lowest bits come
     first.
     """
-    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
-    codes: torch.Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.short().flatten(1)
+    shifts = np.arange(0, _WORD_BITS, bits, dtype=np.int32)
+    codes: Array = (words[:, :, None] >> shifts) & (2**bits - 1)
+    return codes.astype(np.int16).reshape(len(words), -1)
 
 
-def _in_order(codes: torch.Tensor) -> torch.Tensor:
+def _in_order(codes: Array) -> Array:
     """The codes with their columns in order: AWQ interleaves eight columns in each word."""
-    return codes.view(len(codes), -1, len(_AWQ_PLACES))[:, :, list(_AWQ_PLACES)].flatten(1)
+    words = codes.reshape(len(codes), -1, len(_AWQ_PLACES))
+    return words[:, :, list(_AWQ_PLACES)].reshape(len(codes), -1)
 
 
-def _order(
-    stored: StoredQuantisation, g_idx: torch.Tensor | None, size: int
-) -> torch.Tensor | None:
+def _order(stored: StoredQuantisation, g_idx: Array | None, size: int) -> Array | None:
     """The order that sorts the columns of codes by group: the input feature (k) of each column.
     None: the columns are sorted already. Raises ValueError.
     """
@@ -303,10 +325,11 @@ def _order(
         if stored.reorders:
             raise ValueError("g_idx is missing, and desc_act says that it is needed")
         return None
-    in_groups = torch.arange(size) // group
-    if torch.equal(g_idx.long(), in_groups):
+    in_groups = np.arange(size) // group
+    if np.array_equal(g_idx, in_groups):
         return None
-    order = g_idx.long().argsort(stable=True)
-    if len(g_idx) != size or not torch.equal(g_idx.long()[order], in_groups):
+    order: Array = g_idx.argsort(kind="stable")
+    if len(g_idx) != size or not np.array_equal(g_idx[order], in_groups):
         raise ValueError(f"g_idx does not name groups of {group}")
-    return order.int()
+    columns: Array = order.astype(np.int32)
+    return columns

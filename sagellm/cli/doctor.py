@@ -29,6 +29,7 @@ from sagellm.backends.cpu.native.compiler import (
     library_name,
     writable_folder,
 )
+from sagellm.backends.cpu.native.library import default_threads
 from sagellm.cli.errors import CONFIGURATION, RESOURCES
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text import yaml
@@ -172,8 +173,8 @@ def _cpu_name() -> str:
 
 def _threads() -> Finding:
     usable = _usable_cores()
-    found = f"{torch.get_num_threads()} threads on {usable} cores"
-    if torch.get_num_threads() > usable:
+    found = f"{default_threads()} threads on {usable} cores"
+    if default_threads() > usable:
         return Finding("warning", found, f"export OMP_NUM_THREADS={usable}")
     return Finding("ok", found)
 

@@ -4,12 +4,15 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
+from tensors import arrays
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sagellm.backends.cpu import CpuBackend
-from sagellm.backends.cpu.program import CpuProgram, NativeProgram
+from sagellm.backends.cpu.program import StepProgram
+from sagellm.backends.cpu.torch_linear import array, tensor
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.models import ModelFacts, build, facts
 
@@ -80,7 +83,7 @@ class Reference:
 class Paged:
     """Sequences on one pool with scattered blocks, stepped as an engine would."""
 
-    program: CpuProgram | NativeProgram
+    program: StepProgram
     pool: torch.Tensor
     free: list[int]
     blocks: dict[str, list[int]] = field(default_factory=dict)
@@ -90,9 +93,14 @@ class Paged:
         """New tokens by sequence -> logits of each of them."""
         for name, tokens in batch.items():
             self._grow(name, len(tokens))
-        logits = self.program.run(self._inputs(batch), self.pool)
+        logits = self.run(self._inputs(batch))
         counts = [len(tokens) for tokens in batch.values()]
         return dict(zip(batch, logits.split(counts), strict=True))
+
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        """The logits of a step, on as many threads as torch has."""
+        logits = self.program.run(inputs, array(self.pool), torch.get_num_threads())
+        return torch.from_numpy(logits)
 
     def _grow(self, name: str, count: int) -> None:
         self.lengths[name] = self.lengths.get(name, 0) + count
@@ -111,14 +119,14 @@ class Paged:
         longest = max(len(self.blocks[name]) for name in batch)
         tables = [self.blocks[n] + [0] * (longest - len(self.blocks[n])) for n in batch]
         return StepInputs(
-            token_ids=torch.tensor(list(itertools.chain(*batch.values()))),
-            positions=torch.tensor([place for _, place in places]),
-            slots=torch.tensor([self._slot(*place) for place in places]),
-            query_starts=torch.tensor([0, *itertools.accumulate(lens)]),
-            context_lens=torch.tensor(contexts),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
-            logit_rows=torch.arange(len(places)),
-            states=torch.empty((2, len(lens), 0), dtype=torch.int32),
+            token_ids=np.array(list(itertools.chain(*batch.values()))),
+            positions=np.array([place for _, place in places]),
+            slots=np.array([self._slot(*place) for place in places]),
+            query_starts=np.array([0, *itertools.accumulate(lens)]),
+            context_lens=np.array(contexts),
+            block_tables=np.array(tables, dtype=np.int32),
+            logit_rows=np.arange(len(places)),
+            states=np.empty((2, len(lens), 0), dtype=np.int32),
             query_lens=tuple(lens),
             contexts=tuple(contexts),
         )
@@ -156,8 +164,9 @@ def paged() -> Callable[..., Paged]:
         backend, layout = backend or CpuBackend(), model.layout(dtype)
         options = {"layout": layout, "dtype": dtype, "deterministic": deterministic}
         options["quantization"] = quantization
-        program = backend.device().lower(build(model.config), model.weights, **options)
-        pool = backend.device().allocate(layout, 300).pool
+        weights = arrays(model.weights)
+        program = backend.device().lower(build(model.config), weights, **options)
+        pool = tensor(backend.device().allocate(layout, 300).pool)
         return Paged(program, pool.fill_(7.0), free=[(i * 7) % 300 for i in range(1, 300)])
 
     return make

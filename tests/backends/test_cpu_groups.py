@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from tensors import arrays
 
 from sagellm.backends.cpu import CpuBackend
-from sagellm.backends.cpu.linear_attention import in_chunks, load, store, token_by_token
+from sagellm.backends.cpu.attention import in_chunks, load, store, token_by_token
+from sagellm.backends.cpu.torch_linear import array, tensor
 from sagellm.backends.step import KVLayout, StepBatch
 from sagellm.backends.step_inputs import step_inputs
 from sagellm.graphs.kernels import KVBlocks, kv_groups
@@ -21,16 +23,16 @@ NEW = [[5, 9], [11, 3]]  # of two sequences, in two steps
 def test_what_lies_behind_a_window_is_not_read(reference, native, deterministic):
     """Several tables, without the blocks before the window, against one table of all layers."""
     model = reference("qwen2_sliding")
-    graph, facts = build(model.config), model.facts
+    graph, facts, weights = build(model.config), model.facts, arrays(model.weights)
     blocks = KVBlocks(kv_groups(graph), facts.num_kv_heads, facts.head_dim, SIZE, 4)
     assert blocks.block_layers == 1
     backend, how = CpuBackend(native=native), {"dtype": "float32", "deterministic": deterministic}
     whole, part = model.layout(), KVLayout(1, facts.num_kv_heads, facts.head_dim, SIZE, "float32")
-    one = backend.device().lower(graph, model.weights, layout=whole, **how)
+    one = backend.device().lower(graph, weights, layout=whole, **how)
     placed = PlaceLayers(blocks).apply(graph)
-    several = backend.device().lower(placed, model.weights, layout=part, **how)
+    several = backend.device().lower(placed, weights, layout=part, **how)
     pools = [
-        backend.device().allocate(layout, count).pool.fill_(float("nan"))
+        array(tensor(backend.device().allocate(layout, count).pool).fill_(float("nan")))
         for layout, count in ((whole, 40), (part, 120))
     ]
     draw = torch.Generator().manual_seed(1)
@@ -55,8 +57,8 @@ def test_what_lies_behind_a_window_is_not_read(reference, native, deterministic)
             for table in (1, 2):
                 tables[table][sequence][:first] = [-1] * first
         split = StepBatch(**batch, block_tables=[blocks for table in tables for blocks in table])
-        right = one.run(step_inputs(plain, SIZE), pools[0])
-        found = several.run(step_inputs(split, SIZE), pools[1])
+        right = torch.from_numpy(one.run(step_inputs(plain, SIZE), pools[0], 1))
+        found = torch.from_numpy(several.run(step_inputs(split, SIZE), pools[1], 1))
         assert torch.equal(found, right)
         assert not right.isnan().any()
 

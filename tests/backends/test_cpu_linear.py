@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sagellm.backends.cpu import linear as ways
+from sagellm.backends.cpu import torch_linear as ways
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 ROWS = pytest.mark.parametrize("rows", [1, 6, 300])

@@ -7,6 +7,7 @@ from logged import logged
 
 from sagellm.backends.cpu.native import compiler, library
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.torch_linear import array
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -22,10 +23,12 @@ def test_rms_norm_alone_and_behind_an_add(width, size):
     a, b, weight = torch.randn(5, width), torch.randn(5, width), torch.randn(size)
     runs = (a + b).view(5, -1, size)
     wanted = F.rms_norm(runs, (size,), weight, 1e-5).flatten(1)
-    total, found = KERNELS.add_rms_norm(a, b, weight, size, 1e-5)
+    how = array(weight), size, 1e-5, 1
+    sums, normed = KERNELS.add_rms_norm(array(a), array(b), *how)
+    total, found = torch.from_numpy(sums), torch.from_numpy(normed)
     assert torch.equal(total, a + b)
     assert torch.allclose(found, wanted, atol=1e-5)
-    assert torch.equal(KERNELS.rms_norm(total, weight, size, 1e-5), found)
+    assert torch.equal(torch.from_numpy(KERNELS.rms_norm(sums, *how)), found)
 
 
 @pytest.mark.parametrize("width", [8, 21])
@@ -33,7 +36,7 @@ def test_silu_mul(width):
     both = 30 * torch.randn(9, 2 * width)
     both[0, 0], both[0, 1] = 200.0, -200.0
     gate, up = torch.split(both, width, 1)
-    found = KERNELS.silu_mul(gate, up)
+    found = torch.from_numpy(KERNELS.silu_mul(array(gate), array(up), 1))
     assert torch.allclose(found, F.silu(gate) * up, rtol=1e-5, atol=1e-6)
 
 
@@ -43,7 +46,8 @@ def test_bfloat16_is_rounded_to_nearest_even_as_in_torch():
     still = torch.stack([torch.ones(4, 32), torch.zeros(4, 32)], 1)
     places = torch.tensor([0, 1])
     options = {"tables": still, "positions": places, "slots": places, "pool": pool}
-    KERNELS.rope_kv_write(values, values, values, **options, layer=1)
+    given = {name: array(tensor) for name, tensor in options.items()}
+    KERNELS.rope_kv_write(*[array(values)] * 3, **given, layer=1)
     assert torch.equal(pool[1, :, 0, 0, :2], values.bfloat16().expand(2, 2, 64))
     assert not pool[[0, 2]].any()
 

@@ -3,13 +3,14 @@
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from tile_kernels import WAYS, kernels_by
 
-from sagellm.backends.cpu.attention import attend_row_by_row
-from sagellm.backends.cpu.binding import ForwardContext
+from sagellm.backends.cpu.attention import ForwardContext, attend_row_by_row
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.torch_linear import array
 from sagellm.backends.step import StepInputs
 from sagellm.graphs.kernels.token_mixers import PagedAttention
 
@@ -17,7 +18,7 @@ KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 70, 700])
-NONE = torch.empty(0, dtype=torch.int64)
+NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass
@@ -36,32 +37,33 @@ class Case:
         tables = [self.blocks[s] + [0] * (longest - len(self.blocks[s])) for s, *_ in rows]
         return StepInputs(
             token_ids=NONE,
-            positions=torch.cat([torch.arange(first, last) for _, first, last in rows]),
+            positions=np.concatenate([np.arange(first, last) for _, first, last in rows]),
             slots=NONE,
-            query_starts=torch.tensor(starts),
-            context_lens=torch.tensor([last for *_, last in rows]),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
+            query_starts=np.array(starts),
+            context_lens=np.array([last for *_, last in rows]),
+            block_tables=np.array(tables, dtype=np.int32),
             logit_rows=NONE,
             states=NONE,
             query_lens=tuple(last - first for _, first, last in rows),
             contexts=tuple(last for *_, last in rows),
         )
 
-    def run(self, rows, kernels=KERNELS, tiles=False):
+    def run(self, rows, threads=1, kernels=KERNELS, tiles=False):
         """Results of the C kernel, one tensor an entry of `rows`."""
         q, inputs = self._queries(rows), self.inputs(rows)
         found = kernels.attention(
-            q,
-            pool=self.pool,
+            array(q),
+            pool=array(self.pool),
             layer=1,
             block_tables=inputs.block_tables,
             query_starts=inputs.query_starts,
             context_lens=inputs.context_lens,
             scale=self.options.scale,
             window=self.options.window,
+            threads=threads,
             tiles=tiles,
         )
-        return found.split(list(inputs.query_lens))
+        return torch.from_numpy(found).split(list(inputs.query_lens))
 
     @property
     def is_rounded(self):
@@ -72,7 +74,7 @@ class Case:
         inputs, q = self.inputs(rows), self._queries(rows)
         if self.is_rounded:
             q = (q * self.options.scale).bfloat16().float() / self.options.scale
-        found = attend_row_by_row(self.options, ForwardContext(inputs, self.pool), q)
+        found = attend_row_by_row(self.options, ForwardContext(inputs, array(self.pool)), q)
         return found.split(list(inputs.query_lens))
 
     def _queries(self, rows):
@@ -133,13 +135,11 @@ def test_a_row_has_the_same_bits_in_a_prompt_in_a_chunk_and_alone(window, dtype)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 16])
-def test_no_number_of_threads_changes_a_bit(kept_threads, threads):
+def test_no_number_of_threads_changes_a_bit(threads):
     batch = case()
-    torch.set_num_threads(2)
-    wanted = batch.run(DECODE + RAGGED)
-    torch.set_num_threads(threads)
+    wanted = batch.run(DECODE + RAGGED, 2)
     for _ in range(5):
-        assert all(map(torch.equal, batch.run(DECODE + RAGGED), wanted))
+        assert all(map(torch.equal, batch.run(DECODE + RAGGED, threads), wanted))
 
 
 def test_a_batch_that_is_too_large_to_share_contexts_has_the_same_bits():
@@ -155,7 +155,7 @@ def tiles(request):
     kernels = kernels_by(request.param)
     if not kernels.has_pairs:
         pytest.skip("a CPU that multiplies no pairs of bfloat16")
-    return lambda batch, rows: batch.run(rows, kernels, tiles=True)
+    return lambda batch, rows, threads=1: batch.run(rows, threads, kernels, tiles=True)
 
 
 TILED = [(0, 1190, 1200), (0, 450, 600), (2, 0, 7), (1, 60, 90), (0, 511, 513)]
@@ -195,11 +195,11 @@ def test_few_rows_are_multiplied_by_vectors(tiles):
     assert not torch.equal(found, vectors)
 
 
-def test_a_row_by_tiles_has_the_same_bits_in_any_batch_and_on_any_threads(tiles, kept_threads):
+def test_a_row_by_tiles_has_the_same_bits_in_any_batch_and_on_any_threads(tiles):
     batch = case(heads=14, head_dim=64, dtype=torch.bfloat16)
     (whole,) = tiles(batch, [(0, 0, 1200)])
     chunks = [tiles(batch, [(2, 0, 7), (0, at, at + 150)])[1] for at in range(0, 1200, 150)]
     assert torch.equal(torch.cat(chunks), whole)
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        assert torch.equal(tiles(batch, [*TILED, (0, 1195, 1200)])[-1], whole[1195:])
+        found = tiles(batch, [*TILED, (0, 1195, 1200)], threads)
+        assert torch.equal(found[-1], whole[1195:])

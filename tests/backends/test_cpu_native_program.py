@@ -5,13 +5,16 @@ import gc
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.cpu.lowerings import CpuProgram
 from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.program import CpuProgram, NativeProgram
+from sagellm.backends.cpu.program import NativeProgram
+from sagellm.backends.cpu.torch_linear import array
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -33,8 +36,10 @@ def native(paged, model, dtype="float32", passes=None):
 
 def on_tensors(paged, model, dtype="float32"):
     """The same kernels, one by one."""
-    sequences = native(paged, model, dtype)
-    sequences.program = sequences.program._on_tensors
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sagellm.backends.cpu.program.NATIVE_FORMS", {})
+        sequences = paged(model, dtype=dtype, deterministic=True)
+    assert isinstance(sequences.program, CpuProgram)
     return sequences
 
 
@@ -107,8 +112,8 @@ def test_a_row_may_be_wanted_twice_and_none_at_all(reference, paged):
     whole = sequences.step({"a": [1, 2, 3]})["a"]
     inputs = sequences._inputs({"a": [1, 2, 3]})
     for chosen in ([2, 0, 2, 2, 1, 0, *[1] * 30], []):
-        rows = torch.tensor(chosen, dtype=torch.int64)
-        found = sequences.program.run(replace(inputs, logit_rows=rows), sequences.pool)
+        rows = np.array(chosen, dtype=np.int64)
+        found = sequences.run(replace(inputs, logit_rows=rows))
         assert torch.equal(found, whole[rows])
 
 
@@ -131,12 +136,12 @@ def test_a_profile_names_each_instruction(reference, paged):
     sequences = native(paged, reference("llama"))
     sequences._grow("a", 3)
     inputs = sequences._inputs({"a": [1, 2, 3]})
-    wanted = sequences.program.run(inputs, sequences.pool)
-    profile = sequences.program.profile(inputs, sequences.pool)
+    wanted = sequences.run(inputs)
+    profile = sequences.program.profile(inputs, array(sequences.pool), 2)
     lines = str(sequences.program).splitlines()[1:]
     assert all(name in line for (name, _), line in zip(profile, lines, strict=True))
     assert all(nanoseconds > 0 for _, nanoseconds in profile)
-    assert torch.equal(sequences.program.run(inputs, sequences.pool), wanted)
+    assert torch.equal(sequences.run(inputs), wanted)
 
 
 def test_memory_goes_with_the_program(reference, paged, monkeypatch):

@@ -8,8 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from sagellm.backends.cpu.linear import pack
 from sagellm.backends.cpu.native.library import native_kernels
@@ -29,9 +29,10 @@ def num_threads():
 
 def product(threads, depth=64):
     """Whether a product on so many threads is right."""
-    torch.set_num_threads(threads)
-    x, weight = torch.ones(1, depth), torch.arange(7.0)[:, None].expand(7, depth).contiguous()
-    return torch.equal(pack(KERNELS, weight, None)(x), depth * torch.arange(7.0)[None])
+    x, numbers = np.ones((1, depth), np.float32), np.arange(7, dtype=np.float32)
+    weight = np.repeat(numbers[:, None], depth, 1)
+    product = pack(KERNELS, weight, None, threads=threads)(x, threads)
+    return np.array_equal(product, depth * numbers[None])
 
 
 def in_a_thread(function):
@@ -51,7 +52,7 @@ def settled(number):
     return num_threads() <= number
 
 
-def test_helpers_come_as_they_are_needed_and_stay_for_the_next_kernel(kept_threads):
+def test_helpers_come_as_they_are_needed_and_stay_for_the_next_kernel():
     def run():
         before, counts = num_threads(), []
         for threads in (1, 3, 2, 5, 3, 1):
@@ -62,14 +63,14 @@ def test_helpers_come_as_they_are_needed_and_stay_for_the_next_kernel(kept_threa
     assert in_a_thread(run) == [0, 2, 2, 4, 4, 4]
 
 
-def test_helpers_end_with_the_thread_that_they_helped(kept_threads):
+def test_helpers_end_with_the_thread_that_they_helped():
     before = num_threads()
     for _ in range(5):
         assert in_a_thread(lambda: product(4))
     assert settled(before)
 
 
-def test_helpers_that_fell_asleep_wake_for_the_next_kernel(kept_threads):
+def test_helpers_that_fell_asleep_wake_for_the_next_kernel():
     def run():
         right = []
         for _ in range(10):
@@ -80,14 +81,14 @@ def test_helpers_that_fell_asleep_wake_for_the_next_kernel(kept_threads):
     assert in_a_thread(run)
 
 
-def test_threads_that_run_kernels_at_once_do_not_disturb_each_other(kept_threads):
-    torch.set_num_threads(2)
-    linear = pack(KERNELS, torch.randn(300, 64), None)
+def test_threads_that_run_kernels_at_once_do_not_disturb_each_other():
+    weight = np.random.default_rng(0).standard_normal((300, 64), np.float32)
+    linear = pack(KERNELS, weight, None)
 
     def run(number):
-        x = torch.full((1, 64), float(number))
-        wanted = linear(x)
-        return all(torch.equal(linear(x), wanted) for _ in range(300))
+        x = np.full((1, 64), number, np.float32)
+        wanted = linear(x, 2)
+        return all(np.array_equal(linear(x, 2), wanted) for _ in range(300))
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(run, range(24)))

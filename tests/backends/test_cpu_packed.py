@@ -3,12 +3,15 @@
 import ctypes
 import gc
 
+import numpy as np
 import pytest
 import torch
 
-from sagellm.backends.cpu.linear import PackedLinear, pack
+from sagellm.backends.cpu import linear as packing
+from sagellm.backends.cpu.linear import PackedLinear
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.torch_linear import array
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -23,12 +26,20 @@ def _seeded():
     torch.manual_seed(3)
 
 
-@pytest.fixture
-def threads():
-    """Set torch's number of threads, and restore it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+class Product:
+    """A PackedLinear on tensors."""
+
+    def __init__(self, made):
+        self.made = made
+        self.address, self.shape = made.address, made.shape
+
+    def __call__(self, rows, threads=1):
+        return torch.from_numpy(self.made(array(rows), threads))
+
+
+def pack(weight, bias, kind=None, threads=1):
+    offset = None if bias is None else array(bias)
+    return Product(packing.pack(KERNELS, array(weight), offset, kind, threads))
 
 
 def operands(rows, width, depth, kind):
@@ -36,16 +47,12 @@ def operands(rows, width, depth, kind):
     return torch.randn(rows, depth), torch.randn(width, depth).to(dtype), torch.randn(width)
 
 
-def packed(weight, bias, kind):
-    return pack(KERNELS, weight, bias, kind)
-
-
 @KINDS
 @SHAPES
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_any_number_of_rows(kind, width, depth, bias):
     x, weight, offset = operands(230, width, depth, kind)
-    linear = packed(weight, offset if bias else None, kind)
+    linear = pack(weight, offset if bias else None, kind)
     seen = x.bfloat16() if kind == "pairs" else x
     wanted = seen.double() @ weight.double().T + (offset if bias else 0.0)
     for rows in [*range(71), 96, 97, 192, 193, 230]:
@@ -57,7 +64,7 @@ def test_products_of_any_number_of_rows(kind, width, depth, bias):
 @SHAPES
 def test_a_row_has_the_same_bits_in_any_batch(kind, width, depth):
     x, weight, bias = operands(203, width, depth, kind)
-    linear = packed(weight, bias, kind)
+    linear = pack(weight, bias, kind)
     whole = linear(x)
     for size in (1, 2, 3, 4, 5, 6, 7, 9, 16, 50, 100):
         parts = [linear(part) for part in torch.split(x, size)]
@@ -66,13 +73,11 @@ def test_a_row_has_the_same_bits_in_any_batch(kind, width, depth):
 
 @KINDS
 @pytest.mark.parametrize("rows", [1, 2, 5, 40, 300])
-def test_a_product_has_the_same_bits_on_any_number_of_threads(threads, kind, rows):
+def test_a_product_has_the_same_bits_on_any_number_of_threads(kind, rows):
     x, weight, bias = operands(rows, 149, 700, kind)
-    threads(1)
-    alone = packed(weight, bias, kind)(x)
+    alone = pack(weight, bias, kind)(x)
     for number in (2, 3, 5, 13):
-        threads(number)
-        assert torch.equal(packed(weight, bias, kind)(x), alone), number
+        assert torch.equal(pack(weight, bias, kind, number)(x, number), alone), number
 
 
 @KINDS
@@ -81,14 +86,14 @@ def test_strided_rows(kind, rows):
     x, weight, bias = operands(rows, 21, 16, kind)
     wide = torch.randn(rows, 40)
     wide[:, 8:24] = x
-    linear = packed(weight, bias, kind)
+    linear = pack(weight, bias, kind)
     assert torch.equal(linear(wide[:, 8:24]), linear(x))
 
 
 @KINDS
 def test_what_lies_beside_the_columns_of_out_stays(kind):
     x, weight, bias = operands(8, 21, 600, kind)
-    linear, around = packed(weight, bias, kind), torch.full((8, 40), 7.0)
+    linear, around = pack(weight, bias, kind), torch.full((8, 40), 7.0)
     arguments = (x.data_ptr(), 600, around[:, 8:].data_ptr(), 40)
     for rows in (1, 2, 8):
         KERNELS._library.sage_linear(linear.address, *arguments, rows, 2)
@@ -100,9 +105,9 @@ def test_what_lies_beside_the_columns_of_out_stays(kind):
 @KINDS
 def test_numbers_that_are_none_reach_their_own_row_and_column_alone(kind):
     x, weight, bias = operands(9, 20, 40, kind)
-    usual = packed(weight, bias, kind)(x)
+    usual = pack(weight, bias, kind)(x)
     x[4, 3], weight[6, 5] = float("nan"), float("inf")
-    found = packed(weight, bias, kind)(x)
+    found = pack(weight, bias, kind)(x)
     spared = torch.ones(9, 20, dtype=torch.bool)
     spared[4], spared[:, 6] = False, False
     assert torch.equal(found[spared], usual[spared])
@@ -132,9 +137,9 @@ def gated(linear, x, width, threads):
 @pytest.mark.parametrize("bias", [True, False])
 def test_gated_is_what_the_halves_of_the_columns_give(kind, depth, bias):
     x, weight, offset = operands(260, 2 * 96, depth, kind)
-    linear = packed(weight, offset if bias else None, kind)
+    linear = pack(weight, offset if bias else None, kind)
     gate, up = linear(x).split(96, 1)
-    wanted = KERNELS.silu_mul(gate, up)
+    wanted = torch.from_numpy(KERNELS.silu_mul(array(gate), array(up), 1))
     for rows, threads in [
         (1, 1),
         (1, 2),
@@ -153,13 +158,13 @@ def test_gated_is_what_the_halves_of_the_columns_give(kind, depth, bias):
 def test_a_shape_without_a_gated_kernel_has_none(width, depth):
     assert not KERNELS.is_gated(width, depth)
     if depth == 64:
-        linear = packed(torch.randn(width, depth), None, "float")
+        linear = pack(torch.randn(width, depth), None, "float")
         assert NativeLinear.from_address(linear.address).gated is None
 
 
 def test_the_struct_names_what_the_c_kernels_read():
     weight, bias = torch.randn(5, 3), torch.randn(5)
-    linear = pack(KERNELS, weight, bias)
+    linear = pack(weight, bias)
     found = NativeLinear.from_address(linear.address)
     assert (found.num_cols, found.k, found.group) == (*linear.shape, 0)
     assert (found.scales, found.zeros, found.bias) == (None, None, bias.data_ptr())
@@ -169,7 +174,7 @@ def test_the_struct_names_what_the_c_kernels_read():
 def test_what_a_struct_points_to_lives_as_long_as_it():
     weight = torch.randn(300, 100)
     wanted = torch.randn(4, 100)
-    linear = pack(KERNELS, weight.clone(), torch.zeros(300))
+    linear = pack(weight.clone(), torch.zeros(300))
     gc.collect()
     rubbish = [torch.full((300, 100), 9.0) for _ in range(8)]
     assert torch.allclose(linear(wanted), wanted @ weight.T, atol=1e-4)
@@ -178,12 +183,12 @@ def test_what_a_struct_points_to_lives_as_long_as_it():
 
 def test_a_kernel_that_is_not_there_is_an_error():
     with pytest.raises(AttributeError, match="sage_multiply_nothing"):
-        PackedLinear(KERNELS, "sage_multiply_nothing", torch.zeros(1), (1, 1))
+        PackedLinear(KERNELS, "sage_multiply_nothing", np.zeros(1), (1, 1))
 
 
 @pytest.mark.parametrize(("has_pairs", "kernel"), [(True, "pairs"), (False, "bfloat")])
 def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_can(monkeypatch, has_pairs, kernel):
     monkeypatch.setattr(type(KERNELS), "has_pairs", has_pairs)
-    linear = pack(KERNELS, torch.randn(5, 3).bfloat16(), None)
+    linear = pack(torch.randn(5, 3).bfloat16(), None)
     chosen = KERNELS.function(f"sage_multiply_{kernel}")
     assert NativeLinear.from_address(linear.address).run == chosen

@@ -7,7 +7,7 @@ import torch
 
 from sagellm.backends import LoweringError
 from sagellm.backends.cpu import CpuBackend
-from sagellm.backends.cpu.quantised_linear import quantise
+from sagellm.backends.cpu.torch_linear import quantised, tensor
 from sagellm.backends.quantised_weight import MODES, QuantisedWeight
 
 WAYS = pytest.mark.parametrize("native", [True, False], ids=["C", "torch"])
@@ -35,7 +35,7 @@ def replaced(model, make):
 
 def dequantised(model):
     def floats(_, weight):
-        return weight.dequantised() if isinstance(weight, QuantisedWeight) else weight
+        return tensor(weight.dequantised()) if isinstance(weight, QuantisedWeight) else weight
 
     return replaced(model, floats)
 
@@ -80,7 +80,7 @@ def test_a_row_has_the_same_bits_in_any_batch(reference, paged, mode, native, dt
 @WAYS
 def test_deterministic_int4_is_exactly_its_weights(reference, paged, native):
     model, prompt = reference("qwen3"), tokens(40)
-    stored = replaced(model, lambda name, w: quantise(w, 8 if "head" in name else 4))
+    stored = replaced(model, lambda name, w: quantised(w, 8 if "head" in name else 4))
     backend = CpuBackend(native=native)
     wanted = paged(dequantised(stored), backend, deterministic=True).step({"a": prompt})["a"]
     for way, mode in ((stored, None), (model, "int4")):
@@ -95,12 +95,12 @@ def test_stored_forms_may_differ_within_a_layer(reference, paged, native):
 
     def make(name, weight):
         if "q_proj" in name or "up_proj" in name:
-            return quantise(weight, 4)
+            return quantised(weight, 4)
         if "k_proj" in name:
-            return dataclasses.replace(quantise(weight, 8), order=None)
+            return dataclasses.replace(quantised(weight, 8), order=None)
         if "gate_proj" in name:
-            made = quantise(weight, 4)
-            return dataclasses.replace(made, group=64, scales=made.scales[:, ::2].contiguous())
+            made = quantised(weight, 4)
+            return dataclasses.replace(made, group=64, scales=made.scales[:, ::2].copy())
         return weight
 
     stored, backend = replaced(model, make), CpuBackend(native=native)
@@ -112,14 +112,14 @@ def test_stored_forms_may_differ_within_a_layer(reference, paged, native):
 def test_a_quantised_embedding_is_refused(reference, paged):
     model = reference("llama")
     name = "model.embed_tokens.weight"
-    weights = {**model.weights, name: quantise(model.weights[name], 8)}
+    weights = {**model.weights, name: quantised(model.weights[name], 8)}
     with pytest.raises(LoweringError, match="only weights of linears may be"):
         paged(dataclasses.replace(model, weights=weights))
 
 
 def test_a_quantised_weight_of_another_shape_is_named(reference, paged):
     model = reference("llama")
-    weights = {**model.weights, "lm_head.weight": quantise(torch.zeros(96, 64), 8)}
+    weights = {**model.weights, "lm_head.weight": quantised(torch.zeros(96, 64), 8)}
     with pytest.raises(LoweringError, match=r"'lm_head.weight' is \[96, 64\].* says \[97, 64\]"):
         paged(dataclasses.replace(model, weights=weights))
 

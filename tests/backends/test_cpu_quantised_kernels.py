@@ -6,9 +6,10 @@ import subprocess
 import pytest
 import torch
 
+from sagellm.backends.cpu import quantised_linear
 from sagellm.backends.cpu.native import compiler
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
-from sagellm.backends.cpu.quantised_linear import PackedQuantised, dequantising, rounded
+from sagellm.backends.cpu.torch_linear import array, dequantising, rounded, tensor
 from sagellm.backends.quantised_weight import QuantisedWeight
 
 KERNELS = native_kernels()
@@ -24,26 +25,33 @@ def _seeded():
     torch.manual_seed(4)
 
 
-@pytest.fixture
-def one_thread():
-    """One thread, for tests of many calls: beside other tests, several would wait for cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+class PackedQuantised:
+    """A product of the library on tensors."""
+
+    def __init__(self, kernels, weight, bias, row_bits):
+        offset = None if bias is None else array(bias)
+        self.made = quantised_linear.PackedQuantised(kernels, weight, offset, row_bits)
+
+    def __call__(self, rows, threads=1):
+        return torch.from_numpy(self.made(array(rows), threads))
 
 
 def random_weight(bits, width, depth, group=32, *, zeros=False, order=False):
     groups = -(-depth // group)
     low, high = (0, 16) if bits == 4 else (-127, 128)
+    codes = torch.randint(low, high, (width, depth))
     return QuantisedWeight(
         bits,
         group,
-        torch.randint(low, high, (width, depth)).to(torch.uint8 if bits == 4 else torch.int8),
-        (torch.rand(width, groups) / 100 + 1e-3).half(),
-        torch.randint(low, high + 1, (width, groups)).short() if zeros else None,
-        torch.randperm(depth).int() if order else None,
+        array(codes.to(torch.uint8 if bits == 4 else torch.int8)),
+        array((torch.rand(width, groups) / 100 + 1e-3).half()),
+        array(torch.randint(low, high + 1, (width, groups)).short()) if zeros else None,
+        array(torch.randperm(depth).int()) if order else None,
     )
+
+
+def dequantised(weight):
+    return tensor(weight.dequantised()).double()
 
 
 def wanted(weight, x, bias, row_bits):
@@ -51,8 +59,9 @@ def wanted(weight, x, bias, row_bits):
         seen = rounded(x, row_bits)
     else:
         seen = torch.empty_like(x)
-        seen[:, weight.order.long()] = rounded(x[:, weight.order.long()], row_bits)
-    product = seen.double() @ weight.dequantised().double().T
+        order = tensor(weight.order).long()
+        seen[:, order] = rounded(x[:, order], row_bits)
+    product = seen.double() @ dequantised(weight).T
     return product if bias is None else product + bias
 
 
@@ -85,9 +94,9 @@ def test_the_largest_numbers_do_not_overflow(bits, row_bits):
     x = torch.cat([torch.ones(1, 64), -torch.ones(1, 64), torch.ones(1, 64) * 1e6])
     for code in (0, 15) if bits == 4 else (-127, 127):
         weight = random_weight(bits, 16, 64)
-        weight.codes.fill_(code)
+        weight.codes.fill(code)
         found = PackedQuantised(KERNELS, weight, None, row_bits)(x)
-        assert error(found, x.double() @ weight.dequantised().double().T) < 1e-6
+        assert error(found, x.double() @ dequantised(weight).T) < 1e-6
 
 
 @FORMS
@@ -101,12 +110,12 @@ def test_rows_of_any_size(bits, row_bits, scale):
 def test_rows_of_16_bits_lose_next_to_nothing():
     weight, x = random_weight(8, 40, 896), torch.randn(4, 896)
     found = PackedQuantised(KERNELS, weight, None, 16)(x)
-    assert error(found, x.double() @ weight.dequantised().double().T) < 3e-5
+    assert error(found, x.double() @ dequantised(weight).T) < 3e-5
 
 
 @FORMS
 @pytest.mark.parametrize("depth", [77, 2061])
-def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth, one_thread):
+def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth):
     x = torch.randn(600, depth)  # more than a thread keeps at a time
     packed = PackedQuantised(KERNELS, random_weight(bits, 31, depth, zeros=True), None, row_bits)
     whole = packed(x)
@@ -118,28 +127,18 @@ def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth
 
 def test_rows_may_be_strided_and_threads_more_than_panels():
     packed = PackedQuantised(KERNELS, random_weight(4, 5, 64), None, 8)
-    x, before = torch.randn(6, 100), torch.get_num_threads()
+    x = torch.randn(6, 100)
     found = packed(x[:, 8:72])
     assert torch.equal(found, packed(x[:, 8:72].contiguous()))
-    try:
-        torch.set_num_threads(7)
-        assert torch.equal(packed(x[:, 8:72]), found)
-    finally:
-        torch.set_num_threads(before)
+    assert torch.equal(packed(x[:, 8:72], 7), found)
 
 
 @FORMS
 @pytest.mark.parametrize("num_rows", [1, 64, 200])
 def test_threads_share_rows_or_columns_and_change_no_bit(bits, row_bits, num_rows):
     packed = PackedQuantised(KERNELS, random_weight(bits, 97, 301), torch.randn(97), row_bits)
-    x, before = torch.randn(num_rows, 301), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(packed(x))
-    finally:
-        torch.set_num_threads(before)
+    x = torch.randn(num_rows, 301)
+    found = [packed(x, threads) for threads in (1, 2, 3)]
     assert all(torch.equal(one, found[0]) for one in found)
 
 
@@ -184,7 +183,7 @@ def test_other_cpus_get_the_same(flags, bits, row_bits, built):
         pytest.skip("a CPU without AVX2")
     other = built(flags)
     weight = random_weight(bits, 33, 301, 64, zeros=True)
-    weight.scales[0, :3] = torch.tensor([1e-7, 6e4, -3e-5])  # subnormal, huge, negative
+    weight.scales[0, :3] = [1e-7, 6e4, -3e-5]  # subnormal, huge, negative
     x = torch.randn(5, 301)
     found, own = (PackedQuantised(k, weight, None, row_bits)(x) for k in (other, KERNELS))
     assert error(found, own) < 1e-6

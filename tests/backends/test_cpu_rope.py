@@ -1,6 +1,6 @@
 """The shared tables of angles are long enough for each caller, whatever other threads do."""
 
-from sagellm.backends.cpu.attention import RopeTables
+from sagellm.backends.cpu.native_forms import RopeTables
 from sagellm.graphs.kernels.token_mixers import Rope
 
 

@@ -1,15 +1,15 @@
 """Products by tiles: torch's numbers at awkward shapes, and where tiles are chosen."""
 
 import ctypes
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tile_kernels import MODEL, WAYS, kernels_by
 
-from sagellm.backends.cpu.linear import linear, pack
+from sagellm.backends.cpu import linear as packing
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import open_kernels
+from sagellm.backends.cpu.torch_linear import array
 
 SHAPES = pytest.mark.parametrize(
     ("width", "depth"),
@@ -26,6 +26,21 @@ def kernels(request):
 
 def operands(rows, width, depth):
     return torch.randn(rows, depth), torch.randn(width, depth).bfloat16(), torch.randn(width)
+
+
+class Product:
+    """A PackedLinear on tensors."""
+
+    def __init__(self, made):
+        self.made, self.address = made, made.address
+
+    def __call__(self, rows, threads=1):
+        return torch.from_numpy(self.made(array(rows), threads))
+
+
+def pack(kernels, weight, bias, kind, tiles=False):
+    offset = None if bias is None else array(bias)
+    return Product(packing.pack(kernels, array(weight), offset, kind, 2, tiles=tiles))
 
 
 def tiled(kernels, weight, bias):
@@ -65,14 +80,12 @@ def test_few_rows_have_the_bits_of_vectors(kernels):
 
 
 @pytest.mark.parametrize("rows", [8, 40, 300, 600])
-def test_a_product_has_the_same_bits_on_any_number_of_threads(kernels, kept_threads, rows):
+def test_a_product_has_the_same_bits_on_any_number_of_threads(kernels, rows):
     x, weight, bias = operands(rows, 149, 700)
-    torch.set_num_threads(1)
     multiply = tiled(kernels, weight, bias)
-    alone = multiply(x)
-    for number in (2, 3, 5, 13):
-        torch.set_num_threads(number)
-        assert torch.equal(multiply(x), alone), number
+    alone = multiply(x, 1)
+    for threads in (2, 3, 5, 13):
+        assert torch.equal(multiply(x, threads), alone), threads
 
 
 def test_strided_rows_and_what_lies_beside_the_columns_of_out(kernels):
@@ -134,29 +147,24 @@ def test_gated_is_what_the_halves_of_the_columns_give(kernels, depth, bias):
     gate, up = multiply(x).split(96, 1)
     if depth > 16384:  # more than the kernel's memory holds: vectors multiply
         gate, up = pack(kernels, weight, offset if bias else None, "pairs")(x).split(96, 1)
-    wanted = kernels.silu_mul(gate, up)
+    wanted = torch.from_numpy(kernels.silu_mul(array(gate), array(up), 1))
     for rows, threads in [(8, 1), (13, 4), (33, 2), (48, 1), (101, 5), (256, 2), (290, 2)]:
         assert torch.equal(gated(multiply, x[:rows], 96, threads), wanted[:rows]), rows
 
 
 @pytest.mark.parametrize(
-    ("deterministic", "has_tiles", "dtype", "way"),
+    ("tiles", "dtype", "way"),
     [
-        (False, True, torch.bfloat16, "tiles"),
-        (True, True, torch.bfloat16, "pairs"),
-        (False, False, torch.bfloat16, "pairs"),
-        (False, True, torch.float32, "float"),
+        (True, torch.bfloat16, "tiles"),
+        (False, torch.bfloat16, "pairs"),
+        (True, torch.float32, "float"),
     ],
 )
-@pytest.mark.parametrize("exact", [True, False])
-def test_tiles_are_chosen_where_the_bits_of_a_row_may_depend_on_the_batch(
-    kernels, deterministic, has_tiles, dtype, way, exact
-):
+def test_tiles_multiply_bfloat16_where_they_may(kernels, tiles, dtype, way):
     if not kernels.has_pairs:
         pytest.skip("a CPU that multiplies no pairs of bfloat16")
-    uses = has_tiles and not deterministic
-    binding = SimpleNamespace(native=kernels, deterministic=deterministic, uses_tiles=uses)
-    found = linear(binding, torch.randn(64, 3).to(dtype), None, exact=exact)
+    weight = array(torch.randn(64, 3).to(dtype))
+    found = packing.pack(kernels, weight, None, tiles=tiles)
     struct = NativeLinear.from_address(found.address)
     assert struct.run == kernels.function(f"sage_multiply_{way}")
     assert struct.gated == kernels.function(f"sage_gated_{way}")

@@ -7,8 +7,9 @@ import pytest
 from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.cpu.binding import NativeKernel
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native_forms import NoNativeForm
 from sagellm.backends.cpu.program import NativeProgram
-from sagellm.backends.cpu.translation import _OPS, UntranslatableError, translate
+from sagellm.backends.cpu.translation import _OPS, translate
 from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.graphs.ir import Node
 from sagellm.graphs.kernels import STEP_INPUTS
@@ -59,7 +60,7 @@ def translated(*steps, logits=C):
         Instruction(Node(op, op), tuple(INPUTS.get(i, i) for i in inputs), outputs, dead)
         for op, inputs, outputs, dead in steps
     ]
-    kernels = [NativeKernel(lambda step: (), widths=(8,)) for _ in made]
+    kernels = [NativeKernel(widths=(8,)) for _ in made]
     plan = KernelPlan(tuple(made), INPUTS, logits, len(INPUTS) + 3)
     return translate(plan, kernels).instructions
 
@@ -92,5 +93,5 @@ SELECT = ("select_rows", (A, "logit_rows"), (B,), (A,))
     ids=["embedding", "rows", "rope", "logits", "input"],
 )
 def test_what_c_would_misread_is_left_to_the_kernels_one_by_one(steps, reason):
-    with pytest.raises(UntranslatableError, match=reason):
+    with pytest.raises(NoNativeForm, match=reason):
         translated(*steps)

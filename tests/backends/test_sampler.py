@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampled_rows import LOGITS, row, sample_one
+from sampled_rows import LOGITS, floats, repeated, row, sample_one
 from transformers.generation import NoBadWordsLogitsProcessor
 
 from sagellm.backends import LogitsRow, sampler
@@ -17,7 +18,7 @@ from sagellm.runtime.sampling import Sampling
 def sampled_set(logits=LOGITS, count=300, **sampling):
     """The set of tokens that are sampled over many seeds."""
     rows = [row(**{"temperature": 1.0, **sampling, "seed": seed}) for seed in range(count)]
-    return set(sample(logits.repeat(count, 1), rows).token_ids)
+    return set(sample(repeated(count, logits), rows).token_ids)
 
 
 def test_greedy_takes_the_largest():
@@ -25,26 +26,26 @@ def test_greedy_takes_the_largest():
 
 
 def test_no_rows_sample_nothing():
-    assert sample(torch.empty(0, 6), []).token_ids == []
+    assert sample(np.empty((0, 6), np.float32), []).token_ids == []
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.5, "logprobs": 2}])
 def test_logits_that_are_no_numbers_break_their_own_row(wrong, sampling):
-    logits = LOGITS.repeat(3, 1)
+    logits = repeated(3)
     logits[1, 2] = wrong
     rows = [row(**sampling), row(**sampling), row(**sampling)]
     sampled = sample(logits, rows)
     assert sampled.broken == {1}
-    whole = sample(LOGITS.repeat(3, 1), rows)
+    whole = sample(repeated(3), rows)
     assert sampled.token_ids[::2] == whole.token_ids[::2]
     assert whole.broken == frozenset()
 
 
 def test_the_input_is_not_changed():
-    logits = LOGITS.repeat(2, 1)
+    logits = repeated(2)
     sample(logits, [row(temperature=1.0, top_k=2), row(logit_bias={3: 50.0})])
-    assert torch.equal(logits, LOGITS.repeat(2, 1))
+    assert np.array_equal(logits, repeated(2))
 
 
 def test_logit_bias_moves_the_largest():
@@ -92,7 +93,7 @@ def test_banned_tokens_are_those_of_transformers(seed):
 def test_allowed_tokens_are_read_once_a_sequence(monkeypatch):
     first = row(allowed_token_ids=(4, 5, 0))
     assert sample_one(first) == 4
-    monkeypatch.setattr(sampler.torch, "tensor", None)  # nothing is built from Python's numbers
+    monkeypatch.setattr(sampler.np, "array", None)  # nothing is built from Python's numbers
     assert sample_one(first) == 4
     assert sample_one(LogitsRow(first.answer, 1, (4,))) == 4
     fed = LogitsRow(first.answer, 1, source=1)
@@ -102,7 +103,7 @@ def test_allowed_tokens_are_read_once_a_sequence(monkeypatch):
 
 
 def test_rows_without_a_mask_are_not_searched_for_a_token_that_is_left(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "amax", None)
+    monkeypatch.setattr(sampler, "_is_exhausted", None)
     assert sample_one(row(temperature=1.0)) in range(6)
     assert sample_one(row(output=(1,), presence_penalty=0.2)) == 4
     assert sample_one(row(output=(1,), presence_penalty=0.2, min_tokens=1)) == 4
@@ -127,7 +128,7 @@ def test_frequency_penalty_counts_each():
 def test_repetition_penalty_weighs_prompt_and_output():
     assert sample_one(row(prompt=(1,), repetition_penalty=1.2)) == 4
     assert sample_one(row(output=(1,), repetition_penalty=1.2)) == 4
-    negative = torch.tensor([-1.0, -1.1])
+    negative = floats(-1.0, -1.1)
     assert sample_one(row(prompt=(0,), repetition_penalty=1.2), negative) == 1
 
 
@@ -141,14 +142,14 @@ def test_top_k_keeps_k():
 
 
 def test_top_k_keeps_what_is_as_likely_as_the_last():
-    assert sampled_set(torch.tensor([1.0, 1.0, 0.0]), top_k=1) == {0, 1}
+    assert sampled_set(floats(1.0, 1.0, 0.0), top_k=1) == {0, 1}
 
 
 def test_top_p_keeps_the_smallest_set():
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    assert sampled_set(probabilities.log(), top_p=0.79) == {0, 1}
-    assert sampled_set(probabilities.log(), top_p=0.81) == {0, 1, 2}
-    assert sampled_set(probabilities.log(), top_p=1e-9) == {0}
+    probabilities = floats(0.5, 0.3, 0.15, 0.05)
+    assert sampled_set(np.log(probabilities), top_p=0.79) == {0, 1}
+    assert sampled_set(np.log(probabilities), top_p=0.81) == {0, 1, 2}
+    assert sampled_set(np.log(probabilities), top_p=1e-9) == {0}
 
 
 @pytest.mark.parametrize("share", [0.2, 0.7, 0.95, 0.999])
@@ -156,7 +157,7 @@ def test_top_p_is_the_same_however_many_tokens_it_keeps(share):
     logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(1))
     logits[::2] *= 4  # peaked, and nearly flat: a few tokens, and thousands
     kept = logits.clone()
-    sampler._keep_top_p(kept, [Sampling(top_p=share)] * 20)
+    sampler._keep_top_p(kept.numpy(), [Sampling(top_p=share)] * 20)
     for scores, left in zip(logits, kept, strict=True):
         ordered = scores.double().softmax(0).sort(descending=True)
         right = int((ordered.values.cumsum(0) < share).sum()) + 1
@@ -166,20 +167,20 @@ def test_top_p_is_the_same_however_many_tokens_it_keeps(share):
 
 
 def test_min_p_is_relative_to_the_most_likely():
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    assert sampled_set(probabilities.log(), min_p=0.5) == {0, 1}
-    assert sampled_set(probabilities.log(), min_p=0.2) == {0, 1, 2}
+    probabilities = floats(0.5, 0.3, 0.15, 0.05)
+    assert sampled_set(np.log(probabilities), min_p=0.5) == {0, 1}
+    assert sampled_set(np.log(probabilities), min_p=0.2) == {0, 1, 2}
 
 
 def test_filters_use_the_tempered_distribution():
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    assert sampled_set(probabilities.log(), temperature=0.2, top_p=0.9) == {0}
+    probabilities = floats(0.5, 0.3, 0.15, 0.05)
+    assert sampled_set(np.log(probabilities), temperature=0.2, top_p=0.9) == {0}
 
 
 def test_frequencies_follow_the_distribution():
     rows = [row(temperature=1.0, seed=seed) for seed in range(4000)]
-    counts = torch.tensor(sample(LOGITS.repeat(4000, 1), rows).token_ids).bincount(minlength=6)
-    assert (counts / 4000 - LOGITS.softmax(0)).abs().max() < 0.03
+    counts = torch.tensor(sample(repeated(4000), rows).token_ids).bincount(minlength=6)
+    assert (counts / 4000 - torch.from_numpy(LOGITS).softmax(0)).abs().max() < 0.03
 
 
 def test_uniform_depends_on_each_of_its_arguments():
@@ -191,7 +192,7 @@ def test_uniform_depends_on_each_of_its_arguments():
 
 def test_choices_of_one_request_differ():
     rows = [row(temperature=1.5, choice=choice) for choice in range(40)]
-    assert len(set(sample(LOGITS.repeat(40, 1), rows).token_ids)) > 2
+    assert len(set(sample(repeated(40), rows).token_ids)) > 2
 
 
 SAMPLINGS = st.fixed_dictionaries(
@@ -210,7 +211,7 @@ SAMPLINGS = st.fixed_dictionaries(
 @given(st.lists(SAMPLINGS, min_size=1, max_size=6), st.integers(0, 1000))
 def test_a_row_does_not_see_its_neighbours(samplings, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(len(samplings), 50, generator=generator) * 3
+    logits = (torch.randn(len(samplings), 50, generator=generator) * 3).numpy()
     rows = [row(output=(1, 2, 3), **sampling) for sampling in samplings]
     together = sample(logits, rows).token_ids
     assert together == [sample_one(one, scores) for one, scores in zip(rows, logits, strict=True)]
@@ -218,9 +219,9 @@ def test_a_row_does_not_see_its_neighbours(samplings, seed):
 
 def test_logprobs_are_of_the_raw_distribution():
     rows = [row(logprobs=2, temperature=1.0, logit_bias={3: 100.0}), row()]
-    sampled = sample(LOGITS.repeat(2, 1), rows)
+    sampled = sample(repeated(2), rows)
     first, second = sampled.logprobs
-    right = LOGITS.log_softmax(0)
+    right = torch.from_numpy(LOGITS).log_softmax(0)
     assert second is None
     assert first.token_id == 3
     assert first.logprob == pytest.approx(right[3].item())
@@ -229,4 +230,4 @@ def test_logprobs_are_of_the_raw_distribution():
 
 
 def test_logprobs_zero_gives_the_chosen_token_alone():
-    assert sample(LOGITS.unsqueeze(0), [row(logprobs=0)]).logprobs[0].top == ()
+    assert sample(LOGITS[None], [row(logprobs=0)]).logprobs[0].top == ()

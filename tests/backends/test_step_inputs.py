@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import torch
+import numpy as np
 
 from sagellm.backends import StepBatch, StepInputs
 from sagellm.backends.step_inputs import feed, step_inputs
@@ -26,7 +26,7 @@ def test_inputs_are_those_that_the_dialect_declares() -> None:
     sizes = {"T": 4, "B": 2, "B+1": 3, "M": 2, "R": 2, "2": 2, "N": 0}
     for name, kind in declared.items():
         tensor = getattr(inputs, name)
-        assert str(tensor.dtype) == f"torch.{kind.dtype}", name
+        assert str(tensor.dtype) == kind.dtype, name
         assert tuple(tensor.shape) == tuple(sizes[str(size)] for size in kind.shape), name
     of_the_host = {"query_lens", "contexts"}
     fields = {field.name for field in dataclasses.fields(StepInputs)}
@@ -44,4 +44,4 @@ def test_positions_and_slots_follow_from_contexts_and_blocks() -> None:
 def test_tokens_of_the_launch_before_are_filled_in() -> None:
     inputs = step_inputs(BATCH, BLOCK_SIZE)
     feed(BATCH, inputs, [40, 41])
-    assert torch.equal(inputs.token_ids, torch.tensor([7, 8, 9, 41]))
+    assert np.array_equal(inputs.token_ids, [7, 8, 9, 41])

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampled_rows import LOGITS, row, sample_one
+from sampled_rows import LOGITS, floats, repeated, row, sample_one
 
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.program import _computed, _Launch
@@ -63,14 +62,14 @@ def test_greedy_takes_the_largest_that_is_allowed():
 
 
 def test_equal_logits_give_the_first_allowed_token():
-    logits = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 9.0])
+    logits = floats(3.0, 3.0, 3.0, 3.0, 3.0, 9.0)
     assert sample_one(bound(2, 4), logits) == 2
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 1.5}, {"presence_penalty": 1.0}])
 def test_other_options_choose_among_the_allowed_tokens(sampling):
     rows = [bound(3, 5, **{**sampling, "seed": seed}) for seed in range(60)]
-    found = sample(LOGITS.repeat(60, 1), rows).token_ids
+    found = sample(repeated(60), rows).token_ids
     assert set(found) <= {3, 5}
     assert len(set(found)) == (2 if "temperature" in sampling else 1)
 
@@ -84,7 +83,7 @@ def test_masks_intersect():
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
 def test_a_row_without_an_allowed_token_is_exhausted(sampling):
-    sampled = sample(LOGITS.repeat(3, 1), [row(), bound(**sampling), bound(4)])
+    sampled = sample(repeated(3), [row(), bound(**sampling), bound(4)])
     assert sampled.exhausted == sampled.broken == {1}
     assert sampled.token_ids[0] == 1
     assert sampled.token_ids[2] == 4
@@ -94,7 +93,7 @@ def test_a_row_without_an_allowed_token_is_exhausted(sampling):
 def test_a_row_without_a_token_before_the_end_of_its_grammar_is_refused(sampling):
     one = bound(**sampling)
     one.answer.matcher.is_complete = False
-    sampled = sample(LOGITS.repeat(2, 1), [one, bound()])
+    sampled = sample(repeated(2), [one, bound()])
     assert "no token is left" in sampled.refused[0]
     assert sampled.broken == {0, 1}
     assert sampled.exhausted == {1}
@@ -103,7 +102,7 @@ def test_a_row_without_a_token_before_the_end_of_its_grammar_is_refused(sampling
 def test_a_grammar_past_its_limits_refuses_its_row_alone():
     lost = row(temperature=1.0)
     lost.answer.matcher = Exceeding()
-    sampled = sample(LOGITS.repeat(2, 1), [lost, bound(4)])
+    sampled = sample(repeated(2), [lost, bound(4)])
     assert sampled.refused == {0: "too large"}
     assert sampled.broken == {0}
     assert sampled.exhausted == frozenset()
@@ -111,15 +110,15 @@ def test_a_grammar_past_its_limits_refuses_its_row_alone():
 
 
 def test_broken_logits_are_reported_as_such():
-    logits = torch.stack((LOGITS, torch.full((VOCAB,), torch.nan)))
+    logits = np.stack((LOGITS, np.full(VOCAB, np.nan, np.float32)))
     sampled = sample(logits, [bound(4), bound()])
     assert sampled.broken == {1}
     assert sampled.exhausted == frozenset()
 
 
 def test_logprobs_are_those_of_the_model():
-    plain = sample(LOGITS.unsqueeze(0), [row(logprobs=6)]).logprobs[0]
-    found = sample(LOGITS.unsqueeze(0), [bound(4, logprobs=6)]).logprobs[0]
+    plain = sample(LOGITS[None], [row(logprobs=6)]).logprobs[0]
+    found = sample(LOGITS[None], [bound(4, logprobs=6)]).logprobs[0]
     assert found.token_id == 4
     assert found.top == plain.top
 
@@ -152,7 +151,7 @@ def test_a_score_of_minus_infinity_is_never_taken(vocab_size):
     for largest in (largest_allowed, KERNELS.largest_allowed if KERNELS else largest_allowed):
         assert largest(scores, mask) is None
         assert largest(scores, mask | np.int32(8)) == 35
-    logits = torch.from_numpy(scores).unsqueeze(0)
+    logits = scores[None]
     for sampling in ({}, {"temperature": 1.0}):
         one = row(**sampling)
         one.answer.matcher = Allowing(1, 34)
@@ -188,7 +187,7 @@ def test_no_matcher_works_past_a_step_whose_program_failed():
         assert may_fill.wait(5)
         fill(output, mask)
 
-    def run(inputs, pool):
+    def run(inputs, pool, threads):
         threading.Timer(0.02, may_fill.set).start()
         raise RuntimeError("broken")
 
@@ -196,8 +195,9 @@ def test_no_matcher_works_past_a_step_whose_program_failed():
     batch = StepBatch([], [], [], [], [0], rows=[one])
     program = SimpleNamespace(run=run, lock=threading.Lock())
     masks = MaskThread()
+    launch = _Launch(program, SimpleNamespace(pool=None), batch, None)
     with pytest.raises(RuntimeError, match="broken"):
-        _computed(_Launch(program, SimpleNamespace(pool=None), batch, None), masks, largest_allowed)
+        _computed(launch, masks, largest_allowed, 1)
     assert one.answer.matcher.outputs  # the masks are complete
     masks.close()
 

@@ -64,7 +64,9 @@ def test_a_process_is_interrupted_while_it_imports(
     library: str, sent: signal.Signals, code: int
 ) -> None:
     arguments = [sys.executable, "-m", "sagellm", "run", "joint", "--prompt", "a"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    without_compiler = {**os.environ, "CC": "no-such-compiler"}  # so that torch computes
+    process: Any = subprocess.Popen(arguments, **pipes, env=without_compiler)
     maps = Path(f"/proc/{process.pid}/maps")
     while library not in maps.read_text():
         time.sleep(0.002)

@@ -1,13 +1,17 @@
-"""The cost of the first token: loaded packages, and memory."""
+"""The cost of the first token: loaded packages and libraries, and memory."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from gateway_process import served_process
 from models_on_the_fly import make_model
 from safetensors.torch import load_file, save_file
+
+from sagellm.backends.cpu.native.library import native_kernels
 
 FIRST_TOKEN = """
 import sys
@@ -28,39 +32,72 @@ PEAK = (
 
 # Each import takes tenths of a second to seconds, and an answer needs none of them.
 NOT_NEEDED = {
-    *("transformers", "torch._dynamo", "torch._inductor", "sympy", "accelerate", "scipy"),
+    *("transformers", "torch", "sympy", "accelerate", "scipy"),
     *("httpx", "httpx2", "requests", "aiohttp", "openai", "huggingface_hub.errors"),
     *("starlette", "hypercorn", "uvicorn", "cyclopts", "pydantic", "prometheus_client"),
     *("opentelemetry", "matplotlib", "pandas"),
 }
+NO_COMPILER = "no-such-compiler"
 SLACK_BYTES = 48 << 20  # pages that are read, and not given back yet; oneDNN's own code
 
 
-def said(code: str, model: str) -> str:
+def said(code: str, model: str, **environment: str) -> str:
     command = [sys.executable, "-c", code, model]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    settings = {**os.environ, **environment}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120, env=settings
+    )
     return done.stdout
 
 
 def test_the_first_token_needs_no_heavy_package() -> None:
     loaded = set(said(MODULES, "sage-tiny").split())
-    assert "torch" in loaded
+    assert "numpy" in loaded
     assert sorted(loaded & NOT_NEEDED) == []
+
+
+NATIVE = pytest.mark.skipif(native_kernels() is None, reason="no C compiler on this machine")
+
+
+@NATIVE
+@pytest.mark.parametrize("executor", ["tasks", "processes"])
+def test_a_command_answers_without_torch(executor: str) -> None:
+    command = ["run", "joint", "--prompt", "What is 20 + 31?", "--executor", executor]
+    code = (
+        f"import sys; from sagellm.cli import main; code = main({command}); "
+        "print(code, 'torch' in sys.modules)"
+    )
+    assert said(code, "").splitlines()[-1] == "0 False"
+
+
+@NATIVE
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("executor", ["tasks", "processes"])
+def test_no_process_of_a_server_loads_torch(executor: str) -> None:
+    with served_process("--executor", executor, graph="graphs/joint.yaml") as served:
+        served.complete()
+        processes = [served.process, *served.process.children(recursive=True)]
+        maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes]
+    assert len(maps) > (1 if executor == "processes" else 0)
+    assert [number for number, text in enumerate(maps) if "libtorch" in text] == []
+
+
+def test_without_a_compiler_torch_computes() -> None:
+    assert "torch" in said(MODULES, "sage-tiny", CC=NO_COMPILER).split()
 
 
 def test_collections_of_cycles_go_on_without_what_torch_brought() -> None:
     now = "import gc; print(gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects()))"
-    is_enabled, num_frozen, num_others = said(FIRST_TOKEN + now, "sage-tiny").split()
+    found = said(FIRST_TOKEN + now, "sage-tiny", CC=NO_COMPILER)
+    is_enabled, num_frozen, num_others = found.split()
     assert is_enabled == "True"
     assert int(num_frozen) > 5 * int(num_others)
 
 
 def test_whoever_collects_by_hand_is_left_to_it() -> None:
     now = "print(gc.isenabled(), gc.get_freeze_count())"
-    assert said(f"import gc; gc.disable()\n{FIRST_TOKEN}{now}", "sage-tiny").split() == [
-        "False",
-        "0",
-    ]
+    code = f"import gc; gc.disable()\n{FIRST_TOKEN}{now}"
+    assert said(code, "sage-tiny", CC=NO_COMPILER).split() == ["False", "0"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

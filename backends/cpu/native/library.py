@@ -1,9 +1,10 @@
-"""The C kernels as functions on tensors. Rows of a tensor may be strided, but the elements of a row
+"""The C kernels as functions on arrays. Rows of an array may be strided, but the elements of a row
 must be contiguous.
 """
 
 import ctypes
 import mmap
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from sagellm.backends.arrays import BFLOAT16, Array, BlockIds, Floats, Integers
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.interface import Progress, silent
@@ -91,9 +91,20 @@ def open_kernels(
     return None
 
 
+def default_threads() -> int:
+    """The number of threads of kernels, unless an engine gives another: $OMP_NUM_THREADS, else the
+    number of cores that this process may use.
+    """
+    try:
+        return max(1, int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]))
+    except ValueError:
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 class NativeKernels:
-    """The C kernels, which return new tensors. Activations are float32; weights and pools are
-    float32 or bfloat16.
+    """The C kernels, which return new arrays. Activations are float32; weights and pools are
+    float32 or bfloat16. `threads`: how many threads share the work, the caller's included.
 
     Every kernel without tiles is batch-invariant: a row's bits do not depend on other rows.
     """
@@ -124,98 +135,97 @@ class NativeKernels:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
         return bool(self._library.sage_is_gated(num_cols, size))
 
-    def pack(self, weight: torch.Tensor, kind: PanelKind) -> torch.Tensor:
+    def pack(self, weight: Array, kind: PanelKind, threads: int) -> Array:
         """Copy a contiguous weight [N, K] to the order `kind` of panel.h: a vector of its dtype."""
         number = _KINDS.index(kind)
         num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
-        packed = empty_in_large_pages(num_bytes // weight.element_size(), weight.dtype)
+        packed = empty_in_large_pages(num_bytes // weight.itemsize, weight.dtype)
         self._library.sage_pack(
-            *(weight.data_ptr(), number, packed.data_ptr()),
-            *(*weight.shape, torch.get_num_threads()),
+            *(weight.ctypes.data, number, packed.ctypes.data), *(*weight.shape, threads)
         )
         return packed
 
     def quantise(
-        self, weight: torch.Tensor, bits: int, tries: tuple[float, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, weight: Array, bits: int, tries: tuple[float, ...], threads: int
+    ) -> tuple[Array, Array]:
         """Quantise a weight [N, K], float32 or bfloat16, in groups of 32. Returns codes [N, K] and
         scales [N, G] float16. `tries`: codes to try for the largest number of a group.
         """
         num_rows, size = weight.shape
-        codes = torch.empty(num_rows, size, dtype=torch.uint8 if bits == 4 else torch.int8)
-        scales = torch.empty(num_rows, -(-size // 32), dtype=torch.float16)
+        codes: Array = np.empty((num_rows, size), dtype=np.uint8 if bits == 4 else np.int8)
+        scales: Array = np.empty((num_rows, -(-size // 32)), dtype=np.float16)
         self._library.sage_quant_make(
-            *(weight.data_ptr(), _is_bfloat(weight)),
+            *(weight.ctypes.data, _is_bfloat(weight)),
             *((_FLOAT * len(tries))(*tries), len(tries)),
-            *(codes.data_ptr(), scales.data_ptr(), bits, num_rows, size),
-            torch.get_num_threads(),
+            *(codes.ctypes.data, scales.ctypes.data, bits, num_rows, size),
+            threads,
         )
         return codes, scales
 
-    def linear(self, linear: int, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
+    def linear(self, linear: int, rows: Floats, num_cols: int, threads: int) -> Floats:
         """The product of rows [T, K] with the weight of the C `Linear` at the address `linear`:
         [T, num_cols].
         """
-        out = torch.empty(len(rows), num_cols)
-        threads = torch.get_num_threads()
+        out = np.empty((len(rows), num_cols), dtype=np.float32)
         self._library.sage_linear(linear, *_matrix(rows), *_matrix(out), len(rows), threads)
         return out
 
     def rms_norm(
-        self, rows: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float
-    ) -> torch.Tensor:
+        self, rows: Floats, weight: Floats, size: int, epsilon: float, threads: int
+    ) -> Floats:
         """RMSNorm of every `size` consecutive numbers of each row of rows [T, N]."""
-        return self._norm(rows, None, weight, size, epsilon)[1]
+        return self._norm(rows, None, weight, size, epsilon, threads)[1]
 
     def add_rms_norm(
-        self, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, a: Floats, b: Floats, weight: Floats, size: int, epsilon: float, threads: int
+    ) -> tuple[Floats, Floats]:
         """Return the sum a + b, and the RMSNorm of the sum, as `rms_norm` computes it."""
-        return self._norm(a, b, weight, size, epsilon)
+        return self._norm(a, b, weight, size, epsilon, threads)
 
     def _norm(
-        self, a: torch.Tensor, b: torch.Tensor | None, weight: torch.Tensor, size: int, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out = torch.empty(a.shape)
-        sums = a if b is None else torch.empty(a.shape)
+        self, a: Floats, b: Floats | None, weight: Floats, size: int, eps: float, threads: int
+    ) -> tuple[Floats, Floats]:
+        out = np.empty(a.shape, dtype=np.float32)
+        sums = a if b is None else np.empty(a.shape, dtype=np.float32)
         self._library.sage_rms_norm(
             *_matrix(a),
             *((None, 0) if b is None else _matrix(b)),
-            *(weight.data_ptr(), sums.data_ptr(), out.data_ptr()),
-            *(*a.shape, size, eps, torch.get_num_threads()),
+            *(weight.ctypes.data, sums.ctypes.data, out.ctypes.data),
+            *(*a.shape, size, eps, threads),
         )
         return sums, out
 
-    def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate: Floats, up: Floats, threads: int) -> Floats:
         """silu(gate) * up, for gate and up [T, N]."""
-        out = torch.empty(gate.shape)
+        out = np.empty(gate.shape, dtype=np.float32)
         self._library.sage_silu_mul(
-            *_matrix(gate), *_matrix(up), out.data_ptr(), *gate.shape, torch.get_num_threads()
+            *_matrix(gate), *_matrix(up), out.ctypes.data, *gate.shape, threads
         )
         return out
 
     def rope_kv_write(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Floats,
+        k: Floats,
+        v: Floats,
         *,
-        tables: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        pool: torch.Tensor,
+        tables: Floats,
+        positions: Integers,
+        slots: Integers,
+        pool: Array,
         layer: int,
-    ) -> torch.Tensor:
+    ) -> Floats:
         """Return rotated q [T, heads * head_dim]; write rotated k and unchanged v to their slots.
 
         Shapes: tables [positions, 2, head_dim / 2], pool [layers, 2, blocks, kv_heads, block_size,
         head_dim].
         """
-        out = torch.empty(q.shape)
+        out = np.empty(q.shape, dtype=np.float32)
         _, _, _, kv_heads, block_size, head_dim = pool.shape
+        places = (tables, positions, slots, out)
         self._library.sage_rope_kv_write(
             *(*_matrix(q), *_matrix(k), *_matrix(v)),
-            *(tables.data_ptr(), positions.data_ptr(), slots.data_ptr(), out.data_ptr()),
+            *(place.ctypes.data for place in places),
             *_keys_and_values(pool, layer),
             *(len(q), q.shape[1] // head_dim, kv_heads, head_dim, block_size),
         )
@@ -223,34 +233,36 @@ class NativeKernels:
 
     def attention(
         self,
-        q: torch.Tensor,
+        q: Floats,
         *,
-        pool: torch.Tensor,
+        pool: Array,
         layer: int,
-        block_tables: torch.Tensor,
-        query_starts: torch.Tensor,
-        context_lens: torch.Tensor,
+        block_tables: BlockIds,
+        query_starts: Integers,
+        context_lens: Integers,
         scale: float,
         window: int | None,
+        threads: int,
         tiles: bool = False,
-    ) -> torch.Tensor:
+    ) -> Floats:
         """Attention of q [T, heads * head_dim] over the blocks of each row's sequence. `tiles`:
         whether tiles may multiply, so that bits depend on the number of rows.
 
         Raises MemoryError.
         """
-        out = torch.empty(q.shape)
+        out = np.empty(q.shape, dtype=np.float32)
         _, _, _, kv_heads, block_size, head_dim = pool.shape
         keys, values, bfloat = _keys_and_values(pool, layer)
         heads = NativeHeads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
         batch = NativeBatch(
             *(block_tables.shape[1], len(context_lens), block_size),
-            *(query_starts.data_ptr(), context_lens.data_ptr(), bfloat, tiles),
+            *(query_starts.ctypes.data, context_lens.ctypes.data, bfloat, tiles),
         )
-        place = NativeLayer(q.data_ptr(), keys, values, out.data_ptr(), q.stride(0), out.stride(0))
-        place.tables = block_tables.data_ptr()
+        first, ldq = _matrix(q)
+        place = NativeLayer(first, keys, values, out.ctypes.data, ldq, _matrix(out)[1])
+        place.tables = block_tables.ctypes.data
         structures = (ctypes.byref(part) for part in (heads, batch, place))
-        if self._library.sage_attention(*structures, torch.get_num_threads()):
+        if self._library.sage_attention(*structures, threads):
             raise MemoryError("no memory for the sums of attention")
         return out
 
@@ -267,19 +279,19 @@ class NativeKernels:
         )
         return sum_
 
-    def largest_allowed(self, scores: npt.NDArray[np.float32], mask: Mask) -> int | None:
+    def largest_allowed(self, scores: Floats, mask: Mask) -> int | None:
         """The same result as `largest_allowed` of token_masks.py."""
         found: int = self._library.sage_largest_allowed(
             scores.ctypes.data, mask.ctypes.data, len(scores)
         )
         return None if found < 0 else found
 
-    def run_step(self, step: NativeStep) -> None:
+    def run_step(self, step: NativeStep, threads: int) -> None:
         """Run all instructions of a step.
 
         Raises IndexError for a token outside of the vocabulary, and MemoryError.
         """
-        failed = self._library.sage_step_run(ctypes.byref(step), torch.get_num_threads())
+        failed = self._library.sage_step_run(ctypes.byref(step), threads)
         if failed:
             raise _STEP_ERRORS[failed]
 
@@ -294,25 +306,21 @@ _STEP_ERRORS = {  # by the error codes of step.h
 }
 
 
-def _matrix(rows: torch.Tensor) -> tuple[int, int]:
-    return rows.data_ptr(), rows.stride(0)
+def _matrix(rows: Floats) -> tuple[int, int]:
+    return rows.ctypes.data, rows.strides[0] // rows.itemsize
 
 
-def _keys_and_values(pool: torch.Tensor, layer: int) -> tuple[int, int, int]:
-    """The addresses of a layer's keys and values, and whether they are bfloat16.
-
-    Computed from strides, because slices of tensors cost more time.
-    """
-    side, size = pool.stride(1), pool.element_size()
-    first = pool.data_ptr() + pool.stride(0) * layer * size
-    return first, first + side * size, _is_bfloat(pool)
+def _keys_and_values(pool: Array, layer: int) -> tuple[int, int, int]:
+    """The addresses of a layer's keys and values, and whether they are bfloat16."""
+    first = pool.ctypes.data + pool.strides[0] * layer
+    return first, first + pool.strides[1], _is_bfloat(pool)
 
 
-def _is_bfloat(tensor: torch.Tensor) -> int:
-    return int(tensor.dtype == torch.bfloat16)
+def _is_bfloat(array: Array) -> int:
+    return int(array.dtype == BFLOAT16)
 
 
-def empty_in_large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+def empty_in_large_pages(num_elements: int, dtype: np.dtype[Any]) -> Array:
     """Allocate an uninitialised vector in large pages, from which sequential reads are faster.
 
     The end of the vector, which would not fill a large page, is in small pages to save memory. On a
@@ -321,22 +329,24 @@ def empty_in_large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
     num_bytes = num_elements * dtype.itemsize
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
     if num_bytes < LARGE_PAGE or advice is None:
-        return torch.empty(num_elements, dtype=dtype)
+        return np.empty(num_elements, dtype=dtype)
     memory = mmap.mmap(-1, num_bytes + LARGE_PAGE)
     start = -_address_of(memory) % LARGE_PAGE
     try:
         memory.madvise(advice, start, num_bytes // LARGE_PAGE * LARGE_PAGE)
     except OSError:  # a Linux without large pages
-        return torch.empty(num_elements, dtype=dtype)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start).view(dtype)
+        return np.empty(num_elements, dtype=dtype)
+    return np.frombuffer(memory, dtype=dtype, count=num_elements, offset=start)
 
 
-def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous tensor in large pages, or the tensor itself if it is too small."""
-    if tensor.nbytes < LARGE_PAGE:
-        return tensor
-    return empty_in_large_pages(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+def in_large_pages(array: Array) -> Array:
+    """A contiguous copy of an array in large pages, or the array itself if it is too small."""
+    if array.nbytes < LARGE_PAGE:
+        return array
+    copy = empty_in_large_pages(array.size, array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _address_of(memory: mmap.mmap) -> int:
-    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    return np.frombuffer(memory, dtype=np.uint8).ctypes.data

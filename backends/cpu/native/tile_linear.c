@@ -14,12 +14,12 @@
 #include "tiles.h"
 
 #if TILES
-#define TILES_FROM 4     /* rows; for fewer, vectors compute while the weight is read anyway */
-#define PAIR (2 * AMX_ROWS) /* rows of two tiles */
-#define NUMBERS (AMX_ROWS * DEEP) /* of a tile of rows */
-#define CHUNK 12         /* tiles along k: a chunk of a panel and of a pair of rows share 48 KiB */
-#define ROWS 256         /* most rows that use a panel at once; reading it then takes less time */
-#define SPAN (512 << 10) /* numbers of rounded rows, which fill half of a second-level cache */
+#define TILES_FROM 4              /* rows; vectors multiply fewer while they read the weight */
+#define PAIR (2 * AMX_ROWS)       /* rows of two tiles */
+#define NUMBERS (AMX_ROWS * DEEP) /* numbers of a tile of rows */
+#define CHUNK 12  /* tiles along k: a chunk of a panel and of a pair of rows take 48 KiB, the cache */
+#define ROWS 256  /* most rows that use a panel at once: reading it takes less time than products */
+#define SPAN (512 << 10) /* rounded numbers, which fill half of the second-level cache */
 #define OWN_ROWS 128     /* threads share rows, not columns, if each gets at least this many */
 
 _Static_assert(DEEP == AMX_K && 2 * PANEL == AMX_BYTES, "panels are tiles of the CPU");
@@ -183,7 +183,7 @@ static void multiply_rows(Product *p, int gated) {
 static void product(const Linear *linear, const float *x, long ldx, float *out, long ldo,
                     long num_rows, int number, int threads, int gated) {
     static _Thread_local Scratch scratch;
-    long k = parts(linear->k, DEEP) * DEEP, most = gated ? least(ROWS, SPAN / k) / PAIR : ROWS / PAIR;
+    long k = parts(linear->k, DEEP) * DEEP, most = (gated ? least(ROWS, SPAN / k) : ROWS) / PAIR;
     long panels = num_panels(linear->num_cols) / (gated ? 2 : 1), pairs = parts(num_rows, PAIR);
     long start = 0, end = pairs;
     Product p = {.linear = linear, .x = x, .scratch = &scratch, .out = out, .ldx = ldx, .ldo = ldo};

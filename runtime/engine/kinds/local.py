@@ -1,8 +1,6 @@
 """The kind `local`: our own engine on a device of this machine."""
 
-import gc
 import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,7 +17,7 @@ from sagellm.runtime.engine.sizing import engine_facts, facts_view, resized, siz
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import resolve_model
 
-# Imported by name when an engine is opened, so that a graph can be checked without loading torch.
+# Imported by name when an engine is opened: a graph is checked without what engines load.
 _RESOURCES = "sagellm.runtime.engine.device_resources"
 
 
@@ -68,28 +66,9 @@ def prepare(devices: Sequence[str]) -> None:
     """
     if not devices:
         return
-    _import_torch()
     importlib.import_module(_RESOURCES)
     for device in devices:
         get_backend(device.partition(":")[0])
-
-
-def _import_torch() -> None:
-    """Import torch before other modules import it, and freeze its objects.
-
-    Torch makes hundreds of thousands of objects that live until the process ends. Unfrozen, the
-    garbage collector would visit them again and again during the import, and at each later
-    collection.
-    """
-    if "torch" in sys.modules or not gc.isenabled():
-        return
-    gc.collect()  # garbage would be frozen too
-    gc.disable()
-    try:
-        importlib.import_module("torch")
-        gc.freeze()
-    finally:
-        gc.enable()
 
 
 async def _open(options: EngineOptions, place: ReplicaPlace) -> LocalEngine:
@@ -98,7 +77,6 @@ async def _open(options: EngineOptions, place: ReplicaPlace) -> LocalEngine:
 
 
 def _load(options: EngineOptions, place: ReplicaPlace) -> LocalEngine:
-    _import_torch()
     return open_engine(
         resized(options, place.num_blocks),
         name=place.engine,

@@ -14,9 +14,8 @@ from sagellm.runtime.grammars import (
     compiled_grammar,
     grammar_compiler,
 )
-from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar
+from sagellm.runtime.grammars.compiled_grammar import CompiledGrammar, open_vocabulary
 from sagellm.runtime.grammars.grammar_compiler import MAX_KEPT, GrammarCompiler
-from sagellm.runtime.grammars.token_bytes import open_vocabulary
 from sagellm.runtime.sampling import Grammar
 
 TOKENS = json_tokenizer()

@@ -10,8 +10,8 @@ from grammar_walks import WalkTokenizer, allowed, json_tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.compiled_grammar import open_vocabulary
 from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
-from sagellm.runtime.grammars.token_bytes import open_vocabulary
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sagellm.runtime.sampling import Grammar

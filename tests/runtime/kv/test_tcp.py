@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
-import torch
 import trio
 from kv_sender import opened
 from toxic_proxy import Toxic, ToxicProxy, cutting, flipping
@@ -46,7 +46,7 @@ class Tcp:
     @property
     def is_right(self) -> bool:
         others = [block for block in range(48) if block not in LANDED]
-        arrived = torch.equal(self.landed.pool[:, :, LANDED], self.sent.pool[:, :, SENT])
+        arrived = np.array_equal(self.landed.pool[:, :, LANDED], self.sent.pool[:, :, SENT])
         return arrived and not self.landed.pool[:, :, others].any()
 
 
@@ -143,8 +143,8 @@ async def test_chunks_of_another_transfer_are_refused(ends: Tcp) -> None:
     """Another export, as large, of other blocks: its chunks have the right form and size."""
     await ends.receiver.fetch(await ends.offer(), LANDED, fine)
     recorded = bytes(ends.proxy.seen[0][SALT:])
-    ends.landed.pool.zero_()
-    ends.sent.pool.add_(1)
+    ends.landed.pool.fill(0)
+    ends.sent.pool += 1
     ends.proxy.answers = [replaying(recorded)]
     await ends.receiver.fetch(await ends.offer(), LANDED, fine)
     assert ends.is_right

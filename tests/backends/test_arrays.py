@@ -1,0 +1,55 @@
+"""Conversions of bfloat16, which numpy lacks, are those of torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from sagellm.backends import arrays
+from sagellm.backends.arrays import BFLOAT16, dtype_name, to_bfloat16, to_float32
+from sagellm.backends.cpu.torch_linear import array, tensor
+
+SIZES = torch.logspace(-40, 38, 1000)
+NUMBERS = torch.cat(
+    [
+        torch.randn(1000, generator=torch.Generator().manual_seed(0)) * SIZES,
+        torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 3.4e38, 1.00390625, 1.01171875]),
+    ]
+)
+
+
+def test_rounding_is_that_of_torch():
+    assert torch.equal(tensor(to_bfloat16(NUMBERS.numpy())), NUMBERS.bfloat16())
+    halves = NUMBERS.half()
+    assert torch.equal(tensor(to_bfloat16(halves.numpy())), halves.bfloat16())
+
+
+def test_widening_is_exact():
+    rounded = NUMBERS.bfloat16()
+    assert torch.equal(torch.from_numpy(to_float32(array(rounded))), rounded.float())
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF])
+def test_what_is_no_number_stays_none(bits):
+    found = to_bfloat16(np.array([bits], dtype=np.uint32).view(np.float32))
+    assert np.isnan(to_float32(found)).all()
+
+
+def test_a_large_array_is_converted_in_parts(monkeypatch):
+    monkeypatch.setattr(arrays, "_CONVERTED_AT_ONCE", 7)
+    given = NUMBERS[:600].view(20, 30)
+    assert torch.equal(tensor(to_bfloat16(given.numpy())), given.bfloat16())
+    across = given.T
+    assert torch.equal(tensor(to_bfloat16(across.numpy())), across.bfloat16())
+
+
+def test_an_array_of_the_dtype_is_not_copied():
+    wide, narrow = np.zeros(3, np.float32), np.zeros(3, BFLOAT16)
+    assert to_float32(wide) is wide or np.shares_memory(to_float32(wide), wide)
+    assert to_bfloat16(narrow) is narrow
+
+
+def test_dtypes_have_the_names_of_the_kernel_dialect():
+    assert [dtype_name(dtype) for dtype in (BFLOAT16, np.dtype(np.float32))] == [
+        "bfloat16",
+        "float32",
+    ]
