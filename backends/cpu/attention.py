@@ -86,14 +86,18 @@ def rotated(rows: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor) -
 def attention(options: PagedAttention, binding: Binding) -> Attention:
     """The attention of a program: the C kernel if there is one, else torch."""
     if binding.native:
-        return partial(_native, options, binding.native)
+        return partial(_native, options, binding.native, binding.uses_tiles)
     if binding.deterministic:
         return lambda step, q: attend_row_by_row(options, step, q)
     return partial(_split, options)
 
 
 def _native(
-    options: PagedAttention, kernels: NativeKernels, step: ForwardContext, q: torch.Tensor
+    options: PagedAttention,
+    kernels: NativeKernels,
+    tiles: bool,
+    step: ForwardContext,
+    q: torch.Tensor,
 ) -> torch.Tensor:
     found = kernels.attention(
         array(q),
@@ -105,6 +109,7 @@ def _native(
         scale=options.scale,
         window=options.window,
         threads=torch.get_num_threads(),
+        tiles=tiles,
     )
     return torch.from_numpy(found)
 

@@ -59,6 +59,11 @@ class Binding:
         heads = [graph.node(edge.source) for edge in graph.inputs(SINK) if edge.inlet == "logits"]
         self._heads = {node.attrs.get("weight") for node in heads}
 
+    @property
+    def uses_tiles(self) -> bool:
+        """Whether kernels may use tiles, with which a row's bits depend on the number of rows."""
+        return self.native is not None and not self.deterministic and self.native.has_tiles
+
     def weight(self, name: str, *shape: int) -> Array:
         """The weight `name`, contiguous, in the program's dtype.
 

@@ -2,8 +2,6 @@
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 from sagellm.backends.arrays import BFLOAT16, Array, Floats
 from sagellm.backends.cpu.native.c_structs import NativeLinear
@@ -48,28 +46,25 @@ def pack(
     kind: PanelKind | None = None,
     threads: int = 1,
     free: Callable[[], None] | None = None,
+    *,
+    tiles: bool = False,
 ) -> PackedLinear:
     """The product with a packed copy of `weight` [N, K], float32 or bfloat16.
 
     `kind` None: the fastest kind on this CPU for the dtype. "pairs" rounds the rows to bfloat16.
-    `free`: as in `NativeKernels.pack`.
+    `free`: as in `NativeKernels.pack`. `tiles`: whether tiles multiply these pairs where there are
+    enough rows.
     """
     if kind is None:
         bfloat: PanelKind = "pairs" if kernels.has_pairs else "bfloat"
         kind = bfloat if weight.dtype == BFLOAT16 else "float"
     shape = (weight.shape[0], weight.shape[1])
+    way = "tiles" if tiles and kind == "pairs" else kind
     return PackedLinear(
         kernels,
-        f"sage_multiply_{kind}",
+        f"sage_multiply_{way}",
         kernels.pack(weight, kind, threads, free),
         shape,
-        gated=f"sage_gated_{kind}" if kernels.is_gated(*shape) else None,
+        gated=f"sage_gated_{way}" if kernels.is_gated(*shape) else None,
         bias=bias,
     )
-
-
-@cache
-def has_tiles() -> bool:
-    """Whether this CPU has AMX, with which oneDNN is faster than the C kernels."""
-    listing = Path("/proc/cpuinfo")
-    return listing.exists() and " amx_tile " in listing.read_text()

@@ -11,7 +11,7 @@ import numpy as np
 
 from sagellm.backends.arrays import BFLOAT16, Array, Floats
 from sagellm.backends.cpu.binding import Binding, NativeKernel
-from sagellm.backends.cpu.linear import PackedLinear, has_tiles, pack
+from sagellm.backends.cpu.linear import PackedLinear, pack
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.cpu.quantised_linear import (
@@ -138,12 +138,9 @@ def _packed(
     is_logits = binding.makes_logits(names[0])
     weights = quantised_weights(binding, names, sizes, size, make)
     if weights is None:
-        # Rounded logits could change which of them is the largest.
-        is_rounded = binding.dtype == BFLOAT16 and not is_logits and not binding.deterministic
-        if is_rounded and has_tiles():
-            raise NoNativeForm("oneDNN multiplies bfloat16 faster on this CPU")
         whole = binding.joined(names, sizes, size)
-        return pack(kernels, whole, bias, threads=threads, free=binding.give_back)
+        free, tiles = binding.give_back, binding.uses_tiles
+        return pack(kernels, whole, bias, threads=threads, free=free, tiles=tiles)
     weight = joined(weights)
     if weight is None:
         raise NoNativeForm("the weights of a layer have different forms")

@@ -61,7 +61,13 @@ class NativeProgram(StepProgram):
     The arena of activations lives as long as the program, and grows to the largest step.
     """
 
-    def __init__(self, translation: Translation, kernels: NativeKernels, plan: KernelPlan) -> None:
+    def __init__(
+        self,
+        translation: Translation,
+        kernels: NativeKernels,
+        plan: KernelPlan,
+        uses_tiles: bool = False,
+    ) -> None:
         super().__init__()
         self._translation = translation
         self._kernels = kernels
@@ -76,6 +82,7 @@ class NativeProgram(StepProgram):
             num_instructions=len(translation.instructions),
             num_heads=len(self._heads),
         )
+        self._step.batch.tiles = uses_tiles
         # A program has no `close`: engines share it, and the last one to drop it frees C's memory.
         weakref.finalize(self, kernels.close_step, self._step)
 
@@ -176,7 +183,7 @@ def bind(plan: KernelPlan, binding: Binding) -> NativeProgram:
     *others, last = plan.instructions
     head = _native(last, binding)
     kernels = (*(_native(step, binding) for step in others), head)
-    return NativeProgram(translate(plan, kernels), binding.native, plan)
+    return NativeProgram(translate(plan, kernels), binding.native, plan, binding.uses_tiles)
 
 
 def _native(step: Instruction, binding: Binding) -> NativeKernel:

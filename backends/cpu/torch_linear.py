@@ -54,16 +54,15 @@ def linear(
     """The fastest product with weight [N, K] and bias [N] float32 on this CPU.
 
     If the CPU multiplies bfloat16, rows are rounded to bfloat16 before they are multiplied by a
-    bfloat16 weight. oneDNN rounds its results to bfloat16 too; `exact` forbids oneDNN then.
+    bfloat16 weight. oneDNN, which is used without the C kernels, rounds its results to bfloat16
+    too; `exact` forbids oneDNN then.
     """
-    is_wide = weight.dtype == torch.float32
-    is_rounded = not is_wide and not exact and not binding.deterministic
-    # oneDNN with AMX is faster than the C kernels, but rounds: only if the rows may be rounded.
-    if binding.native and not (is_rounded and has_tiles()):
-        return native(binding.native, weight, bias)
+    if binding.native:
+        return native(binding.native, weight, bias, tiles=binding.uses_tiles)
     if binding.deterministic:
         return row_by_row(weight, bias)
-    if is_wide or (is_rounded and has_bfloat16_products()):
+    is_wide = weight.dtype == torch.float32
+    if is_wide or (not exact and has_bfloat16_products()):
         return packed(weight, bias) if torch._C._has_mkldnn else plain(weight, bias)
     return upcast(weight, bias)
 
@@ -73,12 +72,8 @@ def has_bfloat16_products() -> bool:
 
     On older CPUs oneDNN accepts bfloat16 too, but is slower than in float32.
     """
-    return has_tiles() or (bool(torch._C._has_mkldnn) and _cpu_has("avx512_bf16"))
-
-
-def has_tiles() -> bool:
-    """Whether oneDNN can use AMX here, with which it is faster than our C kernels."""
-    return bool(torch._C._has_mkldnn) and _cpu_has("amx_tile")
+    has_products = _cpu_has("avx512_bf16") or _cpu_has("amx_tile")
+    return bool(torch._C._has_mkldnn) and has_products
 
 
 def _cpu_has(feature: str) -> bool:
@@ -107,11 +102,11 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
 
 
 def native(
-    kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None
+    kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None, *, tiles: bool = False
 ) -> LinearFunction:
-    """The product by the C kernel: the same bits for any number of rows."""
-    offset = None if bias is None else array(bias)
-    return by_kernel(pack(kernels, array(weight), offset, threads=torch.get_num_threads()))
+    """The product by the C kernel: without tiles, the same bits for any number of rows."""
+    offset, threads = None if bias is None else array(bias), torch.get_num_threads()
+    return by_kernel(pack(kernels, array(weight), offset, threads=threads, tiles=tiles))
 
 
 def by_kernel(product: Callable[[Floats, int], Floats]) -> LinearFunction:

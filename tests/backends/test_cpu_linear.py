@@ -56,23 +56,20 @@ def test_packed_in_bfloat16(rows):
 
 
 @pytest.mark.parametrize(
-    ("native", "tiles", "products", "bfloat16", "exact", "whole", "deterministic"),
+    ("native", "products", "bfloat16", "exact", "whole", "deterministic"),
     [
-        (True, False, False, "native", "native", "native", "native"),
-        (True, False, True, "native", "native", "native", "native"),
-        (True, True, True, "packed", "native", "native", "native"),
-        (False, False, False, "upcast", "upcast", "packed", "row_by_row"),
-        (False, False, True, "packed", "upcast", "packed", "row_by_row"),
-        (False, True, True, "packed", "upcast", "packed", "row_by_row"),
+        (True, False, "native", "native", "native", "native"),
+        (True, True, "native", "native", "native", "native"),
+        (False, False, "upcast", "upcast", "packed", "row_by_row"),
+        (False, True, "packed", "upcast", "packed", "row_by_row"),
     ],
 )
-def test_choice(monkeypatch, native, tiles, products, bfloat16, exact, whole, deterministic):
+def test_choice(monkeypatch, native, products, bfloat16, exact, whole, deterministic):
     for way in ("packed", "native", "upcast", "row_by_row"):
-        monkeypatch.setattr(ways, way, lambda *_, way=way: way)
+        monkeypatch.setattr(ways, way, lambda *_, way=way, **__: way)
     monkeypatch.setattr(ways, "has_bfloat16_products", lambda: products)
-    monkeypatch.setattr(ways, "has_tiles", lambda: tiles)
     monkeypatch.setattr(torch._C, "_has_mkldnn", True)
-    binding = SimpleNamespace(native=native, deterministic=False)
+    binding = SimpleNamespace(native=native, deterministic=False, uses_tiles=False)
     half, single = torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2)
     assert ways.linear(binding, half, None) == bfloat16
     assert ways.linear(binding, half, None, exact=True) == exact

@@ -8,7 +8,7 @@ from tensors import arrays
 
 from sagellm.backends import KVLayout, LoweringError
 from sagellm.backends.arrays import dtype_name, opaque
-from sagellm.backends.cpu import CpuBackend, native_forms, torch_linear
+from sagellm.backends.cpu import CpuBackend, torch_linear
 from sagellm.backends.cpu.torch_linear import tensor
 from sagellm.graphs.models import build
 
@@ -25,9 +25,9 @@ class Counted(dict):
         return super().__getitem__(name)
 
 
-def lowered(model, weights, dtype="float32"):
+def lowered(model, weights, dtype="float32", native=True):
     options = {"layout": model.layout(dtype), "dtype": dtype, "deterministic": False}
-    return CpuBackend().device().lower(build(model.config), weights, **options)
+    return CpuBackend(native=native).device().lower(build(model.config), weights, **options)
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
@@ -67,10 +67,9 @@ def test_a_quantised_weight_is_refused(reference, dtype):
 @pytest.mark.parametrize("family", ["llama", "llama3"])
 def test_logits_alone_are_not_rounded_to_bfloat16(reference, monkeypatch, family):
     model, rounded = reference(family), []
-    monkeypatch.setattr(native_forms, "has_tiles", lambda: True)
-    monkeypatch.setattr(torch_linear, "has_tiles", lambda: True)
+    monkeypatch.setattr(torch_linear, "has_bfloat16_products", lambda: True)
     monkeypatch.setattr(torch_linear, "packed", lambda weight, bias: rounded.append(len(weight)))
-    lowered(model, arrays(model.weights), "bfloat16")
+    lowered(model, arrays(model.weights), "bfloat16", native=False)
     assert len(rounded) == 4 * model.facts.num_layers
     assert model.facts.vocab_size not in rounded
 

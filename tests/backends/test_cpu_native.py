@@ -133,7 +133,7 @@ def test_libraries_that_never_load_are_given_up(monkeypatch, tmp_path):
     for path in broken:
         path.write_text("no library")
     builds = iter(broken)
-    monkeypatch.setattr(library, "compiled", lambda progress: next(builds))
+    monkeypatch.setattr(library, "compiled", lambda *_: next(builds))
     assert library.open_kernels() is None
     assert not any(path.exists() for path in broken)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from tile_kernels import WAYS, kernels_by
 
 from sagellm.backends.cpu.attention import ForwardContext, attend_row_by_row, quantised
 from sagellm.backends.cpu.native.library import native_kernels
@@ -48,10 +49,10 @@ class Case:
             contexts=tuple(last for *_, last in rows),
         )
 
-    def run(self, rows, threads=1):
+    def run(self, rows, threads=1, kernels=KERNELS, tiles=False):
         """Results of the C kernel, one tensor an entry of `rows`."""
         q, inputs = self._queries(rows), self.inputs(rows)
-        found = KERNELS.attention(
+        found = kernels.attention(
             array(q),
             pool=array(self.pool),
             layer=1,
@@ -61,6 +62,7 @@ class Case:
             scale=self.options.scale,
             window=self.options.window,
             threads=threads,
+            tiles=tiles,
         )
         return torch.from_numpy(found).split(list(inputs.query_lens))
 
@@ -151,3 +153,59 @@ def test_a_batch_that_is_too_large_to_share_contexts_has_the_same_bits():
     batch = case((1200,), heads=64, kv_heads=1, head_dim=128)
     (alone,) = batch.run([(0, 1199, 1200)])
     assert all(torch.equal(found, alone) for found in batch.run([(0, 1199, 1200)] * 700))
+
+
+@pytest.fixture(params=WAYS)
+def tiles(request):
+    """tiles(case, rows) -> what the case gives by tiles."""
+    kernels = kernels_by(request.param)
+    if not kernels.has_pairs:
+        pytest.skip("a CPU that multiplies no pairs of bfloat16")
+    return lambda batch, rows, threads=1: batch.run(rows, threads, kernels, tiles=True)
+
+
+TILED = [(0, 1190, 1200), (0, 450, 600), (2, 0, 7), (1, 60, 90), (0, 511, 513)]
+
+
+@WINDOWS
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(14, 2, 64, 32), (8, 4, 128, 16), (9, 9, 32, 3), (40, 2, 96, 128), (130, 1, 32, 16)],
+)
+def test_tiles_agree_with_torch(tiles, window, heads, kv_heads, head_dim, block_size):
+    lens = (1200, 90, 7)
+    batch = case(lens, heads, kv_heads, head_dim, block_size, dtype=torch.bfloat16, window=window)
+    results = zip(tiles(batch, TILED), batch.run(TILED), batch.wanted(TILED), strict=True)
+    for found, vectors, wanted in results:
+        assert (found - wanted).abs().max() < (vectors - wanted).abs().max() + 1e-4
+
+
+def test_tiles_are_no_further_from_exact_results_than_vectors(tiles):
+    batch = case((900, 90, 7), 14, 2, 64, dtype=torch.bfloat16)
+    rows = [(0, 0, 900)]
+    (found,), (vectors,), (wanted,) = tiles(batch, rows), batch.run(rows), batch.wanted(rows)
+    assert not torch.equal(found, vectors)
+    assert (found - wanted).abs().mean() < 1.01 * (vectors - wanted).abs().mean()
+
+
+@pytest.mark.parametrize("head_dim", [10, 16, 80])
+def test_heads_that_fill_no_tile_are_multiplied_by_vectors(tiles, head_dim):
+    batch = case(head_dim=head_dim, dtype=torch.bfloat16)
+    assert all(map(torch.equal, tiles(batch, TILED), batch.run(TILED)))
+
+
+def test_few_rows_are_multiplied_by_vectors(tiles):
+    batch = case(heads=16, head_dim=32, dtype=torch.bfloat16)  # 8 rows a token
+    assert all(map(torch.equal, tiles(batch, DECODE), batch.run(DECODE)))
+    (found,), (vectors,) = tiles(batch, [(0, 80, 82)]), batch.run([(0, 80, 82)])
+    assert not torch.equal(found, vectors)
+
+
+def test_a_row_by_tiles_has_the_same_bits_in_any_batch_and_on_any_threads(tiles):
+    batch = case(heads=14, head_dim=64, dtype=torch.bfloat16)
+    (whole,) = tiles(batch, [(0, 0, 1200)])
+    chunks = [tiles(batch, [(2, 0, 7), (0, at, at + 150)])[1] for at in range(0, 1200, 150)]
+    assert torch.equal(torch.cat(chunks), whole)
+    for threads in (1, 2, 5):
+        found = tiles(batch, [*TILED, (0, 1195, 1200)], threads)
+        assert torch.equal(found[-1], whole[1195:])

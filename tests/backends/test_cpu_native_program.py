@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sagellm.backends.cpu import CpuBackend, native_forms, torch_linear
+from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.cpu.lowerings import CpuProgram
 from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
@@ -130,13 +130,6 @@ def test_a_program_says_how_it_runs(reference, paged):
     without = paged(model, CpuBackend(native=False), deterministic=True).program
     assert isinstance(without, CpuProgram)
     assert not str(without).startswith("#")
-
-
-def test_products_of_bfloat16_by_onednn_run_kernel_by_kernel(reference, paged, monkeypatch):
-    monkeypatch.setattr(native_forms, "has_tiles", lambda: True)
-    monkeypatch.setattr(torch_linear, "has_tiles", lambda: True)
-    monkeypatch.setattr(torch_linear, "packed", lambda weight, bias: lambda rows: rows)
-    assert isinstance(paged(reference("llama"), dtype="bfloat16").program, CpuProgram)
 
 
 def test_a_profile_names_each_instruction(reference, paged):

@@ -6,8 +6,10 @@ import subprocess
 
 import numpy as np
 import pytest
+from tile_kernels import MODEL, WAYS, has_amx
 
 from sagellm.backends.cpu.native import compiler
+from sagellm.backends.cpu.native.library import open_kernels
 
 SOURCE = """
 #include "tiles.h"
@@ -29,11 +31,6 @@ DOT(DOT_US)
 STRIDE = 80  # bytes from row to row, more than a row has
 
 
-def has_amx():
-    with open("/proc/cpuinfo") as lines:
-        return "amx_tile" in lines.read()
-
-
 class Shapes(ctypes.Structure):
     """TileShapes of tiles.h."""
 
@@ -50,10 +47,7 @@ class Shapes(ctypes.Structure):
             self.rows[number], self.bytes[number] = rows, num_bytes
 
 
-CPU = pytest.param("-march=native", marks=pytest.mark.skipif(not has_amx(), reason="no AMX"))
-
-
-@pytest.fixture(scope="module", params=["-DSAGE_TILE_MODEL", CPU])
+@pytest.fixture(scope="module", params=WAYS)
 def tiles(request, tmp_path_factory):
     """The functions of SOURCE."""
     if not compiler.c_compiler():
@@ -61,7 +55,8 @@ def tiles(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiles")
     (folder / "dots.c").write_text(SOURCE)
     sources = [str(folder / "dots.c"), str(compiler._SOURCES / "tiles.c")]
-    command = [*compiler.c_compiler(), "-O2", "-shared", "-fPIC", "-Wno-psabi", request.param]
+    how = MODEL if request.param == "model" else ("-march=native", "-O1")
+    command = [*compiler.c_compiler(), "-shared", "-fPIC", "-Wno-psabi", *how]
     include = f"-I{compiler._SOURCES}"
     library = str(folder / "dots.so")
     subprocess.run([*command, include, "-o", library, *sources], check=True)
@@ -158,11 +153,37 @@ def test_the_model_stops_where_the_cpu_would(tmp_path, misuse):
     if not compiler.c_compiler():
         pytest.skip("no C compiler on this machine")
     start = "TileShapes shapes = {.palette = 1}; tiles_begin(); shapes = model_shapes;"
-    (tmp_path / "main.c").write_text(
-        f'#include "tiles.h"\nint main(int count, char **_) {{ {start} if (count > 1) {{ {misuse} }} }}'
-    )
+    body = f"{start} if (count > 1) {{ {misuse} }}"
+    (tmp_path / "main.c").write_text(f'#include "tiles.h"\nint main(int count) {{ {body} }}')
     program = str(tmp_path / "main")
-    flags = ("-DSAGE_TILE_MODEL", "-Wno-psabi", f"-I{compiler._SOURCES}", "-o", program)
+    flags = (*MODEL, "-Wno-psabi", f"-I{compiler._SOURCES}", "-o", program)
     subprocess.run([*compiler.c_compiler(), *flags, str(tmp_path / "main.c")], check=True)
     assert subprocess.run([program]).returncode == 0
     assert subprocess.run([program, "misuse"]).returncode == -signal.SIGILL
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in compiler._SOURCES.glob("*.c")))
+def test_the_code_for_amx_compiles(tmp_path, source):
+    """On a CPU without AMX, nothing else reads the intrinsics."""
+    command = [*compiler.c_compiler(), "-march=sapphirerapids", "-O1", "-c"]
+    (tmp_path / "probe.c").write_text("int sagellm;")
+    target = ["-o", str(tmp_path / "out.o")]
+    probe = [*command, str(tmp_path / "probe.c"), *target]
+    if not compiler.c_compiler() or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no compiler for Sapphire Rapids")
+    flags = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-ffp-contract=off")
+    done = subprocess.run(
+        [*command, *flags, str(compiler._SOURCES / source), *target], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_machine_without_amx_refuses_tiles(monkeypatch, tmp_path):
+    """A library whose kernels could use tiles asks the operating system first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "_FLAGS", ("-O1", "-pthread", "-shared", "-fPIC", "-Wno-psabi"))
+    kernels = open_kernels(flags=("-march=native", "-mamx-tile", "-mamx-bf16", "-mamx-int8"))
+    if kernels is None:
+        pytest.skip("no C compiler that knows AMX")
+    assert kernels.has_tiles == has_amx()
+    kernels.function("sage_multiply_tiles")  # is there, though it is not used

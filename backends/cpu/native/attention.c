@@ -14,6 +14,7 @@
 #include "block_pairs.h"
 #include "blocks.h"
 #include "team.h"
+#include "tile_attention.h"
 
 #define NOTHING -1e30f /* stands for the largest score before a key was seen */
 
@@ -45,15 +46,14 @@ static void join(Sums *total, const Sums *sums, long rows, long width) {
 static long least(long a, long b) { return a < b ? a : b; }
 static long greatest(long a, long b) { return a > b ? a : b; }
 
-/* Add keys `first` to `last` (exclusive) of the block at `start` to the tile's sums. */
-static void add_block(Work *w, long start, long first, long last) {
+/* Make weights of the scores of rows `top` to `bottom` (exclusive), for keys `first` to `last`
+ * (exclusive) of the block at `start`. Scale the rows' sums to their new largest scores. */
+static void soften_rows(Work *w, long top, long bottom, long start, long first, long last,
+                        long padded) {
     const Heads *h = &w->plan->heads;
     long group = h->heads / h->kv_heads, num_keys = last - start;
-    long padded = (num_keys + w->plan->lanes - 1) / w->plan->lanes * w->plan->lanes;
     int pairs = w->plan->lanes != LANES;
-    if (w->plan->batch.dtype == KV_INT8) load_scales(w, padded);
-    pairs ? score_pairs(w, padded) : score(w, padded);
-    for (long r = 0; r < w->rows; r++) {
+    for (long r = top; r < bottom; r++) {
         long position = w->tile->position + r / group;
         long low = h->window ? greatest(position - h->window + 1 - start, 0) : 0;
         long end = least(position + 1 - start, num_keys);
@@ -62,7 +62,33 @@ static void add_block(Work *w, long start, long first, long last) {
         float by = pairs ? soften_pairs(w, r, low, end, padded) : soften(w, r, low, end, padded);
         if (by != 1.0f) scale_row(w->sums.values + r * w->width, w->width, by);
     }
-    pairs ? weigh_pairs(w, num_keys) : weigh(w, num_keys);
+}
+
+/* add_block by tiles. Each round of the loop has products of tiles for the rows after and before
+ * those that it softens. */
+static void add_tiles(Work *w, long start, long first, long last) {
+    const long some = AMX_ROWS, padded = whole_panels(last - start);
+    load_panels(w, padded);
+    for (long row = 0; row < w->rows + 2 * some; row += some) {
+        if (row < w->rows) score_by_tiles(w, row, padded);
+        if (row >= 2 * some) weigh_by_tiles(w, row - 2 * some, padded);
+        if (row >= some)
+            soften_rows(w, row - some, least(row, w->rows), start, first, last, padded);
+    }
+}
+
+/* Add keys `first` to `last` (exclusive) of the block at `start` to the tile's sums. */
+static void add_block(Work *w, long start, long first, long last) {
+    long num_keys = last - start, lanes = w->plan->lanes;
+    long padded = (num_keys + lanes - 1) / lanes * lanes;
+    if (w->by_tiles) {
+        add_tiles(w, start, first, last);
+        return;
+    }
+    if (w->plan->batch.dtype == KV_INT8) load_scales(w, padded);
+    lanes != LANES ? score_pairs(w, padded) : score(w, padded);
+    soften_rows(w, 0, w->rows, start, first, last, padded);
+    lanes != LANES ? weigh_pairs(w, num_keys) : weigh(w, num_keys);
 }
 
 /* Set the tile's sums to those of keys `first` to `last` (exclusive), which are in one span. */
@@ -154,6 +180,7 @@ static void place(Work *w, char *memory) {
 void attention_share(const Attention *p, const Layer *layer, atomic_long *next, int number) {
     Work w = {.plan = p, .layer = layer};
     place(&w, p->scratch + p->scratch_len * number);
+    if (p->by_tiles) tiles_begin();
     Sums own = w.sums;
     long kv_heads = p->heads.kv_heads, ticket;
     while ((ticket = atomic_fetch_add(next, 1)) < p->num_pieces * kv_heads) {
@@ -162,9 +189,12 @@ void attention_share(const Attention *p, const Layer *layer, atomic_long *next, 
         w.head = ticket % kv_heads;
         w.rows = w.tile->num_tokens * (p->heads.heads / kv_heads);
         w.sums = own;
-        w.plan->lanes == LANES ? load_queries(&w) : load_query_pairs(&w);
+        w.by_tiles = p->by_tiles && w.rows >= TILED_FROM;
+        w.by_tiles ? load_query_tiles(&w)
+                   : p->lanes == LANES ? load_queries(&w) : load_query_pairs(&w);
         w.tile->partial < 0 ? add_alone(&w, piece) : add_shared(&w, piece);
     }
+    if (p->by_tiles) tiles_end();
 }
 
 typedef struct {

@@ -21,6 +21,7 @@ typedef struct {
     long table_len, num_sequences, block_size;
     const int64_t *query_starts, *context_lens;
     int dtype; /* of the pool: KV_FLOAT, KV_BFLOAT or KV_INT8 */
+    int tiles; /* whether tiles may multiply: a row's bits then depend on the rows around it */
 } Batch;
 
 /* Some new tokens of one sequence, whose first row and position are given. `partial`: index of the
@@ -45,6 +46,7 @@ typedef struct {
     atomic_int *finished;  /* per shared tile and KV head: number of finished spans */
     char *scratch;         /* per thread */
     long lanes; /* keys of a vector: LANES, or PAIR_LANES where products are of bfloat16 pairs */
+    int by_tiles; /* whether many rows of bfloat16 pairs are multiplied by tiles */
     long num_tiles, num_pieces, tile_tokens, tile_rows, width; /* width: padded head_dim */
     long num_partials, num_shared, partial_len, scratch_len;
 } Attention;

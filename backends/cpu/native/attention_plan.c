@@ -10,6 +10,7 @@
 #include "codes.h"
 #include "matrix.h"
 #include "pairs.h"
+#include "tiles.h"
 
 #define MOST_SHARED (64L << 20) /* bytes of span sums; a batch that needs more shares no tile */
 
@@ -53,9 +54,10 @@ long attention_plan(Attention *p, const Heads *heads, const Batch *batch, int th
     *p = (Attention){.heads = *heads, .batch = *batch};
     long group = heads->heads / heads->kv_heads;
     p->tile_tokens = group < MOST ? MOST / group : 1;
-    p->tile_rows = p->tile_tokens * group;
     long lanes[] = {[KV_FLOAT] = LANES, [KV_BFLOAT] = PAIR_LANES, [KV_INT8] = CODE_LANES};
     p->lanes = heads->head_dim % 2 == 0 ? lanes[batch->dtype] : LANES;
+    p->by_tiles = batch->tiles && p->lanes != LANES && heads->head_dim % AMX_K == 0;
+    p->tile_rows = rounded_up(p->tile_tokens * group, p->by_tiles ? AMX_ROWS : 1);
     p->width = rounded_up(heads->head_dim, p->lanes == LANES ? LANES : 2 * p->lanes);
     p->partial_len = p->tile_rows * (p->width + 2);
     /* Per row: sums, total, scores, rounded scores. Then q, a block of keys or values, zeros. */

@@ -23,6 +23,7 @@ typedef struct {
     const Layer *layer;
     const Tile *tile;
     long head, rows, width;
+    int by_tiles; /* whether this tile has rows enough for tiles of the CPU */
     float *q, *scores, *panels, *zeros; /* panels hold a block's keys, and later its values */
     uint16_t *weights;                  /* rounded scores, for products of bfloat16 pairs */
     float key_scales[BLOCK], value_scales[BLOCK]; /* of a block in 8 bits */

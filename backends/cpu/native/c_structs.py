@@ -25,6 +25,7 @@ class NativeBatch(ctypes.Structure):
         ("query_starts", _POINTER),
         ("context_lens", _POINTER),
         ("dtype", _INT),
+        ("tiles", _INT),
     ]
 
 

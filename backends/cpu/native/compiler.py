@@ -37,9 +37,9 @@ def c_compiler() -> tuple[str, ...]:
     return ()
 
 
-def compiled(progress: Progress = silent) -> Path | None:
+def compiled(progress: Progress = silent, flags: tuple[str, ...] = ()) -> Path | None:
     """Return the library for these sources and this CPU, and build it first if needed. Returns None
-    if it cannot be built.
+    if it cannot be built. `flags` come after the usual flags of the compiler.
 
     The library is loaded as code, so a file that another user could have written is never returned.
     `progress` is called before a build.
@@ -49,9 +49,9 @@ def compiled(progress: Progress = silent) -> Path | None:
         _log.info("native_kernels_absent", cause="no C compiler", fix="install gcc or clang")
         return None
     try:
-        name = library_name(compiler)
+        name = library_name(compiler, flags)
         found = built(name)
-        return found or _built_now(compiler, name, progress)
+        return found or _built_now(compiler, name, progress, flags)
     except (OSError, subprocess.SubprocessError) as error:
         fix = f"see that {compiler[0]} works"
         _log.warning("native_kernels_absent", cause=_cause(error), fix=fix)
@@ -68,7 +68,9 @@ def built(name: str) -> Path | None:
     return None
 
 
-def _built_now(compiler: tuple[str, ...], name: str, progress: Progress) -> Path:
+def _built_now(
+    compiler: tuple[str, ...], name: str, progress: Progress, flags: tuple[str, ...]
+) -> Path:
     folder, why_not = writable_folder()
     if why_not:
         fix = "see that it can be written to, or set XDG_CACHE_HOME"
@@ -77,7 +79,7 @@ def _built_now(compiler: tuple[str, ...], name: str, progress: Progress) -> Path
         )
     progress(Compiling(shlex.join(compiler), str(folder)))
     began_s = monotonic()
-    library = _build(compiler, folder / name)
+    library = _build((*compiler, *_flags(compiler), *flags), folder / name)
     _log.info("native_kernels_built", folder=str(folder), seconds=round(monotonic() - began_s, 1))
     return library
 
@@ -93,8 +95,7 @@ def _build(compiler: tuple[str, ...], library: Path) -> Path:
     """
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         fresh = Path(folder) / library.name
-        sources = map(str, _sources(".c"))
-        command = [*compiler, *_flags(compiler), "-o", str(fresh), *sources, "-lm"]
+        command = [*compiler, "-o", str(fresh), *map(str, _sources(".c")), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
         fresh.chmod(0o700)  # the umask may allow others to write
         fresh.replace(library)
@@ -113,15 +114,16 @@ def _sources(*suffixes: str) -> list[Path]:
     return sorted(path for path in _SOURCES.iterdir() if path.suffix in suffixes)
 
 
-def library_name(compiler: tuple[str, ...]) -> str:
-    """The name of the library file for these sources, this compiler and this CPU."""
-    return f"kernels-{_key(compiler)}.so"
+def library_name(compiler: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
+    """The name of the library file for these sources, this compiler, these flags and this CPU."""
+    return f"kernels-{_key(compiler, flags)}.so"
 
 
-def _key(compiler: tuple[str, ...]) -> str:
+def _key(compiler: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
     """A hash of the sources, the flags, the compiler, the C library and the CPU."""
     parts = [path.read_bytes() for path in _sources(".c", ".h")]
-    parts += [repr((_FLAGS, compiler, platform.libc_ver())).encode(), _version(compiler), _cpu()]
+    way = ((*_FLAGS, *flags), compiler, platform.libc_ver())
+    parts += [repr(way).encode(), _version(compiler), _cpu()]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 

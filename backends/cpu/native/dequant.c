@@ -177,8 +177,6 @@ static void amx_tile(const Part *p, long row, long col, int rows) {
     add_to_out(p, row, col, rows, sums);
 }
 #else
-static void tiles_begin(void) {}
-static void tiles_end(void) {}
 static void amx_tile(const Part *p, long row, long col, int rows) { sized_tile(p, row, col, rows); }
 #endif
 

@@ -51,6 +51,7 @@ _SAMPLE_OPTIONS = np.dtype(  # of sample.c
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_linear": (_POINTER, *_MATRIX, *_MATRIX, _LONG, _INT),
     "sage_has_pairs": (),
+    "sage_has_tiles": (),
     "sage_is_gated": (_LONG, _LONG),
     "sage_packed_bytes": (_LONG, _LONG, _INT),
     "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
@@ -87,13 +88,16 @@ def native_kernels(progress: Progress = silent) -> "NativeKernels | None":
         return _opened[0]
 
 
-def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
-    """Open the library, and build it first if needed. Returns None if that fails.
+def open_kernels(
+    progress: Progress = silent, flags: tuple[str, ...] = ()
+) -> "NativeKernels | None":
+    """Open the library, and build it first if needed. Returns None if that fails. `flags`: more
+    flags of the compiler.
 
     A library that does not load, for example because a full disk truncated it, is built once more.
     """
     for _ in range(2):
-        path = compiled(progress)
+        path = compiled(progress, flags)
         if path is None:
             return None
         try:
@@ -109,8 +113,8 @@ class NativeKernels:
     """The C kernels, which return new arrays. Activations are float32; weights are float32 or
     bfloat16, pools also int8. `threads`: how many threads share the work, the caller's included.
 
-    Every kernel is batch-invariant: a row's bits do not depend on other rows. Only the names that
-    end in `_many` choose a kernel by the number of rows.
+    Every kernel without tiles is batch-invariant: a row's bits do not depend on other rows. Only
+    tiles, and the names that end in `_many`, choose a kernel by the number of rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,6 +134,11 @@ class NativeKernels:
     def has_pairs(self) -> bool:
         """Whether this CPU multiplies pairs of bfloat16 (AVX512-BF16, or BF16 of ARM)."""
         return bool(self._library.sage_has_pairs())
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether this CPU has AMX, and its operating system lets this process use it."""
+        return bool(self._library.sage_has_tiles())
 
     def is_gated(self, num_cols: int, size: int) -> bool:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
@@ -253,8 +262,10 @@ class NativeKernels:
         scale: float,
         window: int | None,
         threads: int,
+        tiles: bool = False,
     ) -> Floats:
-        """Attention of q [T, heads * head_dim] over the blocks of each row's sequence.
+        """Attention of q [T, heads * head_dim] over the blocks of each row's sequence. `tiles`:
+        whether tiles may multiply, so that bits depend on the number of rows.
 
         Raises MemoryError.
         """
@@ -264,7 +275,7 @@ class NativeKernels:
         heads = NativeHeads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
         batch = NativeBatch(
             *(block_tables.shape[1], len(context_lens), block_size),
-            *(query_starts.ctypes.data, context_lens.ctypes.data, dtype),
+            *(query_starts.ctypes.data, context_lens.ctypes.data, dtype, tiles),
         )
         first, ldq = _matrix(q)
         place = NativeLayer(first, keys, values, out.ctypes.data, ldq, _matrix(out)[1])

@@ -65,6 +65,10 @@ INLINE void pack_panel(const Packing *p, long panel, Kind kind) {
             case PAIRS: pack_pairs(from, to, k_len); break;
         }
     }
+    if (kind == PAIRS) {
+        long used = (p->k + 1) / 2 * 2 * bytes_of_k(kind), size = panel_bytes(p->k, kind);
+        memset(p->packed + panel * size + used, 0, (size_t)(size - used));
+    }
 }
 
 INLINE void pack_share(const Packing *p, int number, int threads, Kind kind) {

@@ -2,8 +2,8 @@
  *
  * A column is a row of the weight [num_cols, k]. In BFLOATS, columns c and c + WIDE are adjacent,
  * so that one load, a shift and a mask give both halves of a panel as floats. In PAIRS, also of
- * bfloat16, k and k + 1 of a column are adjacent, as the CPU's instructions need them. The last
- * panel and the last pair are padded with zeros. */
+ * bfloat16, k and k + 1 of a column are adjacent, as the CPU's instructions need them, and zeros
+ * pad the panel to DEEP of k, a whole tile. Zeros pad the columns of the last panel too. */
 #ifndef SAGELLM_PANEL_H
 #define SAGELLM_PANEL_H
 
@@ -11,13 +11,14 @@
 #include "vector.h"
 
 #define PANEL (2 * WIDE)
+#define DEEP 32 /* of k in a tile of PAIRS */
 
 typedef enum { FLOATS, BFLOATS, PAIRS } Kind;
 
 INLINE long bytes_of_k(Kind kind) { return PANEL * (kind == FLOATS ? 4 : 2); }
 
 INLINE long panel_bytes(long k, Kind kind) {
-    return (kind == PAIRS ? (k + 1) / 2 * 2 : k) * bytes_of_k(kind);
+    return (kind == PAIRS ? (k + DEEP - 1) / DEEP * DEEP : k) * bytes_of_k(kind);
 }
 
 static inline long num_panels(long num_cols) { return (num_cols + PANEL - 1) / PANEL; }

@@ -1,9 +1,9 @@
 /* Tiles of Intel AMX: eight registers, each of up to 16 rows of 64 bytes, and their products.
  *
  * The right factor of a product holds pairs of bfloat16, or fours of bytes, that are adjacent along
- * k, as a panel of PAIRS does. TILES is 1 where a file may use tiles: the compiler's target has AMX,
- * or SAGE_TILE_MODEL asks for a model of the instructions in plain C, which every CPU runs. The
- * model stops the process where the CPU would raise an exception.
+ * k, as a panel of PAIRS does. TILES is 1 where a file may use tiles: the compiler's target has
+ * AMX, or SAGE_TILE_MODEL asks for a model of the instructions in plain C, which every CPU runs.
+ * The model stops the process where the CPU would raise an exception.
  *
  * Numbers of tiles are literals, because they are part of an instruction. Source: Intel 64 and
  * IA-32 Architectures Software Developer's Manual, volume 2, LDTILECFG and TDPBF16PS. */
@@ -15,6 +15,7 @@
 #define AMX_TILES 8
 #define AMX_ROWS 16  /* of a tile */
 #define AMX_BYTES 64 /* of a row of a tile */
+#define AMX_K 32     /* numbers of bfloat16 of a row: k of a product */
 
 /* The operand of LDTILECFG: how many rows and bytes of a row each tile has. */
 typedef struct {
@@ -179,6 +180,9 @@ INLINE void tiles_begin(void) {
 }
 
 INLINE void tiles_end(void) { TILE_RELEASE(); }
+#else
+INLINE void tiles_begin(void) {}
+INLINE void tiles_end(void) {}
 #endif
 
 #endif
