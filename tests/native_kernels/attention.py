@@ -1,16 +1,17 @@
-"""Cases of paged attention: ragged batches, windows, any heads, both dtypes of the pool."""
+"""Cases of paged attention: ragged batches, windows, any heads, all dtypes of the pool."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from native_kernels.calls import Calls, Results
-from native_kernels.cases import Array, Case, bfloat, random, rounded
+from native_kernels.cases import Array, Case, bfloat, coded, decoded, random, rounded
 
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer
 
 Rows = Sequence[tuple[int, int, int]]  # sequence, first position, end position
 DECODE: Rows = [(0, 1199, 1200), (1, 89, 90), (2, 6, 7), (1, 0, 1), (0, 511, 512), (0, 512, 513)]
+FLOAT, BFLOAT, INT8 = range(3)  # the dtypes of codes.h
 RAGGED: Rows = [(0, 570, 600), (2, 0, 7), (1, 60, 90), (0, 1190, 1200)]
 
 
@@ -23,7 +24,7 @@ class Shape:
     head_dim: int = 16
     block_size: int = 16
     window: int = 0
-    is_bfloat: bool = False
+    dtype: int = FLOAT
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,20 @@ class Pool:
 
     keys: list[Array]
     values: list[Array]
-    stored_keys: Array  # [blocks, kv_heads, block_size, head_dim]
+    stored_keys: Array  # [blocks, kv_heads, block_size], rows of the dtype
     stored_values: Array
     tables: list[Array]
 
 
 def cases() -> Iterator[Case]:
-    for is_bfloat in (False, True):
+    for dtype in (FLOAT, BFLOAT, INT8):
         for window in (0, 1, 70, 700):
             for rows in (DECODE, RAGGED):
-                yield attention(Shape(window=window, is_bfloat=is_bfloat), rows)
+                yield attention(Shape(window=window, dtype=dtype), rows)
         for shape in [(1, 1, 8, 1), (5, 5, 24, 3), (14, 2, 64, 32), (9, 1, 10, 16), (70, 1, 13, 5)]:
             rows = [(0, 149, 150), (1, 3, 40), (0, 80, 100)]
-            yield attention(Shape(*shape, is_bfloat=is_bfloat), rows, (150, 40))
-        yield attention(Shape(130, 1, 36, 128, is_bfloat=is_bfloat), [(0, 30, 33)], (33,))
+            yield attention(Shape(*shape, dtype=dtype), rows, (150, 40))
+        yield attention(Shape(130, 1, 36, 128, dtype=dtype), [(0, 30, 33)], (33,))
     yield many_spans()
 
 
@@ -66,10 +67,18 @@ def pool_of(shape: Shape, lens: Sequence[int]) -> Pool:
             for index, block in enumerate(table):
                 some = sequence[index * size : (index + 1) * size]
                 stored[block, :, : len(some)] = some.swapaxes(0, 1)
-        if shape.is_bfloat:
+        nan = np.isnan(stored)
+        if shape.dtype == BFLOAT:
             numbers_of = [rounded(sequence) for sequence in numbers_of]
-            nan = np.isnan(stored)
             stored = np.where(nan, np.uint16(0x7FC0), bfloat(np.where(nan, 0, stored)))
+        elif shape.dtype == INT8:
+            numbers_of = [decoded(coded(sequence)) for sequence in numbers_of]
+            scale_is_nan = np.frombuffer(b"\xc0\x7f" * (stored.size // shape.head_dim), np.int8)
+            codes = coded(np.where(nan, 0, stored))
+            codes[..., -2:] = np.where(
+                nan[..., :1], scale_is_nan.reshape(*stored.shape[:-1], 2), codes[..., -2:]
+            )
+            stored = codes
         sides.append((numbers_of, stored))
     (keys, stored_keys), (values, stored_values) = sides
     return Pool(keys, values, stored_keys, stored_values, tables)
@@ -115,7 +124,7 @@ def attention(shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7)) -> 
         block_size=shape.block_size,
         query_starts=calls.array(starts),
         context_lens=calls.array(np.array([end for *_, end in rows])),
-        bfloat=int(shape.is_bfloat),
+        dtype=shape.dtype,
     )
     joined = np.concatenate(q).reshape(starts[-1], -1)
     width = joined.shape[1]
@@ -140,7 +149,7 @@ def attention(shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7)) -> 
         assert all((results[out] == found).all() for out in outs)
         # Where a CPU multiplies pairs, queries and weights of softmax may be rounded.
         errors = [error(found, as_rounded) for as_rounded in (False, True)]
-        allowed = 4e-3 if has_pairs and shape.is_bfloat else 2e-5
+        allowed = 4e-3 if has_pairs and shape.dtype != FLOAT else 2e-5
         assert errors[0] < 2e-5 or (has_pairs and errors[1] < allowed), errors
 
     def error(found: Array, as_rounded: bool) -> float:

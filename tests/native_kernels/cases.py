@@ -40,6 +40,22 @@ def rounded(numbers: Array) -> Array:
     return widened(bfloat(numbers))
 
 
+def coded(rows: Array) -> Array:
+    """Keys or values [..., size] in 8 bits, as codes.h stores them: [..., size + 2] int8."""
+    largest = np.abs(rows).max(-1, keepdims=True)
+    scales = bfloat(np.where(largest > 1e-30, largest / np.float32(127), 0))
+    wide = widened(scales)
+    inverse = np.where(wide > 0, 1 / np.where(wide > 0, wide, 1), 0).astype(np.float32)
+    return np.concatenate([np.rint(rows * inverse).astype(np.int8), scales.view(np.int8)], -1)
+
+
+def decoded(stored: Array) -> Array:
+    """The float32 numbers of what `coded` returns."""
+    scales = widened(np.ascontiguousarray(stored[..., -2:]).view(np.uint16))
+    numbers: Array = stored[..., :-2] * scales
+    return numbers
+
+
 def silu(numbers: Array) -> Array:
     return numbers / (1.0 + np.exp(-numbers.astype(np.float64)))
 

@@ -47,6 +47,9 @@ typedef int64_t call(const Value *values);
 #define MULTIPLIES(name) void name(void);
 
 RETURNS(int, sage_has_pairs, (void), ())
+RETURNS(int, sage_has_tiles, (void), ())
+RUNS(sage_tune_get, (void *used, void *initial), (P(0), P(1)))
+RETURNS(int, sage_tune_set, (void *values), (P(0)))
 RETURNS(int, sage_is_gated, (long n, long k), (N(0), N(1)))
 RETURNS(long, sage_packed_bytes, (long n, long k, int kind), (N(0), N(1), I(2)))
 RUNS(sage_pack, (const void *w, int kind, void *to, long n, long k, int threads),
@@ -72,9 +75,12 @@ RUNS(sage_sizes, (void *sizes), (P(0)))
 RETURNS(uint64_t, sage_copy_sum, (long count, void *from, void *to, void *sizes),
         (N(0), P(1), P(2), P(3)))
 RETURNS(long, sage_largest_allowed, (void *row, void *mask, long size), (P(0), P(1), N(2)))
-RUNS(sage_quant_make, (void *w, int bfloat, void *tries, int num_tries, void *codes, void *scales,
-                       int bits, long rows, long k, int threads),
-     (P(0), I(1), P(2), I(3), P(4), P(5), I(6), N(7), N(8), I(9)))
+RETURNS(int, sage_sample, (void *scores, long ld, long rows, long size, void *options, void *tokens,
+                           int threads),
+        (P(0), N(1), N(2), N(3), P(4), P(5), I(6)))
+RUNS(sage_quant_make, (void *w, int bfloat, void *tries, int num_tries, void *levels, void *codes,
+                       void *scales, int bits, long rows, long k, int threads),
+     (P(0), I(1), P(2), I(3), P(4), P(5), P(6), I(7), N(8), N(9), I(10)))
 MULTIPLIES(sage_multiply_float)
 MULTIPLIES(sage_multiply_bfloat)
 MULTIPLIES(sage_multiply_pairs)
@@ -85,6 +91,11 @@ MULTIPLIES(sage_quant_4_8)
 MULTIPLIES(sage_quant_4_16)
 MULTIPLIES(sage_quant_8_8)
 MULTIPLIES(sage_quant_8_16)
+MULTIPLIES(sage_quant_4_8_many)
+MULTIPLIES(sage_quant_8_8_many)
+MULTIPLIES(sage_quant_8_16_many)
+MULTIPLIES(sage_quant_4_pairs)
+MULTIPLIES(sage_quant_8_pairs)
 
 /* The linker sends the kernels' requests for memory and threads here (--wrap). A request is refused
  * if none is left of those that `allow` granted; negative: any number is left. */
@@ -132,13 +143,16 @@ typedef struct {
 #define MULTIPLY(name) {#name, NULL, (void *)name}
 static const Function functions[] = {
     OWN(allow), OWN(gated), OWN(sleep_us), OWN(allocate), OWN(sage_has_pairs), OWN(sage_is_gated),
+    OWN(sage_has_tiles), OWN(sage_tune_get), OWN(sage_tune_set), OWN(sage_sample),
     OWN(sage_packed_bytes), OWN(sage_pack), OWN(sage_linear), OWN(sage_rms_norm),
     OWN(sage_silu_mul), OWN(sage_rope_kv_write), OWN(sage_attention), OWN(sage_step_run),
     OWN(sage_step_close), OWN(sage_sizes), OWN(sage_copy_sum), OWN(sage_largest_allowed),
     OWN(sage_quant_make), MULTIPLY(sage_multiply_float), MULTIPLY(sage_multiply_bfloat),
     MULTIPLY(sage_multiply_pairs), MULTIPLY(sage_gated_float), MULTIPLY(sage_gated_bfloat),
     MULTIPLY(sage_gated_pairs), MULTIPLY(sage_quant_4_8), MULTIPLY(sage_quant_4_16),
-    MULTIPLY(sage_quant_8_8), MULTIPLY(sage_quant_8_16)};
+    MULTIPLY(sage_quant_8_8), MULTIPLY(sage_quant_8_16), MULTIPLY(sage_quant_4_8_many),
+    MULTIPLY(sage_quant_8_8_many), MULTIPLY(sage_quant_8_16_many), MULTIPLY(sage_quant_4_pairs),
+    MULTIPLY(sage_quant_8_pairs)};
 #define NUM_FUNCTIONS (sizeof functions / sizeof *functions)
 
 typedef struct {

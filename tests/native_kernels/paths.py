@@ -126,6 +126,13 @@ PATHS = (
     KernelPath(
         "AVX512-BF16", "x86_64", (_V4, "-mavx512vnni", "-mavx512bf16"), f"{_AVX512} {_BF16}"
     ),
+    KernelPath(
+        "AVX512-VBMI",
+        "x86_64",
+        (_V4, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
+        f"{_AVX512} {_BF16} avx512vbmi",
+    ),
+    KernelPath("tile model", "x86_64", ("-march=x86-64-v3", "-DSAGE_TILE_MODEL"), _AVX2, "max"),
     KernelPath("NEON", "aarch64", ("-march=armv8-a",), "asimd", "cortex-a57"),
     KernelPath("NEON-dotprod", "aarch64", ("-march=armv8.2-a+dotprod",), "asimddp", "neoverse-n1"),
     KernelPath(

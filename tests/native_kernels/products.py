@@ -29,7 +29,9 @@ def cases() -> Iterator[Case]:
         yield product(kind, 70, 4 * 2048 + 3, [40], bias=True)  # k in several spans
         yield gated(kind, 96, 2061)
         yield not_numbers(kind)
+        yield tuned(kind)
     yield shapes_of_gates()
+    yield tuning_is_checked()
 
 
 def operands(kind: str, rows: int, num_cols: int, k: int) -> tuple[Array, Array, Array]:
@@ -128,5 +130,48 @@ def shapes_of_gates() -> Case:
 
     def check(results: Results) -> None:
         assert results.returned == [1, 0, 0]
+
+    return Case(calls, check)
+
+
+DEFAULT, VALUES = (48, 4, 4096, 4096), [(1, 1, 512, 512), (64, 2, 8192, 1024)]
+WRONG = [(0, 4, 512, 512), (65, 4, 512, 512), (1, 3, 512, 512), (1, 4, 500, 512), (1, 4, 512, 0)]
+
+
+def tuned(kind: str) -> Case:
+    """The values of tuning.h change no bit of a product."""
+    calls, k, num_cols, counts = Calls(f"tuned {kind}"), 700, 150, (1, 3, 49)
+    x, weight, _ = operands(kind, max(counts), num_cols, k)
+    linear, rows, outs = packed_linear(calls, weight, None, kind), calls.array(x), []
+    for values in (DEFAULT, *VALUES):
+        calls.call("sage_tune_set", calls.array(np.array(values)))
+        for count in counts:
+            out = calls.array(np.zeros((count, num_cols), np.float32), is_kept=True)
+            calls.call("sage_linear", linear, rows, k, out, num_cols, count, 2)
+            outs.append(out)
+    calls.call("sage_tune_set", calls.array(np.array(DEFAULT)))
+
+    def check(results: Results) -> None:
+        for index, out in enumerate(outs):
+            assert (results[out] == results[outs[index % len(counts)]]).all()
+
+    return Case(calls, check)
+
+
+def tuning_is_checked() -> Case:
+    """Usable values are taken; values out of range change nothing."""
+    calls, outs = Calls("tuning"), []
+    for values in (*VALUES, *WRONG, DEFAULT):
+        now, initial = (calls.array(np.zeros(4, np.int64), is_kept=True) for _ in range(2))
+        calls.call("sage_tune_set", calls.array(np.array(values)))
+        calls.call("sage_tune_get", now, initial)
+        outs.append((now, initial))
+
+    def check(results: Results) -> None:
+        assert results.returned[::2] == [0] * len(VALUES) + [1] * len(WRONG) + [0]
+        wanted = [*VALUES, *VALUES[-1:] * len(WRONG), DEFAULT]
+        for (now, initial), values in zip(outs, wanted, strict=True):
+            assert tuple(results[now]) == values
+            assert tuple(results[initial]) == DEFAULT
 
     return Case(calls, check)

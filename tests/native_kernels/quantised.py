@@ -1,35 +1,32 @@
-"""Cases of quantised weights: products of 4 and 8 bits by rows of 8 and 16 bits, the making."""
+"""Cases of quantised weights: products of 4 and 8 bits by rows of integers and bfloat16, the making."""
 
-import ctypes
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from native_kernels.calls import Blob, Calls, Results
-from native_kernels.cases import Array, Case, bfloat, random, widened
+from native_kernels.cases import Array, Case, bfloat, random, rounded, widened
 
-from sagellm.backends.cpu.native.c_structs import NativeLinear
+from sagellm.backends.cpu.quantised_linear import TRIES, NativeQuant
+from sagellm.backends.quantised_weight import LEVELS
 
-FORMS = [(8, 16), (8, 8), (4, 16), (4, 8)]
+FORMS = [(8, 16), (8, 8), (4, 16), (4, 8), (8, 0), (4, 0)]  # 0: rows of bfloat16
 BLOCK, COLS = 32, 16
 TOP = {8: 127.0, 16: 32639.0}
-
-
-class Quant(ctypes.Structure):
-    """The struct of quant.c: a Linear, and the order of k."""
-
-    _fields_ = (*NativeLinear._fields_, ("order", ctypes.c_void_p))
 
 
 def cases() -> Iterator[Case]:
     for bits, row_bits in FORMS:
         for num_cols, k, group in [(1, 32, 32), (7, 77, 32), (33, 2061, 64), (48, 1024, 128)]:
-            for extra in (False, True):
+            for extra in ("", "zeros", "levels")[: 3 if bits == 4 else 2]:
                 yield product(bits, row_bits, num_cols, k, group, extra=extra)
         yield product(bits, row_bits, 40, 96, 32, counts=[130, 300])  # threads share rows
         yield product(bits, row_bits, 40, 8300, 32, counts=[70])  # k in several parts
-        yield largest(bits, row_bits)
-        yield tiny(bits, row_bits)
+        if row_bits:
+            yield largest(bits, row_bits)
+            yield tiny(bits, row_bits)
+    for bits, row_bits in [(8, 16), (8, 8), (4, 8)]:
+        yield chosen(bits, row_bits)
     for bits in (4, 8):
         for is_bfloat in (0, 1):
             yield making(bits, is_bfloat)
@@ -37,7 +34,9 @@ def cases() -> Iterator[Case]:
 
 
 def rounded_rows(x: Array, row_bits: int) -> Array:
-    """Rows as the kernels see them: rounded with a scale for each block."""
+    """Rows as the kernels see them: rounded to bfloat16, or with a scale for each block."""
+    if not row_bits:
+        return rounded(x).astype(np.float64)
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK))).reshape(len(x), -1, BLOCK)
     most = np.abs(padded).max(-1, keepdims=True)
     top = np.float32(TOP[row_bits])
@@ -63,14 +62,19 @@ def packed_groups(of_groups: Array) -> Array:
 
 
 def linear(
-    calls: Calls, codes: Array, scales: Array, forms: tuple[int, int, int], **extra: Any
+    calls: Calls,
+    codes: Array,
+    scales: Array,
+    forms: tuple[int, int, int],
+    run: str = "",
+    **extra: Any,
 ) -> Blob:
-    """A Quant. `forms`: bits of the weight and of rows, and the group."""
+    """A Quant. `forms`: bits of the weight and of rows, and the group. `run`: another kernel."""
     bits, row_bits, group = forms
     num_cols, k = codes.shape
     return calls.struct(
-        Quant,
-        run=f"sage_quant_{bits}_{row_bits}",
+        NativeQuant,
+        run=run or f"sage_quant_{bits}_{row_bits or 'pairs'}",
         weight=calls.array(packed_codes(codes, bits)),
         scales=calls.array(packed_groups(scales)),
         num_cols=num_cols,
@@ -87,10 +91,10 @@ def random_codes(bits: int, num_cols: int, k: int) -> Array:
     return numbers.integers(-127, 128, (num_cols, k), np.int8)
 
 
-def product(*form: int, counts: list[int] | None = None, extra: bool = False) -> Case:
-    """Products of some numbers of rows. `extra`: with zeros, an order of k, no bias."""
+def product(*form: int, counts: list[int] | None = None, extra: str = "") -> Case:
+    """Products of some numbers of rows. `extra`: "zeros" with an order of k and no bias, "levels"."""
     bits, row_bits, num_cols, k, group = form
-    calls = Calls(f"{bits} x {row_bits} bits, {num_cols} x {k}, extra {extra}")
+    calls = Calls(f"{bits} x {row_bits} bits, {num_cols} x {k}, {extra}")
     counts = counts or [1, 2, 3, 4, 5, 6, 7, 12, 67]
     groups, numbers = -(-k // group), np.random.default_rng(6)
     codes = random_codes(bits, num_cols, k)
@@ -99,7 +103,7 @@ def product(*form: int, counts: list[int] | None = None, extra: bool = False) ->
     zeros = np.full((num_cols, groups), 8 if bits == 4 else 0, np.int16)
     order, bias = np.arange(k), random(num_cols)
     optional: dict[str, Any] = {"bias": calls.array(bias)}
-    if extra:
+    if extra == "zeros":
         low, high = (0, 16) if bits == 4 else (-127, 128)
         zeros = numbers.integers(low, high, (num_cols, groups), np.int16)
         order, bias = numbers.permutation(k), np.zeros(num_cols, np.float32)
@@ -107,16 +111,22 @@ def product(*form: int, counts: list[int] | None = None, extra: bool = False) ->
             "zeros": calls.array(packed_groups(zeros)),
             "order": calls.array(order.astype(np.int32)),
         }
-    made = linear(calls, codes, scales, (bits, row_bits, group), **optional)
     x = random(max(counts), k)
+    each = np.arange(k) // group
+    values = codes.astype(np.float64) - zeros[:, each]
+    if extra == "levels":
+        values = np.array(LEVELS, np.float64)[codes]
+        optional["levels"] = calls.array(np.array(LEVELS, np.int8))
+    wide = values * scales.astype(np.float64)[:, each]
+    if not row_bits:
+        wide = rounded(wide.astype(np.float32)).astype(np.float64)
+    made = linear(calls, codes, scales, (bits, row_bits, group), **optional)
     rows, outs = calls.array(x), []
     for index, count in enumerate(counts):
         out = calls.array(np.full((count, num_cols + 1), 7.0, np.float32), is_kept=True)
         threads = (1, 2, 3, 7)[index % 4]
         calls.call("sage_linear", made, rows, k, out, num_cols + 1, count, threads)
         outs.append((count, out))
-    each = np.arange(k) // group
-    wide = (codes.astype(np.float64) - zeros[:, each]) * scales.astype(np.float64)[:, each]
     wanted = rounded_rows(x[:, order], row_bits) @ wide.T + bias
 
     def check(results: Results) -> None:
@@ -170,10 +180,34 @@ def tiny(bits: int, row_bits: int) -> Case:
     return Case(calls, check)
 
 
-TRIES = {
-    4: [code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)],
-    8: [127.0 + 0.25 * step for step in range(-8, 9)],
-}
+def chosen(bits: int, row_bits: int) -> Case:
+    """The kernel that chooses by the number of rows: the bits of integers, or of bfloat16."""
+    calls, k, num_cols = Calls(f"{bits} x {row_bits} bits or bfloat16"), 96, 33
+    codes, scales = random_codes(bits, num_cols, k), np.full((num_cols, 3), 0.01, np.float16)
+    forms, outs = (bits, row_bits, 32), []
+    rows = calls.array(random(64, k))
+    for count in (15, 16, 63, 64):
+        for run in (f"{row_bits}_many", f"{row_bits}", "pairs"):
+            out = calls.array(np.zeros((count, num_cols), np.float32), is_kept=True)
+            made = linear(calls, codes, scales, forms, f"sage_quant_{bits}_{run}")
+            calls.call("sage_linear", made, rows, k, out, num_cols, count, 2)
+            outs.append(out)
+    features = [calls.call("sage_has_tiles"), calls.call("sage_has_pairs")]
+    features.append(calls.call("sage_packed_bytes", 1, 1, 0))
+
+    def check(results: Results) -> None:
+        has_tiles, has_pairs, panel_bytes = (results.returned[call] for call in features)
+        least = 1000
+        if has_tiles:
+            least = 16
+        elif has_pairs and panel_bytes == 128 and row_bits == 16:  # of AVX512
+            least = 64
+        for index, count in enumerate((15, 16, 63, 64)):
+            found, integers, pairs = (results[out] for out in outs[3 * index : 3 * index + 3])
+            assert (found == (pairs if count >= least else integers)).all()
+            assert (integers != pairs).any()
+
+    return Case(calls, check)
 
 
 def make(calls: Calls, weight: Array, bits: int, is_bfloat: int) -> tuple[Blob, Blob]:
@@ -185,9 +219,29 @@ def make(calls: Calls, weight: Array, bits: int, is_bfloat: int) -> tuple[Blob, 
     calls.call(
         "sage_quant_make",
         *(calls.array(weight), is_bfloat, calls.array(tries), len(tries)),
+        calls.array(np.array(LEVELS, np.float32)),
         *(codes, scales, bits, num_rows, k, 2),
     )
     return codes, scales
+
+
+def values_of(codes: Array, scales: Array, bits: int) -> Array:
+    """The numbers that made codes stand for."""
+    numbers = np.array(LEVELS)[codes] if bits == 4 else codes
+    wide: Array = scales.astype(np.float64).repeat(BLOCK, 1)[:, : codes.shape[1]]
+    return numbers * wide
+
+
+def plain_values(groups: Array, bits: int) -> Array:
+    """The plain formulas at the same size: of 8 bits, Q8_0; of 4 bits, IQ4_NL."""
+    at = np.abs(groups).argmax(-1, keepdims=True)
+    most = np.take_along_axis(groups, at, -1)
+    scales = (most / -127 if bits == 4 else np.abs(most) / 127).astype(np.float16)
+    scales = scales.astype(np.float64)
+    numbers = np.array(LEVELS if bits == 4 else range(-127, 128))
+    nearest = np.searchsorted((numbers[1:] + numbers[:-1]) / 2, groups / scales)
+    values: Array = numbers[nearest] * scales
+    return values
 
 
 def making(bits: int, is_bfloat: int) -> Case:
@@ -199,17 +253,12 @@ def making(bits: int, is_bfloat: int) -> Case:
     codes, scales = make(calls, stored, bits, is_bfloat)
 
     def check(results: Results) -> None:
-        zero = 8 if bits == 4 else 0
-        wide = results[scales].astype(np.float64).repeat(BLOCK, 1)[:, :k]
-        found = (results[codes].astype(np.float64) - zero) * wide
-        padded = np.pad(right, ((0, 0), (0, -k % BLOCK))).reshape(9, -1, BLOCK)
-        at = np.abs(padded).argmax(-1, keepdims=True)
-        most = np.take_along_axis(padded, at, -1)
-        plain = (most / -8 if bits == 4 else np.abs(most) / 127).astype(np.float16)
-        plain = plain.astype(np.float64)
-        limits = (-8, 7) if bits == 4 else (-127, 127)
-        theirs = np.clip(np.rint(padded / plain), *limits) * plain - padded
-        ours = np.pad(found - right, ((0, 0), (0, -k % BLOCK))).reshape(9, -1, BLOCK)
+        found = values_of(results[codes], results[scales], bits)
+        groups, ours = (
+            np.pad(one, ((0, 0), (0, -k % BLOCK))).reshape(9, -1, BLOCK)
+            for one in (right, found - right)
+        )
+        theirs = plain_values(groups, bits) - groups
         errors = [(error**2).sum(-1) for error in (ours, theirs)]
         assert (errors[0] <= errors[1] * 1.0001 + 1e-12).all()
         assert errors[0].sum() < 0.985 * errors[1].sum()
@@ -224,10 +273,7 @@ def making_of_extremes(bits: int) -> Case:
     codes, scales = make(calls, weight, bits, 0)
 
     def check(results: Results) -> None:
-        zero = 8 if bits == 4 else 0
         assert np.isfinite(results[scales].astype(np.float64)).all()
-        assert not (
-            (results[codes][:2].astype(int) - zero) * results[scales][:2].repeat(32, 1)
-        ).any()
+        assert not values_of(results[codes], results[scales], bits)[:2].any()
 
     return Case(calls, check)
