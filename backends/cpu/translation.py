@@ -273,7 +273,8 @@ class _Touched:
         read = {value.place.buffer for value in inlets}
         written = {value.place.buffer for value in outlets}
         clash = self._written & (read | written) or self._read & written
-        # Attention always waits: it reads the pool, which is not tracked here.
+        # Attention always waits: it reads the pool, which is not tracked here, and its threads take
+        # pieces of work from one counter.
         waits = bool(clash) or op == "paged_attention"
         if waits:
             self._read, self._written = set(), set()

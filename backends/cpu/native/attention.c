@@ -177,13 +177,14 @@ static void place(Work *w, char *memory) {
     memset(w->zeros, 0, sizeof(float) * width);
 }
 
-void attention_share(const Attention *p, const Layer *layer, atomic_long *next, int number) {
+void attention_share(const Attention *p, const Layer *layer, atomic_long *next, long base,
+                     int number) {
     Work w = {.plan = p, .layer = layer};
     place(&w, p->scratch + p->scratch_len * number);
     if (p->by_tiles) tiles_begin();
     Sums own = w.sums;
     long kv_heads = p->heads.kv_heads, ticket;
-    while ((ticket = atomic_fetch_add(next, 1)) < p->num_pieces * kv_heads) {
+    while ((ticket = atomic_fetch_add(next, 1) - base) < p->num_pieces * kv_heads) {
         const Piece *piece = p->pieces + ticket / kv_heads;
         w.tile = p->tiles + piece->tile;
         w.head = ticket % kv_heads;
@@ -206,7 +207,7 @@ typedef struct {
 static void pieces(void *job, int number, int threads) {
     (void)threads;
     Job *j = job;
-    attention_share(&j->plan, &j->layer, &j->next, number);
+    attention_share(&j->plan, &j->layer, &j->next, 0, number);
 }
 
 /* Return 0, or 1 if there is no memory. */

@@ -67,7 +67,9 @@ long attention_plan(Attention *plan, const Heads *heads, const Batch *batch, int
 void attention_place(Attention *plan, char *memory);
 
 /* Compute pieces until none is left. Threads take a piece by incrementing `next`, which starts at
- * zero. */
-void attention_share(const Attention *plan, const Layer *layer, atomic_long *next, int number);
+ * `base` and has grown by attention_tickets when all threads have returned. */
+void attention_share(const Attention *plan, const Layer *layer, atomic_long *next, long base,
+                     int number);
+long attention_tickets(const Attention *plan, int threads);
 
 #endif

@@ -90,3 +90,7 @@ void attention_place(Attention *p, char *memory) {
     p->scratch = memory;
     cut(p, shared > 0);
 }
+
+long attention_tickets(const Attention *p, int threads) {
+    return p->num_pieces * p->heads.kv_heads + threads; /* each thread's last ticket has no piece */
+}

@@ -4,26 +4,17 @@
 #include "step.h"
 
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
 #include "rows.h"
 #include "team.h"
 
-#define OWN_ROWS 128 /* threads take portions of rows if there are this many rows for each thread */
-#define PORTION 48   /* rows, at most: as many as use a chunk of the weight while it is cached */
-
 typedef struct {
     const Step *step;
     Attention *attentions; /* one plan per kind of attention */
-    atomic_long *next;     /* of each instruction and thread: the next piece of work */
-    int threads;
     Barrier barrier;
+    _Alignas(64) atomic_long next; /* the next piece of attention to compute */
 } Run;
-
-static atomic_long *counter(const Run *run, long instruction, int thread) {
-    return run->next + instruction * run->threads + thread;
-}
 
 static float *at(const Step *s, const View *v) {
     return v->first < 0 ? s->logits : s->arena + v->first * s->capacity + v->column;
@@ -56,49 +47,10 @@ static void run_norm(const Step *s, const Instruction *i, int number, int thread
     norm_rows(&job, number, threads);
 }
 
-/* After a linear, prefetch from the weights of the next one. */
-static void warm_next(const Step *s, long n, int number, int threads) {
-    while (++n < s->num_instructions) {
-        const Instruction *i = s->instructions + n;
-        if (i->op != LINEAR && i->op != GATED_LINEAR) continue;
-        const Linear *next = i->weight;
-        if (rows_of(s, i) == 1)
-            linear_warm(next, i->op == GATED_LINEAR && next->gated, number, threads);
-        return;
-    }
-}
-
-/* Multiply rows first to last (exclusive): alone if `threads` is 1, else this thread's share. */
-static void multiply_rows(const Step *s, const Instruction *i, long first, long last, int number,
-                          int threads) {
+static void run_linear(const Step *s, const Instruction *i, int number, int threads) {
     const Linear *linear = i->weight;
-    int gates = i->op == GATED_LINEAR;
-    const View *in = i->in, *out = i->out + (gates && !linear->gated);
-    multiply *run = gates && linear->gated ? linear->gated : linear->run;
-    run(linear, at(s, in) + first * in->width, in->width, at(s, out) + first * out->width,
-        out->width, last - first, number, threads);
-}
-
-/* Many rows are computed in equal portions. A thread takes its own in turn, whose rows are in its
- * cache, and then those that others have not begun: a thread whose core runs other programs too
- * computes fewer. Kernels of quantised weights unpack the weight for every call, so they get all of
- * a thread's rows at once. */
-static void run_linear(Run *run, long n, int number, int threads) {
-    const Step *s = run->step;
-    const Instruction *i = s->instructions + n;
-    long rows = rows_of(s, i), each = (rows + threads * PORTION - 1) / (threads * PORTION), next;
-    if (threads == 1 || rows < threads * OWN_ROWS || ((const Linear *)i->weight)->scales) {
-        multiply_rows(s, i, 0, rows, number, threads);
-        warm_next(s, n, number, threads);
-        return;
-    }
-    for (int turn = 0; turn < threads; turn++) {
-        int owner = (number + turn) % threads;
-        while ((next = atomic_fetch_add(counter(run, n, owner), 1)) < each) {
-            long portion = owner * each + next, count = each * threads;
-            multiply_rows(s, i, rows * portion / count, rows * (portion + 1) / count, 0, 1);
-        }
-    }
+    linear->run(linear, at(s, i->in), i->in[0].width, at(s, i->out), i->out[0].width,
+                rows_of(s, i), number, threads);
 }
 
 /* out = silu(gate) * up. Gate and up are the halves of one matrix, which all threads have made. */
@@ -110,12 +62,16 @@ static void run_gate(const Step *s, const Instruction *i, int number, int thread
     pointwise(&job, number, threads);
 }
 
-static void run_gated(Run *run, long n, int number, int threads) {
-    const Instruction *i = run->step->instructions + n;
-    run_linear(run, n, number, threads);
-    if (((const Linear *)i->weight)->gated) return;
+static void run_gated(Run *run, const Instruction *i, int number, int threads) {
+    const Step *s = run->step;
+    const Linear *linear = i->weight;
+    const View *out = i->out + !linear->gated;
+    multiply *multiply_rows = linear->gated ? linear->gated : linear->run;
+    multiply_rows(linear, at(s, i->in), i->in[0].width, at(s, out), out->width, rows_of(s, i),
+                  number, threads);
+    if (linear->gated) return;
     barrier_wait(&run->barrier, threads);
-    run_gate(run->step, i, number, threads);
+    run_gate(s, i, number, threads);
 }
 
 static void run_turn(const Step *s, const Instruction *i, int number, int threads) {
@@ -144,14 +100,27 @@ static void run_pointwise(const Step *s, const Instruction *i, int number, int t
     pointwise(&job, number, threads);
 }
 
-static void run_attention(Run *run, long n, int number) {
+static void run_attention(Run *run, const Instruction *i, long *base, int number, int threads) {
     const Step *s = run->step;
-    const Instruction *i = s->instructions + n;
     Cache cache = cache_of(s, i->layer);
     Layer layer = {at(s, i->in), cache.keys, cache.values, at(s, i->out), i->in[0].width,
                    i->out[0].width,
                    s->block_tables + i->blocks * s->batch.num_sequences * s->batch.table_len};
-    attention_share(run->attentions + i->table, &layer, counter(run, n, 0), number);
+    attention_share(run->attentions + i->table, &layer, &run->next, *base, number);
+    *base += attention_tickets(run->attentions + i->table, threads);
+}
+
+/* After a linear, prefetch from the weights of the next linear. */
+static void warm_next(const Step *s, long n, int number, int threads) {
+    if (s->instructions[n].op != LINEAR && s->instructions[n].op != GATED_LINEAR) return;
+    while (++n < s->num_instructions) {
+        const Instruction *i = s->instructions + n;
+        if (i->op != LINEAR && i->op != GATED_LINEAR) continue;
+        const Linear *next = i->weight;
+        if (rows_of(s, i) == 1)
+            linear_warm(next, i->op == GATED_LINEAR && next->gated, number, threads);
+        return;
+    }
 }
 
 static int64_t now_ns(void) {
@@ -163,6 +132,7 @@ static int64_t now_ns(void) {
 static void run_share(void *job, int number, int threads) {
     Run *run = job;
     const Step *s = run->step;
+    long base = 0;
     for (long n = 0; n < s->num_instructions; n++) {
         const Instruction *i = s->instructions + n;
         if (i->waits || s->times) barrier_wait(&run->barrier, threads);
@@ -172,46 +142,42 @@ static void run_share(void *job, int number, int threads) {
             case SELECT_ROWS: run_pick(s, i, number, threads); break;
             case RMS_NORM:
             case ADD_RMS_NORM: run_norm(s, i, number, threads); break;
-            case LINEAR: run_linear(run, n, number, threads); break;
-            case GATED_LINEAR: run_gated(run, n, number, threads); break;
+            case LINEAR: run_linear(s, i, number, threads); break;
+            case GATED_LINEAR: run_gated(run, i, number, threads); break;
             case ROPE:
             case KV_WRITE:
             case ROPE_KV_WRITE: run_turn(s, i, number, threads); break;
-            case PAGED_ATTENTION: run_attention(run, n, number); break;
+            case PAGED_ATTENTION: run_attention(run, i, &base, number, threads); break;
             case OP_ADD:
             case OP_MUL:
             case OP_SILU:
             case OP_SILU_MUL: run_pointwise(s, i, number, threads); break;
         }
+        warm_next(s, n, number, threads);
     }
 }
 
-static long rounded_up(long bytes) { return (bytes + 63) / 64 * 64; }
-
-/* Plan every kind of attention and set all counters to zero, in memory that lives until
- * sage_step_close. Return whether there is memory. */
-static int plan(Run *run, Step *s, int threads) {
-    long plans = rounded_up(s->num_heads * (long)sizeof(Attention));
-    long counters = s->num_instructions * threads * (long)sizeof(atomic_long);
-    long bytes = plans + rounded_up(counters);
-    Attention sized;
+/* Plan every kind of attention, in memory that lives until sage_step_close. Return NULL without
+ * memory. */
+static Attention *planned(Step *s, int threads) {
+    long head = (s->num_heads * (long)sizeof(Attention) + 64) / 64 * 64, bytes = head;
+    Attention plan;
     for (long kind = 0; kind < s->num_heads; kind++)
-        bytes += rounded_up(attention_plan(&sized, s->heads + kind, &s->batch, threads));
+        bytes += (attention_plan(&plan, s->heads + kind, &s->batch, threads) + 63) / 64 * 64;
     if (bytes > s->memory_bytes) {
         free(s->memory);
         s->memory = aligned_alloc(64, (size_t)bytes);
         s->memory_bytes = s->memory ? bytes : 0;
-        if (!s->memory) return 0;
+        if (!s->memory) return NULL;
     }
-    run->attentions = (Attention *)s->memory;
-    run->next = memset(s->memory + plans, 0, (size_t)counters);
-    char *memory = s->memory + plans + rounded_up(counters);
+    Attention *plans = (Attention *)s->memory;
+    char *memory = s->memory + head;
     for (long kind = 0; kind < s->num_heads; kind++) {
-        long size = attention_plan(run->attentions + kind, s->heads + kind, &s->batch, threads);
-        attention_place(run->attentions + kind, memory);
-        memory += rounded_up(size);
+        long size = attention_plan(plans + kind, s->heads + kind, &s->batch, threads);
+        attention_place(plans + kind, memory);
+        memory += (size + 63) / 64 * 64;
     }
-    return 1;
+    return plans;
 }
 
 /* Whether all token ids are in the vocabulary: EMBEDDING would read outside of its weight. */
@@ -225,8 +191,8 @@ static int are_tokens(const Step *s) {
 
 int sage_step_run(Step *step, int threads) {
     if (!are_tokens(step)) return NO_SUCH_TOKEN;
-    Run run = {.step = step, .threads = threads};
-    if (!plan(&run, step, threads)) return NO_MEMORY;
+    Run run = {.step = step, .attentions = planned(step, threads)};
+    if (!run.attentions) return NO_MEMORY;
     team_run(run_share, &run, threads);
     if (step->times) step->times[step->num_instructions] = now_ns();
     return DONE;
