@@ -1,4 +1,4 @@
-"""Cases of quantised weights: products of 4 and 8 bits by rows of integers and bfloat16, the making."""
+"""Cases of quantised weights: products by rows of integers and of bfloat16, and their making."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -92,7 +92,7 @@ def random_codes(bits: int, num_cols: int, k: int) -> Array:
 
 
 def product(*form: int, counts: list[int] | None = None, extra: str = "") -> Case:
-    """Products of some numbers of rows. `extra`: "zeros" with an order of k and no bias, "levels"."""
+    """Products of some rows. `extra`: "zeros" (with an order of k, without bias) or "levels"."""
     bits, row_bits, num_cols, k, group = form
     calls = Calls(f"{bits} x {row_bits} bits, {num_cols} x {k}, {extra}")
     counts = counts or [1, 2, 3, 4, 5, 6, 7, 12, 67]

@@ -105,7 +105,7 @@ def rope(dtype: int) -> Case:
 
 
 def codes_of_extremes() -> Case:
-    """Values in 8 bits: a row of zeros, of the least numbers, and with numbers that are not finite."""
+    """Values in 8 bits: rows of zeros, of the least numbers, and of numbers that are not finite."""
     calls, size = Calls("codes of extremes"), 22
     v = random(5, size)
     v[0], v[1], v[3, 2], v[4, 20] = 0.0, 1e-38, np.inf, np.nan
