@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from child_processes import children
 
 from benchmarks.peers.living import LivingPeer, PeerError
 from benchmarks.peers.models import DRIVERS
@@ -70,9 +71,10 @@ def test_one_that_never_answers_is_ended(tmp_path: Path) -> None:
 
 
 def test_it_is_stopped_while_nothing_is_asked(tmp_path: Path) -> None:
+    others = children()
     with living(tmp_path, "spin") as peer:
         peer.ask("load", timeout_s=10, **LOAD)
-        (process,) = psutil.Process().children()
+        (process,) = children() - others
         assert process.status() == psutil.STATUS_STOPPED
         assert peer.idle_share() > 0.05  # it spins as soon as it may, as far as others let it
         assert process.status() == psutil.STATUS_STOPPED

@@ -47,6 +47,9 @@ def cases() -> Iterator[Case]:
             rows = [(0, 149, 150), (1, 3, 40), (0, 80, 100)]
             yield attention(Shape(*shape, dtype=dtype), rows, (150, 40))
         yield attention(Shape(130, 1, 36, 128, dtype=dtype), [(0, 30, 33)], (33,))
+    for dtype in (BFLOAT, INT8):
+        yield attention(Shape(14, 2, 64, 32, dtype=dtype), RAGGED, tiles=True)
+        yield attention(Shape(9, 1, 96, 16, window=70, dtype=dtype), RAGGED, tiles=True)
     yield many_spans()
 
 
@@ -105,7 +108,9 @@ def scale_of(shape: Shape) -> np.float32:
     return np.float32(shape.head_dim**-0.5)
 
 
-def attention(shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7)) -> Case:
+def attention(
+    shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7), *, tiles: bool = False
+) -> Case:
     """A batch on other numbers of threads: near the reference, and the same bits."""
     calls, pool = Calls(f"attention {shape} of {len(rows)} sequences"), pool_of(shape, lens)
     q = [2 * random(end - first, shape.heads, shape.head_dim) for _, first, end in rows]
@@ -125,6 +130,7 @@ def attention(shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7)) -> 
         query_starts=calls.array(starts),
         context_lens=calls.array(np.array([end for *_, end in rows])),
         dtype=shape.dtype,
+        tiles=tiles,
     )
     joined = np.concatenate(q).reshape(starts[-1], -1)
     width = joined.shape[1]

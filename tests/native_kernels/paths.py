@@ -133,6 +133,12 @@ PATHS = (
         f"{_AVX512} {_BF16} avx512vbmi",
     ),
     KernelPath("tile model", "x86_64", ("-march=x86-64-v3", "-DSAGE_TILE_MODEL"), _AVX2, "max"),
+    KernelPath(
+        "tile model of AVX512",
+        "x86_64",
+        (_V4, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-DSAGE_TILE_MODEL"),
+        f"{_AVX512} {_BF16} avx512vbmi",
+    ),
     KernelPath("NEON", "aarch64", ("-march=armv8-a",), "asimd", "cortex-a57"),
     KernelPath("NEON-dotprod", "aarch64", ("-march=armv8.2-a+dotprod",), "asimddp", "neoverse-n1"),
     KernelPath(

@@ -30,6 +30,10 @@ def cases() -> Iterator[Case]:
         yield gated(kind, 96, 2061)
         yield not_numbers(kind)
         yield tuned(kind)
+    for num_cols, k in [(1, 8), (33, 2061), (150, 30), (64, 4 * 2048 + 3)]:
+        yield by_tiles(num_cols, k)
+    yield by_tiles(96, 2061, is_gated=True)
+    yield by_tiles(32, 9001, is_gated=True)  # rows of x that a gated product has no room for
     yield shapes_of_gates()
     yield tuning_is_checked()
 
@@ -100,6 +104,37 @@ def gated(kind: str, half: int, k: int) -> Case:
         for count, out in outs:
             assert (results[out][:, :half] == results[separate][:count]).all()
             assert (results[out][:, half] == 0.0).all()
+
+    return Case(calls, check)
+
+
+def by_tiles(num_cols: int, k: int, *, is_gated: bool = False) -> Case:
+    """Products that take tiles where there are enough rows: near the reference, equal bits on any
+    number of threads.
+    """
+    calls = Calls(f"tiles {num_cols} x {k}, gated {is_gated}")
+    counts, columns = [1, 4, 15, 16, 17, 32, 49, 300], num_cols * (2 if is_gated else 1)
+    x, weight, wanted = operands("pairs", max(counts), columns, k)
+    offset = random(columns, seed=5)
+    linear = packed_linear(calls, weight, offset, "tiles", gated=is_gated)
+    rows, outs = calls.array(x), []
+    for count in counts:
+        for threads in (1, 3):
+            out = calls.array(np.full((count, num_cols), 7.0, np.float32), is_kept=True)
+            name = "gated" if is_gated else "sage_linear"
+            calls.call(name, linear, rows, k, out, num_cols, count, threads)
+            outs.append(out)
+
+    def check(results: Results) -> None:
+        whole = wanted + offset
+        if is_gated:
+            gate, up = np.split(whole, 2, axis=1)
+            whole = silu(gate) * up
+        for one, three in zip(outs[::2], outs[1::2], strict=True):
+            found = results[one]
+            scale = 1e-2 if is_gated else 2e-4
+            close(found, whole[: len(found)], scale * max(1, k / 2061), 1e-4)
+            assert (found == results[three]).all()
 
     return Case(calls, check)
 

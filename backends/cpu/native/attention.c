@@ -64,6 +64,7 @@ static void soften_rows(Work *w, long top, long bottom, long start, long first, 
     }
 }
 
+#if TILED_ATTENTION
 /* add_block by tiles. Each round of the loop has products of tiles for the rows after and before
  * those that it softens. */
 static void add_tiles(Work *w, long start, long first, long last) {
@@ -76,6 +77,9 @@ static void add_tiles(Work *w, long start, long first, long last) {
             soften_rows(w, row - some, least(row, w->rows), start, first, last, padded);
     }
 }
+#else
+#define add_tiles(w, start, first, last) (void)first
+#endif
 
 /* Add keys `first` to `last` (exclusive) of the block at `start` to the tile's sums. */
 static void add_block(Work *w, long start, long first, long last) {

@@ -10,6 +10,7 @@
 #include "tiles.h"
 
 #if TILES && defined(__AVX512BF16__)
+#define TILED_ATTENTION 1
 
 #define TILED_FROM 9 /* rows; for fewer, vectors need no panels of values */
 
@@ -121,12 +122,9 @@ static void weigh_by_tiles(Work *w, long row, long num_keys) {
 }
 
 #else
+#define TILED_ATTENTION 0
 #define TILED_FROM MOST
 #define load_query_tiles load_queries
-#define load_panels(w, num_keys) (void)(num_keys)
-#define score_by_tiles(w, row, num_keys) (void)(num_keys)
-#define weigh_by_tiles(w, row, num_keys) (void)(num_keys)
-#define whole_panels(num_keys) (num_keys)
 #endif
 
 #endif
