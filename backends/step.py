@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
+from sagellm.graphs.kernels.memory_layout import ITEM_BYTES, SCALE_BYTES
 
 if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading numpy
-    from sagellm.backends.arrays import BlockIds, Integers
+    from sagellm.backends.arrays import Array, BlockIds, Integers
 
 
 class Logprob(NamedTuple):
@@ -250,9 +250,6 @@ class StepInputs:
     contexts: tuple[int, ...]
 
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-
-
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """The shape of the blocks of a model's KV cache.
@@ -274,7 +271,7 @@ class KVLayout:
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values of `num_layers` layers."""
         per_layer = 2 * self.num_kv_heads * self.block_size * self._row_len
-        return self.num_layers * per_layer * _ITEM_BYTES.get(self.dtype, 2)
+        return self.num_layers * per_layer * ITEM_BYTES[self.dtype]
 
     def pool_shape(self, num_blocks: int) -> tuple[int, ...]:
         """The shape of the pool's array."""
@@ -285,3 +282,8 @@ class KVLayout:
     def _row_len(self) -> int:
         """The items of a key or a value."""
         return self.head_dim + (SCALE_BYTES if self.dtype == "int8" else 0)
+
+
+def head_dim_of(pool: "Array") -> int:
+    """The head dimension of a pool of the shape `KVLayout.pool_shape`."""
+    return int(pool.shape[5]) - (SCALE_BYTES if pool.dtype.name == "int8" else 0)

@@ -73,16 +73,6 @@ class ForwardContext:
 Attention: TypeAlias = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
 
 
-def rotated(rows: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotate every head of rows [T, heads * head_dim]: its halves (a, b) become
-    (a cos - b sin, b cos + a sin).
-    """
-    cosine, sine = tables[positions][:, None].unbind(2)  # [T, 1, head_dim / 2]
-    first, second = rows.reshape(len(rows), -1, 2, tables.shape[2]).unbind(2)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return torch.stack(turned, 2).flatten(1)
-
-
 def attention(options: PagedAttention, binding: Binding) -> Attention:
     """The attention of a program: the C kernel if there is one, else torch."""
     if binding.native:

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from sagellm.backends.arrays import BFLOAT16, Array, dtype_name
-from sagellm.backends.cpu.native.library import head_dim_of, native_kernels
+from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.interface import (
     KVStorage,
     LoweringError,
@@ -18,7 +18,7 @@ from sagellm.backends.interface import (
     Runs,
     block_addresses,
 )
-from sagellm.backends.step import KVLayout
+from sagellm.backends.step import KVLayout, head_dim_of
 
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 _POOL_DTYPES = {**_DTYPES, "int8": np.dtype(np.int8)}

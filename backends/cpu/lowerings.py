@@ -15,11 +15,10 @@ from sagellm.backends.cpu.attention import (
     attention,
     linear_attention,
     quantised,
-    rotated,
 )
 from sagellm.backends.cpu.binding import Binding
-from sagellm.backends.cpu.native_forms import rope_tables
-from sagellm.backends.cpu.program import StepProgram
+from sagellm.backends.cpu.native_forms import fused_bias, rope_tables
+from sagellm.backends.cpu.program import StepProgram, each_bound
 from sagellm.backends.cpu.torch_linear import array, linear, quantised_linear, tensor
 from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.backends.step import StepInputs
@@ -146,7 +145,8 @@ def _linear(options: Linear, binding: Binding) -> BoundKernel:
 
 def _fused_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
     sizes, size = list(options.out_features), options.in_features
-    bias = _fused_bias(options, binding)
+    biases = fused_bias(options, binding)
+    bias = None if biases is None else tensor(biases)
     multiply = quantised_linear(binding, options.weights, sizes, size, bias)
     if multiply is None:
         weight = tensor(binding.joined(options.weights, sizes, size))
@@ -160,22 +160,23 @@ def _gated_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
     return lambda step, rows: gate(step, *product(step, rows))
 
 
-def _fused_bias(options: FusedLinear, binding: Binding) -> torch.Tensor | None:
-    if not any(options.biases):
-        return None
-    named = zip(options.biases, options.out_features, strict=True)
-    return torch.cat(
-        [tensor(binding.vector(n, size)) if n else torch.zeros(size) for n, size in named]
-    )
-
-
 def _rope(options: Rope, binding: Binding) -> BoundKernel:
     tables = rope_tables(options)
 
     def run(step: ForwardContext, rows: torch.Tensor, positions: torch.Tensor) -> Tensors:
-        return (rotated(rows, tensor(tables.up_to(step.longest_context)), positions),)
+        return (_rotated(rows, tensor(tables.up_to(step.longest_context)), positions),)
 
     return run
+
+
+def _rotated(rows: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotate every head of rows [T, heads * head_dim]: its halves (a, b) become
+    (a cos - b sin, b cos + a sin).
+    """
+    cosine, sine = tables[positions][:, None].unbind(2)  # [T, 1, head_dim / 2]
+    first, second = rows.reshape(len(rows), -1, 2, tables.shape[2]).unbind(2)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.stack(turned, 2).flatten(1)
 
 
 def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
@@ -214,8 +215,8 @@ def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:
             parts = array(q), array(k), array(v)
             found = kernels.rope_kv_write(*parts, tables=angles, **at, layer=layer)
             return (torch.from_numpy(found),)
-        _write(pool[layer], rotated(k, tensor(angles), positions), v, slots)
-        return (rotated(q, tensor(angles), positions),)
+        _write(pool[layer], _rotated(k, tensor(angles), positions), v, slots)
+        return (_rotated(q, tensor(angles), positions),)
 
     return run
 
@@ -287,11 +288,7 @@ LOWERINGS: Mapping[str, Lowering] = {
 
 def bind(plan: KernelPlan, binding: Binding) -> CpuProgram:
     """Give every instruction its kernel and its weights. Raises LoweringError."""
-    # The kernel of the logits is bound first, while few other weights are loaded: its weight is the
-    # largest, and packing holds a weight in memory twice.
-    *others, last = plan.instructions
-    head = _call(last, binding)
-    return CpuProgram((*(_call(step, binding) for step in others), head), plan)
+    return CpuProgram(each_bound(plan, lambda step: _call(step, binding)), plan)
 
 
 def _call(step: Instruction, binding: Binding) -> KernelCall:

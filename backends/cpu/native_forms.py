@@ -109,7 +109,7 @@ def _linear(options: Linear, binding: Binding) -> NativeKernel:
 
 
 def _fused_linear(options: FusedLinear, binding: Binding) -> NativeKernel:
-    bias = _fused_bias(options, binding)
+    bias = fused_bias(options, binding)
     return _product(binding, options.weights, options.out_features, options.in_features, bias)
 
 
@@ -147,7 +147,8 @@ def _packed(
     return PackedQuantised(kernels, weight, bias, row_form(binding, weight, is_logits))
 
 
-def _fused_bias(options: FusedLinear, binding: Binding) -> Floats | None:
+def fused_bias(options: FusedLinear, binding: Binding) -> Floats | None:
+    """The concatenated biases, with zeros for a linear without bias; None if none has one."""
     if not any(options.biases):
         return None
     named = zip(options.biases, options.out_features, strict=True)

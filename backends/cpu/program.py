@@ -10,10 +10,11 @@ import queue
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -24,7 +25,6 @@ from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import (
     KV_DTYPES,
     NativeKernels,
-    head_dim_of,
     native_kernels,
 )
 from sagellm.backends.cpu.native.tuning import default_threads
@@ -33,12 +33,13 @@ from sagellm.backends.cpu.translation import Translation, translate
 from sagellm.backends.instructions import Instruction, KernelPlan, plan_kernels
 from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress, Weights
 from sagellm.backends.sampler import Pickers, sample, score
-from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Ticket
+from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Ticket, head_dim_of
 from sagellm.backends.step_inputs import feed, step_inputs
 from sagellm.backends.token_masks import MaskThread
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS
 
+T = TypeVar("T")
 _ROWS = 16  # the arena's rows are a multiple of 16, so that each buffer begins at a cache line
 
 
@@ -178,12 +179,19 @@ def bind(plan: KernelPlan, binding: Binding) -> NativeProgram:
     NoNativeForm.
     """
     assert binding.native is not None
-    # The kernel of the logits is bound first, while few other weights are loaded: its weight is the
-    # largest, and packing holds a weight in memory twice.
-    *others, last = plan.instructions
-    head = _native(last, binding)
-    kernels = (*(_native(step, binding) for step in others), head)
+    kernels = each_bound(plan, lambda step: _native(step, binding))
     return NativeProgram(translate(plan, kernels), binding.native, plan, binding.uses_tiles)
+
+
+def each_bound(plan: KernelPlan, bind_one: Callable[[Instruction], T]) -> tuple[T, ...]:
+    """What `bind_one` makes of each instruction, in their order.
+
+    The kernel of the logits is bound first, while few other weights are loaded: its weight is the
+    largest, and packing holds a weight in memory twice.
+    """
+    *others, last = plan.instructions
+    head = bind_one(last)
+    return (*map(bind_one, others), head)
 
 
 def _native(step: Instruction, binding: Binding) -> NativeKernel:

@@ -19,6 +19,7 @@ from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.cpu.native.tuning import Tuned, Tuning
 from sagellm.backends.cpu.quantised_linear import NativeQuant
 from sagellm.backends.cpu.topology import CpuTopology
+from sagellm.backends.quantised_weight import GROUP_SIZE, LEVELS
 
 _HIDDEN, _INNER = 896, 4864  # of a model with 0.5 billion weights
 _SHAPES = ((2 * _INNER, _HIDDEN), (_HIDDEN, _INNER))  # of the linears that hold most weights
@@ -181,7 +182,10 @@ class KernelTimes:
         self._kernels = kernels
         self._before = kernels.tuning.used
         self._weights = _noise(min(_WEIGHT_BYTES, psutil.virtual_memory().available // 4))
+        # The kernels that engines use on this CPU for weights in bfloat16.
+        self._kind = "tiles" if kernels.has_tiles else "pairs" if kernels.has_pairs else "bfloat"
         self._scales = np.full(_INNER * _HIDDEN // 8, 0.01, np.float16)
+        self._levels = np.array(LEVELS, np.int8)
         self._x = np.random.default_rng(0).standard_normal((512, _INNER), np.float32)
         self._out = np.empty((512, 2 * _INNER), np.float32)
         self._layers: dict[Work, list[NativeQuant]] = {}
@@ -232,14 +236,16 @@ class KernelTimes:
                 place += size
 
     def _linear(self, work: Work, shape: tuple[int, int], place: int) -> NativeQuant:
-        kernel = f"sage_multiply_{'pairs' if self._kernels.has_pairs else 'bfloat'}"
+        kernel = f"sage_multiply_{self._kind}"
         if work.bits:
             kernel = f"sage_quant_{work.bits}_{work.row_bits}"
         elif shape[0] > shape[1]:  # gate and up
             kernel = kernel.replace("multiply", "gated")
         linear = NativeQuant(self._kernels.function(kernel), None, place)
         if work.bits:
-            linear.scales, linear.group = self._scales.ctypes.data, 32
+            linear.scales, linear.group = self._scales.ctypes.data, GROUP_SIZE
+        if work.bits == 4:
+            linear.levels = self._levels.ctypes.data
         linear.num_cols, linear.k = shape
         return linear
 

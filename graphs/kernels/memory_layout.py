@@ -12,6 +12,8 @@ from sagellm.graphs.kernels.token_mixers import LinearAttention, PagedAttention
 Shape: TypeAlias = tuple[int, ...]
 GroupKind: TypeAlias = Literal["full", "window", "state"]
 _ORDER: tuple[GroupKind, ...] = ("full", "window", "state")
+# Bytes of a number, by dtype.
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = 2  # of the bfloat16 scale that each key and value in 8 bits has
 _WASTE_SHARE = 8  # empty layers in blocks may be at most 1/8 of the model's layers
 

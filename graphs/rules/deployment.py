@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, Path
 from sagellm.graphs.ir import SOURCE, FrozenMap, Graph, downstream
-from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
+from sagellm.graphs.kernels.memory_layout import ITEM_BYTES, SCALE_BYTES
 from sagellm.graphs.rules.option_types import check_options
 from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, choice
 from sagellm.graphs.sections import (
@@ -22,7 +22,6 @@ from sagellm.graphs.sections import (
 from sagellm.graphs.vocabulary import unmet_needs
 
 ROUTE = "route"
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def capabilities(context: CheckContext) -> Iterator[Diagnostic]:
@@ -125,7 +124,7 @@ def _fitting_blocks(context: CheckContext, engine: str, free_bytes: int) -> str:
 def _block_bytes(facts: EngineFactsView) -> int | None:
     # An unknown factor counts as 0, so that the whole size counts as unknown.
     factors = (facts.num_layers, facts.num_kv_heads, facts.block_size)
-    row_bytes = (facts.head_dim or 0) * _ITEM_BYTES.get(facts.dtype or "", 0)
+    row_bytes = (facts.head_dim or 0) * ITEM_BYTES.get(facts.dtype or "", 0)
     if facts.kv_cache_dtype == "int8" and row_bytes:
         row_bytes = (facts.head_dim or 0) + SCALE_BYTES
     size = 2 * row_bytes  # keys and values

@@ -153,7 +153,7 @@ class EngineOptions(PagedOptions):
 
     `device`: a backend, and which of its devices ("cpu", "cuda:1"); without a number, replicas take
     devices in turn. `deterministic`: compute the same bits for a sequence whatever other sequences
-    are in its batches. `threads` None: one a core. `quantization`, one of MODES: the form in
+    are in its batches. `threads` None: the device's own. `quantization`, one of MODES: the form in
     which weights of linears are kept and multiplied; None: as they are stored. `speculation`:
     "ngram" drafts from a sequence's own tokens, "draft" with the model `draft_model`, which has the
     same vocabulary. `num_draft_tokens`: the most drafts of a sequence in a step; None: 4.

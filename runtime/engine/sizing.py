@@ -8,7 +8,7 @@ import msgspec
 
 from sagellm.backends.quantised_weight import GROUP_SIZE, LOGITS_MODES, MODES
 from sagellm.graphs.kernels import KVBlocks, KVGroup
-from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
+from sagellm.graphs.kernels.memory_layout import ITEM_BYTES, SCALE_BYTES
 from sagellm.graphs.models import ModelFacts
 from sagellm.graphs.rules.rule import EngineFactsView
 from sagellm.runtime.engine.options import EngineOptionError, PagedOptions, SizedOptions, num_bytes
@@ -19,7 +19,6 @@ from sagellm.runtime.port import EngineFacts
 _MEMORY_PART = 0.25  # of free memory: the rest is for weights, activations and other engines
 _LEAST_PART = 0.05  # of free memory, if weights seem to leave less: they may be loaded already
 _STEPS_UNDER_WAY = 2  # with async scheduling: one step computes, the next is launched
-_KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _NUM_LONGEST = 8  # sequences of full length that the default pool holds, with all windows
 _SHORTEST = 2  # a prompt of one token, and its answer
 
@@ -93,9 +92,9 @@ def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
 def kv_blocks(options: SizedOptions, facts: ModelFacts) -> KVBlocks:
     """The layout of the model's KV groups in the blocks of a pool."""
     groups = facts.kv_groups or (KVGroup("full", tuple(range(facts.num_layers))),)
-    itemsize = _KV_ITEM_BYTES[kv_dtype(options, facts)]
-    sizes = facts.num_kv_heads, facts.head_dim, options.block_size, itemsize
-    return KVBlocks(groups, *sizes, scale_bytes=SCALE_BYTES if itemsize == 1 else 0)
+    dtype = kv_dtype(options, facts)
+    sizes = facts.num_kv_heads, facts.head_dim, options.block_size, ITEM_BYTES[dtype]
+    return KVBlocks(groups, *sizes, scale_bytes=SCALE_BYTES if dtype == "int8" else 0)
 
 
 def lease_shape(options: SizedOptions, facts: ModelFacts) -> LeaseShape:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from sagellm.backends.cpu.native.compiler import (
     built,
+    built_before,
     c_compiler,
     library_name,
     writable_folder,
@@ -173,7 +174,7 @@ def _cpu_name() -> str:
 
 def _threads() -> Finding:
     """Check the number of threads against the physical cores and the quota of CPU time."""
-    topology, library = usable_cores(), _library()
+    topology, library = usable_cores(), built_before()
     threads = default_threads(read_tuned(library) if library else None, topology)
     found = f"{threads} {'thread' if threads == 1 else 'threads'} on {topology}"
     fix = f"export OMP_NUM_THREADS={topology.threads}, or unset it"
@@ -190,7 +191,7 @@ def _threads() -> Finding:
 
 def _tuning() -> Finding:
     """Show what `sagellm tune` found for this machine."""
-    library = _library()
+    library = built_before()
     if library is None or not tuned_file(library).exists():
         return Finding("ok", "not tuned, with defaults: `sagellm tune` measures what suits it")
     tuned = read_tuned(library)
@@ -202,15 +203,6 @@ def _tuning() -> Finding:
         cause = "the threads were found with other CPUs, and are not used"
         return Finding("warning", f"{found}; {cause}", "sagellm tune")
     return Finding("ok", found)
-
-
-def _library() -> Path | None:
-    """The library of the kernels, if it is built."""
-    compiler = c_compiler()
-    try:
-        return built(library_name(compiler)) if compiler else None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _memory() -> Finding:

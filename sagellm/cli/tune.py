@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 
-from sagellm.backends.cpu.native.compiler import built, c_compiler, compiled, library_name
+from sagellm.backends.cpu.native.compiler import built_before, c_compiler, compiled
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
 from sagellm.backends.cpu.native.tuning import Tuned, forget_tuned, write_tuned
 from sagellm.backends.cpu.topology import threads_of_environment, usable_cores
@@ -64,7 +64,7 @@ def tune(
 
 
 def measured(kernels: NativeKernels, seconds: float) -> tuple[Tuned, list[TuningChoice]]:
-    """MeasureKernels real kernels for about `seconds`, and choose."""
+    """Measure real kernels for about `seconds`, and choose."""
     times = KernelTimes(kernels)
     try:
         return choose(usable_cores(), kernels.tuning.default, times, budget_s=seconds)
@@ -79,8 +79,7 @@ def _no_kernels() -> Failure:
 
 
 def _reset(*, json: bool) -> int:
-    compiler = c_compiler()
-    library = built(library_name(compiler)) if compiler else None
+    library = built_before()
     was_tuned = library is not None and forget_tuned(library)
     if json:
         print(msgspec.json.encode({"forgotten": was_tuned}).decode())

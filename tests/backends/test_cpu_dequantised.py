@@ -1,10 +1,10 @@
 """The products of many rows with quantised weights, in bfloat16: vectors, tiles, and plain C."""
 
 import functools
-import subprocess
 
 import pytest
 import torch
+from compiled_sources import compile_for
 
 from sagellm.backends.cpu import CpuBackend, quantised_linear
 from sagellm.backends.cpu.native import compiler
@@ -153,12 +153,4 @@ def test_a_deterministic_program_never_rounds_to_bfloat16(reference, paged):
 
 @pytest.mark.soak
 def test_the_code_for_amx_compiles(tmp_path):
-    command = [*compiler.c_compiler(), "-march=sapphirerapids", "-O1", "-Wno-psabi", "-c"]
-    probe = tmp_path / "probe.c"
-    probe.write_text("int sagellm;")
-    target = ["-o", str(tmp_path / "out.o")]
-    if subprocess.run([*command, str(probe), *target], capture_output=True).returncode:
-        pytest.skip("a compiler for other CPUs")
-    source = str(compiler._SOURCES / "dequant.c")
-    done = subprocess.run([*command, "-Wall", "-Werror", source, *target], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    compile_for("sapphirerapids", "dequant.c", tmp_path)

@@ -1,10 +1,10 @@
 """The C kernels of quantised weights against torch, at sizes that leave remainders everywhere."""
 
 import functools
-import subprocess
 
 import pytest
 import torch
+from compiled_sources import compile_for
 
 from sagellm.backends.cpu import quantised_linear
 from sagellm.backends.cpu.native import compiler
@@ -205,12 +205,4 @@ def test_other_cpus_get_the_same(flags, bits, row_bits, levels, built):
 @pytest.mark.soak
 def test_the_code_for_vnni_compiles(tmp_path):
     """The kernels without VNNI. Where the CPU has VNNI, all other tests here run with it."""
-    command = [*compiler.c_compiler(), "-march=icelake-server", "-O1", "-Wno-psabi", "-c"]
-    probe = tmp_path / "probe.c"
-    probe.write_text("int sagellm;")
-    target = ["-o", str(tmp_path / "out.o")]
-    if subprocess.run([*command, str(probe), *target], capture_output=True).returncode:
-        pytest.skip("a compiler for other CPUs")
-    source = str(compiler._SOURCES / "quant.c")
-    done = subprocess.run([*command, "-Wall", "-Werror", source, *target], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    compile_for("icelake-server", "quant.c", tmp_path)

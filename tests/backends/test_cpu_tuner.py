@@ -5,6 +5,7 @@ faster.
 from collections.abc import Callable
 
 import pytest
+from tile_kernels import kernels_by
 
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native.tuning import Tuning
@@ -12,6 +13,7 @@ from sagellm.backends.cpu.topology import CpuTopology
 from sagellm.backends.cpu.tuner import (
     DECODE,
     INT4,
+    INT8,
     NUMBERS,
     PREFILL,
     KernelSetting,
@@ -172,3 +174,21 @@ def test_real_kernels_are_measured_and_have_their_values_back(
     finally:
         times.close()
     assert KERNELS.tuning.used == DEFAULT
+
+
+@pytest.mark.parametrize(("has_tiles", "kind"), [(True, "tiles"), (False, "pairs")])
+def test_the_kernels_that_engines_use_are_measured(
+    monkeypatch: pytest.MonkeyPatch, has_tiles: bool, kind: str
+) -> None:
+    kernels = kernels_by("model")
+    monkeypatch.setattr("sagellm.backends.cpu.tuner._WEIGHT_BYTES", 32 << 20)
+    monkeypatch.setattr(type(kernels), "has_tiles", has_tiles)
+    monkeypatch.setattr(type(kernels), "has_pairs", True)
+    times = KernelTimes(kernels)
+    assert [one.run for one in times._linears(PREFILL)] == [
+        kernels.function(f"sage_gated_{kind}"),
+        kernels.function(f"sage_multiply_{kind}"),
+    ]
+    assert all(one.levels for one in times._linears(INT4))
+    assert not any(one.levels for one in times._linears(INT8))
+    times.close()

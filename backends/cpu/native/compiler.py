@@ -68,6 +68,17 @@ def built(name: str) -> Path | None:
     return None
 
 
+def built_before() -> Path | None:
+    """The library for these sources and this CPU from an earlier build. None if there is none, or
+    no compiler that works.
+    """
+    compiler = c_compiler()
+    try:
+        return built(library_name(compiler)) if compiler else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def _built_now(
     compiler: tuple[str, ...], name: str, progress: Progress, flags: tuple[str, ...]
 ) -> Path:

@@ -25,9 +25,8 @@ from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.tuning import KernelTuning
 from sagellm.backends.interface import Progress, silent
 from sagellm.backends.quantised_weight import LEVELS
-from sagellm.backends.step import SamplingParams
+from sagellm.backends.step import SamplingParams, head_dim_of
 from sagellm.backends.token_masks import Mask
-from sagellm.graphs.kernels.memory_layout import SCALE_BYTES
 from sagellm.graphs.log import get_logger
 
 _log = get_logger(__name__)
@@ -353,12 +352,6 @@ def _keys_and_values(pool: Array, layer: int) -> tuple[int, int, int]:
     """The addresses of a layer's keys and values, and their dtype as a number of codes.h."""
     first = pool.ctypes.data + pool.strides[0] * layer
     return first, first + pool.strides[1], KV_DTYPES.index(dtype_name(pool.dtype))
-
-
-def head_dim_of(pool: Array) -> int:
-    """The head dimension of a pool of the shape `KVLayout.pool_shape`."""
-    scale_bytes = SCALE_BYTES if pool.dtype == np.int8 else 0
-    return int(pool.shape[5]) - scale_bytes
 
 
 def _is_bfloat(array: Array) -> int:

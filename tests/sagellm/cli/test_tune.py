@@ -155,10 +155,18 @@ def test_a_compiler_that_builds_nothing_is_refused(
     assert "the kernels cannot be built" in capsys.readouterr().err
 
 
-def test_nothing_is_forgotten_without_a_compiler(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_there", [False, True])
+def test_nothing_is_forgotten_without_a_compiler_that_starts(
+    tmp_path: Path,
+    is_there: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
+    compiler = tmp_path / "compiler"
+    if is_there:
+        compiler.write_text("#!/no/such/interpreter\n")
+        compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
     assert main(["tune", "--reset"]) == 0
     assert capsys.readouterr().out == "nothing was tuned\n"
 
