@@ -1,24 +1,31 @@
 """Compiles grammars beside an engine's steps: no other sequence waits for a schema."""
 
+import importlib
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import trio
 
 from sagellm.backends.step import Matcher, MatcherError
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.grammars import GrammarError
-from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
+from sagellm.runtime.grammars import COMPILER, GrammarError
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.messages import FinishReason
+from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.sampling import Grammar
+
+if TYPE_CHECKING:
+    from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
+    from sagellm.runtime.grammars.matcher import GrammarMatcher
 
 log = get_logger("sagellm.engine")
 
+_FREE_S = 0.25  # longer than a command takes from its start to its first request
 _NUM_THREADS = 2  # a slow grammar leaves a thread to the others
 _Key: TypeAlias = tuple[str, Grammar | None]  # salt and grammar
 
@@ -33,6 +40,35 @@ class Refusal(NamedTuple):
 Outcome: TypeAlias = Matcher | Refusal
 
 
+class LazyCompiler:
+    """The GrammarCompiler of an engine, opened once, when it is needed. The arguments are those of
+    GrammarCompiler. Any thread may call.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self._arguments = tokenizer, vocab_size, eos_token_ids
+        self._opened: GrammarCompiler | None = None
+        self._lock = threading.Lock()
+
+    def open(self) -> "GrammarCompiler":
+        """The compiler. The first call blocks its thread for up to a second, to open the
+        vocabulary; other callers wait for it.
+        """
+        with self._lock:
+            if self._opened is None:
+                make: type[GrammarCompiler] = importlib.import_module(COMPILER).GrammarCompiler
+                self._opened = make(*self._arguments)
+            return self._opened
+
+    def compile(
+        self, grammar: Grammar, salt: str, *, user_id: str = "", ignores_eos: bool
+    ) -> "GrammarMatcher":
+        """A matcher of a grammar: see `GrammarCompiler.compile`."""
+        return self.open().compile(grammar, salt, user_id=user_id, ignores_eos=ignores_eos)
+
+
 class GrammarQueue:
     """The grammars of one engine that wait for a thread. Threads start with the first grammar.
 
@@ -43,11 +79,13 @@ class GrammarQueue:
 
     def __init__(
         self,
-        compiler: GrammarCompiler | None,
+        compiler: LazyCompiler | None,
         sequences: Mapping[Fence, Sequence],
         done: Callable[[Sequence, Outcome], None],
     ) -> None:
         self._compiler = compiler
+        self._open = compiler.open if compiler is not None else None
+        self._is_opened = False  # whether a thread opens the vocabulary, or has opened it
         self._sequences = sequences
         self._done = done
         self._threads: ThreadPoolExecutor | None = None
@@ -63,6 +101,17 @@ class GrammarQueue:
         grammars = self._waiting.setdefault(sequence.state.user_id, {})
         grammars.setdefault(key, []).append(sequence)
         self._start()
+
+    async def wait(self, changed: trio.Event) -> None:
+        """Wait for an event. If the engine stays without sequences, a thread opens the vocabulary:
+        most of that time holds Python's lock, and would hold up sequences later.
+        """
+        if self._open is not None and not (self._is_opened or self._sequences):
+            with trio.move_on_after(_FREE_S):
+                await changed.wait()
+                return
+            self._pool().submit(self._open)
+        await changed.wait()
 
     async def close(self) -> None:
         """End the threads. Grammars that still wait are dropped."""
@@ -93,10 +142,7 @@ class GrammarQueue:
         return sequences
 
     def _submit(self, user_id: str, key: _Key, sequences: list[Sequence]) -> None:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(
-                _NUM_THREADS, thread_name_prefix="sagellm-grammar-compile"
-            )
+        threads = self._pool()
         self._running.add(key)
         token = trio.lowlevel.current_trio_token()
 
@@ -104,7 +150,16 @@ class GrammarQueue:
             with suppress(trio.RunFinishedError):  # the engine ended first
                 token.run_sync_soon(self._finish, user_id, key, sequences, compiled)
 
-        self._threads.submit(self._compile, sequences).add_done_callback(hand_over)
+        threads.submit(self._compile, sequences).add_done_callback(hand_over)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        """The threads. Whatever they do first opens the vocabulary."""
+        self._is_opened = True
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(
+                _NUM_THREADS, thread_name_prefix="sagellm-grammar-compile"
+            )
+        return self._threads
 
     def _compile(self, sequences: list[Sequence]) -> list[Outcome | None]:
         """A matcher, or a refusal, for each of several sequences with the same grammar; None if the

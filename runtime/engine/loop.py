@@ -185,7 +185,7 @@ class EngineLoop:
         """Wait for a change, or for the next deadline."""
         self._changed = trio.Event()
         with trio.move_on_at(self._expiries[0][0] if self._expiries else float("inf")):
-            await self._changed.wait()
+            await self.grammars.wait(self._changed)
 
     # ---- launch --------------------------------------------------------------------------------
 

@@ -1,9 +1,13 @@
 """Grammars: from the text of a schema, an expression or a grammar to the tokens that may follow."""
 
+import importlib
 import re
 from collections.abc import Sequence
 
 from sagellm.runtime.sampling import Grammar
+
+# Imported by name at the first grammar: most programs answer without one.
+COMPILER = "sagellm.runtime.grammars.grammar_compiler"
 
 # What has a meaning in a regular expression. Characters of other scripts must not be escaped.
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/\x00-\x20]")
@@ -29,3 +33,8 @@ def choice_grammar(texts: Sequence[str]) -> Grammar:
 
 def _quoted(text: str) -> str:
     return _SPECIAL.sub(lambda found: f"\\x{ord(found[0]):02X}", text)
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Raise GrammarError if a grammar cannot be used: see `grammar_compiler.check_grammar`."""
+    importlib.import_module(COMPILER).check_grammar(grammar)

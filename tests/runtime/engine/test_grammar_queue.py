@@ -11,7 +11,8 @@ from models_on_the_fly import make_model, random_prompts
 
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.grammars import choice_grammar
+from sagellm.runtime.grammars import choice_grammar, grammar_compiler
+from sagellm.runtime.grammars.compiled_grammar import open_vocabulary
 from sagellm.runtime.sampling import Grammar, Sampling
 
 PROMPTS = random_prompts((5, 17))
@@ -215,3 +216,34 @@ async def test_a_bad_grammar_refuses_its_sequence_alone(folder):
     assert (refused.last.finish_reason, refused.last.code) == ("refused", "invalid_grammar")
     assert refused.last.error
     assert len(good.token_ids) == 8
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A list that has an item for each opened vocabulary, and an event for the first one."""
+    found, begun = [], threading.Event()
+
+    def counted(*arguments):
+        found.append(arguments)
+        begun.set()
+        return open_vocabulary(*arguments)
+
+    monkeypatch.setattr(grammar_compiler, "open_vocabulary", counted)
+    return found, begun
+
+
+async def test_no_vocabulary_is_opened_while_requests_come(folder, opened):
+    async with running(open_on(folder)) as [driver]:
+        reply = await driver.submit("free", PROMPTS[0], max_tokens=8)
+        await reply.done.wait()
+    assert opened[0] == []
+
+
+async def test_a_free_engine_opens_the_vocabulary_once(folder, opened):
+    found, begun = opened
+    async with running(open_on(folder)) as [driver]:
+        assert await trio.to_thread.run_sync(begun.wait, 30)
+        reply = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
+        await reply.done.wait()
+    assert reply.token_ids
+    assert len(found) == 1
