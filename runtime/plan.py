@@ -234,7 +234,8 @@ def plan(
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
     hasher = Hasher(block_key or hash_secret())
     models = {one.key: one.engines for one in served_models(graph) if one.key}
-    common = Setup("", (), functions or {}, encode, seed, facts or {}, models, hasher)
+    known = {} if functions is None else functions  # `or` would count what packages offer
+    common = Setup("", (), known, encode, seed, facts or {}, models, hasher)
     made = build_operators(graph, resolver, replicas, common)
     services = {name: one for name, one in made.items() if isinstance(one, Service)}
     logic = {name: one for name, one in made.items() if not isinstance(one, Service)}

@@ -1,5 +1,6 @@
 """Chat templates: the model's own Jinja text, rendered in Jinja's sandbox."""
 
+import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -7,11 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
-
-import jinja2
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from sagellm.runtime.models import ModelError, TextError
 from sagellm.runtime.models.helper_process import (
@@ -22,6 +19,13 @@ from sagellm.runtime.models.helper_process import (
     RenderWork,
     TemplateJob,
 )
+
+if TYPE_CHECKING:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# Imported at the first chat: plain prompts need no template.
+NEEDS = _SANDBOX, _META = "jinja2.sandbox", "jinja2.meta"
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -63,7 +67,8 @@ class ChatTemplateError(TextError):
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    error: type[Exception] = importlib.import_module("jinja2").TemplateError
+    raise error(message)
 
 
 def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
@@ -74,11 +79,11 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> "ImmutableSandboxedEnvironment":
     """The environment that transformers gives a template: block trimming, filters and functions."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    make: type[ImmutableSandboxedEnvironment]
+    make = importlib.import_module(_SANDBOX).ImmutableSandboxedEnvironment
+    environment = make(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -95,7 +100,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     @cached_property
-    def _template(self) -> jinja2.Template:
+    def _template(self) -> "jinja2.Template":
         try:
             return _environment().from_string(self._text)
         except Exception as error:  # Jinja computes constants while it compiles: any error may come
@@ -106,10 +111,11 @@ class ChatTemplate:
         """The names that the template reads, without RESERVED_VARIABLES and globals."""
         environment = _environment()
         try:
-            read = jinja2.meta.find_undeclared_variables(environment.parse(self._text))
+            meta = importlib.import_module(_META)
+            read = meta.find_undeclared_variables(environment.parse(self._text))
         except Exception:  # a broken template, which `render` reports
             return frozenset()
-        return frozenset(read) - RESERVED_VARIABLES - environment.globals.keys()
+        return frozenset[str](read) - RESERVED_VARIABLES - environment.globals.keys()
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING

@@ -229,4 +229,7 @@ def _silence() -> None:
 
 
 if __name__ == "__main__":
-    serve(importlib.import_module(sys.argv[1]).open_job)
+    job_module = importlib.import_module(sys.argv[1])
+    for needed in job_module.NEEDS:  # before the limits, which bind imports too
+        importlib.import_module(needed)
+    serve(job_module.open_job)

@@ -107,7 +107,7 @@ HelperReply: TypeAlias = HelperReady | RenderedText | EncodedTokens | WorkRefuse
 
 class JobWorker(Protocol):
     """Does the work of one job in a helper process. A module for helper processes has a function
-    `open_job`, which makes a JobWorker for a HelperJob.
+    `open_job`, which makes a JobWorker for a HelperJob, and NEEDS, the names of further modules.
     """
 
     @property

@@ -190,6 +190,9 @@ class _EncodeWorker:
         return EncodedTokens(tuple(tuple(each.ids) for each in batch))
 
 
+NEEDS = ()  # modules that `open_job` imports by name
+
+
 def open_job(job: HelperJob) -> JobWorker:
     """Read the tokenizer of a job. Called in a helper process."""
     assert isinstance(job, TokenizerJob)

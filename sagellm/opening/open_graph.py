@@ -21,7 +21,6 @@ from sagellm.backends.interface import Progress, silent
 from sagellm.errors import UsageError, misused, refuse_in_loop, unopened
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
-from sagellm.opening.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.opening.checking import checked_graph, log_warnings
 from sagellm.opening.decisions import DecisionFile, recording
 from sagellm.opening.graph_engines import open_engines
@@ -42,7 +41,10 @@ HOW_TO_OPEN = (
 # Imported on demand: importing the supervisor takes 0.1 s, and most graphs have no workers.
 _WORKERS = "sagellm.opening.worker_processes"
 
+_BRIDGE = "sagellm.opening.bridge"  # imported on demand: code under trio needs none
+
 if TYPE_CHECKING:
+    from sagellm.opening.bridge import AsyncioSession, BlockingSession, Bridge
     from sagellm.runtime.cluster.launch import ProcessLauncher
     from sagellm.runtime.cluster.supervisor import Supervisor
 
@@ -135,7 +137,7 @@ class OpenGraph:
             if sniffio.current_async_library() == "trio":
                 self._opened = open_session(self._recipe)
                 return await self._opened.__aenter__()
-            self._bridge = Bridge(lambda: open_session(self._recipe))
+            self._bridge = self._new_bridge()
             session: AsyncioSession = await self._bridge.open_asyncio()
             return session
 
@@ -147,10 +149,10 @@ class OpenGraph:
             await bridge.close_asyncio()
         return None
 
-    def __enter__(self) -> BlockingSession:
+    def __enter__(self) -> "BlockingSession":
         refuse_in_loop("`with graph.open()`", "`async with graph.open()`")
         with self._entering():
-            self._bridge = Bridge(lambda: open_session(self._recipe))
+            self._bridge = self._new_bridge()
             return self._bridge.open_blocking()
 
     def __exit__(self, *error: Any) -> None:
@@ -158,7 +160,11 @@ class OpenGraph:
         if bridge is not None:
             bridge.close_blocking()
 
-    def _left(self) -> tuple[AbstractAsyncContextManager[Session] | None, Bridge | None]:
+    def _new_bridge(self) -> "Bridge":
+        bridge: Bridge = importlib.import_module(_BRIDGE).Bridge(lambda: open_session(self._recipe))
+        return bridge
+
+    def _left(self) -> "tuple[AbstractAsyncContextManager[Session] | None, Bridge | None]":
         """Reset to the state before entering. Returns the context or the bridge, for closing.
 
         The graph may then be entered again, also under another event loop.

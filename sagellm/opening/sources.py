@@ -201,7 +201,8 @@ def with_outlet_names(graph: Graph, vocabulary: Vocabulary) -> Graph:
     """
     ops, edges = {node.name: node.op for node in graph.nodes}, []
     for edge in graph.edges:
-        spec = vocabulary.get(ops.get(edge.source, ""))
+        op = ops.get(edge.source)  # None: the edge starts at the graph's entry
+        spec = vocabulary.get(op) if op is not None else None
         port = spec.outlet(edge.outlet) if spec is not None else None
         if port is not None and port.name != edge.outlet:
             old, new = f"{edge.source}.{edge.outlet}", f"{edge.source}.{port.name}"

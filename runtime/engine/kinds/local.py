@@ -7,7 +7,7 @@ from dataclasses import replace
 import trio
 
 from sagellm.backends import Device, get_backend, list_available_backends
-from sagellm.backends.interface import Progress, silent
+from sagellm.backends.interface import Progress, UnknownBackend, silent
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.drafters import draft_folder
 from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
@@ -45,12 +45,12 @@ def open_engine(
 
 def open_device(options: EngineOptions, replica: int = 0) -> Device:
     """The device of one replica. Raises EngineOptionError."""
-    known = list_available_backends()
-    if options.backend not in known:
-        close = nearest(options.backend, known)
+    try:
+        backend = get_backend(options.backend)
+    except UnknownBackend:
+        close = nearest(options.backend, list_available_backends())
         hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
-        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
-    backend = get_backend(options.backend)
+        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}") from None
     names, index = backend.devices(), options.device_index
     if index is None:
         return backend.device(replica % max(1, len(names)))
