@@ -18,7 +18,8 @@ from sagellm.gateway.protocol.structured_outputs import (
 )
 from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.grammars import GrammarError, check_grammar
+from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.messages import PRIORITIES
 from sagellm.runtime.sampling import Grammar, Sampling
 

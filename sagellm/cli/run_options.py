@@ -9,7 +9,8 @@ from cyclopts.validators import Number
 
 from sagellm.cli.errors import Failure
 from sagellm.cli.grammar_options import GrammarOptions
-from sagellm.runtime.grammars import GrammarError, check_grammar
+from sagellm.runtime.grammars import GrammarError
+from sagellm.runtime.grammars.grammar_compiler import check_grammar
 from sagellm.runtime.sampling import Grammar, Sampling
 
 
