@@ -76,9 +76,12 @@ def packed_linear(
     gated: bool = False,
     threads: int = 3,
 ) -> Blob:
-    """A Linear with a weight [num_cols, k] that sage_pack packs: float32, or bits of bfloat16."""
+    """A Linear with a weight [num_cols, k] that sage_pack packs: float32, or bits of bfloat16.
+
+    `kind`: one of KINDS; "tiles": pairs that tiles multiply.
+    """
     num_cols, k = weight.shape
-    number = KINDS.index(kind)
+    number = KINDS.index("pairs" if kind == "tiles" else kind)
     size = calls.call("sage_packed_bytes", num_cols, k, number)
     packed = calls.allocated(size)
     calls.call("sage_pack", calls.array(weight), number, packed, num_cols, k, threads)

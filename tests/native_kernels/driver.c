@@ -16,6 +16,7 @@
 #include <time.h>
 
 #include "linear.h"
+#include "tiles.h"
 
 #define PAGE (64L << 10) /* the largest page of any system */
 #define NAME 32          /* bytes of the name of a function */
@@ -96,6 +97,10 @@ MULTIPLIES(sage_quant_8_8_many)
 MULTIPLIES(sage_quant_8_16_many)
 MULTIPLIES(sage_quant_4_pairs)
 MULTIPLIES(sage_quant_8_pairs)
+#if TILES
+MULTIPLIES(sage_multiply_tiles)
+MULTIPLIES(sage_gated_tiles)
+#endif
 
 /* The linker sends the kernels' requests for memory and threads here (--wrap). A request is refused
  * if none is left of those that `allow` granted; negative: any number is left. */
@@ -152,7 +157,11 @@ static const Function functions[] = {
     MULTIPLY(sage_gated_pairs), MULTIPLY(sage_quant_4_8), MULTIPLY(sage_quant_4_16),
     MULTIPLY(sage_quant_8_8), MULTIPLY(sage_quant_8_16), MULTIPLY(sage_quant_4_8_many),
     MULTIPLY(sage_quant_8_8_many), MULTIPLY(sage_quant_8_16_many), MULTIPLY(sage_quant_4_pairs),
-    MULTIPLY(sage_quant_8_pairs)};
+    MULTIPLY(sage_quant_8_pairs),
+#if TILES
+    MULTIPLY(sage_multiply_tiles), MULTIPLY(sage_gated_tiles),
+#endif
+};
 #define NUM_FUNCTIONS (sizeof functions / sizeof *functions)
 
 typedef struct {

@@ -1,6 +1,6 @@
 """Cases of packed weights of float and bfloat16: products, their gated form, the packing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from native_kernels.calls import Calls, Results
@@ -34,12 +34,22 @@ def cases() -> Iterator[Case]:
     yield tuning_is_checked()
 
 
+def tile_cases() -> Iterator[Case]:
+    """Cases of the paths that have tiles. Vectors multiply fewer than four rows."""
+    for num_cols, k in [(1, 8), (33, 77), (64, 513)]:
+        yield product("tiles", num_cols, k, [4, 5, 16, 17, 32, 33, 49], bias=k % 2 == 0)
+    yield product("tiles", 40, 70, [300, 520], bias=True)  # threads share rows
+    yield product("tiles", 33, 4 * 2048 + 3, [70], bias=True)  # k in several chunks
+    yield gated("tiles", 96, 600, counts=(4, 13, 48, 290))
+    yield not_numbers("tiles")
+
+
 def operands(kind: str, rows: int, num_cols: int, k: int) -> tuple[Array, Array, Array]:
     """Rows, the weight as it is stored, and the product in float64."""
     x, weight = random(rows, k), random(num_cols, k, seed=4)
     if kind == "float":
         return x, weight, x.astype(np.float64) @ weight.T.astype(np.float64)
-    seen = rounded(x) if kind == "pairs" else x
+    seen = rounded(x) if kind in ("pairs", "tiles") else x
     stored = bfloat(weight)
     return x, stored, seen.astype(np.float64) @ widened(stored).T.astype(np.float64)
 
@@ -73,10 +83,9 @@ def product(kind: str, num_cols: int, k: int, counts: list[int], *, bias: bool) 
     return Case(calls, check)
 
 
-def gated(kind: str, half: int, k: int) -> Case:
+def gated(kind: str, half: int, k: int, counts: Sequence[int] = (1, 2, 5, 13, 48, 49, 260)) -> Case:
     """The gated form beside the product and silu_mul: the same bits."""
     calls = Calls(f"gated {kind}")
-    counts = [1, 2, 5, 13, 48, 49, 260]
     x, weight, wanted = operands(kind, max(counts), 2 * half, k)
     offset = random(2 * half, seed=5)
     linear = packed_linear(calls, weight, offset, kind, gated=True)
