@@ -50,6 +50,15 @@ def cases() -> Iterator[Case]:
     yield many_spans()
 
 
+def tile_cases() -> Iterator[Case]:
+    """Cases of the paths that have tiles, which multiply rows of a head_dim of whole tiles."""
+    for dtype in (BFLOAT, INT8):
+        for window in (0, 70):
+            shape = Shape(head_dim=32, window=window, dtype=dtype)
+            yield attention(shape, [(0, 300, 340), (1, 0, 9), (0, 339, 340)], (340, 90), tiles=1)
+        yield attention(Shape(2, 1, 96, dtype=dtype), [(0, 0, 50)], (50,), tiles=1)
+
+
 def pool_of(shape: Shape, lens: Sequence[int]) -> Pool:
     """A pool with these sequences in scattered blocks. Numbers that nobody may read are NaN."""
     size, numbers = shape.block_size, np.random.default_rng(4)
@@ -105,9 +114,14 @@ def scale_of(shape: Shape) -> np.float32:
     return np.float32(shape.head_dim**-0.5)
 
 
-def attention(shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7)) -> Case:
+def attention(
+    shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7), tiles: int = 0
+) -> Case:
     """A batch on other numbers of threads: near the reference, and the same bits."""
-    calls, pool = Calls(f"attention {shape} of {len(rows)} sequences"), pool_of(shape, lens)
+    calls, pool = (
+        Calls(f"attention {shape} of {len(rows)} sequences, tiles {tiles}"),
+        pool_of(shape, lens),
+    )
     q = [2 * random(end - first, shape.heads, shape.head_dim) for _, first, end in rows]
     heads = calls.struct(
         NativeHeads, **{name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim")},
@@ -125,6 +139,7 @@ def attention(shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7)) -> 
         query_starts=calls.array(starts),
         context_lens=calls.array(np.array([end for *_, end in rows])),
         dtype=shape.dtype,
+        tiles=tiles,
     )
     joined = np.concatenate(q).reshape(starts[-1], -1)
     width = joined.shape[1]

@@ -120,7 +120,7 @@ def all_cases() -> tuple[Case, ...]:
 
 @functools.cache
 def tile_cases() -> tuple[Case, ...]:
-    return tuple(products.tile_cases())
+    return (*products.tile_cases(), *attention.tile_cases())
 
 
 _AVX2 = "avx2 fma f16c bmi2"
@@ -143,6 +143,12 @@ PATHS = (
         f"{_AVX512} {_BF16} avx512vbmi",
     ),
     KernelPath("tile model", "x86_64", ("-march=x86-64-v3", "-DSAGE_TILE_MODEL"), _AVX2, "max"),
+    KernelPath(
+        "tile model, AVX512",
+        "x86_64",
+        (_V4, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-DSAGE_TILE_MODEL"),
+        f"{_AVX512} {_BF16} avx512vbmi",
+    ),
     KernelPath("NEON", "aarch64", ("-march=armv8-a",), "asimd", "cortex-a57"),
     KernelPath("NEON-dotprod", "aarch64", ("-march=armv8.2-a+dotprod",), "asimddp", "neoverse-n1"),
     KernelPath(
