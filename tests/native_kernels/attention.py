@@ -47,10 +47,16 @@ def cases() -> Iterator[Case]:
             rows = [(0, 149, 150), (1, 3, 40), (0, 80, 100)]
             yield attention(Shape(*shape, dtype=dtype), rows, (150, 40))
         yield attention(Shape(130, 1, 36, 128, dtype=dtype), [(0, 30, 33)], (33,))
-    for dtype in (BFLOAT, INT8):
-        yield attention(Shape(14, 2, 64, 32, dtype=dtype), RAGGED, tiles=True)
-        yield attention(Shape(9, 1, 96, 16, window=70, dtype=dtype), RAGGED, tiles=True)
     yield many_spans()
+
+
+def tile_cases() -> Iterator[Case]:
+    """Cases of the paths that have tiles, which multiply rows of a head_dim of whole tiles."""
+    for dtype in (BFLOAT, INT8):
+        for window in (0, 70):
+            shape = Shape(head_dim=32, window=window, dtype=dtype)
+            yield attention(shape, [(0, 300, 340), (1, 0, 9), (0, 339, 340)], (340, 90), tiles=1)
+        yield attention(Shape(2, 1, 96, dtype=dtype), [(0, 0, 50)], (50,), tiles=1)
 
 
 def pool_of(shape: Shape, lens: Sequence[int]) -> Pool:
@@ -109,10 +115,13 @@ def scale_of(shape: Shape) -> np.float32:
 
 
 def attention(
-    shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7), *, tiles: bool = False
+    shape: Shape, rows: Rows, lens: Sequence[int] = (1200, 90, 7), tiles: int = 0
 ) -> Case:
     """A batch on other numbers of threads: near the reference, and the same bits."""
-    calls, pool = Calls(f"attention {shape} of {len(rows)} sequences"), pool_of(shape, lens)
+    calls, pool = (
+        Calls(f"attention {shape} of {len(rows)} sequences, tiles {tiles}"),
+        pool_of(shape, lens),
+    )
     q = [2 * random(end - first, shape.heads, shape.head_dim) for _, first, end in rows]
     heads = calls.struct(
         NativeHeads, **{name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim")},

@@ -78,7 +78,7 @@ def packed_linear(
 ) -> Blob:
     """A Linear with a weight [num_cols, k] that sage_pack packs: float32, or bits of bfloat16.
 
-    `kind`: one of KINDS, or "tiles", which multiply packed pairs.
+    `kind`: one of KINDS; "tiles": pairs that tiles multiply.
     """
     num_cols, k = weight.shape
     number = KINDS.index("pairs" if kind == "tiles" else kind)

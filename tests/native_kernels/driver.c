@@ -88,13 +88,6 @@ MULTIPLIES(sage_multiply_pairs)
 MULTIPLIES(sage_gated_float)
 MULTIPLIES(sage_gated_bfloat)
 MULTIPLIES(sage_gated_pairs)
-#if !TILES /* only libraries with tiles have these products */
-#define sage_multiply_tiles sage_multiply_pairs
-#define sage_gated_tiles sage_gated_pairs
-#else
-MULTIPLIES(sage_multiply_tiles)
-MULTIPLIES(sage_gated_tiles)
-#endif
 MULTIPLIES(sage_quant_4_8)
 MULTIPLIES(sage_quant_4_16)
 MULTIPLIES(sage_quant_8_8)
@@ -104,6 +97,10 @@ MULTIPLIES(sage_quant_8_8_many)
 MULTIPLIES(sage_quant_8_16_many)
 MULTIPLIES(sage_quant_4_pairs)
 MULTIPLIES(sage_quant_8_pairs)
+#if TILES
+MULTIPLIES(sage_multiply_tiles)
+MULTIPLIES(sage_gated_tiles)
+#endif
 
 /* The linker sends the kernels' requests for memory and threads here (--wrap). A request is refused
  * if none is left of those that `allow` granted; negative: any number is left. */
@@ -157,11 +154,14 @@ static const Function functions[] = {
     OWN(sage_step_close), OWN(sage_sizes), OWN(sage_copy_sum), OWN(sage_largest_allowed),
     OWN(sage_quant_make), MULTIPLY(sage_multiply_float), MULTIPLY(sage_multiply_bfloat),
     MULTIPLY(sage_multiply_pairs), MULTIPLY(sage_gated_float), MULTIPLY(sage_gated_bfloat),
-    MULTIPLY(sage_gated_pairs), MULTIPLY(sage_multiply_tiles), MULTIPLY(sage_gated_tiles),
-    MULTIPLY(sage_quant_4_8), MULTIPLY(sage_quant_4_16),
+    MULTIPLY(sage_gated_pairs), MULTIPLY(sage_quant_4_8), MULTIPLY(sage_quant_4_16),
     MULTIPLY(sage_quant_8_8), MULTIPLY(sage_quant_8_16), MULTIPLY(sage_quant_4_8_many),
     MULTIPLY(sage_quant_8_8_many), MULTIPLY(sage_quant_8_16_many), MULTIPLY(sage_quant_4_pairs),
-    MULTIPLY(sage_quant_8_pairs)};
+    MULTIPLY(sage_quant_8_pairs),
+#if TILES
+    MULTIPLY(sage_multiply_tiles), MULTIPLY(sage_gated_tiles),
+#endif
+};
 #define NUM_FUNCTIONS (sizeof functions / sizeof *functions)
 
 typedef struct {

@@ -39,6 +39,11 @@ class KernelPath:
         return self.machine == MACHINE and set(self.features.split()) <= cpu_features()
 
     @property
+    def has_tiles(self) -> bool:
+        """Whether its kernels have tiles: those of the model."""
+        return "-DSAGE_TILE_MODEL" in self.flags
+
+    @property
     def missing(self) -> str:
         """What is missing to run it here: a CPU, or packages of Debian; "" if nothing is."""
         if not self.is_here and not self.cpu:
@@ -87,7 +92,7 @@ class KernelPath:
 
     def failures(self, driver: Path, folder: Path) -> Iterator[str]:
         """Run all cases, and give the name and the reason of each that fails."""
-        cases = all_cases()
+        cases = [*all_cases(), *(tile_cases() if self.has_tiles else ())]
         found = run(self.command(driver), [case.calls for case in cases], folder)
         for case, results in zip(cases, found, strict=True):
             try:
@@ -113,6 +118,11 @@ def all_cases() -> tuple[Case, ...]:
     return tuple(case for group in groups for case in group.cases())
 
 
+@functools.cache
+def tile_cases() -> tuple[Case, ...]:
+    return (*products.tile_cases(), *attention.tile_cases())
+
+
 _AVX2 = "avx2 fma f16c bmi2"
 _AVX512 = f"{_AVX2} avx512f avx512bw avx512vl avx512dq avx512cd"
 _V4 = "-march=x86-64-v4"
@@ -134,7 +144,7 @@ PATHS = (
     ),
     KernelPath("tile model", "x86_64", ("-march=x86-64-v3", "-DSAGE_TILE_MODEL"), _AVX2, "max"),
     KernelPath(
-        "tile model of AVX512",
+        "tile model, AVX512",
         "x86_64",
         (_V4, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-DSAGE_TILE_MODEL"),
         f"{_AVX512} {_BF16} avx512vbmi",

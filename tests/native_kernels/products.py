@@ -1,6 +1,6 @@
 """Cases of packed weights of float and bfloat16: products, their gated form, the packing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from native_kernels.calls import Calls, Results
@@ -30,12 +30,18 @@ def cases() -> Iterator[Case]:
         yield gated(kind, 96, 2061)
         yield not_numbers(kind)
         yield tuned(kind)
-    for num_cols, k in [(1, 8), (33, 2061), (150, 30), (64, 4 * 2048 + 3)]:
-        yield by_tiles(num_cols, k)
-    yield by_tiles(96, 2061, is_gated=True)
-    yield by_tiles(32, 9001, is_gated=True)  # rows of x that a gated product has no room for
     yield shapes_of_gates()
     yield tuning_is_checked()
+
+
+def tile_cases() -> Iterator[Case]:
+    """Cases of the paths that have tiles. Vectors multiply fewer than four rows."""
+    for num_cols, k in [(1, 8), (33, 77), (64, 513)]:
+        yield product("tiles", num_cols, k, [4, 5, 16, 17, 32, 33, 49], bias=k % 2 == 0)
+    yield product("tiles", 40, 70, [300, 520], bias=True)  # threads share rows
+    yield product("tiles", 33, 4 * 2048 + 3, [70], bias=True)  # k in several chunks
+    yield gated("tiles", 96, 600, counts=(4, 13, 48, 290))
+    yield not_numbers("tiles")
 
 
 def operands(kind: str, rows: int, num_cols: int, k: int) -> tuple[Array, Array, Array]:
@@ -43,7 +49,7 @@ def operands(kind: str, rows: int, num_cols: int, k: int) -> tuple[Array, Array,
     x, weight = random(rows, k), random(num_cols, k, seed=4)
     if kind == "float":
         return x, weight, x.astype(np.float64) @ weight.T.astype(np.float64)
-    seen = rounded(x) if kind == "pairs" else x
+    seen = rounded(x) if kind in ("pairs", "tiles") else x
     stored = bfloat(weight)
     return x, stored, seen.astype(np.float64) @ widened(stored).T.astype(np.float64)
 
@@ -77,10 +83,9 @@ def product(kind: str, num_cols: int, k: int, counts: list[int], *, bias: bool) 
     return Case(calls, check)
 
 
-def gated(kind: str, half: int, k: int) -> Case:
+def gated(kind: str, half: int, k: int, counts: Sequence[int] = (1, 2, 5, 13, 48, 49, 260)) -> Case:
     """The gated form beside the product and silu_mul: the same bits."""
     calls = Calls(f"gated {kind}")
-    counts = [1, 2, 5, 13, 48, 49, 260]
     x, weight, wanted = operands(kind, max(counts), 2 * half, k)
     offset = random(2 * half, seed=5)
     linear = packed_linear(calls, weight, offset, kind, gated=True)
@@ -104,37 +109,6 @@ def gated(kind: str, half: int, k: int) -> Case:
         for count, out in outs:
             assert (results[out][:, :half] == results[separate][:count]).all()
             assert (results[out][:, half] == 0.0).all()
-
-    return Case(calls, check)
-
-
-def by_tiles(num_cols: int, k: int, *, is_gated: bool = False) -> Case:
-    """Products that take tiles where there are enough rows: near the reference, equal bits on any
-    number of threads.
-    """
-    calls = Calls(f"tiles {num_cols} x {k}, gated {is_gated}")
-    counts, columns = [1, 4, 15, 16, 17, 32, 49, 300], num_cols * (2 if is_gated else 1)
-    x, weight, wanted = operands("pairs", max(counts), columns, k)
-    offset = random(columns, seed=5)
-    linear = packed_linear(calls, weight, offset, "tiles", gated=is_gated)
-    rows, outs = calls.array(x), []
-    for count in counts:
-        for threads in (1, 3):
-            out = calls.array(np.full((count, num_cols), 7.0, np.float32), is_kept=True)
-            name = "gated" if is_gated else "sage_linear"
-            calls.call(name, linear, rows, k, out, num_cols, count, threads)
-            outs.append(out)
-
-    def check(results: Results) -> None:
-        whole = wanted + offset
-        if is_gated:
-            gate, up = np.split(whole, 2, axis=1)
-            whole = silu(gate) * up
-        for one, three in zip(outs[::2], outs[1::2], strict=True):
-            found = results[one]
-            scale = 1e-2 if is_gated else 2e-4
-            close(found, whole[: len(found)], scale * max(1, k / 2061), 1e-4)
-            assert (found == results[three]).all()
 
     return Case(calls, check)
 

@@ -42,6 +42,8 @@ def cases() -> Iterator[Case]:
     for is_bfloat in (False, True):
         yield step(is_bfloat, is_fused=True, is_gated=True)
         yield step(is_bfloat, is_fused=False, is_gated=False)
+    # The weight of a linear of one row is prefetched.
+    yield step(False, is_fused=True, is_gated=True, logit_rows=[2])
     yield refused("a token that is none", [*TOKENS[:-1], VOCABULARY], -1, NO_SUCH_TOKEN)
     yield refused("a negative token", [-1, *TOKENS[1:]], -1, NO_SUCH_TOKEN)
     yield refused("a step without memory", TOKENS, 0, NO_MEMORY)
@@ -66,6 +68,7 @@ class Program:
 
     calls: Calls
     is_bfloat: bool
+    logit_rows: list[int] = field(default_factory=lambda: LOGIT_ROWS)
     rows: list[dict[str, Any]] = field(default_factory=list)
     floats: int = 0
     last: Array = field(default_factory=lambda: np.zeros(0))
@@ -151,7 +154,7 @@ def layer(program: Program, *, is_fused: bool, is_gated: bool) -> tuple[Blob, Bl
         opened = separate_ops(program, opened)
     more = program.linear(opened, WIDTH)
     hidden = program.add("add", [hidden, more], [hidden.value + more.value])
-    chosen = program.add("select_rows", [hidden], [hidden.value[LOGIT_ROWS]], chosen=1)
+    chosen = program.add("select_rows", [hidden], [hidden.value[program.logit_rows]], chosen=1)
     program.linear(chosen, VOCABULARY, chosen=1)
     program.logits()
     return stored, calls.array(turns)
@@ -188,7 +191,8 @@ def step_struct(
     side = BLOCKS * HEADS.kv_heads * HEADS.block_size * HEADS.head_dim * size
     heads = {"heads": HEADS.heads, "kv_heads": HEADS.kv_heads, "head_dim": HEADS.head_dim}
     kinds = calls.struct(NativeHeads, **heads, scale=np.float32(HEADS.head_dim**-0.5))
-    inputs = {"token_ids": tokens, "positions": POSITIONS, "slots": SLOTS, "logit_rows": LOGIT_ROWS}
+    inputs = {"token_ids": tokens, "positions": POSITIONS, "slots": SLOTS}
+    inputs["logit_rows"] = program.logit_rows
     blobs = {name: calls.array(np.array(numbers)) for name, numbers in inputs.items()}
     batch = NativeBatch(2, 2, HEADS.block_size, None, None, program.is_bfloat)
     made = calls.struct(
@@ -203,7 +207,7 @@ def step_struct(
         block_tables=calls.array(np.array(TABLES, np.int32)),
         **{"layer_bytes": 2 * side, "side_bytes": side},
         **{"kv_heads": HEADS.kv_heads, "head_dim": HEADS.head_dim},
-        **{"num_rows": ROWS, "num_logit_rows": len(LOGIT_ROWS), "capacity": ROWS},
+        **{"num_rows": ROWS, "num_logit_rows": len(program.logit_rows), "capacity": ROWS},
         arena=calls.array(np.zeros(program.floats * ROWS, np.float32)),
         **blobs,
         **fields,
@@ -216,10 +220,12 @@ def step_struct(
     return made
 
 
-def step(is_bfloat: bool, *, is_fused: bool, is_gated: bool) -> Case:
+def step(
+    is_bfloat: bool, *, is_fused: bool, is_gated: bool, logit_rows: list[int] = LOGIT_ROWS
+) -> Case:
     """A step on several numbers of threads, measured and not: near the reference, equal bits."""
-    calls = Calls(f"step, bfloat {is_bfloat}, fused {is_fused}")
-    program = Program(calls, is_bfloat)
+    calls = Calls(f"step, bfloat {is_bfloat}, fused {is_fused}, {len(logit_rows)} logits")
+    program = Program(calls, is_bfloat, logit_rows)
     pool, turns = layer(program, is_fused=is_fused, is_gated=is_gated)
     wanted, outs, codes = program.last, [], []
     times = calls.array(np.zeros(len(program.rows) + 1, np.int64), is_kept=True)

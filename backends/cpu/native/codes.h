@@ -19,7 +19,7 @@ INLINE long kv_row_bytes(long head_dim, int dtype) {
 
 INLINE float scale_of(const char *row, long head_dim) { return load_one(row + head_dim, 0, 1); }
 
-/* Eight codes as floats. */
+/* LANES codes as floats. */
 INLINE vec load_codes(const int8_t *from) {
 #ifdef __AVX2__
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
