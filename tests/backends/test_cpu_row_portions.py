@@ -4,6 +4,7 @@ import ctypes
 import threading
 import time
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,17 +21,18 @@ Multiply = ctypes.CFUNCTYPE(
 )
 
 
-def portions(num_rows, *, threads=2, slow_s=0.0, scales=None):
+def portions(num_rows, *, threads=2, slow_s=0.0, scales=None, tiles=False):
     """The calls of a linear's kernel in a step: (thread, first row, rows, number, threads). Calls
-    on helper threads take `slow_s`.
+    on helper threads take `slow_s`, and others a tenth of it, so that helpers are awake before all
+    portions are taken. `tiles`: whether tiles may multiply.
     """
     calls = []
     arena = np.arange(num_rows, dtype=np.float32).repeat(WIDTH)  # each number is its row's
 
     def multiply(linear, x, ldx, out, ldo, count, number, sharing):
         calls.append((threading.get_ident(), int(x[0]), count, number, sharing))
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(slow_s)
+        is_helper = threading.current_thread() is not threading.main_thread()
+        time.sleep(slow_s if is_helper else slow_s / 10)
 
     kernel = Multiply(multiply)
     linear = c_structs.NativeLinear(ctypes.cast(kernel, POINTER).value, scales=scales)
@@ -44,6 +46,7 @@ def portions(num_rows, *, threads=2, slow_s=0.0, scales=None):
         capacity=num_rows,
         arena=arena.ctypes.data,
     )
+    step.batch.tiles = tiles
     KERNELS.run_step(step, threads)
     KERNELS.close_step(step)
     return calls
@@ -70,6 +73,19 @@ def test_each_row_is_in_one_portion_and_portions_are_equal(num_rows, threads):
 def test_a_slow_thread_takes_fewer_portions():
     fewest, most = taken(portions(1000, slow_s=0.05))
     assert fewest < most / 2
+
+
+def test_portions_have_as_many_rows_as_the_kernels_take_at_once():
+    used = KERNELS.tuning.used
+    try:
+        assert KERNELS.tuning.use(msgspec.structs.replace(used, rows=24))
+        assert max(call[2] for call in portions(1000)) == 24
+    finally:
+        KERNELS.tuning.use(used)
+
+
+def test_portions_are_larger_where_tiles_multiply():
+    assert {call[2] for call in portions(1024, tiles=True)} == {256}
 
 
 def test_few_rows_are_not_cut():

@@ -9,15 +9,17 @@
 
 #include "rows.h"
 #include "team.h"
+#include "tuning.h"
 
 #define OWN_ROWS 128 /* threads take portions of rows if there are this many rows for each thread */
-#define PORTION 48   /* rows, at most: as many as use a chunk of the weight while it is cached */
+#define TILED 256    /* rows of a portion where tiles multiply: see ROWS of tile_linear.c */
 
 typedef struct {
     const Step *step;
     Attention *attentions; /* one plan per kind of attention */
     atomic_long *next;     /* of each instruction and thread: the next piece of work */
     int threads;
+    long portion; /* rows, at most: as many as use a chunk of a weight while it is cached */
     Barrier barrier;
 } Run;
 
@@ -86,7 +88,7 @@ static void multiply_rows(const Step *s, const Instruction *i, long first, long 
 static void run_linear(Run *run, long n, int number, int threads) {
     const Step *s = run->step;
     const Instruction *i = s->instructions + n;
-    long rows = rows_of(s, i), each = (rows + threads * PORTION - 1) / (threads * PORTION), next;
+    long rows = rows_of(s, i), most = run->portion * threads, each = (rows + most - 1) / most, next;
     if (threads == 1 || rows < threads * OWN_ROWS || ((const Linear *)i->weight)->scales) {
         multiply_rows(s, i, 0, rows, number, threads);
         warm_next(s, n, number, threads);
@@ -225,7 +227,9 @@ static int are_tokens(const Step *s) {
 
 int sage_step_run(Step *step, int threads) {
     if (!are_tokens(step)) return NO_SUCH_TOKEN;
-    Run run = {.step = step, .threads = threads};
+    /* All threads must cut alike, so they read `tuning`, which may change meanwhile, only once. */
+    Run run = {.step = step, .threads = threads,
+               .portion = step->batch.tiles ? TILED : tuning.rows};
     if (!plan(&run, step, threads)) return NO_MEMORY;
     team_run(run_share, &run, threads);
     if (step->times) step->times[step->num_instructions] = now_ns();
