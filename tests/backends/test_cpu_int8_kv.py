@@ -87,6 +87,20 @@ def test_c_marks_a_row_that_is_not_finite(value, number):
     assert written[1].isnan().all()
 
 
+@in_c
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_c_stores_nan_of_any_bits_as_nan(dtype):
+    """Rounding would turn 0xffffffff into zero."""
+    rows = torch.ones(2, 16)
+    rows.view(torch.int32)[1, 5] = -1
+    pool = tensor(CpuBackend().device().allocate(KVLayout(1, 1, 16, 4, dtype), 1).pool)
+    write(rows, 16, pool, torch.arange(2), layer=0)
+    written = pool[0, 1, 0, 0, :2]
+    numbers = dequantised(written) if dtype == "int8" else written.float()
+    assert numbers[1, 5].isnan()
+    assert numbers[0].isfinite().all()
+
+
 @BACKENDS
 @FAMILIES
 def test_logits_stay_near_those_of_float32(reference, paged, family, native):

@@ -118,6 +118,17 @@ def test_rows_of_any_size(bits, row_bits, scale):
     assert torch.allclose(found.double(), wanted(weight, x, None, row_bits), rtol=1e-3, atol=1e-30)
 
 
+@FORMS
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [3, 40, 76])
+def test_a_row_that_is_not_finite_does_not_look_finite(bits, row_bits, value, place):
+    x = torch.randn(3, 77)
+    x[1, place] = value
+    found = PackedQuantised(KERNELS, random_weight(bits, 33, 77), None, row_bits)(x)
+    assert found[[0, 2]].isfinite().all()
+    assert not found[1].isfinite().any()
+
+
 def test_rows_of_16_bits_lose_next_to_nothing():
     weight, x = random_weight(8, 40, 896), torch.randn(4, 896)
     found = PackedQuantised(KERNELS, weight, None, 16)(x)
@@ -200,6 +211,15 @@ def test_other_cpus_get_the_same(flags, bits, row_bits, levels, built):
     x = torch.randn(5, 301)
     found, own = (PackedQuantised(k, weight, None, row_bits)(x) for k in (other, KERNELS))
     assert error(found, own) < 1e-6
+
+
+@FORMS
+def test_other_cpus_show_a_row_that_is_not_finite(bits, row_bits, built):
+    x = torch.randn(2, 77)
+    x[1, 40] = torch.nan
+    found = PackedQuantised(built(()), random_weight(bits, 33, 77), None, row_bits)(x)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
 
 
 @pytest.mark.soak

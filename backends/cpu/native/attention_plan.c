@@ -56,7 +56,7 @@ long attention_plan(Attention *p, const Heads *heads, const Batch *batch, int th
     p->tile_tokens = group < MOST ? MOST / group : 1;
     long lanes[] = {[KV_FLOAT] = LANES, [KV_BFLOAT] = PAIR_LANES, [KV_INT8] = CODE_LANES};
     p->lanes = heads->head_dim % 2 == 0 ? lanes[batch->dtype] : LANES;
-    p->by_tiles = batch->tiles && p->lanes != LANES && heads->head_dim % AMX_K == 0;
+    p->by_tiles = TILES && batch->tiles && p->lanes != LANES && heads->head_dim % AMX_K == 0;
     p->tile_rows = rounded_up(p->tile_tokens * group, p->by_tiles ? AMX_ROWS : 1);
     p->width = rounded_up(heads->head_dim, p->lanes == LANES ? LANES : 2 * p->lanes);
     p->partial_len = p->tile_rows * (p->width + 2);

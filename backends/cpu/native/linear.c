@@ -12,6 +12,7 @@
 #include "pairs.h"
 #include "panel.h"
 #include "team.h"
+#include "tiles.h"
 #include "tuning.h"
 
 #if WIDE == 16 || defined(__aarch64__)
@@ -159,15 +160,15 @@ INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, 
 
 /* One copy of the tiles for each kind, which all products share: a call is brief beside a tile, and
  * a compiler would make a copy for each place that computes tiles. */
-#define TILES(name, kind)                                                                         \
+#define TILE_OF_KIND(name, kind)                                                                  \
     static __attribute__((noinline)) void name(const Product *p, const Place *at, int rows,      \
                                                int panels) {                                     \
         sized_tile(p, at, rows, panels, kind);                                                   \
     }
-TILES(float_tile, FLOATS)
-TILES(bfloat_tile, BFLOATS)
-TILES(pairs_tile, PAIRS)
-#undef TILES
+TILE_OF_KIND(float_tile, FLOATS)
+TILE_OF_KIND(bfloat_tile, BFLOATS)
+TILE_OF_KIND(pairs_tile, PAIRS)
+#undef TILE_OF_KIND
 
 INLINE void tile_of_kind(const Product *p, const Place *at, int rows, int panels, Kind kind) {
     switch (kind) {
@@ -302,12 +303,20 @@ MULTIPLY(sage_gated_bfloat, BFLOATS, 1)
 MULTIPLY(sage_gated_pairs, PAIRS, 1)
 #undef MULTIPLY
 
+#if TILES
+multiply sage_multiply_tiles; /* multiplies few rows by the vectors of sage_multiply_pairs */
+#define TILED_RUN sage_multiply_tiles
+#else
+#define TILED_RUN NULL
+#endif
+
 /* Find the kind of the panels. Return 0 for weights of other kernels. */
 static int kind_of(const Linear *l, Kind *kind) {
     multiply *const runs[] = {sage_multiply_float, sage_multiply_bfloat, sage_multiply_pairs};
     for (*kind = FLOATS; *kind <= PAIRS; ++*kind)
         if (l->run == runs[*kind]) return 1;
-    return 0;
+    *kind = PAIRS;
+    return TILES && l->run == TILED_RUN;
 }
 
 void linear_warm(const Linear *l, int gated, int number, int threads) {

@@ -44,14 +44,6 @@ INLINE wide add_products(wide sums, wide_bits columns, int32_t x) {
 #endif
 }
 
-/* Round to bfloat16, to nearest even. NaN stays NaN. */
-INLINE uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t half = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)(value != value ? 0x7fc0 : half);
-}
-
 INLINE void round_all(const float *from, uint16_t *to, long count) {
     long i = 0;
 #ifdef __AVX512BF16__

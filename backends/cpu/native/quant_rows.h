@@ -54,32 +54,32 @@ INLINE void store_block(void *codes, const ivec whole[BLOCK / LANES], int bits) 
 #endif
 }
 
-INLINE vec larger(vec a, vec b) {
+INLINE ivec larger(ivec a, ivec b) {
 #ifdef __AVX2__
-    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+    return (ivec)_mm256_max_epi32((__m256i)a, (__m256i)b);
 #elif defined(__aarch64__)
-    return (vec)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b);
+    return (ivec)vmaxq_s32((int32x4_t)a, (int32x4_t)b);
 #else
-    return choose(a > b, a, b);
+    return (ivec)choose(a > b, (vec)a, (vec)b);
 #endif
 }
 
-/* The largest absolute value. */
-INLINE float largest(const vec x[BLOCK / LANES]) {
-    vec most = {0};
-    for (int i = 0; i < BLOCK / LANES; i++) most = larger((vec)((ivec)x[i] & 0x7fffffff), most);
+/* The largest absolute value of 32 numbers; NaN if there is one, which a maximum of floats would
+ * lose: without signs, floats have the order of their bits, and NaN is above infinity. */
+INLINE float largest(const float *x) {
+    ivec most = {0};
+    for (int i = 0; i < BLOCK; i += LANES)
+        most = larger((ivec)load_float(x + i) & 0x7fffffff, most);
 #ifdef __AVX2__
-    __m256 turned = _mm256_permute2f128_ps((__m256)most, (__m256)most, 1);
-    most = larger(most, (vec)turned);
-    most = larger(most, (vec)_mm256_permute_ps((__m256)most, _MM_SHUFFLE(1, 0, 3, 2)));
-    most = larger(most, (vec)_mm256_permute_ps((__m256)most, _MM_SHUFFLE(2, 3, 0, 1)));
-    return most[0];
+    most = larger(most, (ivec)_mm256_permute2x128_si256((__m256i)most, (__m256i)most, 1));
+    most = larger(most, (ivec)_mm256_shuffle_epi32((__m256i)most, _MM_SHUFFLE(1, 0, 3, 2)));
+    most = larger(most, (ivec)_mm256_shuffle_epi32((__m256i)most, _MM_SHUFFLE(2, 3, 0, 1)));
+    return ((vec)most)[0];
 #elif defined(__aarch64__)
-    return vmaxnmvq_f32((float32x4_t)most);
+    return vgetq_lane_f32(vreinterpretq_f32_s32(vdupq_n_s32(vmaxvq_s32((int32x4_t)most))), 0);
 #else
-    float found = 0.0f;
-    for (int i = 0; i < LANES; i++) found = most[i] > found ? most[i] : found;
-    return found;
+    for (int i = 1; i < LANES; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+    return ((vec)most)[0];
 #endif
 }
 
@@ -103,8 +103,7 @@ INLINE int32_t whole_sum(ivec value) {
 /* Quantise 32 numbers: 8 bits to bytes; 16 bits to 32 upper bytes, then 32 lower bytes. */
 INLINE void quantise_block(const float *from, char *codes, float *scale, int32_t *sum, int bits) {
     __m512 x[2] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
-    float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x[0]), _mm512_abs_ps(x[1])));
-    float top = bits == 8 ? 127.0f : LARGEST;
+    float most = largest(from), top = bits == 8 ? 127.0f : LARGEST;
     float by = most > 1e-30f ? top / most : 0.0f; /* else it could overflow */
     __m512i whole[2];
     for (int i = 0; i < 2; i++) {
@@ -124,7 +123,7 @@ INLINE void quantise_block(const float *from, void *codes, float *scale, int32_t
     vec x[BLOCK / LANES];
     ivec whole[BLOCK / LANES], total = {0};
     memcpy(x, from, sizeof x);
-    float most = largest(x), top = bits == 8 ? 127.0f : LARGEST;
+    float most = largest(from), top = bits == 8 ? 127.0f : LARGEST;
     float by = most > 1e-30f ? top / most : 0.0f; /* else it could overflow */
     for (int i = 0; i < BLOCK / LANES; i++) {
         whole[i] = (ivec)(x[i] * by + 12582912.0f) - 0x4b400000; /* to nearest even */

@@ -116,16 +116,20 @@ INLINE float load_one(const void *from, long index, int bfloat) {
     return value;
 }
 
-/* Store a number as float or bfloat16, rounded to nearest even as torch does. */
-INLINE void store_one(void *to, long index, float value, int bfloat) {
-    if (!bfloat) {
-        ((float *)to)[index] = value;
-        return;
-    }
+/* Round to bfloat16, to nearest even. NaN stays NaN. */
+INLINE uint16_t rounded(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    bits += 0x7fff + ((bits >> 16) & 1);
-    ((uint16_t *)to)[index] = (uint16_t)(bits >> 16);
+    uint32_t half = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0 : half);
+}
+
+/* Store a number as float or bfloat16, rounded as torch does. */
+INLINE void store_one(void *to, long index, float value, int bfloat) {
+    if (bfloat)
+        ((uint16_t *)to)[index] = rounded(value);
+    else
+        ((float *)to)[index] = value;
 }
 
 /* The sum of all lanes, always added in the same order. */
