@@ -3,7 +3,7 @@
 
 #define MOST_AHEAD (256 << 10) /* more than a chunk of a panel: the next chunk is prefetched */
 
-#define DEFAULT {.rows = 48, .panels = 4, .ahead = 4096, .quant_ahead = 4096}
+#define DEFAULT {.rows = 48, .panels = 1, .ahead = 4096, .quant_ahead = 4096}
 
 Tuning tuning = DEFAULT;
 
