@@ -184,7 +184,7 @@ def bind(plan: KernelPlan, binding: Binding) -> NativeProgram:
 
 
 def each_bound(plan: KernelPlan, bind_one: Callable[[Instruction], T]) -> tuple[T, ...]:
-    """What `bind_one` makes of each instruction, in their order.
+    """The results of `bind_one` for each instruction, in their order.
 
     The kernel of the logits is bound first, while few other weights are loaded: its weight is the
     largest, and packing holds a weight in memory twice.

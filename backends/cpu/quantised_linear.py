@@ -56,7 +56,7 @@ def row_bits(binding: Binding, weight: QuantisedWeight, is_logits: bool) -> int:
 
 
 def row_form(binding: Binding, weight: QuantisedWeight, is_logits: bool) -> int | str:
-    """What `PackedQuantised` rounds the rows of a weight of the program to."""
+    """The form to which `PackedQuantised` rounds the rows of a weight of the program."""
     bits = row_bits(binding, weight, is_logits)
     is_exact = binding.deterministic or (is_logits and bits == 16)
     return bits if is_exact else f"{bits}_many"

@@ -78,7 +78,7 @@ def threads_of_environment(environment: Mapping[str, str] = os.environ) -> int |
 
 
 def _core_of(folder: Path, cpu: int) -> object:
-    """What the hyper-threads of one core have in common. A CPU without topology is a core."""
+    """The key that the hyper-threads of one core share. A CPU without topology is a core."""
     siblings = _cpu_list(_text(folder / "thread_siblings_list"))
     if cpu in siblings:
         return frozenset(siblings)

@@ -59,7 +59,7 @@ MeasureKernels: TypeAlias = Callable[[Work, KernelSetting], float]  # seconds of
 
 @dataclass(frozen=True, slots=True)
 class TuningChoice:
-    """What was found for one number. `times`: the median time with each value that was tried,
+    """The result for one number. `times`: the median time with each value that was tried,
     where the default takes 1; empty: there was no time to try any.
     """
 

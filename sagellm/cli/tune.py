@@ -110,7 +110,7 @@ def _print(file: Path, choices: list[TuningChoice]) -> None:
 
 
 def _reason(choice: TuningChoice) -> str:
-    """Why a value was chosen: the times of the others, where the default takes 1."""
+    """The reason for a value: the times of the others, where the default takes 1."""
     if not choice.times:
         return "the default: there was no time to measure others"
     if len(choice.times) == 1:

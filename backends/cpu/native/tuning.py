@@ -40,7 +40,7 @@ class _NativeTuning(ctypes.Structure):
 
 
 class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was found. `threads` holds only for a process with `cpus` CPUs on `cores` cores, of
+    """The tuned numbers. `threads` holds only for a process with `cpus` CPUs on `cores` cores, of
     which it may use `allowed` at once.
     """
 
@@ -113,7 +113,7 @@ def tuned_file(library: Path) -> Path:
 
 
 def read_tuned(library: Path) -> Tuned | None:
-    """What was tuned for a library. None, and a warning in the log, for a file that is damaged, or
+    """The tuned numbers of a library. None, and a warning in the log, for a file that is damaged, or
     that others could have written. None for no file.
     """
     path = tuned_file(library)
