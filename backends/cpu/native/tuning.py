@@ -113,8 +113,9 @@ def tuned_file(library: Path) -> Path:
 
 
 def read_tuned(library: Path) -> Tuned | None:
-    """The tuned numbers of a library. None, and a warning in the log, for a file that is damaged, or
-    that others could have written. None for no file.
+    """The tuned numbers of a library; None without a file.
+
+    Logs a warning and returns None for a file that is damaged, or that others could have written.
     """
     path = tuned_file(library)
     cause = "others could have written it"
