@@ -51,3 +51,18 @@ def test_threads_that_share_a_core_do_not_poll_in_vain(library, way, threads, mo
 @pytest.mark.parametrize("threads", [2, 6])
 def test_a_thread_sleeps_while_another_is_late(library, way, threads):
     assert min(cpu_s(library, way, threads) for _ in range(3)) < 0.01  # the other is late by 0.1 s
+
+
+@pytest.mark.parametrize("threads", [2, 6])
+def test_helpers_that_come_late_join_the_next_section(library, threads):
+    cpu_s(library, "late_joins", threads)
+
+
+@pytest.mark.parametrize("threads", [2, 6])
+def test_helpers_sleep_until_a_section_needs_them_or_the_work_is_over(library, threads):
+    assert min(cpu_s(library, "over_meeting", threads) for _ in range(3)) < 0.01
+
+
+@pytest.mark.parametrize("threads", [2, 6])
+def test_helpers_without_a_core_miss_an_open_round(library, threads):
+    cpu_s(library, "missed_rounds", threads)

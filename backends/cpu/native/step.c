@@ -1,5 +1,6 @@
 /* Runs all instructions of a step in one round of the team. Threads wait for each other only before
- * an instruction that could touch what another thread still works on.
+ * an instruction that could touch what another thread still works on. There, helpers join that the
+ * system has given no core before.
  */
 #include "step.h"
 
@@ -12,7 +13,8 @@
 typedef struct {
     const Step *step;
     Attention *attentions; /* one plan per kind of attention */
-    Barrier barrier;
+    Meeting meeting;
+    Barrier gated; /* between the parts of an instruction */
     _Alignas(64) atomic_long next; /* the next piece of attention to compute */
 } Run;
 
@@ -70,7 +72,7 @@ static void run_gated(Run *run, const Instruction *i, int number, int threads) {
     multiply_rows(linear, at(s, i->in), i->in[0].width, at(s, out), out->width, rows_of(s, i),
                   number, threads);
     if (linear->gated) return;
-    barrier_wait(&run->barrier, threads);
+    barrier_wait(&run->gated, threads);
     run_gate(s, i, number, threads);
 }
 
@@ -129,32 +131,45 @@ static int64_t now_ns(void) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-static void run_share(void *job, int number, int threads) {
+/* Run instruction `n`. `base`: the first ticket of attention, which it increases. */
+static void run_instruction(Run *run, long n, long *base, int number, int threads) {
+    const Step *s = run->step;
+    const Instruction *i = s->instructions + n;
+    switch ((Op)i->op) {
+        case EMBEDDING:
+        case SELECT_ROWS: run_pick(s, i, number, threads); break;
+        case RMS_NORM:
+        case ADD_RMS_NORM: run_norm(s, i, number, threads); break;
+        case LINEAR: run_linear(s, i, number, threads); break;
+        case GATED_LINEAR: run_gated(run, i, number, threads); break;
+        case ROPE:
+        case KV_WRITE:
+        case ROPE_KV_WRITE: run_turn(s, i, number, threads); break;
+        case PAGED_ATTENTION: run_attention(run, i, base, number, threads); break;
+        case OP_ADD:
+        case OP_MUL:
+        case OP_SILU:
+        case OP_SILU_MUL: run_pointwise(s, i, number, threads); break;
+    }
+    warm_next(s, n, number, threads);
+}
+
+/* A section ends before each instruction that waits. Thread 0 begins alone. */
+static void run_share(void *job, int helper, int most) {
+    (void)most;
     Run *run = job;
     const Step *s = run->step;
-    long base = 0;
-    for (long n = 0; n < s->num_instructions; n++) {
-        const Instruction *i = s->instructions + n;
-        if (i->waits || s->times) barrier_wait(&run->barrier, threads);
+    int number = helper ? join_meeting(&run->meeting) : 0;
+    if (helper && !number) return;
+    int threads = helper ? atomic_load(&run->meeting.threads) : 1;
+    long n = helper ? run->meeting.at[0] : 0, base = helper ? run->meeting.at[1] : 0;
+    for (int begins = helper; n < s->num_instructions; n++, begins = 0) {
+        if (!begins && (s->instructions[n].waits || s->times))
+            threads = meet(&run->meeting, threads, n, base);
         if (s->times && !number) s->times[n] = now_ns();
-        switch ((Op)i->op) {
-            case EMBEDDING:
-            case SELECT_ROWS: run_pick(s, i, number, threads); break;
-            case RMS_NORM:
-            case ADD_RMS_NORM: run_norm(s, i, number, threads); break;
-            case LINEAR: run_linear(s, i, number, threads); break;
-            case GATED_LINEAR: run_gated(run, i, number, threads); break;
-            case ROPE:
-            case KV_WRITE:
-            case ROPE_KV_WRITE: run_turn(s, i, number, threads); break;
-            case PAGED_ATTENTION: run_attention(run, i, &base, number, threads); break;
-            case OP_ADD:
-            case OP_MUL:
-            case OP_SILU:
-            case OP_SILU_MUL: run_pointwise(s, i, number, threads); break;
-        }
-        warm_next(s, n, number, threads);
+        run_instruction(run, n, &base, number, threads);
     }
+    if (!number) end_meeting(&run->meeting);
 }
 
 /* Plan every kind of attention, in memory that lives until sage_step_close. Return NULL without
@@ -193,7 +208,8 @@ int sage_step_run(Step *step, int threads) {
     if (!are_tokens(step)) return NO_SUCH_TOKEN;
     Run run = {.step = step, .attentions = planned(step, threads)};
     if (!run.attentions) return NO_MEMORY;
-    team_run(run_share, &run, threads);
+    begin_meeting(&run.meeting);
+    team_run_open(run_share, &run, threads);
     if (step->times) step->times[step->num_instructions] = now_ns();
     return DONE;
 }

@@ -31,6 +31,7 @@ typedef struct {
     int threads;
     Gate start;            /* its count is the number of the current round of work */
     Gate end;              /* its count is the number of the last round that has ended */
+    atomic_ullong entry;   /* number of the open round, or NO_ROUND; and helpers that entered it */
     atomic_int unfinished; /* helpers that have not ended this round */
     int num_helpers, is_over;
     pthread_t *helpers;
@@ -131,6 +132,18 @@ static void open_gate(Gate *gate) {
     if (atomic_load(&gate->sleepers)) wake_at(gate);
 }
 
+#define NO_ROUND 0ull
+#define ENTRY(round) ((unsigned long long)(round) << 32 | 1ull << 31) /* of no round is NO_ROUND */
+#define ENTERED(entry) (int)((entry) & 0x7fffffff)
+
+/* Enter a round. Return 0 if it is closed: the helper came too late. */
+static int enter(Team *team, unsigned round) {
+    unsigned long long entry = atomic_load(&team->entry);
+    while (entry != NO_ROUND && entry >> 32 == round)
+        if (atomic_compare_exchange_weak(&team->entry, &entry, entry + 1)) return 1;
+    return 0;
+}
+
 static void *help(void *argument) {
     Helper self = *(Helper *)argument;
     Team *team = self.team;
@@ -139,6 +152,7 @@ static void *help(void *argument) {
         pass(&team->start, self.round, &at_start);
         self.round = atomic_load(&team->start.count);
         if (team->is_over) return NULL;
+        if (!enter(team, self.round)) continue;
         if (self.number < team->threads) team->work(team->job, self.number, team->threads);
         if (atomic_fetch_sub(&team->unfinished, 1) == 1) open_gate(&team->end);
     }
@@ -146,7 +160,14 @@ static void *help(void *argument) {
 
 static void start_round(Team *team) {
     atomic_store(&team->unfinished, team->num_helpers);
+    atomic_store(&team->entry, ENTRY(atomic_load(&team->start.count) + 1));
     open_gate(&team->start);
+}
+
+/* Close the round. Return whether no helper works on it. */
+static int close_round(Team *team) {
+    int missing = team->num_helpers - ENTERED(atomic_exchange(&team->entry, NO_ROUND));
+    return atomic_fetch_sub(&team->unfinished, missing) == missing;
 }
 
 /* End the team's helpers and free the team, when the thread that owns it ends. */
@@ -197,7 +218,7 @@ void barrier_wait(Barrier *barrier, int threads) {
     }
 }
 
-void team_run(share *work, void *job, int threads) {
+static void run(share *work, void *job, int threads, int is_open) {
     Team *team = threads > 1 ? team_of_this_thread() : NULL;
     if (team && team->num_helpers < threads - 1) grow(team, threads - 1);
     if (!team || !team->num_helpers) {
@@ -210,5 +231,44 @@ void team_run(share *work, void *job, int threads) {
     unsigned ended = atomic_load(&team->end.count);
     start_round(team);
     work(job, 0, team->threads);
+    if (is_open && close_round(team)) return;
     pass(&team->end, ended, &at_barrier);
+}
+
+void team_run(share *work, void *job, int threads) { run(work, job, threads, 0); }
+
+void team_run_open(share *work, void *job, int threads) { run(work, job, threads, 1); }
+
+void begin_meeting(Meeting *meeting) {
+    memset(meeting, 0, sizeof *meeting);
+    atomic_store(&meeting->threads, 1);
+}
+
+int meet(Meeting *meeting, int threads, long at0, long at1) {
+    Barrier *end = &meeting->end;
+    unsigned round = atomic_load(&end->gate.count);
+    if (atomic_fetch_add(&end->arrived, 1) == threads - 1) {
+        atomic_store(&end->arrived, 0);
+        meeting->at[0] = at0, meeting->at[1] = at1;
+        atomic_store(&meeting->threads, 1 + atomic_load(&meeting->helpers));
+        open_gate(&end->gate);
+    } else {
+        pass(&end->gate, round, &at_barrier);
+    }
+    return atomic_load(&meeting->threads); /* changes when this thread ends its section */
+}
+
+int join_meeting(Meeting *meeting) {
+    int number = atomic_fetch_add(&meeting->helpers, 1) + 1;
+    for (;;) {
+        unsigned round = atomic_load(&meeting->end.gate.count);
+        if (atomic_load(&meeting->threads) > number) return number;
+        if (atomic_load(&meeting->is_over)) return 0;
+        pass(&meeting->end.gate, round, &at_barrier);
+    }
+}
+
+void end_meeting(Meeting *meeting) {
+    atomic_store(&meeting->is_over, 1);
+    open_gate(&meeting->end.gate);
 }
