@@ -8,7 +8,15 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from sagellm.backends.arrays import Floats, Integers
-from sagellm.backends.step import LogitsRow, Logprob, Sampled, SamplingParams, Scored
+from sagellm.backends.step import (
+    GREEDY_BELOW,
+    LogitsRow,
+    Logprob,
+    Sampled,
+    SamplingParams,
+    Scored,
+    has_penalty,
+)
 from sagellm.backends.token_masks import (
     LargestAllowed,
     Mask,
@@ -24,7 +32,6 @@ Bits: TypeAlias = Mapping[int, Mask]  # a row that follows a grammar -> the bits
 # returns a token for each row.
 SampleRandom: TypeAlias = Callable[[Floats, Sequence[SamplingParams], Sequence[float]], Integers]
 
-_GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
 _NEVER = np.float32(-np.inf)
 _NUCLEUS = 256  # top-p first sorts this many of the most likely tokens; rarely it needs more
 
@@ -69,21 +76,26 @@ def sample(
     rows: Sequence[LogitsRow],
     masks: TokenMasks | None = None,
     pickers: Pickers = PICKERS,
+    largest: Integers | None = None,
 ) -> Sampled:
     """Sample one token for each row of `logits` [R, vocab] float32.
 
     Each operation treats one row at a time or all rows alike, so that a row's token does not
     depend on the other rows. Rows whose largest logit is not finite are `broken`; their token is
     sampled as if all logits were zero. `masks`: of the rows that follow a grammar; None: they are
-    computed here. `pickers`: faster functions for the same results.
+    computed here. `pickers`: faster functions for the same results. `largest`: the index of the
+    largest logit of each row, as argmax finds it; None: it is found here.
     """
     if not rows:
         return Sampled([])
+    token_ids: Integers = logits.argmax(axis=-1) if largest is None else largest.copy()
+    is_finite = np.isfinite(logits[np.arange(len(rows)), token_ids])  # the first NaN counts
+    are_finite = bool(is_finite.all())
+    if are_finite and all(map(_is_plain, rows)):
+        return Sampled(token_ids.tolist())
     masks = masks or token_masks(rows)
-    token_ids: Integers = logits.argmax(axis=-1)  # the first NaN, if there is one
-    is_finite = np.isfinite(logits[np.arange(len(rows)), token_ids])
     broken: frozenset[int] = frozenset()
-    if not is_finite.all():
+    if not are_finite:
         broken = frozenset((~is_finite).nonzero()[0].tolist())
         logits = np.where(is_finite[:, None], logits, np.float32(0))
     bits = {} if masks is None else dict(zip(masks.rows, masks.bits, strict=True))
@@ -102,6 +114,11 @@ def sample(
     if any(row.sampling.logprobs is not None for row in rows):
         logprobs = _logprobs(logits, rows, ids)
     return Sampled(ids, logprobs, broken.union(exhausted, refused), exhausted, refused)
+
+
+def _is_plain(row: LogitsRow) -> bool:
+    answer = row.answer
+    return answer.is_plain and answer.matcher is None
 
 
 def _sample_bound(
@@ -130,8 +147,8 @@ def _is_greedy(row: LogitsRow) -> bool:
     without mask, bias and penalty of the sampling options.
     """
     sampling = row.sampling
-    return sampling.temperature < _GREEDY_BELOW and not (
-        sampling.logit_bias or _is_masked(row) or _has_penalty(sampling)
+    return sampling.temperature < GREEDY_BELOW and not (
+        sampling.logit_bias or _is_masked(row) or has_penalty(sampling)
     )
 
 
@@ -139,14 +156,6 @@ def _is_masked(row: LogitsRow) -> bool:
     sampling = row.sampling
     is_short = row.num_output < sampling.min_tokens
     return is_short or bool(sampling.allowed_token_ids or sampling.bad_words_token_ids)
-
-
-def _has_penalty(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty != 0
-        or sampling.frequency_penalty != 0
-    )
 
 
 def _sample_processed(
@@ -171,10 +180,10 @@ def _sample_processed(
                 none_left.append(index)
                 row_scores.fill(0.0)  # any token will do: the row is reported as exhausted
         _bias(row_scores, row.sampling)
-        if _has_penalty(row.sampling):
+        if has_penalty(row.sampling):
             _penalise(row_scores, row)
     found = np.empty(len(special), dtype=np.int64)
-    warm = [at for at, row in enumerate(chosen) if row.sampling.temperature >= _GREEDY_BELOW]
+    warm = [at for at, row in enumerate(chosen) if row.sampling.temperature >= GREEDY_BELOW]
     if len(warm) < len(special):
         cold = [at for at in range(len(special)) if at not in set(warm)]
         found[cold] = scores[cold].argmax(axis=-1)

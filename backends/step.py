@@ -82,6 +82,31 @@ class SamplingParams(Protocol):
     def logprobs(self) -> int | None: ...
 
 
+GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
+
+
+def has_penalty(sampling: SamplingParams) -> bool:
+    return (
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
+    )
+
+
+def takes_largest(sampling: SamplingParams) -> bool:
+    """Whether each token of an answer without a grammar is the largest logit, and no logprob is
+    wanted.
+    """
+    return sampling.temperature < GREEDY_BELOW and not (
+        sampling.logit_bias
+        or sampling.min_tokens
+        or sampling.allowed_token_ids
+        or sampling.bad_words_token_ids
+        or sampling.logprobs is not None
+        or has_penalty(sampling)
+    )
+
+
 class MatcherError(RuntimeError):
     """A grammar cannot go on within its limits. The message gives the reason, and is safe to
     show.
@@ -131,6 +156,11 @@ class SampledSequence(Protocol):
     @property
     def allowed_ids(self) -> "array[int]":
         """`sampling.allowed_token_ids` as int64, whose memory a numpy array can share."""
+        ...
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `takes_largest` holds for `sampling`."""
         ...
 
     @property

@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from sagellm.backends.arrays import Array, Floats, dtype_name
+from sagellm.backends.arrays import Array, Floats, Integers, dtype_name
 from sagellm.backends.cpu.binding import Binding, NativeKernel
 from sagellm.backends.cpu.kv_storage import CpuStorage, stored_dtype
 from sagellm.backends.cpu.native import c_structs
@@ -55,6 +55,13 @@ class StepProgram:
         """
         raise NotImplementedError
 
+    def largest(self, logits: Floats) -> Integers:
+        """For each row of the logits of the last `run`, the index of the first of the largest; of
+        the first NaN if there is one.
+        """
+        found: Integers = logits.argmax(axis=-1)
+        return found
+
 
 class NativeProgram(StepProgram):
     """A program that runs a step in one call of C.
@@ -73,6 +80,7 @@ class NativeProgram(StepProgram):
         self._translation = translation
         self._kernels = kernels
         self._plan = plan
+        self._largest: Integers = np.empty(0, dtype=np.int64)
         self._arena = np.empty(0, dtype=np.float32)
         self._heads = (c_structs.NativeHeads * len(translation.attentions))(*translation.attentions)
         self._tables = (ctypes.c_void_p * len(translation.ropes))()
@@ -95,12 +103,18 @@ class NativeProgram(StepProgram):
         num_rows = len(inputs.logit_rows if self._translation.is_chosen else inputs.token_ids)
         logits = np.empty((num_rows, self._translation.num_logits), dtype=np.float32)
         self._step.logits = logits.ctypes.data
+        if self._translation.is_chosen:
+            self._largest = np.empty(num_rows, dtype=np.int64)
+            self._step.largest = self._largest.ctypes.data
         self._grow(max(len(inputs.token_ids), len(inputs.logit_rows)))
         tables = [rope_tables(rope).up_to(max(inputs.contexts)) for rope in self._translation.ropes]
         self._tables[:] = [table.ctypes.data for table in tables]
         self._load(inputs, pool)
         self._kernels.run_step(self._step, threads)
         return logits
+
+    def largest(self, logits: Floats) -> Integers:
+        return self._largest if self._translation.is_chosen else super().largest(logits)
 
     def profile(self, inputs: StepInputs, pool: Array, threads: int) -> list[tuple[str, int]]:
         """Run a step, and return the name and the nanoseconds of each instruction.
@@ -297,10 +311,11 @@ def _computed(launch: _Launch, mask_thread: MaskThread, pickers: Pickers, thread
     try:
         with launch.program.lock:  # queues of other engines may run the same program
             logits = launch.program.run(inputs, launch.storage.pool, threads)
+            largest = launch.program.largest(logits)
     finally:
         found = masks.result()  # matchers belong to one thread: none may work past the step
     num_rows = len(batch.rows)
-    sampled = sample(logits[:num_rows], batch.rows, found, pickers)
+    sampled = sample(logits[:num_rows], batch.rows, found, pickers, largest[:num_rows])
     if batch.scored:
         sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
     return sampled

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 import msgspec
 
 from sagellm.backends import Sampled
-from sagellm.backends.step import Matcher
+from sagellm.backends.step import Matcher, takes_largest
 from sagellm.runtime.engine.output import Mailbox, OutputText
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.prefix_tree import BlockKey, PrefixNode
@@ -34,10 +34,11 @@ class Sequence:
     """
 
     __slots__ = (
-        "_allowed_ids", "arrival", "cached_prefix", "choice", "fence", "forced_end", "keys",
-        "lease", "mailbox", "matcher", "max_output", "num_cached", "num_computed", "num_launched",
-        "num_preemptions", "num_prompt", "num_sampling", "num_scored", "output_text",
-        "prompt_logprobs", "rank", "sampling", "stamps", "state", "stop_ids", "tokens",
+        "_allowed_ids", "arrival", "cached_prefix", "choice", "fence", "forced_end", "is_plain",
+        "keys", "lease", "mailbox", "matcher", "max_output", "num_cached", "num_computed",
+        "num_launched", "num_preemptions", "num_prompt", "num_sampling", "num_scored",
+        "output_text", "prompt_logprobs", "rank", "sampling", "stamps", "state", "stop_ids",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +54,7 @@ class Sequence:
         self.state = state
         self.choice = state.choice
         self.sampling = state.sampling
+        self.is_plain = takes_largest(state.sampling)  # read for each token
         self.fence = Fence(state.request_id, state.choice, state.epoch)
         self.arrival = arrival
         self.rank = (state.priority, arrival)  # the lowest goes first, the highest is preempted

@@ -49,6 +49,7 @@ BENCH_COMMANDS: Mapping[str, tuple[str, str]] = {
     "engine": ("sagellm.cli.bench:engine", "The engine against transformers."),
     "gateway": ("sagellm.cli.bench:gateway", "The gateway beside the bare server."),
     "peers": ("sagellm.cli.bench:peers", "The engine beside other engines."),
+    "overhead": ("sagellm.cli.bench:overhead", "The time of a step outside its kernels."),
     "processes": ("sagellm.cli.bench:processes", "What processes cost."),
     "size": ("sagellm.cli.bench:size", "The engine over batch and context."),
     "serve": ("sagellm.cli.bench:serve", "Load on any server."),

@@ -258,6 +258,12 @@ grammars = _measurement(
     "Measure a decode step of answers bound to a JSON schema beside one of free answers.",
     sets_threads=True,
 )
+overhead = _measurement(
+    "overhead",
+    "benchmarks.overhead",
+    "Measure what a decode step costs outside its kernels, at batch 1 and 32.",
+    sets_threads=True,
+)
 peers = _measurement(
     "peers",
     "benchmarks.peers.measure",

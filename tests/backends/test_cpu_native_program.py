@@ -144,6 +144,15 @@ def test_a_profile_names_each_instruction(reference, paged):
     assert torch.equal(sequences.run(inputs), wanted)
 
 
+def test_a_program_finds_the_largest_logit_of_each_row(reference, paged):
+    for backend in (CpuBackend(), CpuBackend(native=False)):
+        sequences = paged(reference("llama"), backend, deterministic=True)
+        sequences._grow("a", 3)
+        logits = sequences.run(sequences._inputs({"a": [1, 2, 3]}))
+        largest = sequences.program.largest(array(logits))
+        assert largest.tolist() == logits.argmax(-1).tolist()
+
+
 def test_memory_goes_with_the_program(reference, paged, monkeypatch):
     closed = []
     monkeypatch.setattr(type(KERNELS), "close_step", lambda self, step: closed.append(step))

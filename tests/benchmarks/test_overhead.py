@@ -14,6 +14,7 @@ def test_the_share_is_of_steps_that_decode_the_same_number() -> None:
     found = share_outside(calls, 32)
     assert (found["num_steps"], found["step_ms"], found["program_ms"]) == (2, 2000.0, 1000.0)
     assert found["share_outside"] == 0.5
+    assert found["outside_ms"] == 1000.0
 
 
 def test_steps_that_were_never_in_a_row_are_no_share() -> None:

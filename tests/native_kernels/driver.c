@@ -76,6 +76,7 @@ RUNS(sage_sizes, (void *sizes), (P(0)))
 RETURNS(uint64_t, sage_copy_sum, (long count, void *from, void *to, void *sizes),
         (N(0), P(1), P(2), P(3)))
 RETURNS(long, sage_largest_allowed, (void *row, void *mask, long size), (P(0), P(1), N(2)))
+RETURNS(long, first_largest, (void *row, long size), (P(0), N(1)))
 RETURNS(int, sage_sample, (void *scores, long ld, long rows, long size, void *options, void *tokens,
                            int threads),
         (P(0), N(1), N(2), N(3), P(4), P(5), I(6)))
@@ -152,7 +153,7 @@ static const Function functions[] = {
     OWN(sage_packed_bytes), OWN(sage_pack), OWN(sage_linear), OWN(sage_rms_norm),
     OWN(sage_silu_mul), OWN(sage_rope_kv_write), OWN(sage_attention), OWN(sage_step_run),
     OWN(sage_step_close), OWN(sage_sizes), OWN(sage_copy_sum), OWN(sage_largest_allowed),
-    OWN(sage_quant_make), MULTIPLY(sage_multiply_float), MULTIPLY(sage_multiply_bfloat),
+    OWN(first_largest), OWN(sage_quant_make), MULTIPLY(sage_multiply_float), MULTIPLY(sage_multiply_bfloat),
     MULTIPLY(sage_multiply_pairs), MULTIPLY(sage_gated_float), MULTIPLY(sage_gated_bfloat),
     MULTIPLY(sage_gated_pairs), MULTIPLY(sage_quant_4_8), MULTIPLY(sage_quant_4_16),
     MULTIPLY(sage_quant_8_8), MULTIPLY(sage_quant_8_16), MULTIPLY(sage_quant_4_8_many),

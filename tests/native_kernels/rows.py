@@ -20,6 +20,7 @@ def cases() -> Iterator[Case]:
         yield rope(dtype)
     yield codes_of_extremes()
     yield choice()
+    yield largest_of_all()
     for num_rows, size in [(1, 1), (5, 37), (12, 3000)]:
         yield sampling(num_rows, size)
     yield sampling_without_memory()
@@ -140,6 +141,26 @@ def choice() -> Case:
             given = calls.array(mask.astype(np.uint32))
             calls.call("sage_largest_allowed", calls.array(row), given, size)
             wanted.append(int(np.where(is_set, row, -np.inf).argmax()) if is_set.any() else -1)
+
+    def check(results: Results) -> None:
+        assert results.returned == wanted
+
+    return Case(calls, check)
+
+
+def largest_of_all() -> Case:
+    """The first of the largest logits of a row, as argmax finds it: NaN before all numbers."""
+    calls, wanted = Calls("the largest of all logits"), []
+    numbers = np.random.default_rng(4)
+    for size in (1, 7, 511, 512, 513, 5000):
+        for odd in (None, np.nan, np.inf, -np.inf):
+            row = numbers.standard_normal(size, np.float32).round(2)
+            if odd is not None:
+                row[numbers.integers(size, size=2)] = odd
+            calls.call("first_largest", calls.array(row), size)
+            wanted.append(int(row.argmax()))
+        calls.call("first_largest", calls.array(np.full(size, -np.inf, np.float32)), size)
+        wanted.append(0)
 
     def check(results: Results) -> None:
         assert results.returned == wanted

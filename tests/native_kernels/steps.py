@@ -229,7 +229,8 @@ def step(
     pool, turns = layer(program, is_fused=is_fused, is_gated=is_gated)
     wanted, outs, codes = program.last, [], []
     times = calls.array(np.zeros(len(program.rows) + 1, np.int64), is_kept=True)
-    for threads, extra in ((1, {}), (3, {}), (2, {"times": times})):
+    largest = calls.array(np.full(len(logit_rows), -1), is_kept=True)
+    for threads, extra in ((1, {}), (3, {"largest": largest}), (2, {"times": times})):
         out = calls.array(np.zeros(wanted.shape, np.float32), is_kept=True)
         made = step_struct(program, pool, turns, TOKENS, logits=out, **extra)
         codes += [calls.call("sage_step_run", made, threads) for _ in range(2)]
@@ -240,6 +241,7 @@ def step(
         assert [results.returned[code] for code in codes] == [DONE] * len(codes)
         close(results[outs[0]], wanted, atol=5e-2 if is_bfloat else 1e-4)
         assert all((results[out] == results[outs[0]]).all() for out in outs)
+        assert (results[largest] == results[outs[1]].argmax(1)).all()
         assert (np.diff(results[times]) >= 0).all()
         assert results[times].min() > 0
 

@@ -80,7 +80,7 @@ class NativeStep(ctypes.Structure):
         ("block_tables", _POINTER),
         *((name, _LONG) for name in ("layer_bytes", "side_bytes", "kv_heads", "head_dim")),
         *((name, _LONG) for name in ("num_rows", "num_logit_rows")),
-        *((name, _POINTER) for name in ("arena", "logits")),
+        *((name, _POINTER) for name in ("arena", "logits", "largest")),
         ("capacity", _LONG),
         ("times", _POINTER),
         ("memory", _POINTER),

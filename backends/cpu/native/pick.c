@@ -1,4 +1,6 @@
-/* Picks tokens: the largest of the logits that a mask allows. */
+/* Picks tokens: the largest of all logits, or of those that a mask allows. */
+#include "pick.h"
+
 #include <math.h>
 
 #include "vector.h"
@@ -31,6 +33,30 @@ long sage_largest_allowed(const float *row, const uint32_t *mask, long size) {
         for (; bits; bits &= bits - 1) {
             long at = start + __builtin_ctz(bits);
             if (row[at] > best) best = row[place = at];
+        }
+    }
+    return place;
+}
+
+#define CHUNK 512 /* floats that are compared with the largest one before any is looked at */
+
+/* Whether some float of a chunk is larger than `best`, or is NaN. */
+INLINE int has_larger(const float *chunk, float best) {
+    ivec larger = {0};
+    for (long i = 0; i < CHUNK; i += LANES) larger |= ~(load_float(chunk + i) <= fill(best));
+    for (int lane = 0; lane < LANES; lane++)
+        if (larger[lane]) return 1;
+    return 0;
+}
+
+long first_largest(const float *row, long size) {
+    long place = 0;
+    for (long start = 0, end; start < size; start = end) {
+        end = start + CHUNK < size ? start + CHUNK : size;
+        if (end - start == CHUNK && !has_larger(row + start, row[place])) continue;
+        for (long at = start; at < end; at++) {
+            if (row[at] != row[at]) return at;
+            if (row[at] > row[place]) place = at;
         }
     }
     return place;

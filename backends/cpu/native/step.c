@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "pick.h"
 #include "rows.h"
 #include "team.h"
 
@@ -131,6 +132,14 @@ static int64_t now_ns(void) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
+/* Find the largest logit of each row, while the logits are cached. */
+static void find_largest(const Step *s, int number, int threads) {
+    long width = s->instructions[s->num_instructions - 1].width, first, last;
+    share_of(s->num_logit_rows, number, threads, &first, &last);
+    for (long row = first; row < last; row++)
+        s->largest[row] = first_largest(s->logits + row * width, width);
+}
+
 /* Run instruction `n`. `base`: the first ticket of attention, which it increases. */
 static void run_instruction(Run *run, long n, long *base, int number, int threads) {
     const Step *s = run->step;
@@ -154,7 +163,8 @@ static void run_instruction(Run *run, long n, long *base, int number, int thread
     warm_next(s, n, number, threads);
 }
 
-/* A section ends before each instruction that waits. Thread 0 begins alone. */
+/* A section ends before each instruction that waits. Thread 0 begins alone. A thread `begins` where
+ * its first section does, and has nothing to wait for. */
 static void run_share(void *job, int helper, int most) {
     (void)most;
     Run *run = job;
@@ -163,11 +173,16 @@ static void run_share(void *job, int helper, int most) {
     if (helper && !number) return;
     int threads = helper ? atomic_load(&run->meeting.threads) : 1;
     long n = helper ? run->meeting.at[0] : 0, base = helper ? run->meeting.at[1] : 0;
-    for (int begins = helper; n < s->num_instructions; n++, begins = 0) {
+    int begins = helper;
+    for (; n < s->num_instructions; n++, begins = 0) {
         if (!begins && (s->instructions[n].waits || s->times))
             threads = meet(&run->meeting, threads, n, base);
         if (s->times && !number) s->times[n] = now_ns();
         run_instruction(run, n, &base, number, threads);
+    }
+    if (s->largest) {
+        if (!begins) threads = meet(&run->meeting, threads, n, base);
+        find_largest(s, number, threads);
     }
     if (!number) end_meeting(&run->meeting);
 }

@@ -58,6 +58,7 @@ typedef struct {
     long layer_bytes, side_bytes, kv_heads, head_dim;
     long num_rows, num_logit_rows;
     float *arena, *logits;
+    int64_t *largest; /* for each row of logits, the index of the largest; NULL: not wanted */
     long capacity; /* rows of each buffer */
     int64_t *times; /* when each instruction began, and the step ended, in ns; NULL: not measured */
     /* Memory that C allocates and grows between steps; sage_step_close frees it. */

@@ -72,24 +72,31 @@ class Clock:
     def __init__(self, request: Ask) -> None:
         self.times: list[list[float]] = [[] for _ in request.prompts]
         self._cap_s = request.cap_s
+        self._first_s: float | None = None
         self._started = time.perf_counter()
 
     def note(self, sequence: int, num_tokens: int = 1) -> None:
         """Record new tokens of one sequence."""
-        self.times[sequence] += [time.perf_counter() - self._started] * num_tokens
+        now = time.perf_counter() - self._started
+        self.times[sequence] += [now] * num_tokens
+        if self._first_s is None and num_tokens:
+            self._first_s = now
 
     def note_all(self) -> None:
         """Record one more token of every sequence."""
         now = time.perf_counter() - self._started
+        if self._first_s is None:
+            self._first_s = now
         for times in self.times:
             times.append(now)
 
     @property
     def is_late(self) -> bool:
-        first = min((times[0] for times in self.times if times), default=None)
-        enough = all(len(times) > 2 for times in self.times)
+        # Some engines ask after each token: look at all sequences only when the time is over.
+        if not self._cap_s or self._first_s is None:
+            return False
         now = time.perf_counter() - self._started
-        return bool(self._cap_s and enough and first is not None and now - first > self._cap_s)
+        return now - self._first_s > self._cap_s and all(len(times) > 2 for times in self.times)
 
 
 def warm_up(driver: Driver) -> None:
