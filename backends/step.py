@@ -159,11 +159,6 @@ class SampledSequence(Protocol):
         ...
 
     @property
-    def is_plain(self) -> bool:
-        """Whether `takes_largest` holds for `sampling`."""
-        ...
-
-    @property
     def matcher(self) -> Matcher | None:
         """The matcher of the sequence's grammar; None if the sequence has no grammar."""
         ...
@@ -243,6 +238,8 @@ class StepBatch:
     `after`: the previous launch, if it samples some of the new tokens. `fed`: for each such token,
     the pair (index into `token_ids`, row of `after`); `token_ids` holds 0 for it, because the host
     may not know the token yet. A launch fails if the launch `after` failed.
+
+    `is_plain`: `takes_largest` holds for all `rows`, and none has a grammar.
     """
 
     token_ids: Sequence[int]
@@ -255,6 +252,7 @@ class StepBatch:
     states: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
     fed: Sequence[tuple[int, int]] = ()
     after: "Ticket | None" = field(default=None, repr=False)
+    is_plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)

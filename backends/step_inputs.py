@@ -75,10 +75,10 @@ def _states(batch: StepBatch) -> BlockIds:
 
 def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:
     """Write the tokens of the previous launch (`token_ids`, one per row of that launch) to the
-    inputs and to the batch's rows that wait for them.
+    inputs, and to the batch's rows that wait for them unless the batch is plain.
     """
     if batch.fed:
         places, sources = zip(*batch.fed, strict=True)
         inputs.token_ids[list(places)] = [token_ids[source] for source in sources]
-    for row in batch.rows:
+    for row in () if batch.is_plain else batch.rows:
         row.feed(token_ids)

@@ -32,7 +32,7 @@ from sagellm.backends.cpu.native_forms import NATIVE_FORMS, NoNativeForm, rope_t
 from sagellm.backends.cpu.translation import Translation, translate
 from sagellm.backends.instructions import Instruction, KernelPlan, plan_kernels
 from sagellm.backends.interface import KVStorage, LaunchError, Program, Progress, Weights
-from sagellm.backends.sampler import Pickers, sample, score
+from sagellm.backends.sampler import Pickers, sample, sample_plain, score
 from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Ticket, head_dim_of
 from sagellm.backends.step_inputs import feed, step_inputs
 from sagellm.backends.token_masks import MaskThread
@@ -307,7 +307,7 @@ def _computed(launch: _Launch, mask_thread: MaskThread, pickers: Pickers, thread
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
         feed(batch, inputs, _sampled_by(batch.after))
-    masks = mask_thread.start(batch.rows)
+    masks = mask_thread.start(() if batch.is_plain else batch.rows)
     try:
         with launch.program.lock:  # queues of other engines may run the same program
             logits = launch.program.run(inputs, launch.storage.pool, threads)
@@ -315,7 +315,10 @@ def _computed(launch: _Launch, mask_thread: MaskThread, pickers: Pickers, thread
     finally:
         found = masks.result()  # matchers belong to one thread: none may work past the step
     num_rows = len(batch.rows)
-    sampled = sample(logits[:num_rows], batch.rows, found, pickers, largest[:num_rows])
+    chosen = logits[:num_rows], largest[:num_rows]
+    sampled = sample_plain(*chosen) if batch.is_plain else None
+    if sampled is None:
+        sampled = sample(chosen[0], batch.rows, found, pickers, chosen[1])
     if batch.scored:
         sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
     return sampled

@@ -224,6 +224,7 @@ def step_batch(
         fed=fed,
         states=_states(batch),
         after=previous_ticket if fed else None,
+        is_plain=all(one.is_plain and one.matcher is None for one in batch.sampling),
     )
 
 

@@ -54,7 +54,7 @@ class Sequence:
         self.state = state
         self.choice = state.choice
         self.sampling = state.sampling
-        self.is_plain = takes_largest(state.sampling)  # read for each token
+        self.is_plain = takes_largest(state.sampling)  # asked once: it is read in each step
         self.fence = Fence(state.request_id, state.choice, state.epoch)
         self.arrival = arrival
         self.rank = (state.priority, arrival)  # the lowest goes first, the highest is preempted

@@ -12,7 +12,7 @@ from transformers.generation import NoBadWordsLogitsProcessor
 
 from sagellm.backends import LogitsRow, sampler
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.sampler import banned_tokens, sample, sample_random, uniform
+from sagellm.backends.sampler import banned_tokens, sample, sample_plain, sample_random, uniform
 from sagellm.runtime.sampling import Sampling
 
 KERNELS = native_kernels()
@@ -26,6 +26,35 @@ def sampled_set(logits=LOGITS, count=300, **sampling):
 
 def test_greedy_takes_the_largest():
     assert sample_one(row()) == 1
+
+
+@pytest.mark.parametrize("wrong", [None, math.nan, math.inf, -math.inf])
+def test_plain_rows_take_the_largest_if_it_is_finite(wrong):
+    logits = repeated(3)
+    if wrong is not None:
+        logits[1] = wrong
+    sampled = sample_plain(logits, logits.argmax(-1))
+    assert (sampled and sampled.token_ids) == (None if wrong else [1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "is_plain"),
+    [
+        ({}, True),
+        ({"min_p": 0.5, "top_k": 1, "top_p": 0.5}, True),  # of random tokens
+        ({"temperature": 1.0}, False),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"min_tokens": 1}, False),
+        ({"allowed_token_ids": (1,)}, False),
+        ({"bad_words_token_ids": ((1,),)}, False),
+        ({"logprobs": 0}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"frequency_penalty": 0.1}, False),
+    ],
+)
+def test_options_that_may_change_a_greedy_token_or_ask_for_more_are_not_plain(options, is_plain):
+    assert row(**options).answer.is_plain == is_plain
 
 
 def test_no_rows_sample_nothing():

@@ -95,14 +95,28 @@ static void add_block(Work *w, long start, long first, long last) {
     lanes != LANES ? weigh_pairs(w, num_keys) : weigh(w, num_keys);
 }
 
-/* Set the tile's sums to those of keys `first` to `last` (exclusive), which are in one span. */
-static void add_span(Work *w, long first, long last) {
+/* Find the rows to prefetch: of the block at `start`, or else of the first block of the thread's
+ * next piece. Keys of the current piece end at `last`. */
+static void find_next(Work *w, long start, long last) {
+    if (start < last || !w->later) {
+        find_rows(w, start, start, least(start + BLOCK, last), &w->next);
+        return;
+    }
+    Work later = {.plan = w->plan, .layer = w->layer, .zeros = w->zeros, .head = w->later_head,
+                  .tile = w->plan->tiles + w->later->tile};
+    long first = w->later->first, block = first / BLOCK * BLOCK;
+    find_rows(&later, block, first, least(block + BLOCK, w->later->last), &w->next);
+}
+
+/* Set the tile's sums to those of keys `first` to `last` (exclusive), which are in one span. The
+ * keys of the piece end at `end_of_piece`. */
+static void add_span(Work *w, long first, long last, long end_of_piece) {
     clear(&w->sums, w->rows, w->width);
     long start = first / BLOCK * BLOCK, end = least(start + BLOCK, last);
     find_rows(w, start, first, end, &w->next);
     while (start < last) {
         w->rows_at = w->next;
-        find_rows(w, end, end, least(end + BLOCK, last), &w->next);
+        find_next(w, end, end < last ? last : end_of_piece);
         add_block(w, start, greatest(start, first), end);
         start = end;
         end = least(start + BLOCK, last);
@@ -131,7 +145,7 @@ static Sums partial(const Work *w, long span) {
 /* Compute one span of a tile that threads share. The thread that ends last merges all spans. */
 static void add_shared(Work *w, const Piece *piece) {
     w->sums = partial(w, piece->span);
-    add_span(w, piece->first, piece->last);
+    add_span(w, piece->first, piece->last, piece->last);
     atomic_int *finished = w->plan->finished + w->tile->finished + w->head;
     if (atomic_fetch_add(finished, 1) < w->tile->num_spans - 1) return;
     atomic_store(finished, 0); /* for the next layer */
@@ -145,14 +159,14 @@ static void add_shared(Work *w, const Piece *piece) {
 
 static void add_alone(Work *w, const Piece *piece) {
     if (w->tile->num_spans == 1) {
-        add_span(w, piece->first, piece->last);
+        add_span(w, piece->first, piece->last, piece->last);
         store(w, &w->sums);
         return;
     }
     clear(&w->total, w->rows, w->width);
     for (long first = piece->first, last; first < piece->last; first = last) {
         last = least((first / SPAN + 1) * SPAN, piece->last);
-        add_span(w, first, last);
+        add_span(w, first, last, piece->last);
         join(&w->total, &w->sums, w->rows, w->width);
     }
     store(w, &w->total);
@@ -187,13 +201,18 @@ void attention_share(const Attention *p, const Layer *layer, atomic_long *next, 
     place(&w, p->scratch + p->scratch_len * number);
     if (p->by_tiles) tiles_begin();
     Sums own = w.sums;
-    long kv_heads = p->heads.kv_heads, ticket;
-    while ((ticket = atomic_fetch_add(next, 1) - base) < p->num_pieces * kv_heads) {
+    long kv_heads = p->heads.kv_heads, num_tickets = p->num_pieces * kv_heads;
+    long ticket = atomic_fetch_add(next, 1) - base, later = -1;
+    for (; ticket < num_tickets; ticket = later < 0 ? atomic_fetch_add(next, 1) - base : later) {
         const Piece *piece = p->pieces + ticket / kv_heads;
         w.tile = p->tiles + piece->tile;
         w.head = ticket % kv_heads;
         w.rows = w.tile->num_tokens * (p->heads.heads / kv_heads);
         w.sums = own;
+        /* A small piece takes its first keys from memory, so the next piece is chosen early. */
+        later = w.tile->num_tokens <= FEW ? atomic_fetch_add(next, 1) - base : -1;
+        w.later = later >= 0 && later < num_tickets ? p->pieces + later / kv_heads : NULL;
+        w.later_head = later % kv_heads;
         w.by_tiles = p->by_tiles && w.rows >= TILED_FROM;
         w.by_tiles ? load_query_tiles(&w)
                    : p->lanes == LANES ? load_queries(&w) : load_query_pairs(&w);

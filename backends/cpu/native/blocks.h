@@ -29,6 +29,8 @@ typedef struct {
     float key_scales[BLOCK], value_scales[BLOCK]; /* of a block in 8 bits */
     Sums sums, total;
     Rows rows_at, next; /* the addresses of this block and of the next one */
+    const Piece *later; /* the thread's next piece, for KV head `later_head`; NULL if unknown */
+    long later_head;
 } Work;
 
 /* Find the addresses of keys `first` to `last` (exclusive) of the block at `start`. */
