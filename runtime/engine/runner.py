@@ -1,5 +1,7 @@
 """Runners compute the batches of an engine; a watchdog measures their steps."""
 
+import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -66,21 +68,48 @@ class Runner(Protocol):
         ...
 
 
-class DeviceLaunch:
-    """A launched batch, whose ticket a trio task can await."""
+class Wakeup:
+    """Wakes one trio task from the threads of a device."""
 
-    def __init__(self, batch: Batch, ticket: Ticket) -> None:
+    def __init__(self) -> None:
+        self._readable, self._writable = os.pipe()
+        for end in (self._readable, self._writable):
+            os.set_blocking(end, False)
+        # PyDLL keeps Python's lock. A call that releases the lock gives it to the task, and the
+        # thread of the device must wait for it before it begins the next launch.
+        self._write = ctypes.PyDLL(None).write
+        self._write.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+
+    def wake(self) -> None:
+        self._write(self._writable, b"\0", 1)  # a full pipe wakes the task too
+
+    async def wait(self) -> None:
+        """Wait for a `wake` since the last wait. It may have been for an earlier event."""
+        await trio.lowlevel.wait_readable(self._readable)
+        os.read(self._readable, 4096)
+
+    def close(self) -> None:
+        """Close the pipe. No thread may call `wake` afterwards."""
+        os.close(self._readable)
+        os.close(self._writable)
+
+
+class DeviceLaunch:
+    """A launched batch, whose ticket a trio task can await. All launches of a queue are awaited by
+    one task, which `wakeup` wakes.
+    """
+
+    def __init__(self, batch: Batch, ticket: Ticket, wakeup: Wakeup) -> None:
         self.batch = batch
         self.ticket = ticket
-        self._over = trio.Event()
-        token = trio.lowlevel.current_trio_token()
-        ticket.add_done_callback(lambda _: token.run_sync_soon(self._over.set))
+        self._wakeup = wakeup
+        ticket.add_done_callback(lambda _: wakeup.wake())
 
     async def result(self) -> Sampled:
         # Shielded: a computation cannot be interrupted, and blocks that it writes must not be freed
         # before it ends.
         with trio.CancelScope(shield=True):
-            await self._over.wait()
+            await self._wait()
         await trio.lowlevel.checkpoint_if_cancelled()
         return self.ticket.result()
 
@@ -90,7 +119,13 @@ class DeviceLaunch:
     async def over(self) -> None:
         """Cancel the batch, or wait until it is computed or has failed."""
         if not self.cancel():
-            await self._over.wait()
+            await self._wait()
+
+    async def _wait(self) -> None:
+        if self.ticket.done():
+            await trio.lowlevel.checkpoint()  # other tasks run, however fast the device is
+        while not self.ticket.done():
+            await self._wakeup.wait()
 
 
 class DeviceQueue:
@@ -102,28 +137,35 @@ class DeviceQueue:
         self._device = device
         self._threads = threads
         self._queue: Queue | None = None
+        self._wakeup: Wakeup | None = None  # exists as long as the queue
         self._launches: list[DeviceLaunch] = []  # launches that may still compute
 
     def open(self) -> None:
         self._queue = self._device.open_queue(self._threads)
+        self._wakeup = Wakeup()
 
     async def close(self) -> None:
         for launch in reversed(self._launches):
             await launch.over()
         self._launches.clear()
         if self._queue is not None:
-            self._queue.close()
+            self._queue.close()  # its threads have ended
             self._queue = None
+        if self._wakeup is not None:
+            self._wakeup.close()
+            self._wakeup = None
 
     def launch(
         self, program: Program, storage: KVStorage, batch: Batch, after: StepLaunch | None
     ) -> DeviceLaunch:
         assert self._queue is not None, "the engine does not run"
+        assert self._wakeup is not None
         previous = after if isinstance(after, DeviceLaunch) else None
         numbers = step_batch(
             batch, previous.batch if previous else None, previous.ticket if previous else None
         )
-        launch = DeviceLaunch(batch, self._queue.launch(program, storage, numbers))
+        ticket = self._queue.launch(program, storage, numbers)
+        launch = DeviceLaunch(batch, ticket, self._wakeup)
         self._launches = [one for one in self._launches if not one.ticket.done()]
         self._launches.append(launch)
         return launch
