@@ -147,9 +147,16 @@ class PackedQuantised:
         groups = _packed_groups(weight.scales.astype(np.float16))
         self._kept = (codes, groups, zeros, bias, order, levels)
         numbers, scales, *optional = (_address(array) for array in self._kept)
-        run = kernels.function(f"sage_quant_{weight.bits}_{row_form}")
+        kernel = f"sage_quant_{weight.bits}_{row_form}"
+        is_gated = kernels.is_gated(*self.shape, quantised=True)
         self._struct = NativeQuant(
-            run, None, numbers, scales, optional[0], optional[1], *self.shape
+            kernels.function(kernel),
+            kernels.function(f"{kernel}_gated") if is_gated else None,
+            numbers,
+            scales,
+            optional[0],
+            optional[1],
+            *self.shape,
         )
         self._struct.group, self._struct.order = weight.group, optional[2]
         self._struct.levels = optional[3]

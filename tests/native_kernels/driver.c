@@ -52,6 +52,7 @@ RETURNS(int, sage_has_tiles, (void), ())
 RUNS(sage_tune_get, (void *used, void *initial), (P(0), P(1)))
 RETURNS(int, sage_tune_set, (void *values), (P(0)))
 RETURNS(int, sage_is_gated, (long n, long k), (N(0), N(1)))
+RETURNS(int, sage_is_quant_gated, (long n, long k), (N(0), N(1)))
 RETURNS(long, sage_packed_bytes, (long n, long k, int kind), (N(0), N(1), I(2)))
 RUNS(sage_pack, (const void *w, int kind, void *to, long n, long k, int threads),
      (P(0), I(1), P(2), N(3), N(4), I(5)))
@@ -98,6 +99,15 @@ MULTIPLIES(sage_quant_8_8_many)
 MULTIPLIES(sage_quant_8_16_many)
 MULTIPLIES(sage_quant_4_pairs)
 MULTIPLIES(sage_quant_8_pairs)
+MULTIPLIES(sage_quant_4_8_gated)
+MULTIPLIES(sage_quant_4_16_gated)
+MULTIPLIES(sage_quant_8_8_gated)
+MULTIPLIES(sage_quant_8_16_gated)
+MULTIPLIES(sage_quant_4_8_many_gated)
+MULTIPLIES(sage_quant_8_8_many_gated)
+MULTIPLIES(sage_quant_8_16_many_gated)
+MULTIPLIES(sage_quant_4_pairs_gated)
+MULTIPLIES(sage_quant_8_pairs_gated)
 #if TILES
 MULTIPLIES(sage_multiply_tiles)
 MULTIPLIES(sage_gated_tiles)
@@ -158,7 +168,11 @@ static const Function functions[] = {
     MULTIPLY(sage_gated_pairs), MULTIPLY(sage_quant_4_8), MULTIPLY(sage_quant_4_16),
     MULTIPLY(sage_quant_8_8), MULTIPLY(sage_quant_8_16), MULTIPLY(sage_quant_4_8_many),
     MULTIPLY(sage_quant_8_8_many), MULTIPLY(sage_quant_8_16_many), MULTIPLY(sage_quant_4_pairs),
-    MULTIPLY(sage_quant_8_pairs),
+    MULTIPLY(sage_quant_8_pairs), OWN(sage_is_quant_gated), MULTIPLY(sage_quant_4_8_gated),
+    MULTIPLY(sage_quant_4_16_gated), MULTIPLY(sage_quant_8_8_gated),
+    MULTIPLY(sage_quant_8_16_gated), MULTIPLY(sage_quant_4_8_many_gated),
+    MULTIPLY(sage_quant_8_8_many_gated), MULTIPLY(sage_quant_8_16_many_gated),
+    MULTIPLY(sage_quant_4_pairs_gated), MULTIPLY(sage_quant_8_pairs_gated),
 #if TILES
     MULTIPLY(sage_multiply_tiles), MULTIPLY(sage_gated_tiles),
 #endif

@@ -22,11 +22,15 @@ def cases() -> Iterator[Case]:
                 yield product(bits, row_bits, num_cols, k, group, extra=extra)
         yield product(bits, row_bits, 40, 96, 32, counts=[130, 300])  # threads share rows
         yield product(bits, row_bits, 40, 8300, 32, counts=[70])  # k in several parts
+        yield gated(bits, f"{row_bits or 'pairs'}", 96)
+        yield gated(bits, f"{row_bits or 'pairs'}", 1100)  # k in two parts
         if row_bits:
             yield largest(bits, row_bits)
             yield tiny(bits, row_bits)
     for bits, row_bits in [(8, 16), (8, 8), (4, 8)]:
         yield chosen(bits, row_bits)
+        yield gated(bits, f"{row_bits}_many", 96)
+    yield shapes_of_gates()
     for bits in (4, 8):
         for is_bfloat in (0, 1):
             yield making(bits, is_bfloat)
@@ -206,6 +210,50 @@ def chosen(bits: int, row_bits: int) -> Case:
             found, integers, pairs = (results[out] for out in outs[3 * index : 3 * index + 3])
             assert (found == (pairs if count >= least else integers)).all()
             assert (integers != pairs).any()
+
+    return Case(calls, check)
+
+
+def gated(bits: int, form: str, k: int, half: int = 64) -> Case:
+    """The gated form beside the product and silu_mul: the same bits."""
+    calls, counts = Calls(f"gated, {bits} x {form}, {k}"), [1, 2, 25, 130, 300]
+    codes, scales = random_codes(bits, 2 * half, k), np.full((2 * half, -(-k // BLOCK)), 0.01)
+    run = f"sage_quant_{bits}_{form}"
+    made = linear(
+        calls, codes, scales.astype(np.float16), (bits, 0, BLOCK), run, gated=f"{run}_gated"
+    )
+    rows, outs = calls.array(random(max(counts), k)), []
+    for index, count in enumerate(counts):
+        both = calls.array(np.zeros((count, 2 * half), np.float32))
+        separate, joint = (
+            calls.array(np.zeros((count, width), np.float32), is_kept=True)
+            for width in (half, half + 1)
+        )
+        calls.call("sage_linear", made, rows, k, both, 2 * half, count, 2)
+        calls.call(
+            "sage_silu_mul",
+            *(both, 2 * half, both.at(4 * half), 2 * half, separate, count, half, 2),
+        )
+        calls.call("gated", made, rows, k, joint, half + 1, count, 1 + index % 3)
+        outs.append((separate, joint))
+
+    def check(results: Results) -> None:
+        for separate, joint in outs:
+            assert (results[joint][:, :half] == results[separate]).all()
+            assert (results[joint][:, half] == 0.0).all()
+            assert results[separate].any()
+
+    return Case(calls, check)
+
+
+def shapes_of_gates() -> Case:
+    """Which shapes have a gated form: two halves of whole panels that are not too deep."""
+    calls = Calls("is_quant_gated")
+    for shape in [(128, 64), (160, 64), (128, 4096)]:
+        calls.call("sage_is_quant_gated", *shape)
+
+    def check(results: Results) -> None:
+        assert results.returned == [1, 0, 0]
 
     return Case(calls, check)
 

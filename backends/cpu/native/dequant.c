@@ -9,6 +9,7 @@
 #include <limits.h>
 #include <stdatomic.h>
 
+#include "rows.h"
 #include "team.h"
 #include "tiles.h"
 
@@ -18,25 +19,29 @@
 #define TILE_ROWS 6
 #endif
 #define MOST_K 1024               /* of k, at most, that a panel is dequantised for at a time */
+#define MOST_GATED 2048           /* of k, at most, in a gated product */
 #define SPAN (256 << 10)          /* numbers of x: with a panel, they fill half a 1 MiB cache */
 #define MOST_ROWS 256             /* most rows of x that use a dequantised panel */
 #define AMX_PAIR (2 * AMX_ROWS)   /* rows of two tiles: as many are read after the last row */
 #define PAD 32                    /* numbers between rows of x, so that their cache sets differ */
 #define OWN_ROWS 64               /* threads share rows, not columns, if each gets at least these */
-#define MOST_NUMBERS (SPAN + MOST_ROWS * PAD + AMX_PAIR * (MOST_K + PAD))
+#define MOST_NUMBERS (SPAN + MOST_ROWS * PAD + AMX_PAIR * (MOST_GATED + PAD))
 
 /* The rounded rows and the dequantised panel of a thread. */
 typedef struct {
     _Alignas(64) uint16_t rows[MOST_NUMBERS];
     _Alignas(64) uint16_t panel[MOST_K * DENSE];
+    float gate[MOST_ROWS * DENSE], up[MOST_ROWS * DENSE];
 } Rounded;
 
-/* A block of rows, and the part of k from the block of codes `first` on. */
+/* A block of rows, and the part of k from the block of codes `first` on. first_col: the column of
+ * the first number of `out`; held, num_held: the blocks of k that rows are rounded for. */
 typedef struct {
     const Quant *weight;
     const float *x;
     float *out;
-    long ldx, ldo, num_rows;
+    long ldx, ldo, num_rows, first_col;
+    long held, num_held;
     long first, num_blocks;
     int bits, by_tiles;
 } Part;
@@ -49,12 +54,17 @@ static long least(long a, long b) { return a < b ? a : b; }
 
 static long parts(long whole, long most) { return (whole + most - 1) / most; }
 
-static long stride(const Part *p) { return p->num_blocks * BLOCK + PAD; }
+static long stride(const Part *p) { return p->num_held * BLOCK + PAD; }
 
-/* Round the part of each row to bfloat16, in the order of the codes. Beyond the last k, x is 0. */
+/* The part of a row that is multiplied by the dequantised panel. */
+INLINE const uint16_t *rows_at(const Part *p, long row) {
+    return kept.rows + row * stride(p) + (p->first - p->held) * BLOCK;
+}
+
+/* Round the held k of each row to bfloat16, in the order of the codes. Beyond the last k, x is 0. */
 static void round_rows(const Part *p) {
     const int32_t *order = p->weight->order;
-    long k = p->first * BLOCK, whole = p->num_blocks * BLOCK;
+    long k = p->held * BLOCK, whole = p->num_held * BLOCK;
     long count = least(whole, p->weight->linear.k - k);
     for (long r = 0; r < p->num_rows; r++) {
         const float *row = p->x + r * p->ldx;
@@ -91,7 +101,7 @@ INLINE void add_to_out(const Part *p, long row, long col, int rows, wide (*sums)
     const Linear *l = &p->weight->linear;
     long cols = least(DENSE, l->num_cols - col);
     for (int r = 0; r < rows; r++) {
-        float *out = p->out + (row + r) * p->ldo + col, part[DENSE] = {0};
+        float *out = p->out + (row + r) * p->ldo + col - p->first_col, part[DENSE] = {0};
         const float *before = p->first ? out : l->bias ? l->bias + col : NULL;
         if (before) memcpy(part, before, (size_t)cols * sizeof *out);
         for (int v = 0; v < DENSE_VECS; v++) {
@@ -103,7 +113,7 @@ INLINE void add_to_out(const Part *p, long row, long col, int rows, wide (*sums)
 }
 
 INLINE void tile(const Part *p, long row, long col, int rows) {
-    const uint16_t *x = kept.rows + row * stride(p);
+    const uint16_t *x = rows_at(p, row);
     const char *w = (const char *)kept.panel;
     long ldx = stride(p);
     wide sums[TILE_ROWS][DENSE_VECS] = {{{0}}};
@@ -121,11 +131,11 @@ INLINE void tile(const Part *p, long row, long col, int rows) {
     add_to_out(p, row, col, rows, sums);
 }
 
-/* Prefetch part `part` of `parts` of the next panel's codes. */
+/* Prefetch part `part` of `num_parts` of the codes of a panel. */
 INLINE void ask_for(const Part *p, long panel, long part, long num_parts) {
     long all_blocks = parts(p->weight->linear.k, BLOCK), block_bytes = BLOCK * COLS * p->bits / 8;
     for (long c = 0; c < DENSE / COLS; c++) {
-        long from = ((panel + 1) * (DENSE / COLS) + c) * all_blocks + p->first;
+        long from = (panel * (DENSE / COLS) + c) * all_blocks + p->first;
         const char *codes = (const char *)p->weight->linear.weight + from * block_bytes;
         long bytes = p->num_blocks * block_bytes, end = bytes * (part + 1) / num_parts;
         for (long at = bytes * part / num_parts; at < end; at += 64)
@@ -152,7 +162,7 @@ static void sized_tile(const Part *p, long row, long col, int rows) {
 /* Multiply up to 32 rows by the panel with the CPU's tiles: two of rows times both halves of the
  * panel are four tiles of sums. Rows of a tile beyond the last row are computed and left out. */
 static void amx_tile(const Part *p, long row, long col, int rows) {
-    const uint16_t *x = kept.rows + row * stride(p), *w = kept.panel;
+    const uint16_t *x = rows_at(p, row), *w = kept.panel;
     long apart = stride(p) * (long)sizeof *x, line = 2 * AMX_BYTES;
     wide sums[2 * AMX_ROWS][DENSE_VECS];
     TILE_ZERO(0);
@@ -180,18 +190,53 @@ static void amx_tile(const Part *p, long row, long col, int rows) {
 static void amx_tile(const Part *p, long row, long col, int rows) { sized_tile(p, row, col, rows); }
 #endif
 
-/* Multiply the rows of p by the panels first to last. */
-static void panels_part(const Part *p, long first, long last) {
+/* Multiply the rows of p by the part of a panel, and prefetch the same part of the panel `next`. */
+static void panel_part(const Part *p, long panel, long next) {
     long tiles = parts(p->num_rows, p->by_tiles ? AMX_PAIR : TILE_ROWS);
-    round_rows(p);
+    p->bits == 8 ? dequantise(p, panel, 8) : dequantise(p, panel, 4);
+    for (long t = 0; t < tiles; t++) {
+        long row = p->num_rows * t / tiles, end = p->num_rows * (t + 1) / tiles;
+        ask_for(p, next, t, tiles);
+        p->by_tiles ? amx_tile(p, row, panel * DENSE, (int)(end - row))
+                    : sized_tile(p, row, panel * DENSE, (int)(end - row));
+    }
+}
+
+/* Take part `part` of `num_parts` of k. */
+static void set_part(Part *p, long part, long num_parts) {
+    long all_blocks = parts(p->weight->linear.k, BLOCK);
+    p->first = all_blocks * part / num_parts;
+    p->num_blocks = all_blocks * (part + 1) / num_parts - p->first;
+}
+
+/* Multiply the rows of p by the panels first to last. */
+static void product(Part *p, long first, long last, long num_parts) {
+    for (long part = 0; part < num_parts; part++) {
+        set_part(p, part, num_parts);
+        p->held = p->first, p->num_held = p->num_blocks;
+        round_rows(p);
+        for (long panel = first; panel < last; panel++) panel_part(p, panel, panel + 1);
+    }
+}
+
+/* Multiply the rows of p by the panels first to last of gate, each with its panel of up. */
+static void gated_product(const Part *p, long first, long last, long num_parts) {
+    long half = p->weight->linear.num_cols / DENSE / 2;
+    Part own = *p;
+    own.held = 0, own.num_held = parts(p->weight->linear.k, BLOCK), own.ldo = DENSE;
+    round_rows(&own);
     for (long panel = first; panel < last; panel++) {
-        p->bits == 8 ? dequantise(p, panel, 8) : dequantise(p, panel, 4);
-        for (long t = 0; t < tiles; t++) {
-            long row = p->num_rows * t / tiles, end = p->num_rows * (t + 1) / tiles;
-            ask_for(p, panel, t, tiles);
-            p->by_tiles ? amx_tile(p, row, panel * DENSE, (int)(end - row))
-                        : sized_tile(p, row, panel * DENSE, (int)(end - row));
+        for (int is_up = 0; is_up < 2; is_up++) {
+            long now = panel + is_up * half, next = is_up ? panel + 1 : panel + half;
+            own.out = is_up ? kept.up : kept.gate, own.first_col = now * DENSE;
+            for (long part = 0; part < num_parts; part++) {
+                set_part(&own, part, num_parts);
+                panel_part(&own, now, next);
+            }
         }
+        Elements job = {SILU_MUL, kept.gate, kept.up, p->out + panel * DENSE, DENSE, DENSE,
+                        p->ldo, p->num_rows, DENSE};
+        pointwise(&job, 0, 1);
     }
 }
 
@@ -204,36 +249,36 @@ static int may_use_tiles(void) {
 }
 
 static void multiply_share(const Linear *l, const float *x, long ldx, float *out, long ldo,
-                           long num_rows, int number, int threads, int bits) {
-    long top = 0, end = num_rows, first = 0, last = parts(l->num_cols, DENSE);
+                           long num_rows, int number, int threads, int bits, int gated) {
+    long top = 0, end = num_rows, first = 0, last = parts(l->num_cols, DENSE) / (gated ? 2 : 1);
     if (num_rows >= threads * OWN_ROWS)
         share_of(num_rows, number, threads, &top, &end);
     else
         share_of(last, number, threads, &first, &last);
     long all_blocks = parts(l->k, BLOCK), num_parts = parts(all_blocks, MOST_K / BLOCK);
-    long most = least(MOST_ROWS, SPAN / (parts(all_blocks, num_parts) * BLOCK));
+    long held = gated ? all_blocks : parts(all_blocks, num_parts);
+    long most = least(MOST_ROWS, SPAN / (held * BLOCK));
     long blocks = first < last ? parts(end - top, most) : 0;
     for (long b = 0; b < blocks; b++) {
         long row = top + (end - top) * b / blocks, next = top + (end - top) * (b + 1) / blocks;
-        Part p = {(const Quant *)l, x + row * ldx, out + row * ldo, ldx, ldo, next - row,
-                  0, 0, bits, may_use_tiles()};
+        Part p = {.weight = (const Quant *)l, .x = x + row * ldx, .out = out + row * ldo,
+                  .ldx = ldx, .ldo = ldo, .num_rows = next - row, .bits = bits,
+                  .by_tiles = may_use_tiles()};
         if (p.by_tiles) tiles_begin();
-        for (long part = 0; part < num_parts; part++) {
-            p.first = all_blocks * part / num_parts;
-            p.num_blocks = all_blocks * (part + 1) / num_parts - p.first;
-            panels_part(&p, first, last);
-        }
+        gated ? gated_product(&p, first, last, num_parts) : product(&p, first, last, num_parts);
         if (p.by_tiles) tiles_end();
     }
 }
 
-#define PAIRS_OF(bits)                                                                    \
-    void sage_quant_##bits##_pairs(const Linear *l, const float *x, long ldx, float *out, \
-                                   long ldo, long num_rows, int number, int threads) {    \
-        multiply_share(l, x, ldx, out, ldo, num_rows, number, threads, bits);             \
+#define PAIRS_OF(name, bits, gated)                                                            \
+    void name(const Linear *l, const float *x, long ldx, float *out, long ldo, long num_rows,  \
+              int number, int threads) {                                                       \
+        multiply_share(l, x, ldx, out, ldo, num_rows, number, threads, bits, gated);           \
     }
-PAIRS_OF(4)
-PAIRS_OF(8)
+PAIRS_OF(sage_quant_4_pairs, 4, 0)
+PAIRS_OF(sage_quant_8_pairs, 8, 0)
+PAIRS_OF(sage_quant_4_pairs_gated, 4, 1)
+PAIRS_OF(sage_quant_8_pairs_gated, 8, 1)
 
 /* From this many rows on, bfloat16 is faster than integers of x_bits. Tiles of bfloat16 are faster
  * than tiles of bytes here, whose sums would have to be scaled after each block of 32. An ARM CPU
@@ -243,16 +288,23 @@ static long many_rows(int x_bits) {
     return HAS_PAIRS && WIDE == 16 && x_bits == 16 ? 64 : LONG_MAX;
 }
 
+/* Whether gated forms of all kernels of quantised weights support the shape: halves of whole
+ * panels, and few enough numbers of k that many rows stay in the cache. */
+int sage_is_quant_gated(long num_cols, long k) {
+    return num_cols % (4 * COLS) == 0 && k <= MOST_GATED;
+}
+
 /* Multiply few rows as integers, and many rows in bfloat16, where that is faster. */
-#define MULTIPLY(bits, x_bits)                                                                  \
-    multiply sage_quant_##bits##_##x_bits;                                                      \
-    void sage_quant_##bits##_##x_bits##_many(const Linear *l, const float *x, long ldx,         \
-                                             float *out, long ldo, long num_rows, int number,   \
-                                             int threads) {                                     \
-        multiply *run = num_rows < many_rows(x_bits) ? sage_quant_##bits##_##x_bits             \
-                                                     : sage_quant_##bits##_pairs;               \
+#define MULTIPLY(name, integers, pairs, x_bits)                                                 \
+    multiply integers;                                                                          \
+    void name(const Linear *l, const float *x, long ldx, float *out, long ldo, long num_rows,   \
+              int number, int threads) {                                                        \
+        multiply *run = num_rows < many_rows(x_bits) ? integers : pairs;                        \
         run(l, x, ldx, out, ldo, num_rows, number, threads);                                    \
     }
-MULTIPLY(4, 8)
-MULTIPLY(8, 8)
-MULTIPLY(8, 16)
+MULTIPLY(sage_quant_4_8_many, sage_quant_4_8, sage_quant_4_pairs, 8)
+MULTIPLY(sage_quant_8_8_many, sage_quant_8_8, sage_quant_8_pairs, 8)
+MULTIPLY(sage_quant_8_16_many, sage_quant_8_16, sage_quant_8_pairs, 16)
+MULTIPLY(sage_quant_4_8_many_gated, sage_quant_4_8_gated, sage_quant_4_pairs_gated, 8)
+MULTIPLY(sage_quant_8_8_many_gated, sage_quant_8_8_gated, sage_quant_8_pairs_gated, 8)
+MULTIPLY(sage_quant_8_16_many_gated, sage_quant_8_16_gated, sage_quant_8_pairs_gated, 16)

@@ -52,6 +52,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_has_pairs": (),
     "sage_has_tiles": (),
     "sage_is_gated": (_LONG, _LONG),
+    "sage_is_quant_gated": (_LONG, _LONG),
     "sage_packed_bytes": (_LONG, _LONG, _INT),
     "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
     "sage_rms_norm": (
@@ -139,9 +140,10 @@ class NativeKernels:
         """Whether this CPU has AMX, and its operating system lets this process use it."""
         return bool(self._library.sage_has_tiles())
 
-    def is_gated(self, num_cols: int, size: int) -> bool:
+    def is_gated(self, num_cols: int, size: int, *, quantised: bool = False) -> bool:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
-        return bool(self._library.sage_is_gated(num_cols, size))
+        name = "sage_is_quant_gated" if quantised else "sage_is_gated"
+        return bool(getattr(self._library, name)(num_cols, size))
 
     def pack(
         self, weight: Array, kind: PanelKind, threads: int, free: Callable[[], None] | None = None

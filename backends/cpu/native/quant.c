@@ -11,6 +11,7 @@
  * and zeros (int16) are [panel][group][16]. The number of panels is even.
  */
 #include "quant_rows.h"
+#include "rows.h"
 #include "team.h"
 #include "tuning.h"
 
@@ -19,6 +20,7 @@
 #define OWN_ROWS 64      /* threads share rows, not columns, if each gets at least this many */
 #define FEW 24           /* most rows that read one panel at a time */
 #define CHUNK 16         /* blocks of weights that stay in the first-level cache for all rows */
+#define UP (32 << 10)    /* numbers of up that wait for their gate: part of the cache */
 
 typedef struct {
     char codes[ROOM];
@@ -26,13 +28,13 @@ typedef struct {
     int32_t sums[ROOM / BLOCK], starts[ROOM / BLOCK];
 } Rows;
 
-/* A thread's rows of x. all_blocks: blocks of k in the weight; first, num_blocks: the blocks whose
- * activations are in `rows`. */
+/* A thread's rows of x. first_col: the column of the first number of `out`; all_blocks: blocks of k
+ * in the weight; first, num_blocks: the blocks whose activations are in `rows`. */
 typedef struct {
     const Linear *linear;
     const Rows *rows;
     float *out;
-    long ldo, num_rows, all_blocks, first, num_blocks;
+    long ldo, num_rows, first_col, all_blocks, first, num_blocks;
 } Part;
 
 /* Where a tile is: its first row and panel, and the blocks `from` to `to` of the part. The blocks
@@ -90,10 +92,14 @@ INLINE ints load_zeros(const int16_t *from) {
     return load_ints(zeros);
 }
 
-INLINE void ask_for(const uint8_t *w, long apart, int panels, int bits) {
-    for (int panel = 0; panel < panels; panel++)
+/* Prefetch a block of each panel. Only weights of 8 bits gain from asking for scales too. */
+INLINE void ask_for(const uint8_t *w, long apart, const uint16_t *scales, long scales_apart,
+                    int panels, int bits) {
+    for (int panel = 0; panel < panels; panel++) {
         for (int line = 0; line < bits; line++)
             __builtin_prefetch(w + panel * apart + line * 64, 0, 2);
+        if (bits == 8) __builtin_prefetch(scales + panel * scales_apart, 0, 2);
+    }
 }
 
 /* out += (sums - zeros * sum of the row) * weight scale * row scale. `at`: index of the scales and
@@ -130,10 +136,13 @@ INLINE void add_blocks(const Part *p, const Place *a, int rows, int vecs, int bi
     long block = p->first + a->from, group = block / each, left = each - block % each;
     long row = a->row * p->num_blocks + a->from * rows;
     const uint8_t *w = (const uint8_t *)l->weight + a->panel * panel_bytes + block * block_bytes;
+    const uint16_t *scales = (const uint16_t *)l->scales + a->panel * num_groups * COLS;
+    long scales_ahead = a->ahead / block_bytes / each;
     for (long b = a->from; b < a->to; b++, w += block_bytes, row += rows) {
         ints sums[HIGH][VECS];
         if (b >= a->ahead_from && b < a->ahead_to)
-            ask_for(w + a->ahead, panel_bytes, panels, bits);
+            ask_for(w + a->ahead, panel_bytes, scales + (group + scales_ahead) * COLS,
+                    num_groups * COLS, panels, bits);
         block_sums(w, apart, p->rows->codes + row * x_bits * 4, p->rows->starts + row, rows, vecs,
                    bits, x_bits, table, sums);
         add_block(p, sums, (a->panel * num_groups + group) * COLS, scales_apart, row, rows, vecs,
@@ -148,7 +157,7 @@ INLINE void tile(const Part *p, const Place *a, int rows, int vecs, int bits, in
     floats sums[HIGH][VECS];
     float padded[HIGH][PANELS * COLS] = {{0}};
     long col = a->panel * COLS, cols = least(vecs * INTS, p->linear->num_cols - col);
-    float *out = p->out + a->row * p->ldo + col;
+    float *out = p->out + a->row * p->ldo + col - p->first_col;
     const float *before = out;
     long ldb = p->ldo;
     if (p->first + a->from == 0) before = p->linear->bias ? p->linear->bias + col : NULL, ldb = 0;
@@ -232,31 +241,61 @@ INLINE void product(Part p, const float *x, long ldx, long first, long last, int
     }
 }
 
+/* Multiply the rows of p by the panels first to last of gate and of up. Few rows take all panels of
+ * gate, then all of up, so that memory is read in one sequence. */
+INLINE void gated_product(Part p, const float *x, long ldx, long first, long last, int bits,
+                          int x_bits) {
+    static _Thread_local float up[UP];
+    long half = p.linear->num_cols / COLS / 2, most = UP / COLS / p.num_rows / 2 * 2;
+    p.num_blocks = p.all_blocks;
+    quantise((const Quant *)p.linear, &p, x, ldx, bits, x_bits);
+    for (long panel = first; panel < last; panel += most) {
+        long count = least(most, last - panel);
+        Part own = p;
+        all_panels(&own, panel, panel + count, bits, x_bits);
+        own.out = up, own.ldo = count * COLS, own.first_col = (half + panel) * COLS;
+        all_panels(&own, half + panel, half + panel + count, bits, x_bits);
+        float *out = p.out + panel * COLS;
+        Elements job = {SILU_MUL, out, up, out, p.ldo, own.ldo, p.ldo, p.num_rows, own.ldo};
+        pointwise(&job, 0, 1);
+    }
+}
+
 /* Compute a thread's share: of the columns if rows are few, else of the rows, so that each row is
  * quantised by one thread only. */
 INLINE void multiply_share(const Linear *l, const float *x, long ldx, float *out, long ldo,
-                           long num_rows, int number, int threads, int bits, int x_bits) {
-    long pairs = parts(l->num_cols, 2 * COLS), top = 0, end = num_rows, first = 0, last = pairs;
+                           long num_rows, int number, int threads, int bits, int x_bits,
+                           int gated) {
+    long cols = l->num_cols / (gated ? 2 : 1), most = MOST_ROWS, all_blocks = parts(l->k, BLOCK);
+    long pairs = parts(cols, 2 * COLS), top = 0, end = num_rows, first = 0, last = pairs;
+    if (gated) most = least(most, ROOM / (all_blocks * BLOCK * (x_bits / 8)));
     if (num_rows >= threads * OWN_ROWS)
         share_of(num_rows, number, threads, &top, &end);
     else
         share_of(pairs, number, threads, &first, &last);
-    long blocks = first < last ? parts(end - top, MOST_ROWS) : 0;
+    long blocks = first < last ? parts(end - top, most) : 0;
     for (long b = 0; b < blocks; b++) {
         long row = top + (end - top) * b / blocks, next = top + (end - top) * (b + 1) / blocks;
         Part p = {.linear = l, .rows = &kept, .out = out + row * ldo, .ldo = ldo,
-                  .num_rows = next - row, .all_blocks = parts(l->k, BLOCK)};
-        product(p, x + row * ldx, ldx, 2 * first, least(2 * last, parts(l->num_cols, COLS)), bits,
-                x_bits);
+                  .num_rows = next - row, .all_blocks = all_blocks};
+        if (gated)
+            gated_product(p, x + row * ldx, ldx, 2 * first, 2 * last, bits, x_bits);
+        else
+            product(p, x + row * ldx, ldx, 2 * first, least(2 * last, parts(cols, COLS)), bits,
+                    x_bits);
     }
 }
 
-#define MULTIPLY(bits, x_bits)                                                               \
-    void sage_quant_##bits##_##x_bits(const Linear *l, const float *x, long ldx, float *out, \
-                                      long ldo, long num_rows, int number, int threads) {    \
-        multiply_share(l, x, ldx, out, ldo, num_rows, number, threads, bits, x_bits);        \
+#define MULTIPLY(name, bits, x_bits, gated)                                                        \
+    void name(const Linear *l, const float *x, long ldx, float *out, long ldo, long num_rows,      \
+              int number, int threads) {                                                           \
+        multiply_share(l, x, ldx, out, ldo, num_rows, number, threads, bits, x_bits, gated);       \
     }
-MULTIPLY(4, 8)
-MULTIPLY(4, 16)
-MULTIPLY(8, 8)
-MULTIPLY(8, 16)
+MULTIPLY(sage_quant_4_8, 4, 8, 0)
+MULTIPLY(sage_quant_4_16, 4, 16, 0)
+MULTIPLY(sage_quant_8_8, 8, 8, 0)
+MULTIPLY(sage_quant_8_16, 8, 16, 0)
+MULTIPLY(sage_quant_4_8_gated, 4, 8, 1)
+MULTIPLY(sage_quant_4_16_gated, 4, 16, 1)
+MULTIPLY(sage_quant_8_8_gated, 8, 8, 1)
+MULTIPLY(sage_quant_8_16_gated, 8, 16, 1)

@@ -53,11 +53,35 @@ INLINE void add_step(const ints codes[VECS], const char *x, long ldx, int rows, 
     }
 }
 
+/* block_sums with 16-bit x for few rows: upper and lower bytes at once, so that weights are read
+ * once. More rows would not leave enough registers. */
+INLINE void few_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
+                     int vecs, int bits, Table table, ints sums[HIGH][VECS]) {
+    ints upper[HIGH][VECS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vecs; v++) upper[r][v] = NONE, sums[r][v] = splat(starts + r);
+    UNROLL for (int step = 0; step < bits; step++) {
+        const char *from = x + step * 32 / bits;
+        ints codes[VECS];
+        UNROLL for (int v = 0; v < vecs; v++)
+            codes[v] = load_ints(w + step * COLS * 4 + v * apart);
+        add_step(codes, from, 64, rows, vecs, bits, table, upper);
+        add_step(codes, from + 32, 64, rows, vecs, bits, table, sums);
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vecs; v++)
+            sums[r][v] = add32(sums[r][v], _mm512_slli_epi32(upper[r][v], 8));
+}
+
 /* sums[r][v] = starts[r] + codes of vector v times row r, over one block. w: the codes of vector v
  * begin at w + v * apart; x: the codes of the rows, one row after the other. */
 INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
                        int vecs, int bits, int x_bits, Table table,
                        ints sums[HIGH][VECS]) {
+    if (x_bits == 16 && rows * vecs <= 4) {
+        few_sums(w, apart, x, starts, rows, vecs, bits, table, sums);
+        return;
+    }
     ROLLED for (int part = 0; part < x_bits / 8; part++) {
         UNROLL for (int r = 0; r < rows; r++) {
             int32_t start = part == x_bits / 8 - 1 ? starts[r] : 0;
