@@ -8,6 +8,7 @@ import numpy as np
 
 from sagellm.backends.arrays import Array, Floats, in_large_pages
 from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.quantised_weight import (
     GROUP_SIZE,
@@ -109,15 +110,14 @@ def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
 
 BLOCK = 32  # codes along k whose products are summed as integers
 _COLUMNS = 16  # columns of a panel; C takes two panels at once, so their number is even
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+_POINTER = ctypes.c_void_p
 
 
 class NativeQuant(ctypes.Structure):
     """The C struct `Quant` of quant.h: a `Linear`, the order of k, and the levels of codes."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
-        *((name, _LONG) for name in ("num_cols", "k", "group")),
+        *NativeLinear._fields_,
         ("order", _POINTER),
         ("levels", _POINTER),
     )
@@ -149,7 +149,7 @@ class PackedQuantised:
         numbers, scales, *optional = (_address(array) for array in self._kept)
         run = kernels.function(f"sage_quant_{weight.bits}_{row_form}")
         self._struct = NativeQuant(
-            run, None, numbers, scales, optional[0], optional[1], *self.shape
+            run, None, None, numbers, scales, optional[0], optional[1], *self.shape
         )
         self._struct.group, self._struct.order = weight.group, optional[2]
         self._struct.levels = optional[3]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tensors import arrays
 
 from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.cpu.lowerings import CpuProgram
@@ -15,10 +16,12 @@ from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.program import NativeProgram
 from sagellm.backends.cpu.torch_linear import array
+from sagellm.graphs.models import build
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
 FAMILIES = ["llama", "llama_biased", "llama3", "mistral", "qwen2", "qwen2_sliding", "qwen3"]
+TABLE = "model.embed_tokens.weight"
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -115,6 +118,52 @@ def test_a_row_may_be_wanted_twice_and_none_at_all(reference, paged):
         rows = np.array(chosen, dtype=np.int64)
         found = sequences.run(replace(inputs, logit_rows=rows))
         assert torch.equal(found, whole[rows])
+
+
+def untied(model):
+    """The same model with a weight of its own for the logits."""
+    weights = {**model.weights, "lm_head.weight": model.weights[TABLE].clone()}
+    return replace(model, config={**model.config, "tie_word_embeddings": False}, weights=weights)
+
+
+@DTYPES
+@pytest.mark.parametrize("has_pairs", [True, False])
+def test_a_tied_embedding_has_the_bits_of_an_untied_one(reference, paged, dtype, has_pairs):
+    model, batches = reference("qwen2"), [{"a": [*range(97)], "b": [3]}, {"b": [96]}]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(KERNELS), "has_pairs", has_pairs and KERNELS.has_pairs)
+        tied, other = native(paged, model, dtype), native(paged, untied(model), dtype)
+    for batch in batches:
+        found, wanted = tied.step(batch), other.step(batch)
+        assert all(torch.equal(found[name], wanted[name]) for name in batch)
+
+
+class Lent(dict):
+    """Weights that are copied for each access; `held`: the names whose copies are alive."""
+
+    def __init__(self, weights):
+        super().__init__(weights)
+        self._lent = {}
+
+    def __getitem__(self, name):
+        copy = super().__getitem__(name).copy()
+        self._lent[name] = weakref.ref(copy)
+        return copy
+
+    @property
+    def held(self):
+        return {name for name, lent in self._lent.items() if lent() is not None}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_tied_embedding_is_not_held_beside_the_weight_of_the_logits(reference, is_tied):
+    model = reference("qwen2") if is_tied else untied(reference("qwen2"))
+    weights = Lent(arrays(model.weights))
+    lowered = {"layout": model.layout(), "dtype": "float32", "deterministic": False}
+    program = CpuBackend().device().lower(build(model.config), weights, **lowered)
+    assert isinstance(program, NativeProgram)
+    held = {name for name in weights.held if weights[name].ndim > 1}
+    assert held == (set() if is_tied else {TABLE})
 
 
 @pytest.mark.parametrize("token", [-1, 97])

@@ -121,6 +121,7 @@ SHARE = ctypes.CFUNCTYPE(  # `multiply` of linear.h
     *(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_long),
     *(ctypes.c_long, ctypes.c_int, ctypes.c_int),
 )
+LOOK_UP = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p)  # of linear.h
 
 
 def gated(linear, x, width, threads):
@@ -186,6 +187,19 @@ def test_the_struct_names_what_the_c_kernels_read():
     assert (found.num_cols, found.k, found.group) == (*linear.shape, 0)
     assert (found.scales, found.zeros, found.bias) == (None, None, bias.data_ptr())
     assert found.run == ctypes.cast(KERNELS._library.sage_multiply_float, ctypes.c_void_p).value
+
+
+@KINDS
+@SHAPES
+def test_a_row_of_a_packed_weight_has_the_bits_that_were_packed(kind, width, depth):
+    _, weight, _ = operands(1, width, depth, kind)
+    linear = pack(weight, None, kind)
+    look_up = LOOK_UP(NativeLinear.from_address(linear.address).row)
+    for row in range(width):
+        found = torch.full((depth + 1,), 7.0)
+        look_up(linear.address, row, found.data_ptr())
+        assert torch.equal(found[:depth], weight[row].float()), row
+        assert found[depth] == 7.0
 
 
 def test_what_a_struct_points_to_lives_as_long_as_it():

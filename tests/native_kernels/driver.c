@@ -97,6 +97,9 @@ MULTIPLIES(sage_quant_8_8_many)
 MULTIPLIES(sage_quant_8_16_many)
 MULTIPLIES(sage_quant_4_pairs)
 MULTIPLIES(sage_quant_8_pairs)
+MULTIPLIES(sage_row_float)
+MULTIPLIES(sage_row_bfloat)
+MULTIPLIES(sage_row_pairs)
 #if TILES
 MULTIPLIES(sage_multiply_tiles)
 MULTIPLIES(sage_gated_tiles)
@@ -131,6 +134,12 @@ static int64_t call_gated(const Value *values) {
     return 0;
 }
 
+static int64_t call_row(const Value *values) {
+    const Linear *linear = P(0);
+    linear->row(linear, N(1), P(2));
+    return 0;
+}
+
 static int64_t call_sleep_us(const Value *values) {
     struct timespec span = {0, N(0) * 1000};
     return nanosleep(&span, NULL);
@@ -147,7 +156,7 @@ typedef struct {
 #define OWN(name) {#name, call_##name, NULL}
 #define MULTIPLY(name) {#name, NULL, (void *)name}
 static const Function functions[] = {
-    OWN(allow), OWN(gated), OWN(sleep_us), OWN(allocate), OWN(sage_has_pairs), OWN(sage_is_gated),
+    OWN(allow), OWN(gated), OWN(row), OWN(sleep_us), OWN(allocate), OWN(sage_has_pairs), OWN(sage_is_gated),
     OWN(sage_has_tiles), OWN(sage_tune_get), OWN(sage_tune_set), OWN(sage_sample),
     OWN(sage_packed_bytes), OWN(sage_pack), OWN(sage_linear), OWN(sage_rms_norm),
     OWN(sage_silu_mul), OWN(sage_rope_kv_write), OWN(sage_attention), OWN(sage_step_run),
@@ -157,7 +166,8 @@ static const Function functions[] = {
     MULTIPLY(sage_gated_pairs), MULTIPLY(sage_quant_4_8), MULTIPLY(sage_quant_4_16),
     MULTIPLY(sage_quant_8_8), MULTIPLY(sage_quant_8_16), MULTIPLY(sage_quant_4_8_many),
     MULTIPLY(sage_quant_8_8_many), MULTIPLY(sage_quant_8_16_many), MULTIPLY(sage_quant_4_pairs),
-    MULTIPLY(sage_quant_8_pairs),
+    MULTIPLY(sage_quant_8_pairs), MULTIPLY(sage_row_float), MULTIPLY(sage_row_bfloat),
+    MULTIPLY(sage_row_pairs),
 #if TILES
     MULTIPLY(sage_multiply_tiles), MULTIPLY(sage_gated_tiles),
 #endif
