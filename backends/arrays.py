@@ -1,5 +1,6 @@
 """Arrays of weights and pools: dtypes that numpy lacks, conversions, and memory in large pages."""
 
+import ctypes
 import mmap
 from typing import Any, TypeAlias
 
@@ -75,13 +76,15 @@ def empty_in_large_pages(num_elements: int, dtype: np.dtype[Any]) -> Array:
     return np.frombuffer(memory, dtype=dtype, count=num_elements, offset=start)
 
 
-def in_large_pages(array: Array) -> Array:
-    """A contiguous copy of an array in large pages, or the array itself if it is too small."""
-    if array.nbytes < LARGE_PAGE:
-        return array
-    copy = empty_in_large_pages(array.size, array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+def release_freed_memory() -> None:
+    """Return freed memory of C's allocator to the system, where the C library can (glibc).
+
+    The allocator keeps freed memory for later requests: after the start of an engine, tens of
+    megabytes that no step needs again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _address_of(memory: mmap.mmap) -> int:

@@ -139,7 +139,7 @@ def _packed(
     threads = default_threads(kernels.tuning.tuned)
 
     def make(weight: Array, bits: int) -> QuantisedWeight:
-        return quantise(kernels, weight, bits, threads)
+        return quantise(kernels, weight, bits, threads, binding.give_back)
 
     is_logits = binding.makes_logits(names[0])
     weights = quantised_weights(binding, names, sizes, size, make)

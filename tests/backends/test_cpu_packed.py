@@ -229,7 +229,7 @@ def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_can(monkeypatch, has_pair
 def test_a_large_weight_is_packed_in_parts(kind, monkeypatch):
     _, weight, _ = operands(1, 300, 77, kind)
     whole, freed = KERNELS.pack(array(weight), kind, 2, lambda: pytest.fail("it is small")), []
-    monkeypatch.setattr(library, "_PACKED_AT_ONCE", 70 * 77 * weight.element_size())
+    monkeypatch.setattr(library, "_READ_AT_ONCE", 70 * 77 * weight.element_size())
     parts = KERNELS.pack(array(weight), kind, 2, lambda: freed.append(1))
     assert parts.tobytes() == whole.tobytes()
     assert len(freed) == -(-300 // 64)
