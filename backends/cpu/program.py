@@ -14,11 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from sagellm.backends.arrays import Array, Floats, dtype_name
+from sagellm.backends.arrays import Array, Floats, dtype_name, empty_in_large_pages
 from sagellm.backends.cpu.binding import Binding, NativeKernel
 from sagellm.backends.cpu.kv_storage import CpuStorage, stored_dtype
 from sagellm.backends.cpu.native import c_structs
@@ -40,7 +40,34 @@ from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS
 
 T = TypeVar("T")
+# Allocates logits from the number of rows and the size of the vocabulary.
+NewLogits: TypeAlias = Callable[[int, int], Floats]
+_MOST_KEPT = 64 << 20  # bytes of logits: 100 rows of a vocabulary of 150,000
 _ROWS = 16  # the arena's rows are a multiple of 16, so that each buffer begins at a cache line
+
+
+def new_logits(num_rows: int, vocab_size: int) -> Floats:
+    return np.empty((num_rows, vocab_size), dtype=np.float32)
+
+
+class LogitsMemory:
+    """The memory of the logits of a queue, kept from step to step. The logits of a step are valid
+    until the next call.
+
+    Freed logits would stay in C's allocator, several times because their number of rows changes.
+    """
+
+    def __init__(self) -> None:
+        self._kept = np.empty(0, dtype=np.float32)
+
+    def __call__(self, num_rows: int, vocab_size: int) -> Floats:
+        size = num_rows * vocab_size
+        if size * self._kept.itemsize > _MOST_KEPT:  # the rows of a prompt that is scored
+            return new_logits(num_rows, vocab_size)
+        if size > len(self._kept):
+            self._kept = np.empty(0, dtype=np.float32)  # free it before the next is allocated
+            self._kept = empty_in_large_pages(size, self._kept.dtype)
+        return self._kept[:size].reshape(num_rows, vocab_size)
 
 
 class StepProgram:
@@ -49,9 +76,11 @@ class StepProgram:
     def __init__(self) -> None:
         self.lock = threading.Lock()
 
-    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+    def run(
+        self, inputs: StepInputs, pool: Array, threads: int, new_logits: NewLogits = new_logits
+    ) -> Floats:
         """Run a step on so many threads: write keys and values of the T new tokens to `pool`, and
-        return the logits [R, vocab] float32.
+        return the logits [R, vocab] float32, perhaps in the memory that `new_logits` allocates.
         """
         raise NotImplementedError
 
@@ -90,10 +119,12 @@ class NativeProgram(StepProgram):
     def __str__(self) -> str:
         return f"# in one native call\n{self._plan}"
 
-    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+    def run(
+        self, inputs: StepInputs, pool: Array, threads: int, new_logits: NewLogits = new_logits
+    ) -> Floats:
         """Run a step. Raises IndexError for a token outside of the vocabulary."""
         num_rows = len(inputs.logit_rows if self._translation.is_chosen else inputs.token_ids)
-        logits = np.empty((num_rows, self._translation.num_logits), dtype=np.float32)
+        logits = new_logits(num_rows, self._translation.num_logits)
         self._step.logits = logits.ctypes.data
         self._grow(max(len(inputs.token_ids), len(inputs.logit_rows)))
         tables = [rope_tables(rope).up_to(max(inputs.contexts)) for rope in self._translation.ropes]
@@ -258,6 +289,7 @@ class CpuQueue:
         self._pickers = pickers(native, self._threads)
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masks = MaskThread()
+        self._new_logits = LogitsMemory()
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME)
         self._thread.start()
 
@@ -281,29 +313,28 @@ class CpuQueue:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began
             try:
-                sampled = _computed(launch, self._masks, self._pickers, self._threads)
+                sampled = self._computed(launch)
             except BaseException as error:  # the ticket raises it; the thread serves later launches
                 launch.ticket.set_exception(error)
             else:
                 launch.ticket.set_result(sampled)
 
-
-def _computed(launch: _Launch, mask_thread: MaskThread, pickers: Pickers, threads: int) -> Sampled:
-    """Run the launch's program, and sample from its logits. Raises the errors of the step."""
-    batch, inputs = launch.batch, launch.inputs
-    if batch.after is not None:
-        feed(batch, inputs, _sampled_by(batch.after))
-    masks = mask_thread.start(batch.rows)
-    try:
-        with launch.program.lock:  # queues of other engines may run the same program
-            logits = launch.program.run(inputs, launch.storage.pool, threads)
-    finally:
-        found = masks.result()  # matchers belong to one thread: none may work past the step
-    num_rows = len(batch.rows)
-    sampled = sample(logits[:num_rows], batch.rows, found, pickers)
-    if batch.scored:
-        sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
-    return sampled
+    def _computed(self, launch: _Launch) -> Sampled:
+        """Run the launch's program, and sample from its logits. Raises the errors of the step."""
+        batch, inputs, pool = launch.batch, launch.inputs, launch.storage.pool
+        if batch.after is not None:
+            feed(batch, inputs, _sampled_by(batch.after))
+        masks = self._masks.start(batch.rows)
+        try:
+            with launch.program.lock:  # queues of other engines may run the same program
+                logits = launch.program.run(inputs, pool, self._threads, self._new_logits)
+        finally:
+            found = masks.result()  # matchers belong to one thread: none may work past the step
+        num_rows = len(batch.rows)
+        sampled = sample(logits[:num_rows], batch.rows, found, self._pickers)
+        if batch.scored:
+            sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
+        return sampled
 
 
 def _sampled_by(ticket: Ticket) -> list[int]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tensors import arrays
 
-from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.cpu import CpuBackend, program
 from sagellm.backends.cpu.lowerings import CpuProgram
 from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.program import NativeProgram
+from sagellm.backends.cpu.program import LogitsMemory, NativeProgram
 from sagellm.backends.cpu.torch_linear import array
 from sagellm.graphs.models import build
 
@@ -213,3 +213,29 @@ def test_python_and_c_mean_the_same_structures():
     sizes = (ctypes.c_long * len(c_structs.SIZED))()
     KERNELS._library.sage_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(kind) for kind in c_structs.SIZED]
+
+
+def test_logits_of_a_queue_take_the_memory_of_those_before():
+    memory = LogitsMemory()
+    first = memory(8, 100_000)
+    for num_rows in (1, 8, 3):
+        logits = memory(num_rows, 100_000)
+        assert (logits.shape, logits.ctypes.data) == ((num_rows, 100_000), first.ctypes.data)
+    assert memory(9, 100_000).shape == (9, 100_000)
+
+
+def test_logits_of_a_long_prompt_are_not_kept(monkeypatch):
+    monkeypatch.setattr(program, "_MOST_KEPT", 4 * 800)
+    memory = LogitsMemory()
+    kept = memory(8, 100)
+    assert memory(9, 100).base is None
+    assert memory(8, 100).ctypes.data == kept.ctypes.data
+
+
+def test_a_step_writes_its_logits_where_it_is_told(reference, paged):
+    sequences, memory = native(paged, reference("llama")), LogitsMemory()
+    wanted = sequences.step({"a": [1, 2, 3]})["a"]
+    inputs = sequences._inputs({"a": [1, 2, 3]})
+    found = [sequences.program.run(inputs, array(sequences.pool), 1, memory) for _ in range(2)]
+    assert np.array_equal(found[1], wanted.numpy())
+    assert found[0].ctypes.data == found[1].ctypes.data
