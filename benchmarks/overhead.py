@@ -47,9 +47,9 @@ def noted_calls() -> Iterator[list[Call]]:
 
 
 def _noted(whole: Run, calls: list[Call]) -> Run:
-    def run(self: Any, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+    def run(self: Any, inputs: StepInputs, pool: Array, threads: int, *more: Any) -> Floats:
         start_s = time.perf_counter()
-        logits = whole(self, inputs, pool, threads)
+        logits = whole(self, inputs, pool, threads, *more)
         is_decode = all(length == 1 for length in inputs.query_lens)
         num_decoding = len(inputs.query_lens) if is_decode else 0
         calls.append(Call(start_s, time.perf_counter(), num_decoding))

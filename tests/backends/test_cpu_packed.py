@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from sagellm.backends import arrays
 from sagellm.backends.cpu import linear as packing
 from sagellm.backends.cpu.linear import PackedLinear
-from sagellm.backends.cpu.native import library
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native.tuning import Tuning
@@ -229,7 +229,7 @@ def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_can(monkeypatch, has_pair
 def test_a_large_weight_is_packed_in_parts(kind, monkeypatch):
     _, weight, _ = operands(1, 300, 77, kind)
     whole, freed = KERNELS.pack(array(weight), kind, 2, lambda: pytest.fail("it is small")), []
-    monkeypatch.setattr(library, "_READ_AT_ONCE", 70 * 77 * weight.element_size())
+    monkeypatch.setattr(arrays, "_READ_AT_ONCE", 70 * 77 * weight.element_size())
     parts = KERNELS.pack(array(weight), kind, 2, lambda: freed.append(1))
     assert parts.tobytes() == whole.tobytes()
     assert len(freed) == -(-300 // 64)

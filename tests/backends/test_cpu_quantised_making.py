@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
+from sagellm.backends import arrays
 from sagellm.backends.cpu import quantised_linear
-from sagellm.backends.cpu.native import library
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.torch_linear import array, quantised, tensor
 from sagellm.backends.quantised_weight import LEVELS
@@ -108,7 +108,7 @@ def test_a_large_weight_is_quantised_and_packed_in_parts(bits, monkeypatch):
     kernels, weight, freed = WAYS[1], array(weight_of("normal", 300, 77)), []
     whole = quantised_linear.quantise(kernels, weight, bits, 2, lambda: pytest.fail("it is small"))
     packed = quantised_linear._packed_codes(whole)
-    monkeypatch.setattr(library, "_READ_AT_ONCE", 70 * 77 * weight.itemsize)
+    monkeypatch.setattr(arrays, "_READ_AT_ONCE", 70 * 77 * weight.itemsize)
     monkeypatch.setattr(quantised_linear, "_PACKED_AT_ONCE", 70 * 77)
     parts = quantised_linear.quantise(kernels, weight, bits, 2, lambda: freed.append(1))
     assert len(freed) == -(-300 // 64)

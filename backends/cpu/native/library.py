@@ -4,7 +4,7 @@ must be contiguous.
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ from sagellm.backends.arrays import (
     Integers,
     dtype_name,
     empty_in_large_pages,
+    row_parts,
 )
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
@@ -39,8 +40,6 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
 
 PanelKind: TypeAlias = Literal["float", "bfloat", "pairs"]
-_READ_AT_ONCE = 32 << 20  # bytes of a weight
-_PANELS = 64  # columns: whole panels on every CPU
 _KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
 
 _SAMPLE_OPTIONS = np.dtype(  # of sample.c
@@ -153,7 +152,7 @@ class NativeKernels:
         number, size = _KINDS.index(kind), weight.shape[1]
         num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
         packed = empty_in_large_pages(num_bytes // weight.itemsize, weight.dtype)
-        for rows in _parts(weight, free):
+        for rows in row_parts(weight, free):
             part = weight[rows]
             place = packed.ctypes.data + self._library.sage_packed_bytes(rows.start, size, number)
             self._library.sage_pack(part.ctypes.data, number, place, len(part), size, threads)
@@ -175,7 +174,7 @@ class NativeKernels:
         codes: Array = np.empty((num_rows, size), dtype=np.uint8 if bits == 4 else np.int8)
         scales: Array = np.empty((num_rows, -(-size // 32)), dtype=np.float16)
         numbers = (_FLOAT * len(tries))(*tries), len(tries), (_FLOAT * len(LEVELS))(*LEVELS)
-        for part in _parts(weight, free):
+        for part in row_parts(weight, free):
             self._library.sage_quant_make(
                 *(weight[part].ctypes.data, _is_bfloat(weight), *numbers),
                 *(codes[part].ctypes.data, scales[part].ctypes.data, bits),
@@ -344,18 +343,6 @@ _STEP_ERRORS = {  # by the error codes of step.h
     1: MemoryError("no memory for the sums of attention"),
     2: IndexError("a token id is outside of the vocabulary"),
 }
-
-
-def _parts(weight: Array, free: Callable[[], None] | None) -> Iterator[slice]:
-    """The rows of a weight in parts that begin where a panel begins. `free` is called after each
-    part of a large weight.
-    """
-    row_bytes = weight.shape[1] * weight.itemsize
-    step = max(1, _READ_AT_ONCE // (_PANELS * row_bytes)) * _PANELS
-    for top in range(0, len(weight), step):
-        yield slice(top, top + step)
-        if free and len(weight) > step:
-            free()
 
 
 def _matrix(rows: Floats) -> tuple[int, int]:
