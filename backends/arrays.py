@@ -1,6 +1,8 @@
 """Arrays of weights and pools: dtypes that numpy lacks, conversions, and memory in large pages."""
 
+import ctypes
 import mmap
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +21,8 @@ def opaque(name: str, num_bytes: int) -> np.dtype[np.void]:
 
 BFLOAT16 = opaque("bfloat16", 2)
 LARGE_PAGE = 2 << 20  # bytes
+_READ_AT_ONCE = 32 << 20  # bytes of a weight
+_PART_ROWS = 64  # whole panels of the kernels of every CPU
 _CONVERTED_AT_ONCE = 1 << 20  # numbers, so that the temporaries stay small
 
 
@@ -75,13 +79,27 @@ def empty_in_large_pages(num_elements: int, dtype: np.dtype[Any]) -> Array:
     return np.frombuffer(memory, dtype=dtype, count=num_elements, offset=start)
 
 
-def in_large_pages(array: Array) -> Array:
-    """A contiguous copy of an array in large pages, or the array itself if it is too small."""
-    if array.nbytes < LARGE_PAGE:
-        return array
-    copy = empty_in_large_pages(array.size, array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+def row_parts(weight: Array, free: Callable[[], None] | None = None) -> Iterator[slice]:
+    """The rows of a weight [N, K] in parts, each a multiple of 64 rows but for the last. `free` is
+    called after each part of a large weight.
+    """
+    row_bytes = weight.shape[1] * weight.itemsize
+    step = max(1, _READ_AT_ONCE // (_PART_ROWS * row_bytes)) * _PART_ROWS
+    for top in range(0, len(weight), step):
+        yield slice(top, top + step)
+        if free and len(weight) > step:
+            free()
+
+
+def release_freed_memory() -> None:
+    """Return freed memory of C's allocator to the system, where the C library can (glibc).
+
+    The allocator keeps freed memory for later requests: after the start of an engine, tens of
+    megabytes that no step needs again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _address_of(memory: mmap.mmap) -> int:

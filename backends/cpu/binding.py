@@ -30,11 +30,24 @@ class MappedWeights(Protocol):
     def give_back(self) -> None: ...
 
 
+class PackedWeight(Protocol):
+    """A weight [N, K] in the order of the C kernels. `address`: that of its C `Linear`, which reads
+    single rows.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def address(self) -> int: ...
+
+
 class Binding:
     """The weights and options that kernels are bound to when a program is made.
 
     Each weight is read once and converted to the program's dtype. Nodes that name the same weight
-    share it. `native`: the C kernels; None if there is no C compiler or they must not be used.
+    share it, or its packed form. `native`: the C kernels; None if there is no C compiler or they
+    must not be used.
     """
 
     def __init__(
@@ -56,6 +69,7 @@ class Binding:
         self._num_users = Counter(node.attrs.get("weight") for node in graph.nodes)
         self._shared: dict[str, Array] = {}
         self._looked_at: dict[str, Array] = {}
+        self._packed: dict[str, PackedWeight] = {}
         heads = [graph.node(edge.source) for edge in graph.inputs(SINK) if edge.inlet == "logits"]
         self._heads = {node.attrs.get("weight") for node in heads}
 
@@ -87,6 +101,19 @@ class Binding:
         if self._num_users[name] > 1:
             self._shared[name] = found
         return found
+
+    def keep_packed(self, name: str, packed: "PackedWeight") -> None:
+        """Keep the packed form of a weight that has more users, in place of the weight itself."""
+        if self._num_users[name] > 1:
+            self._packed[name] = packed
+            self._shared.pop(name, None)
+
+    def packed(self, name: str, *shape: int) -> "PackedWeight | None":
+        """The packed form of the weight `name` of a linear that was bound before, if its shape is
+        `shape`.
+        """
+        found = self._packed.get(name)
+        return found if found is not None and found.shape == shape else None
 
     def joined(self, names: Sequence[str], sizes: Sequence[int], size: int) -> Array:
         """The weights `names`, each [N, size], concatenated along N. `sizes`: the N of each weight.

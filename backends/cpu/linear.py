@@ -12,8 +12,9 @@ class PackedLinear:
     """Multiplies rows [T, K] by a packed weight in a C kernel. The result is [T, N].
 
     Rows may be strided, but the elements of a row are contiguous. `kernel` names a `multiply`
-    function of the library, and `gated` its gated form; `weight` has the kernel's order. `address`:
-    the address of the C `NativeLinear`, valid while this object lives.
+    function of the library, `gated` its gated form, and `row` a `look_up` function, which reads a
+    row of the weight; `weight` has the order of these kernels. `address`: the address of the C
+    `NativeLinear`, valid while this object lives.
     """
 
     def __init__(
@@ -24,13 +25,14 @@ class PackedLinear:
         shape: tuple[int, int],
         *,
         gated: str | None = None,
+        row: str | None = None,
         bias: Floats | None = None,
     ) -> None:
         self.shape = shape  # N, K
         self._kernels = kernels
         self._kept = (weight, bias)  # the struct points into their memory
-        run = kernels.function(kernel), kernels.function(gated) if gated else None
-        self._struct = NativeLinear(*run, weight.ctypes.data)
+        optional = (kernels.function(name) if name else None for name in (gated, row))
+        self._struct = NativeLinear(kernels.function(kernel), *optional, weight.ctypes.data)
         self._struct.bias = None if bias is None else bias.ctypes.data
         self._struct.num_cols, self._struct.k = shape
         self.address = ctypes.addressof(self._struct)
@@ -66,5 +68,6 @@ def pack(
         kernels.pack(weight, kind, threads, free),
         shape,
         gated=f"sage_gated_{way}" if kernels.is_gated(*shape) else None,
+        row=f"sage_row_{kind}",
         bias=bias,
     )

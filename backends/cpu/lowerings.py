@@ -18,7 +18,7 @@ from sagellm.backends.cpu.attention import (
 )
 from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native_forms import fused_bias, rope_tables
-from sagellm.backends.cpu.program import StepProgram, each_bound
+from sagellm.backends.cpu.program import NewLogits, StepProgram, each_bound, new_logits
 from sagellm.backends.cpu.torch_linear import array, linear, quantised_linear, tensor
 from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.backends.step import StepInputs
@@ -62,7 +62,9 @@ class CpuProgram(StepProgram):
         return str(self._plan)
 
     @torch.no_grad()
-    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+    def run(
+        self, inputs: StepInputs, pool: Array, threads: int, new_logits: NewLogits = new_logits
+    ) -> Floats:
         """Run a step. From now on, torch uses as many threads for this thread."""
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)  # OpenMP keeps this number for the calling thread

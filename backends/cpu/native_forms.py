@@ -29,6 +29,7 @@ from sagellm.graphs.kernels.token_mixers import KVWrite, PagedAttention, Rope, R
 # NoNativeForm.
 NativeForm: TypeAlias = Callable[[Any, Binding], NativeKernel]
 
+_FLOAT_ROWS, _BFLOAT_ROWS, _PACKED = range(3)  # TableForm of rows.h
 _FEWEST = 256  # positions of the smallest table
 
 
@@ -90,10 +91,15 @@ def _kernels(binding: Binding) -> NativeKernels:
 
 
 def _embedding(options: Embedding, binding: Binding) -> NativeKernel:
-    weight = binding.weight(options.weight, options.vocab_size, options.size)
-    bfloat = weight.dtype == BFLOAT16
-    fields = {"weight": weight.ctypes.data, "size": options.vocab_size, "bfloat": bfloat}
-    return NativeKernel(fields, (options.size,), keep=weight)
+    shape = options.vocab_size, options.size
+    packed = binding.packed(options.weight, *shape)
+    if packed is not None:  # no second copy beside that of the logits
+        fields = {"weight": packed.address, "size": shape[0], "table_form": _PACKED}
+        return NativeKernel(fields, shape[1:], keep=packed)
+    weight = binding.weight(options.weight, *shape)
+    form = _BFLOAT_ROWS if weight.dtype == BFLOAT16 else _FLOAT_ROWS
+    fields = {"weight": weight.ctypes.data, "size": shape[0], "table_form": form}
+    return NativeKernel(fields, shape[1:], keep=weight)
 
 
 def _rms_norm(options: RmsNorm, binding: Binding) -> NativeKernel:
@@ -133,14 +139,17 @@ def _packed(
     threads = default_threads(kernels.tuning.tuned)
 
     def make(weight: Array, bits: int) -> QuantisedWeight:
-        return quantise(kernels, weight, bits, threads)
+        return quantise(kernels, weight, bits, threads, binding.give_back)
 
     is_logits = binding.makes_logits(names[0])
     weights = quantised_weights(binding, names, sizes, size, make)
     if weights is None:
         whole = binding.joined(names, sizes, size)
         free, tiles = binding.give_back, binding.uses_tiles
-        return pack(kernels, whole, bias, threads=threads, free=free, tiles=tiles)
+        packed = pack(kernels, whole, bias, threads=threads, free=free, tiles=tiles)
+        if len(names) == 1:
+            binding.keep_packed(names[0], packed)
+        return packed
     weight = joined(weights)
     if weight is None:
         raise NoNativeForm("the weights of a layer have different forms")

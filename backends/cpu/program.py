@@ -14,11 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from sagellm.backends.arrays import Array, Floats, Integers, dtype_name
+from sagellm.backends.arrays import Array, Floats, Integers, dtype_name, empty_in_large_pages
 from sagellm.backends.cpu.binding import Binding, NativeKernel
 from sagellm.backends.cpu.kv_storage import CpuStorage, stored_dtype
 from sagellm.backends.cpu.native import c_structs
@@ -40,7 +40,34 @@ from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS
 
 T = TypeVar("T")
+# Allocates logits from the number of rows and the size of the vocabulary.
+NewLogits: TypeAlias = Callable[[int, int], Floats]
+_MOST_KEPT = 64 << 20  # bytes of logits: 100 rows of a vocabulary of 150,000
 _ROWS = 16  # the arena's rows are a multiple of 16, so that each buffer begins at a cache line
+
+
+def new_logits(num_rows: int, vocab_size: int) -> Floats:
+    return np.empty((num_rows, vocab_size), dtype=np.float32)
+
+
+class LogitsMemory:
+    """The memory of the logits of a queue, kept from step to step. The logits of a step are valid
+    until the next call.
+
+    Freed logits would stay in C's allocator, several times because their number of rows changes.
+    """
+
+    def __init__(self) -> None:
+        self._kept = np.empty(0, dtype=np.float32)
+
+    def __call__(self, num_rows: int, vocab_size: int) -> Floats:
+        size = num_rows * vocab_size
+        if size * self._kept.itemsize > _MOST_KEPT:  # the rows of a prompt that is scored
+            return new_logits(num_rows, vocab_size)
+        if size > len(self._kept):
+            self._kept = np.empty(0, dtype=np.float32)  # free it before the next is allocated
+            self._kept = empty_in_large_pages(size, self._kept.dtype)
+        return self._kept[:size].reshape(num_rows, vocab_size)
 
 
 class StepProgram:
@@ -49,9 +76,11 @@ class StepProgram:
     def __init__(self) -> None:
         self.lock = threading.Lock()
 
-    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+    def run(
+        self, inputs: StepInputs, pool: Array, threads: int, new_logits: NewLogits = new_logits
+    ) -> Floats:
         """Run a step on so many threads: write keys and values of the T new tokens to `pool`, and
-        return the logits [R, vocab] float32.
+        return the logits [R, vocab] float32, perhaps in the memory that `new_logits` allocates.
         """
         raise NotImplementedError
 
@@ -98,10 +127,12 @@ class NativeProgram(StepProgram):
     def __str__(self) -> str:
         return f"# in one native call\n{self._plan}"
 
-    def run(self, inputs: StepInputs, pool: Array, threads: int) -> Floats:
+    def run(
+        self, inputs: StepInputs, pool: Array, threads: int, new_logits: NewLogits = new_logits
+    ) -> Floats:
         """Run a step. Raises IndexError for a token outside of the vocabulary."""
         num_rows = len(inputs.logit_rows if self._translation.is_chosen else inputs.token_ids)
-        logits = np.empty((num_rows, self._translation.num_logits), dtype=np.float32)
+        logits = new_logits(num_rows, self._translation.num_logits)
         self._step.logits = logits.ctypes.data
         if self._translation.is_chosen:
             self._largest = np.empty(num_rows, dtype=np.int64)
@@ -138,8 +169,7 @@ class NativeProgram(StepProgram):
         if num_rows > step.capacity or step.arena is None:
             step.capacity = -(-num_rows // _ROWS) * _ROWS
             self._arena = np.empty(0, dtype=np.float32)  # free it before the next is allocated
-            num_floats = step.capacity * self._translation.num_floats
-            self._arena = np.empty(num_floats, dtype=np.float32)
+            self._arena = np.empty(step.capacity * self._translation.num_floats, dtype=np.float32)
             step.arena = self._arena.ctypes.data
 
     def _load(self, inputs: StepInputs, pool: Array) -> None:
@@ -267,11 +297,11 @@ class CpuQueue:
 
     def __init__(self, threads: int | None = None, *, is_native: bool = True) -> None:
         native = native_kernels() if is_native else None
-        tuned = native.tuning.tuned if native else None
-        self._threads = default_threads(tuned) if threads is None else threads
+        self._threads = threads or default_threads(native.tuning.tuned if native else None)
         self._pickers = pickers(native, self._threads)
         self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masks = MaskThread()
+        self._new_logits = LogitsMemory()
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME)
         self._thread.start()
 
@@ -295,33 +325,31 @@ class CpuQueue:
             if not launch.ticket.set_running_or_notify_cancel():
                 continue  # cancelled before it began
             try:
-                sampled = _computed(launch, self._masks, self._pickers, self._threads)
+                sampled = self._computed(launch)
             except BaseException as error:  # the ticket raises it; the thread serves later launches
                 launch.ticket.set_exception(error)
             else:
                 launch.ticket.set_result(sampled)
 
-
-def _computed(launch: _Launch, mask_thread: MaskThread, pickers: Pickers, threads: int) -> Sampled:
-    """Run the launch's program, and sample from its logits. Raises the errors of the step."""
-    batch, inputs = launch.batch, launch.inputs
-    if batch.after is not None:
-        feed(batch, inputs, _sampled_by(batch.after))
-    masks = mask_thread.start(() if batch.is_plain else batch.rows)
-    try:
-        with launch.program.lock:  # queues of other engines may run the same program
-            logits = launch.program.run(inputs, launch.storage.pool, threads)
-            largest = launch.program.largest(logits)
-    finally:
-        found = masks.result()  # matchers belong to one thread: none may work past the step
-    num_rows = len(batch.rows)
-    chosen = logits[:num_rows], largest[:num_rows]
-    sampled = sample_plain(*chosen) if batch.is_plain else None
-    if sampled is None:
-        sampled = sample(chosen[0], batch.rows, found, pickers, chosen[1])
-    if batch.scored:
-        sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
-    return sampled
+    def _computed(self, launch: _Launch) -> Sampled:
+        """Run the launch's program, and sample from its logits. Raises the errors of the step."""
+        batch, inputs, pool = launch.batch, launch.inputs, launch.storage.pool
+        if batch.after is not None:
+            feed(batch, inputs, _sampled_by(batch.after))
+        masks = self._masks.start(() if batch.is_plain else batch.rows)
+        try:
+            with launch.program.lock:  # queues of other engines may run the same program
+                logits = launch.program.run(inputs, pool, self._threads, self._new_logits)
+                largest = launch.program.largest(logits)
+        finally:
+            found = masks.result()  # matchers belong to one thread: none may work past the step
+        num_rows = len(batch.rows)
+        rows, tokens = logits[:num_rows], largest[:num_rows]
+        sampled = sample_plain(rows, tokens) if batch.is_plain else None
+        sampled = sampled or sample(rows, batch.rows, found, self._pickers, tokens)
+        if batch.scored:
+            sampled.prompt_logprobs.extend(score(logits[num_rows:], batch.scored))
+        return sampled
 
 
 def _sampled_by(ticket: Ticket) -> list[int]:

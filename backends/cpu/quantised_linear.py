@@ -6,8 +6,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sagellm.backends.arrays import Array, Floats, in_large_pages
+from sagellm.backends.arrays import Array, Floats, empty_in_large_pages
 from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.quantised_weight import (
     GROUP_SIZE,
@@ -108,16 +109,16 @@ def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
 
 
 BLOCK = 32  # codes along k whose products are summed as integers
+_PACKED_AT_ONCE = 4 << 20  # codes, so that the temporaries stay small
 _COLUMNS = 16  # columns of a panel; C takes two panels at once, so their number is even
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+_POINTER = ctypes.c_void_p
 
 
 class NativeQuant(ctypes.Structure):
     """The C struct `Quant` of quant.h: a `Linear`, the order of k, and the levels of codes."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
-        *((name, _LONG) for name in ("num_cols", "k", "group")),
+        *NativeLinear._fields_,
         ("order", _POINTER),
         ("levels", _POINTER),
     )
@@ -142,7 +143,7 @@ class PackedQuantised:
         zeros = None if weight.zeros is None else _packed_groups(weight.zeros.astype(np.int16))
         order = None if weight.order is None else np.ascontiguousarray(weight.order, np.int32)
         self.shape = weight.shape
-        codes = in_large_pages(_packed_codes(weight))
+        codes = _packed_codes(weight)
         levels = np.array(LEVELS, np.int8) if weight.has_levels else None
         groups = _packed_groups(weight.scales.astype(np.float16))
         self._kept = (codes, groups, zeros, bias, order, levels)
@@ -152,6 +153,7 @@ class PackedQuantised:
         self._struct = NativeQuant(
             kernels.function(kernel),
             kernels.function(f"{kernel}_gated") if is_gated else None,
+            None,
             numbers,
             scales,
             optional[0],
@@ -176,14 +178,30 @@ def _packed_codes(weight: QuantisedWeight) -> Array:
     of a byte holds a code of one group of four along k, and the high half one of the next group.
     """
     num_rows, size = weight.shape
-    fill = ZERO_CODE[weight.bits]  # padding is multiplied by activations of 0
+    fours = -(-size // BLOCK) * BLOCK // 4 * weight.bits // 8  # of a row
+    num_panels = -(-num_rows // (2 * _COLUMNS)) * 2
+    flat = empty_in_large_pages(num_panels * fours * _COLUMNS, np.dtype(np.uint32))
+    packed = flat.reshape(num_panels, fours, _COLUMNS)
+    step = max(1, _PACKED_AT_ONCE // (2 * _COLUMNS * size)) * 2 * _COLUMNS
+    for top in range(0, num_rows, step):
+        part = weight.rows(top, top + step)
+        panels = packed[top // _COLUMNS : (top + step) // _COLUMNS]
+        _pack_part(part.codes, weight.bits, panels)
+    return packed
+
+
+def _pack_part(codes: Array, bits: int, packed: Array) -> None:
+    """Pack the codes of some rows into their panels."""
+    num_rows, size = codes.shape
     margin = ((0, -num_rows % (2 * _COLUMNS)), (0, -size % BLOCK))
-    filled = np.pad(weight.codes, margin, constant_values=fill) if np.any(margin) else weight.codes
-    fours = np.ascontiguousarray(filled).view(np.uint32)  # four codes move as one number
+    if np.any(margin):  # padding is multiplied by activations of 0
+        codes = np.pad(codes, margin, constant_values=ZERO_CODE[bits])
+    fours = np.ascontiguousarray(codes).view(np.uint32)  # four codes move as one number
     panels = fours.reshape(-1, _COLUMNS, fours.shape[1]).transpose(0, 2, 1)
-    if weight.bits == 8:
-        return np.ascontiguousarray(panels)
-    return np.ascontiguousarray(panels[:, 0::2] | (panels[:, 1::2] << 4))
+    if bits == 8:
+        packed[...] = panels
+    else:
+        np.bitwise_or(panels[:, 0::2], panels[:, 1::2] << 4, out=packed)
 
 
 def _packed_groups(of_groups: Array) -> Array:
@@ -206,10 +224,17 @@ TRIES = {
 }
 
 
-def quantise(kernels: NativeKernels, weight: Array, bits: int, threads: int = 1) -> QuantisedWeight:
+def quantise(
+    kernels: NativeKernels,
+    weight: Array,
+    bits: int,
+    threads: int = 1,
+    free: Callable[[], None] | None = None,
+) -> QuantisedWeight:
     """Quantise `weight` [N, K], float32 or bfloat16, in groups of 32, without zeros.
 
-    Each group gets the scale with the least squared error. Weights of 4 bits get levels.
+    Each group gets the scale with the least squared error. Weights of 4 bits get levels. `free`: as
+    in `NativeKernels.pack`.
     """
-    made = kernels.quantise(np.ascontiguousarray(weight), bits, TRIES[bits], threads)
+    made = kernels.quantise(np.ascontiguousarray(weight), bits, TRIES[bits], threads, free)
     return QuantisedWeight(bits, GROUP_SIZE, *made, has_levels=bits == 4)

@@ -241,7 +241,7 @@ class KernelTimes:
             kernel = f"sage_quant_{work.bits}_{work.row_bits}"
         elif shape[0] > shape[1]:  # gate and up
             kernel = kernel.replace("multiply", "gated")
-        linear = NativeQuant(self._kernels.function(kernel), None, place)
+        linear = NativeQuant(self._kernels.function(kernel), weight=place)
         if work.bits:
             linear.scales, linear.group = self._scales.ctypes.data, GROUP_SIZE
         if work.bits == 4:

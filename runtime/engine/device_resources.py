@@ -6,6 +6,7 @@ from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from sagellm.backends import Device, KVLayout, Program, get_backend
+from sagellm.backends.arrays import release_freed_memory
 from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import build
@@ -56,7 +57,7 @@ def open_resources(
     pool = PoolBytes(storage, memory)
     transport = open_transport(sharing, pool) if sharing is not None else None
     runner = DeviceRunner(DeviceQueue(device, options.threads), program, storage)
-    return EngineResources(
+    resources = EngineResources(
         facts,
         options.limits,
         runner,
@@ -67,6 +68,8 @@ def open_resources(
         _speculation(options, folder, facts, device, runner),
         compiler.result(),
     )
+    release_freed_memory()
+    return resources
 
 
 def _speculation(

@@ -4,9 +4,9 @@ Quantised formats: GPTQ (arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, A
 (arXiv:2306.00978) as AutoAWQ writes it in the version GEMM. Codes are never converted to floats.
 """
 
-import ctypes
 import math
 import mmap
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,34 +23,20 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.files import StoredTensor, read_header
 from sagellm.runtime.models.folder import ModelError, ModelFolder, shard_files
 
-_MAPS = Path("/proc/self/maps")
 
-
-def drop_pages(files: Iterable[Path]) -> None:
+def drop_pages(maps: Iterable[mmap.mmap]) -> None:
     """Drop the resident pages of mapped files from this process. Only Linux can do this; elsewhere
     the function does nothing.
 
     The memory stays valid: the system reads the pages again when they are used. Writes to a private
     mapping are lost.
     """
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for low, high in _mapped({str(file.resolve()) for file in files}):
-        advise(low, high - low, mmap.MADV_DONTNEED)
+    if sys.platform == "linux":
+        for mapped in maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _mapped(names: set[str]) -> Iterator[tuple[int, int]]:
-    """The address ranges where this process has mapped the files."""
-    if not _MAPS.exists():
-        return
-    for line in _MAPS.read_text().splitlines():
-        places, *_, name = line.split(maxsplit=5)
-        if name in names:
-            low, _, high = places.partition("-")
-            yield int(low, 16), int(high, 16)
-
-
-_HELD_BYTES = 32 << 20  # mapped pages are dropped each time this number of bytes has been read
+_HELD_BYTES = 8 << 20  # mapped pages are dropped each time this number of bytes has been read
 _DTYPES: Mapping[str, np.dtype[Any]] = {  # by the names of the format
     "BF16": BFLOAT16,
     "F8_E4M3": opaque("float8_e4m3fn", 1),
@@ -81,7 +67,6 @@ class SafetensorsWeights(Mapping[str, Array]):
         self._folder = folder.name
         self._tensors: dict[str, StoredTensor] = {}
         self._maps: dict[str, mmap.mmap] = {}
-        self._paths: list[Path] = []
         self._unreturned_bytes = 0
         self._progress = progress
         self._read_bytes = self._told_bytes = 0
@@ -91,8 +76,7 @@ class SafetensorsWeights(Mapping[str, Array]):
             if missing:
                 raise ModelError(f"model {folder.name}: {file} lacks tensor {missing[0]}")
             self._tensors.update(held)
-            self._paths.append(folder.path / file)
-        self._total_bytes = sum(path.stat().st_size for path in self._paths)
+        self._total_bytes = sum(map(len, self._maps.values()))
 
     def __getitem__(self, name: str) -> Array:
         tensor = self._tensors[name]
@@ -119,7 +103,7 @@ class SafetensorsWeights(Mapping[str, Array]):
 
     def give_back(self) -> None:
         """Drop the resident pages of all tensors. A page that is used again is read again."""
-        drop_pages(self._paths)
+        drop_pages(self._maps.values())
         self._unreturned_bytes = 0
 
     def loaded(self) -> None:

@@ -1,6 +1,9 @@
 """Conversions of bfloat16, which numpy lacks, are those of torch."""
 
+import ctypes
+
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from sagellm.backends import arrays
 from sagellm.backends.arrays import BFLOAT16, dtype_name, to_bfloat16, to_float32
 from sagellm.backends.cpu.torch_linear import array, tensor
 
+HAS_TRIM = hasattr(ctypes.CDLL(None), "malloc_trim")
 SIZES = torch.logspace(-40, 38, 1000)
 NUMBERS = torch.cat(
     [
@@ -53,3 +57,19 @@ def test_dtypes_have_the_names_of_the_kernel_dialect():
         "bfloat16",
         "float32",
     ]
+
+
+@pytest.mark.skipif(not HAS_TRIM, reason="the C library keeps what is freed")
+def test_freed_memory_returns_to_the_system():
+    blocks = [np.ones(100_000, np.uint8) for _ in range(1000)]  # too small for maps of their own
+    kept = blocks[-1]  # the end of the heap is in use
+    before = psutil.Process().memory_info().rss
+    del blocks
+    arrays.release_freed_memory()
+    assert before - psutil.Process().memory_info().rss > 60e6
+    assert kept.sum() == 100_000
+
+
+def test_a_c_library_that_keeps_what_is_freed_is_no_error(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    arrays.release_freed_memory()

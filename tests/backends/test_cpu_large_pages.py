@@ -1,4 +1,4 @@
-"""Weights in large pages have the same numbers, and begin where a large page begins."""
+"""Vectors in large pages hold their numbers, and begin where a large page begins."""
 
 import mmap
 import re
@@ -7,25 +7,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sagellm.backends.arrays import LARGE_PAGE, empty_in_large_pages, in_large_pages
+from sagellm.backends.arrays import LARGE_PAGE, empty_in_large_pages
 
 THERE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def filled(numbers):
+    """A vector in large pages with these numbers."""
+    vector = empty_in_large_pages(numbers.size, numbers.dtype)
+    vector[...] = numbers
+    return vector
+
+
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.float16])
-def test_a_large_tensor_is_copied_to_the_start_of_a_page(dtype):
-    array = np.arange(3 * LARGE_PAGE // 2 + 6).astype(np.int8).reshape(2, -1).astype(dtype)
-    copy = in_large_pages(array)
-    assert np.array_equal(copy, array)
-    assert copy.dtype == dtype
-    assert copy.ctypes.data % LARGE_PAGE == 0 != copy.ctypes.data - array.ctypes.data
+def test_a_large_vector_begins_where_a_page_begins(dtype):
+    numbers = np.arange(3 * LARGE_PAGE // 2 + 6).astype(np.int8).astype(dtype)
+    vector = filled(numbers)
+    assert np.array_equal(vector, numbers)
+    assert vector.dtype == dtype
+    assert vector.ctypes.data % LARGE_PAGE == 0
 
 
 @pytest.mark.skipif(not THERE.exists(), reason="a Linux without large pages")
 def test_the_system_may_use_large_pages():
-    copy = in_large_pages(np.zeros(3 * LARGE_PAGE, dtype=np.uint8))
-    mapping = mapping_at(copy.ctypes.data)
+    vector = filled(np.zeros(3 * LARGE_PAGE, dtype=np.uint8))
+    mapping = mapping_at(vector.ctypes.data)
     assert mapping["mode"] == "rw-p"  # shared memory has large pages only where an admin allows it
     assert "hg" in mapping["VmFlags"].split()
 
@@ -45,20 +52,20 @@ def mapping_at(address):
     raise LookupError(hex(address))
 
 
-def test_a_small_tensor_stays_where_it_is():
-    array = np.zeros(LARGE_PAGE - 1, dtype=np.uint8)
-    assert in_large_pages(array) is array
+def test_a_small_vector_has_no_mapping_of_its_own():
+    vector = empty_in_large_pages(LARGE_PAGE - 1, np.dtype(np.uint8))
+    assert (len(vector), vector.base) == (LARGE_PAGE - 1, None)
 
 
-def test_the_copy_outlives_what_it_was_made_of():
-    copies = [in_large_pages(np.full(LARGE_PAGE, n, dtype=np.uint8)) for n in range(5)]
-    assert [int(copy.max()) for copy in copies] == [0, 1, 2, 3, 4]
+def test_a_vector_keeps_its_mapping():
+    vectors = [filled(np.full(LARGE_PAGE, n, dtype=np.uint8)) for n in range(5)]
+    assert [int(vector.max()) for vector in vectors] == [0, 1, 2, 3, 4]
 
 
 def test_a_kernel_without_large_pages_is_no_error(monkeypatch):
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)
-    array = np.ones(LARGE_PAGE, dtype=np.uint8)
-    assert np.array_equal(in_large_pages(array), array)
+    numbers = np.ones(LARGE_PAGE, dtype=np.uint8)
+    assert np.array_equal(filled(numbers), numbers)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="not Linux")

@@ -8,17 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tensors import arrays
 
-from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.cpu import CpuBackend, program
 from sagellm.backends.cpu.lowerings import CpuProgram
 from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.program import NativeProgram
+from sagellm.backends.cpu.program import LogitsMemory, NativeProgram
 from sagellm.backends.cpu.torch_linear import array
+from sagellm.graphs.models import build
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
 FAMILIES = ["llama", "llama_biased", "llama3", "mistral", "qwen2", "qwen2_sliding", "qwen3"]
+TABLE = "model.embed_tokens.weight"
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -117,6 +120,52 @@ def test_a_row_may_be_wanted_twice_and_none_at_all(reference, paged):
         assert torch.equal(found, whole[rows])
 
 
+def untied(model):
+    """The same model with a weight of its own for the logits."""
+    weights = {**model.weights, "lm_head.weight": model.weights[TABLE].clone()}
+    return replace(model, config={**model.config, "tie_word_embeddings": False}, weights=weights)
+
+
+@DTYPES
+@pytest.mark.parametrize("has_pairs", [True, False])
+def test_a_tied_embedding_has_the_bits_of_an_untied_one(reference, paged, dtype, has_pairs):
+    model, batches = reference("qwen2"), [{"a": [*range(97)], "b": [3]}, {"b": [96]}]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(KERNELS), "has_pairs", has_pairs and KERNELS.has_pairs)
+        tied, other = native(paged, model, dtype), native(paged, untied(model), dtype)
+    for batch in batches:
+        found, wanted = tied.step(batch), other.step(batch)
+        assert all(torch.equal(found[name], wanted[name]) for name in batch)
+
+
+class Lent(dict):
+    """Weights that are copied for each access; `held`: the names whose copies are alive."""
+
+    def __init__(self, weights):
+        super().__init__(weights)
+        self._lent = {}
+
+    def __getitem__(self, name):
+        copy = super().__getitem__(name).copy()
+        self._lent[name] = weakref.ref(copy)
+        return copy
+
+    @property
+    def held(self):
+        return {name for name, lent in self._lent.items() if lent() is not None}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_tied_embedding_is_not_held_beside_the_weight_of_the_logits(reference, is_tied):
+    model = reference("qwen2") if is_tied else untied(reference("qwen2"))
+    weights = Lent(arrays(model.weights))
+    lowered = {"layout": model.layout(), "dtype": "float32", "deterministic": False}
+    program = CpuBackend().device().lower(build(model.config), weights, **lowered)
+    assert isinstance(program, NativeProgram)
+    held = {name for name in weights.held if weights[name].ndim > 1}
+    assert held == (set() if is_tied else {TABLE})
+
+
 @pytest.mark.parametrize("token", [-1, 97])
 def test_a_token_outside_of_the_vocabulary_is_refused(reference, paged, token):
     sequences = native(paged, reference("llama"))
@@ -173,3 +222,29 @@ def test_python_and_c_mean_the_same_structures():
     sizes = (ctypes.c_long * len(c_structs.SIZED))()
     KERNELS._library.sage_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(kind) for kind in c_structs.SIZED]
+
+
+def test_logits_of_a_queue_take_the_memory_of_those_before():
+    memory = LogitsMemory()
+    first = memory(8, 100_000)
+    for num_rows in (1, 8, 3):
+        logits = memory(num_rows, 100_000)
+        assert (logits.shape, logits.ctypes.data) == ((num_rows, 100_000), first.ctypes.data)
+    assert memory(9, 100_000).shape == (9, 100_000)
+
+
+def test_logits_of_a_long_prompt_are_not_kept(monkeypatch):
+    monkeypatch.setattr(program, "_MOST_KEPT", 4 * 800)
+    memory = LogitsMemory()
+    kept = memory(8, 100)
+    assert memory(9, 100).base is None
+    assert memory(8, 100).ctypes.data == kept.ctypes.data
+
+
+def test_a_step_writes_its_logits_where_it_is_told(reference, paged):
+    sequences, memory = native(paged, reference("llama")), LogitsMemory()
+    wanted = sequences.step({"a": [1, 2, 3]})["a"]
+    inputs = sequences._inputs({"a": [1, 2, 3]})
+    found = [sequences.program.run(inputs, array(sequences.pool), 1, memory) for _ in range(2)]
+    assert np.array_equal(found[1], wanted.numpy())
+    assert found[0].ctypes.data == found[1].ctypes.data

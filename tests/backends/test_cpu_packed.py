@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from sagellm.backends import arrays
 from sagellm.backends.cpu import linear as packing
 from sagellm.backends.cpu.linear import PackedLinear
-from sagellm.backends.cpu.native import library
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native.tuning import Tuning
@@ -121,6 +121,7 @@ SHARE = ctypes.CFUNCTYPE(  # `multiply` of linear.h
     *(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_long),
     *(ctypes.c_long, ctypes.c_int, ctypes.c_int),
 )
+LOOK_UP = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p)  # of linear.h
 
 
 def gated(linear, x, width, threads):
@@ -188,6 +189,19 @@ def test_the_struct_names_what_the_c_kernels_read():
     assert found.run == ctypes.cast(KERNELS._library.sage_multiply_float, ctypes.c_void_p).value
 
 
+@KINDS
+@SHAPES
+def test_a_row_of_a_packed_weight_has_the_bits_that_were_packed(kind, width, depth):
+    _, weight, _ = operands(1, width, depth, kind)
+    linear = pack(weight, None, kind)
+    look_up = LOOK_UP(NativeLinear.from_address(linear.address).row)
+    for row in range(width):
+        found = torch.full((depth + 1,), 7.0)
+        look_up(linear.address, row, found.data_ptr())
+        assert torch.equal(found[:depth], weight[row].float()), row
+        assert found[depth] == 7.0
+
+
 def test_what_a_struct_points_to_lives_as_long_as_it():
     weight = torch.randn(300, 100)
     wanted = torch.randn(4, 100)
@@ -215,7 +229,7 @@ def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_can(monkeypatch, has_pair
 def test_a_large_weight_is_packed_in_parts(kind, monkeypatch):
     _, weight, _ = operands(1, 300, 77, kind)
     whole, freed = KERNELS.pack(array(weight), kind, 2, lambda: pytest.fail("it is small")), []
-    monkeypatch.setattr(library, "_PACKED_AT_ONCE", 70 * 77 * weight.element_size())
+    monkeypatch.setattr(arrays, "_READ_AT_ONCE", 70 * 77 * weight.element_size())
     parts = KERNELS.pack(array(weight), kind, 2, lambda: freed.append(1))
     assert parts.tobytes() == whole.tobytes()
     assert len(freed) == -(-300 // 64)

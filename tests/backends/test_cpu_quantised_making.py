@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
+from sagellm.backends import arrays
 from sagellm.backends.cpu import quantised_linear
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.torch_linear import array, quantised, tensor
@@ -99,3 +100,18 @@ def test_a_large_weight_is_made_in_parts(bits, monkeypatch):
     parts, whole = quantise(weight, bits), quantise(weight[:1], bits)
     assert parts.shape == (10, 96)
     assert np.array_equal(parts.codes[:1], whole.codes)
+
+
+@pytest.mark.skipif(len(WAYS) == 1, reason="no C compiler on this machine")
+@BITS
+def test_a_large_weight_is_quantised_and_packed_in_parts(bits, monkeypatch):
+    kernels, weight, freed = WAYS[1], array(weight_of("normal", 300, 77)), []
+    whole = quantised_linear.quantise(kernels, weight, bits, 2, lambda: pytest.fail("it is small"))
+    packed = quantised_linear._packed_codes(whole)
+    monkeypatch.setattr(arrays, "_READ_AT_ONCE", 70 * 77 * weight.itemsize)
+    monkeypatch.setattr(quantised_linear, "_PACKED_AT_ONCE", 70 * 77)
+    parts = quantised_linear.quantise(kernels, weight, bits, 2, lambda: freed.append(1))
+    assert len(freed) == -(-300 // 64)
+    assert np.array_equal(parts.codes, whole.codes)
+    assert np.array_equal(parts.scales, whole.scales)
+    assert np.array_equal(quantised_linear._packed_codes(parts), packed)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sampled_rows import LOGITS, floats, repeated, row, sample_one
 
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.program import _computed, _Launch
-from sagellm.backends.sampler import PICKERS, sample
+from sagellm.backends.cpu.program import CpuQueue, _Launch
+from sagellm.backends.sampler import sample
 from sagellm.backends.step import MatcherError, StepBatch
 from sagellm.backends.token_masks import MaskThread, allowed_tokens, largest_allowed, token_masks
 
@@ -187,19 +187,18 @@ def test_no_matcher_works_past_a_step_whose_program_failed():
         assert may_fill.wait(5)
         fill(output, mask)
 
-    def run(inputs, pool, threads):
+    def run(inputs, pool, threads, new_logits):
         threading.Timer(0.02, may_fill.set).start()
         raise RuntimeError("broken")
 
     one.answer.matcher.fill = slow
     batch = StepBatch([], [], [], [], [0], rows=[one])
     program = SimpleNamespace(run=run, lock=threading.Lock())
-    masks = MaskThread()
-    launch = _Launch(program, SimpleNamespace(pool=None), batch, None)
+    queue = CpuQueue(1, is_native=False)
     with pytest.raises(RuntimeError, match="broken"):
-        _computed(launch, masks, PICKERS, 1)
+        queue._computed(_Launch(program, SimpleNamespace(pool=None), batch, None))
     assert one.answer.matcher.outputs  # the masks are complete
-    masks.close()
+    queue.close()
 
 
 def threads_of_grammars():

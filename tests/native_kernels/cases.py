@@ -85,7 +85,9 @@ def packed_linear(
     size = calls.call("sage_packed_bytes", num_cols, k, number)
     packed = calls.allocated(size)
     calls.call("sage_pack", calls.array(weight), number, packed, num_cols, k, threads)
-    optional: dict[str, Any] = {} if bias is None else {"bias": calls.array(bias)}
+    optional: dict[str, Any] = {"row": f"sage_row_{KINDS[number]}"}
+    if bias is not None:
+        optional["bias"] = calls.array(bias)
     if gated:
         optional["gated"] = f"sage_gated_{kind}"
     run = f"sage_multiply_{kind}"

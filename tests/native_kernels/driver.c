@@ -108,6 +108,9 @@ MULTIPLIES(sage_quant_8_8_many_gated)
 MULTIPLIES(sage_quant_8_16_many_gated)
 MULTIPLIES(sage_quant_4_pairs_gated)
 MULTIPLIES(sage_quant_8_pairs_gated)
+MULTIPLIES(sage_row_float)
+MULTIPLIES(sage_row_bfloat)
+MULTIPLIES(sage_row_pairs)
 #if TILES
 MULTIPLIES(sage_multiply_tiles)
 MULTIPLIES(sage_gated_tiles)
@@ -142,6 +145,12 @@ static int64_t call_gated(const Value *values) {
     return 0;
 }
 
+static int64_t call_row(const Value *values) {
+    const Linear *linear = P(0);
+    linear->row(linear, N(1), P(2));
+    return 0;
+}
+
 static int64_t call_sleep_us(const Value *values) {
     struct timespec span = {0, N(0) * 1000};
     return nanosleep(&span, NULL);
@@ -158,7 +167,7 @@ typedef struct {
 #define OWN(name) {#name, call_##name, NULL}
 #define MULTIPLY(name) {#name, NULL, (void *)name}
 static const Function functions[] = {
-    OWN(allow), OWN(gated), OWN(sleep_us), OWN(allocate), OWN(sage_has_pairs), OWN(sage_is_gated),
+    OWN(allow), OWN(gated), OWN(row), OWN(sleep_us), OWN(allocate), OWN(sage_has_pairs), OWN(sage_is_gated),
     OWN(sage_has_tiles), OWN(sage_tune_get), OWN(sage_tune_set), OWN(sage_sample),
     OWN(sage_packed_bytes), OWN(sage_pack), OWN(sage_linear), OWN(sage_rms_norm),
     OWN(sage_silu_mul), OWN(sage_rope_kv_write), OWN(sage_attention), OWN(sage_step_run),
@@ -173,6 +182,7 @@ static const Function functions[] = {
     MULTIPLY(sage_quant_8_16_gated), MULTIPLY(sage_quant_4_8_many_gated),
     MULTIPLY(sage_quant_8_8_many_gated), MULTIPLY(sage_quant_8_16_many_gated),
     MULTIPLY(sage_quant_4_pairs_gated), MULTIPLY(sage_quant_8_pairs_gated),
+    MULTIPLY(sage_row_float), MULTIPLY(sage_row_bfloat), MULTIPLY(sage_row_pairs),
 #if TILES
     MULTIPLY(sage_multiply_tiles), MULTIPLY(sage_gated_tiles),
 #endif

@@ -29,6 +29,7 @@ def cases() -> Iterator[Case]:
         yield product(kind, 70, 4 * 2048 + 3, [40], bias=True)  # k in several spans
         yield gated(kind, 96, 2061)
         yield not_numbers(kind)
+        yield looked_up(kind)
         yield tuned(kind)
     yield shapes_of_gates()
     yield tuning_is_checked()
@@ -109,6 +110,25 @@ def gated(kind: str, half: int, k: int, counts: Sequence[int] = (1, 2, 5, 13, 48
         for count, out in outs:
             assert (results[out][:, :half] == results[separate][:count]).all()
             assert (results[out][:, half] == 0.0).all()
+
+    return Case(calls, check)
+
+
+def looked_up(kind: str) -> Case:
+    """Single rows of packed weights have the bits that were packed."""
+    calls, checks = Calls(f"rows of {kind}"), []
+    for num_cols, k in SHAPES:
+        _, weight, _ = operands(kind, 1, num_cols, k)
+        linear = packed_linear(calls, weight, None, kind)
+        out = calls.array(np.full((num_cols + 1, k), 7.0, np.float32), is_kept=True)
+        for row in range(num_cols):
+            calls.call("row", linear, row, out.at(4 * k * row))
+        checks.append((weight if kind == "float" else widened(weight), out))
+
+    def check(results: Results) -> None:
+        for wanted, out in checks:
+            assert (results[out][:-1] == wanted).all()
+            assert (results[out][-1] == 7.0).all()
 
     return Case(calls, check)
 

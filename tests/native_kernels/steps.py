@@ -9,6 +9,7 @@ import numpy as np
 from native_kernels.attention import Pool, Shape, attended
 from native_kernels.calls import Blob, Calls, Results
 from native_kernels.cases import (
+    KINDS,
     Array,
     Case,
     bfloat,
@@ -36,12 +37,14 @@ TABLES, LOGIT_ROWS = [[2, 1], [3, 0]], [2, 4, 2]
 BLOCKS, ROWS = 4, len(TOKENS)
 SLOTS = [10, 11, 4, 12, 13]
 DONE, NO_MEMORY, NO_SUCH_TOKEN = range(3)
+PACKED = 2  # the TableForm of a packed weight
 
 
 def cases() -> Iterator[Case]:
     for is_bfloat in (False, True):
         yield step(is_bfloat, is_fused=True, is_gated=True)
         yield step(is_bfloat, is_fused=False, is_gated=False)
+        yield step(is_bfloat, is_fused=True, is_gated=True, is_packed=True)
     # The weight of a linear of one row is prefetched.
     yield step(False, is_fused=True, is_gated=True, logit_rows=[2])
     yield refused("a token that is none", [*TOKENS[:-1], VOCABULARY], -1, NO_SUCH_TOKEN)
@@ -123,15 +126,26 @@ def rotated(rows: Array, tables: Array) -> Array:
     return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], 2).reshape(ROWS, -1)
 
 
-def layer(program: Program, *, is_fused: bool, is_gated: bool) -> tuple[Blob, Blob]:
+def embedding(program: Program, table: Array, *, is_packed: bool) -> Any:
+    """The rows of the tokens, from a table of rows or from a packed weight."""
+    calls, form = program.calls, int(program.is_bfloat)  # a TableForm of rows.h
+    stored = bfloat(table) if program.is_bfloat else table
+    given = calls.array(stored)
+    if is_packed:
+        given, form = packed_linear(calls, stored, None, KINDS[form]), PACKED
+    value = table[TOKENS].astype(np.float64)
+    return program.add("embedding", [], [value], weight=given, table_form=form, size=VOCABULARY)
+
+
+def layer(
+    program: Program, *, is_fused: bool, is_gated: bool, is_packed: bool = False
+) -> tuple[Blob, Blob]:
     """One layer from tokens to logits. Returns the pool, and the tables of rope."""
     calls, as_stored = program.calls, rounded if program.is_bfloat else lambda numbers: numbers
     table = as_stored(random(VOCABULARY, WIDTH, seed=9))
     angles = random(8, HEADS.head_dim // 2)
     turns = np.stack([np.cos(angles), np.sin(angles)], 1)
-    bits = {"bfloat": int(program.is_bfloat), "size": VOCABULARY}
-    given = calls.array(bfloat(table) if program.is_bfloat else table)
-    hidden = program.add("embedding", [], [table[TOKENS].astype(np.float64)], weight=given, **bits)
+    hidden = embedding(program, table, is_packed=is_packed)
     kv, heads = HEADS.kv_heads * HEADS.head_dim, HEADS.heads * HEADS.head_dim
     joined = program.linear(program.norm(hidden), heads + 2 * kv)
     q = joined.columns(0, heads)
@@ -221,12 +235,17 @@ def step_struct(
 
 
 def step(
-    is_bfloat: bool, *, is_fused: bool, is_gated: bool, logit_rows: list[int] = LOGIT_ROWS
+    is_bfloat: bool,
+    *,
+    is_fused: bool,
+    is_gated: bool,
+    is_packed: bool = False,
+    logit_rows: list[int] = LOGIT_ROWS,
 ) -> Case:
     """A step on several numbers of threads, measured and not: near the reference, equal bits."""
     calls = Calls(f"step, bfloat {is_bfloat}, fused {is_fused}, {len(logit_rows)} logits")
     program = Program(calls, is_bfloat, logit_rows)
-    pool, turns = layer(program, is_fused=is_fused, is_gated=is_gated)
+    pool, turns = layer(program, is_fused=is_fused, is_gated=is_gated, is_packed=is_packed)
     wanted, outs, codes = program.last, [], []
     times = calls.array(np.zeros(len(program.rows) + 1, np.int64), is_kept=True)
     largest = calls.array(np.full(len(logit_rows), -1), is_kept=True)

@@ -43,7 +43,8 @@ class NativeLinear(ctypes.Structure):
     """linear.h: a kernel, and a weight in the order that the kernel reads."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
+        *((name, _POINTER) for name in ("run", "gated", "row")),
+        *((name, _POINTER) for name in ("weight", "scales", "zeros", "bias")),
         *((name, _LONG) for name in ("num_cols", "k", "group")),
     ]
 
@@ -60,7 +61,7 @@ class NativeInstruction(ctypes.Structure):
     """step.h: a kernel with its weight, and the matrices that it reads and fills."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        *((name, _INT) for name in ("op", "waits", "chosen", "bfloat")),
+        *((name, _INT) for name in ("op", "waits", "chosen", "table_form")),
         ("inlets", NativeView * 3),
         ("outlets", NativeView * 2),
         ("weight", _POINTER),

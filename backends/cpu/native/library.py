@@ -19,6 +19,7 @@ from sagellm.backends.arrays import (
     Integers,
     dtype_name,
     empty_in_large_pages,
+    row_parts,
 )
 from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
@@ -39,8 +40,6 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
 
 PanelKind: TypeAlias = Literal["float", "bfloat", "pairs"]
-_PACKED_AT_ONCE = 32 << 20  # bytes of a weight
-_PANELS = 64  # columns: whole panels on every CPU
 _KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
 
 _SAMPLE_OPTIONS = np.dtype(  # of sample.c
@@ -51,8 +50,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_linear": (_POINTER, *_MATRIX, *_MATRIX, _LONG, _INT),
     "sage_has_pairs": (),
     "sage_has_tiles": (),
-    "sage_is_gated": (_LONG, _LONG),
-    "sage_is_quant_gated": (_LONG, _LONG),
+    **dict.fromkeys(("sage_is_gated", "sage_is_quant_gated"), (_LONG, _LONG)),
     "sage_packed_bytes": (_LONG, _LONG, _INT),
     "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
     "sage_rms_norm": (
@@ -122,9 +120,9 @@ class NativeKernels:
         self.tuning = KernelTuning(self._library, path)
         for name, signature in _SIGNATURES.items():
             getattr(self._library, name).argtypes = signature
-        self._library.sage_packed_bytes.restype = _LONG
+        for name in ("sage_packed_bytes", "sage_largest_allowed"):
+            getattr(self._library, name).restype = _LONG
         self._library.sage_copy_sum.restype = ctypes.c_uint64
-        self._library.sage_largest_allowed.restype = _LONG
 
     def function(self, name: str) -> int:
         """The address of a C function, for a struct that points to it."""
@@ -142,8 +140,8 @@ class NativeKernels:
 
     def is_gated(self, num_cols: int, size: int, *, quantised: bool = False) -> bool:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
-        name = "sage_is_quant_gated" if quantised else "sage_is_gated"
-        return bool(getattr(self._library, name)(num_cols, size))
+        is_gated = self._library.sage_is_quant_gated if quantised else self._library.sage_is_gated
+        return bool(is_gated(num_cols, size))
 
     def pack(
         self, weight: Array, kind: PanelKind, threads: int, free: Callable[[], None] | None = None
@@ -155,32 +153,34 @@ class NativeKernels:
         number, size = _KINDS.index(kind), weight.shape[1]
         num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
         packed = empty_in_large_pages(num_bytes // weight.itemsize, weight.dtype)
-        # Parts begin where a panel begins.
-        step = max(1, _PACKED_AT_ONCE // (_PANELS * size * weight.itemsize)) * _PANELS
-        for top in range(0, len(weight), step):
-            part = weight[top : top + step]
-            place = packed.ctypes.data + self._library.sage_packed_bytes(top, size, number)
+        for rows in row_parts(weight, free):
+            part = weight[rows]
+            place = packed.ctypes.data + self._library.sage_packed_bytes(rows.start, size, number)
             self._library.sage_pack(part.ctypes.data, number, place, len(part), size, threads)
-            if free and len(weight) > step:
-                free()
         return packed
 
     def quantise(
-        self, weight: Array, bits: int, tries: tuple[float, ...], threads: int
+        self,
+        weight: Array,
+        bits: int,
+        tries: tuple[float, ...],
+        threads: int,
+        free: Callable[[], None] | None = None,
     ) -> tuple[Array, Array]:
         """Quantise a weight [N, K], float32 or bfloat16, in groups of 32. Returns codes [N, K] and
         scales [N, G] float16. `tries`: numbers to try for the largest number of a group. Codes of 4
-        bits are those of LEVELS.
+        bits are those of LEVELS. `free`: as in `pack`.
         """
         num_rows, size = weight.shape
         codes: Array = np.empty((num_rows, size), dtype=np.uint8 if bits == 4 else np.int8)
         scales: Array = np.empty((num_rows, -(-size // 32)), dtype=np.float16)
-        self._library.sage_quant_make(
-            *(weight.ctypes.data, _is_bfloat(weight)),
-            *((_FLOAT * len(tries))(*tries), len(tries), (_FLOAT * len(LEVELS))(*LEVELS)),
-            *(codes.ctypes.data, scales.ctypes.data, bits, num_rows, size),
-            threads,
-        )
+        numbers = (_FLOAT * len(tries))(*tries), len(tries), (_FLOAT * len(LEVELS))(*LEVELS)
+        for part in row_parts(weight, free):
+            self._library.sage_quant_make(
+                *(weight[part].ctypes.data, _is_bfloat(weight), *numbers),
+                *(codes[part].ctypes.data, scales[part].ctypes.data, bits),
+                *(len(weight[part]), size, threads),
+            )
         return codes, scales
 
     def linear(self, linear: int, rows: Floats, num_cols: int, threads: int) -> Floats:

@@ -11,9 +11,13 @@ typedef struct Linear Linear;
 typedef void multiply(const Linear *linear, const float *x, long ldx, float *out, long ldo,
                       long num_rows, int number, int threads);
 
+/* Write weight[n][0 .. k) to `out`, as floats, in ascending order of k. */
+typedef void look_up(const Linear *linear, long n, float *out);
+
 struct Linear {
     multiply *run;
     multiply *gated; /* writes silu(first half of columns) * second half; NULL: no such kernel */
+    look_up *row;    /* for an embedding that shares the weight; NULL: no such kernel */
     const void *weight; /* in the kernel's order */
     const void *scales; /* NULL: the weight is not quantised */
     const void *zeros;  /* NULL: not quantised, or every zero is the code of 0.0 */

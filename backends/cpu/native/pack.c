@@ -1,4 +1,4 @@
-/* Packs weights into panels, once at load. */
+/* Packs weights into panels, once at load, and reads single rows of a packed weight. */
 #include "pairs.h"
 #include "panel.h"
 #include "team.h"
@@ -100,3 +100,21 @@ void sage_pack(const void *weight, int kind, void *packed, long num_cols, long k
     share *const by_kind[] = {pack_floats, pack_bfloats, pack_all_pairs};
     team_run(by_kind[kind], &job, threads);
 }
+
+/* Read column n of the panels, a row of the weight. The numbers have the bits that were packed. */
+INLINE void unpack_row(const Linear *l, long n, float *out, Kind kind) {
+    long c = n % PANEL;
+    const char *panel = (const char *)l->weight + n / PANEL * panel_bytes(l->k, kind);
+    for (long k = 0; k < l->k; k++)
+        switch (kind) {
+            case FLOATS: out[k] = ((const float *)panel)[k * PANEL + c]; break;
+            case BFLOATS: /* a number of 32 bits holds columns c and c + WIDE */
+                out[k] = load_one(panel, 2 * (k * WIDE + c % WIDE) + (c >= WIDE), 1);
+                break;
+            case PAIRS: out[k] = load_one(panel, 2 * (k / 2 * PANEL + c) + k % 2, 1); break;
+        }
+}
+
+void sage_row_float(const Linear *l, long n, float *out) { unpack_row(l, n, out, FLOATS); }
+void sage_row_bfloat(const Linear *l, long n, float *out) { unpack_row(l, n, out, BFLOATS); }
+void sage_row_pairs(const Linear *l, long n, float *out) { unpack_row(l, n, out, PAIRS); }

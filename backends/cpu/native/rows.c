@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "codes.h"
+#include "linear.h"
 #include "team.h"
 #include "vector.h"
 
@@ -143,14 +144,20 @@ void turn_rows(void *turn, int number, int threads) {
 
 void pick_rows(void *pick, int number, int threads) {
     const Pick *p = pick;
+    const Linear *packed = p->table;
     long row, last;
     for (share_of(p->num_rows, number, threads, &row, &last); row < last; row++) {
         long from = p->chosen[row] * p->ldt;
         float *to = p->out + row * p->ldo;
-        if (p->bfloat)
-            for (long i = 0; i < p->width; i++) to[i] = load_one(p->table, from + i, 1);
-        else
-            memcpy(to, (const float *)p->table + from, sizeof(float) * p->width);
+        switch (p->form) {
+            case FLOAT_ROWS:
+                memcpy(to, (const float *)p->table + from, sizeof(float) * p->width);
+                break;
+            case BFLOAT_ROWS:
+                for (long i = 0; i < p->width; i++) to[i] = load_one(p->table, from + i, 1);
+                break;
+            case PACKED: packed->row(packed, p->chosen[row], to); break;
+        }
     }
 }
 

@@ -44,13 +44,16 @@ typedef struct {
 } Turn;
 void turn_rows(void *turn, int number, int threads);
 
-/* Copy the rows `chosen` of a table of float or bfloat16, with `width` numbers per row. */
+/* What a table points to. PACKED: a Linear, whose weight has the rows in the order of its kernel. */
+typedef enum { FLOAT_ROWS, BFLOAT_ROWS, PACKED } TableForm;
+
+/* Copy the rows `chosen` of a table, with `width` numbers per row. */
 typedef struct {
     const void *table;
     const int64_t *chosen;
     float *out;
     long ldt, ldo, num_rows, width;
-    int bfloat;
+    TableForm form;
 } Pick;
 void pick_rows(void *pick, int number, int threads);
 

@@ -35,9 +35,9 @@ static long rows_of(const Step *s, const Instruction *i) {
 
 static void run_pick(const Step *s, const Instruction *i, int number, int threads) {
     Pick embed = {i->weight, s->token_ids, at(s, i->out), i->width, i->out[0].width,
-                  s->num_rows, i->width, i->bfloat};
+                  s->num_rows, i->width, (TableForm)i->table_form};
     Pick select = {at(s, i->in), s->logit_rows, at(s, i->out), i->in[0].width, i->out[0].width,
-                   s->num_logit_rows, i->width, 0};
+                   s->num_logit_rows, i->width, FLOAT_ROWS};
     pick_rows(i->op == EMBEDDING ? &embed : &select, number, threads);
 }
 

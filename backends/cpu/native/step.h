@@ -34,9 +34,9 @@ typedef struct {
     int32_t op;
     int32_t waits;   /* whether threads wait until all have finished the earlier instructions */
     int32_t chosen;  /* whether results have a row per row of logits, not per new token */
-    int32_t bfloat;  /* whether the weight of EMBEDDING is bfloat16 */
+    int32_t table_form; /* the TableForm of EMBEDDING */
     View in[3], out[2];
-    const void *weight; /* the weight of a norm or EMBEDDING; the Linear of LINEAR, GATED_LINEAR */
+    const void *weight; /* the weight of a norm; the table of EMBEDDING; the Linear of a linear */
     long width;         /* width of the results */
     long size;          /* numbers of a norm; vocabulary of EMBEDDING; head_dim of ROPE, KV_WRITE */
     long layer;
