@@ -1,7 +1,6 @@
 """The resources of an engine that computes: program, KV pool, queue, tokenizer, drafter."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -48,9 +47,7 @@ def open_resources(
     layout = _layout(options, folder, blocks)
     tokenizer = load_tokenizer(folder)
     eos_token_ids = frozenset(folder.eos_token_ids)
-    with ThreadPoolExecutor(1) as beside:  # the vocabulary is opened while C packs weights
-        compiler = beside.submit(GrammarCompiler, tokenizer, folder.facts.vocab_size, eos_token_ids)
-        program = _program(options, folder, blocks, device, progress)
+    program = _program(options, folder, blocks, device, progress)
     memory = pool_memory(sharing, facts.num_blocks * facts.kv_block_bytes)
     storage = device.allocate(layout, facts.num_blocks, memory.view if memory else None)
     pool = PoolBytes(storage, memory)
@@ -65,7 +62,7 @@ def open_resources(
         eos_token_ids,
         _output_text_opener(tokenizer),
         _speculation(options, folder, facts, device, runner),
-        compiler.result(),
+        GrammarCompiler(tokenizer, folder.facts.vocab_size, eos_token_ids),
     )
 
 
