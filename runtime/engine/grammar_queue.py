@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import trio
 
@@ -182,7 +182,7 @@ class GrammarQueue:
         return self._sequences.get(sequence.fence) is sequence
 
 
-def _log_fault(opened: "Future[object]") -> None:
+def _log_fault(opened: "Future[Any]") -> None:
     """Log why a vocabulary did not open. Each grammar is told a GrammarError, which is no fault."""
     error = None if opened.cancelled() else opened.exception()
     if error is not None and not isinstance(error, GrammarError):

@@ -35,7 +35,7 @@ NOT_NEEDED = {
     *("transformers", "torch", "sympy", "accelerate", "scipy"),
     *("httpx", "httpx2", "requests", "aiohttp", "openai", "huggingface_hub.errors"),
     *("starlette", "hypercorn", "uvicorn", "cyclopts", "pydantic", "prometheus_client"),
-    *("opentelemetry", "matplotlib", "pandas"),
+    *("opentelemetry", "matplotlib", "pandas", "structlog", "rich"),
 }
 NO_COMPILER = "no-such-compiler"
 SLACK_BYTES = 48 << 20  # pages that are read, and not given back yet; oneDNN's own code
