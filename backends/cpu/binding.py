@@ -7,12 +7,14 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from sagellm.backends.arrays import BFLOAT16, Array, Floats, dtype_name, to_bfloat16, to_float32
+from sagellm.backends.cpu.linear import PackingQueue, WeightsInFiles
 from sagellm.backends.cpu.native.library import NativeKernels
+from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.interface import LoweringError, Weights
 from sagellm.backends.quantised_weight import QuantisedWeight
 from sagellm.backends.step import KVLayout
@@ -23,18 +25,12 @@ from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 _STORED = ("float32", "bfloat16", "float16")
 
 
-@runtime_checkable
-class MappedWeights(Protocol):
-    """Weights that are views of mapped files."""
-
-    def give_back(self) -> None: ...
-
-
 class Binding:
     """The weights and options that kernels are bound to when a program is made.
 
     Each weight is read once and converted to the program's dtype. Nodes that name the same weight
     share it. `native`: the C kernels; None if there is no C compiler or they must not be used.
+    `queue`: weights that the C kernels need packed. Its `run` must come before any kernel.
     """
 
     def __init__(
@@ -56,6 +52,11 @@ class Binding:
         self._num_users = Counter(node.attrs.get("weight") for node in graph.nodes)
         self._shared: dict[str, Array] = {}
         self._looked_at: dict[str, Array] = {}
+        self.queue: PackingQueue | None = None
+        if native is not None:
+            threads = default_threads(native.tuning.tuned)
+            files = weights if isinstance(weights, WeightsInFiles) else None
+            self.queue = PackingQueue(native, threads, files)
         heads = [graph.node(edge.source) for edge in graph.inputs(SINK) if edge.inlet == "logits"]
         self._heads = {node.attrs.get("weight") for node in heads}
 
@@ -94,11 +95,18 @@ class Binding:
         Weights that are adjacent in memory, as they often are in a file, are not copied. Raises
         LoweringError as `weight` does.
         """
+        parts = self.parts(names, sizes, size)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def parts(self, names: Sequence[str], sizes: Sequence[int], size: int) -> Sequence[Array]:
+        """The weights of `joined`, not copied: one array if they are adjacent in memory. Raises
+        LoweringError as `weight` does.
+        """
         parts = [self.weight(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
         ends = itertools.pairwise(parts)
         if all(part.ctypes.data + part.nbytes == after.ctypes.data for part, after in ends):
-            return _spanning(parts)
-        return np.concatenate(parts)
+            return [_spanning(parts)]
+        return parts
 
     def stored(self, name: str, *shape: int) -> QuantisedWeight | None:
         """The weight `name` if it is stored quantised, or None if it is stored in floats. Raises
@@ -126,11 +134,6 @@ class Binding:
     def vector(self, name: str, size: int) -> Floats:
         """The weight `name` of a norm, or a bias: [size] float32."""
         return to_float32(self.weight(name, size))
-
-    def give_back(self) -> None:
-        """Drop the pages of mapped files from memory; those that are used again are read again."""
-        if isinstance(self._weights, MappedWeights):
-            self._weights.give_back()
 
     def makes_logits(self, name: str) -> bool:
         """Whether the layer with this weight computes the logits."""

@@ -138,9 +138,9 @@ def _packed(
     is_logits = binding.makes_logits(names[0])
     weights = quantised_weights(binding, names, sizes, size, make)
     if weights is None:
-        whole = binding.joined(names, sizes, size)
-        free, tiles = binding.give_back, binding.uses_tiles
-        return pack(kernels, whole, bias, threads=threads, free=free, tiles=tiles)
+        first, *others = binding.parts(names, sizes, size)
+        queue, tiles = binding.queue, binding.uses_tiles
+        return pack(kernels, first, bias, others=others, tiles=tiles, queue=queue)
     weight = joined(weights)
     if weight is None:
         raise NoNativeForm("the weights of a layer have different forms")

@@ -179,7 +179,9 @@ def bind(plan: KernelPlan, binding: Binding) -> NativeProgram:
     NoNativeForm.
     """
     assert binding.native is not None
+    assert binding.queue is not None
     kernels = each_bound(plan, lambda step: _native(step, binding))
+    binding.queue.run()
     return NativeProgram(translate(plan, kernels), binding.native, plan, binding.uses_tiles)
 
 

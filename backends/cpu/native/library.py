@@ -3,24 +3,24 @@ must be contiguous.
 """
 
 import ctypes
+import errno
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from sagellm.backends.arrays import (
-    BFLOAT16,
-    Array,
-    BlockIds,
-    Floats,
-    Integers,
-    dtype_name,
-    empty_in_large_pages,
+from sagellm.backends.arrays import BFLOAT16, Array, BlockIds, Floats, Integers, dtype_name
+from sagellm.backends.cpu.native.c_structs import (
+    NativeBatch,
+    NativeHeads,
+    NativeLayer,
+    NativePacking,
+    NativeStep,
 )
-from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.tuning import KernelTuning
 from sagellm.backends.interface import Progress, silent
@@ -39,9 +39,7 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
 
 PanelKind: TypeAlias = Literal["float", "bfloat", "pairs"]
-_PACKED_AT_ONCE = 32 << 20  # bytes of a weight
-_PANELS = 64  # columns: whole panels on every CPU
-_KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
+KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
 
 _SAMPLE_OPTIONS = np.dtype(  # of sample.c
     [("temperature", "f4"), ("min_p", "f4"), ("top_p", "f8"), ("number", "f8"), ("top_k", "i8")]
@@ -53,7 +51,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_has_tiles": (),
     "sage_is_gated": (_LONG, _LONG),
     "sage_packed_bytes": (_LONG, _LONG, _INT),
-    "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
+    "sage_pack_all": (_POINTER, _LONG, _INT),
     "sage_rms_norm": (
         *(*_MATRIX, *_MATRIX, _POINTER, _POINTER, _POINTER),
         *(_LONG, _LONG, _LONG, _FLOAT, _INT),
@@ -143,25 +141,18 @@ class NativeKernels:
         """Whether a gated kernel supports a weight [num_cols, size] of gate and up."""
         return bool(self._library.sage_is_gated(num_cols, size))
 
-    def pack(
-        self, weight: Array, kind: PanelKind, threads: int, free: Callable[[], None] | None = None
-    ) -> Array:
-        """Copy a contiguous weight [N, K] to the order `kind` of panel.h: a vector of its dtype.
+    def packed_bytes(self, num_cols: int, size: int, kind: PanelKind) -> int:
+        """The bytes of a packed weight [num_cols, size]."""
+        return int(self._library.sage_packed_bytes(num_cols, size, KINDS.index(kind)))
 
-        `free` is called after each part of a large weight: nobody reads that part again.
-        """
-        number, size = _KINDS.index(kind), weight.shape[1]
-        num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
-        packed = empty_in_large_pages(num_bytes // weight.itemsize, weight.dtype)
-        # Parts begin where a panel begins.
-        step = max(1, _PACKED_AT_ONCE // (_PANELS * size * weight.itemsize)) * _PANELS
-        for top in range(0, len(weight), step):
-            part = weight[top : top + step]
-            place = packed.ctypes.data + self._library.sage_packed_bytes(top, size, number)
-            self._library.sage_pack(part.ctypes.data, number, place, len(part), size, threads)
-            if free and len(weight) > step:
-                free()
-        return packed
+    def pack(self, packings: Sequence[NativePacking], threads: int) -> None:
+        """Pack weights in one call of C. Raises OSError for an unreadable file, and MemoryError."""
+        array = (NativePacking * len(packings))(*packings)
+        error = self._library.sage_pack_all(array, len(array), threads)
+        if error == errno.ENOMEM:
+            raise MemoryError("no memory to pack weights")
+        if error:
+            raise OSError(error, os.strerror(error))
 
     def quantise(
         self, weight: Array, bits: int, tries: tuple[float, ...], threads: int
