@@ -4,14 +4,12 @@ A program sees nothing until it calls `sagellm.log("info")` or adds a handler.
 """
 
 import logging
+import sys
 from collections.abc import Mapping
-from typing import Any, cast
-
-import structlog
-from structlog.stdlib import BoundLogger
-from structlog.typing import EventDict
+from typing import Any
 
 ROOT = "sagellm"
+_CONTEXT = "structlog.contextvars"
 
 logging.getLogger(ROOT).addHandler(logging.NullHandler())  # else warnings would go to stderr
 
@@ -29,24 +27,45 @@ class LogEvent:
         return " ".join([self.name, *(f"{key}={value!r}" for key, value in self.fields.items())])
 
 
-def get_logger(name: str) -> BoundLogger:
-    """A logger below "sagellm": `log.info("worker_up", worker="decode[0]")`.
+class EventLogger:
+    """Logs events with fields: `log.info("worker_up", worker="decode[0]")`.
 
-    Levels and handlers of `logging` apply; the configuration of structlog does not.
+    Levels and handlers of `logging` apply; the configuration of structlog does not. `exc_info`: as
+    in `logging`. Fields of structlog's context variables are added.
     """
-    wrapped = structlog.wrap_logger(
-        logging.getLogger(name),
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.contextvars.merge_contextvars,
-            _hand_over,
-        ],
-        wrapper_class=BoundLogger,
-    )
-    return cast(BoundLogger, wrapped)
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def debug(self, event: str, **fields: Any) -> None:
+        self._log(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._log(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._log(logging.WARNING, event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._log(logging.ERROR, event, fields)
+
+    def _log(self, level: int, event: str, fields: dict[str, Any]) -> None:
+        if self._logger.isEnabledFor(level):
+            error = fields.pop("exc_info", None)
+            line = LogEvent(event, {**_context(), **fields})
+            self._logger.log(level, line, exc_info=error, stacklevel=3)
 
 
-def _hand_over(_: object, __: str, line: EventDict) -> tuple[tuple[LogEvent], dict[str, Any]]:
-    """Convert an event to the arguments of a method of `logging.Logger`. A structlog processor."""
-    error = line.pop("exc_info", None)
-    return (LogEvent(line.pop("event"), line),), {"exc_info": error}
+def _context() -> Mapping[str, Any]:
+    """The fields of structlog's context variables.
+
+    Does not import structlog, which imports rich: only a program that has imported it can have
+    bound variables.
+    """
+    loaded = sys.modules.get(_CONTEXT)
+    return loaded.get_contextvars() if loaded is not None else {}
+
+
+def get_logger(name: str) -> EventLogger:
+    """A logger below "sagellm"."""
+    return EventLogger(logging.getLogger(name))

@@ -1,5 +1,6 @@
 """sagellm: serve large language models as a dataflow."""
 
+import gc
 import importlib
 from typing import Any
 
@@ -38,10 +39,21 @@ _NAMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "ops":
-        return importlib.import_module("sagellm.ops")
+        return _imported("sagellm.ops")
     if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
+        return getattr(_imported(_NAMES[name]), name)
     raise AttributeError(f"module 'sagellm' has no attribute {name!r}")
+
+
+def _imported(module: str) -> Any:
+    """Import a module without collections of garbage: imports make little, and each visits much."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

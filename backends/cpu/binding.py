@@ -7,12 +7,14 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from sagellm.backends.arrays import BFLOAT16, Array, Floats, dtype_name, to_bfloat16, to_float32
+from sagellm.backends.cpu.linear import PackedLinear, PackingQueue, WeightsInFiles
 from sagellm.backends.cpu.native.library import NativeKernels
+from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.interface import LoweringError, Weights
 from sagellm.backends.quantised_weight import QuantisedWeight
 from sagellm.backends.step import KVLayout
@@ -23,31 +25,13 @@ from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 _STORED = ("float32", "bfloat16", "float16")
 
 
-@runtime_checkable
-class MappedWeights(Protocol):
-    """Weights that are views of mapped files."""
-
-    def give_back(self) -> None: ...
-
-
-class PackedWeight(Protocol):
-    """A weight [N, K] in the order of the C kernels. `address`: that of its C `Linear`, which reads
-    single rows.
-    """
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def address(self) -> int: ...
-
-
 class Binding:
     """The weights and options that kernels are bound to when a program is made.
 
     Each weight is read once and converted to the program's dtype. Nodes that name the same weight
     share it, or its packed form. `native`: the C kernels; None if there is no C compiler or they
-    must not be used.
+    must not be used. `queue`: weights that the C kernels need packed. Its `run` must come before
+    any kernel.
     """
 
     def __init__(
@@ -66,10 +50,14 @@ class Binding:
         self.deterministic = deterministic
         self.quantization = quantization
         self._weights = weights
+        self._files = weights if isinstance(weights, WeightsInFiles) else None
         self._num_users = Counter(node.attrs.get("weight") for node in graph.nodes)
         self._shared: dict[str, Array] = {}
         self._looked_at: dict[str, Array] = {}
-        self._packed: dict[str, PackedWeight] = {}
+        self._packed: dict[str, PackedLinear] = {}
+        self.queue: PackingQueue | None = None
+        if native is not None:
+            self.queue = PackingQueue(native, default_threads(native.tuning.tuned), self._files)
         heads = [graph.node(edge.source) for edge in graph.inputs(SINK) if edge.inlet == "logits"]
         self._heads = {node.attrs.get("weight") for node in heads}
 
@@ -102,13 +90,13 @@ class Binding:
             self._shared[name] = found
         return found
 
-    def keep_packed(self, name: str, packed: "PackedWeight") -> None:
+    def keep_packed(self, name: str, packed: "PackedLinear") -> None:
         """Keep the packed form of a weight that has more users, in place of the weight itself."""
         if self._num_users[name] > 1:
             self._packed[name] = packed
             self._shared.pop(name, None)
 
-    def packed(self, name: str, *shape: int) -> "PackedWeight | None":
+    def packed(self, name: str, *shape: int) -> "PackedLinear | None":
         """The packed form of the weight `name` of a linear that was bound before, if its shape is
         `shape`.
         """
@@ -121,11 +109,18 @@ class Binding:
         Weights that are adjacent in memory, as they often are in a file, are not copied. Raises
         LoweringError as `weight` does.
         """
+        parts = self.parts(names, sizes, size)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def parts(self, names: Sequence[str], sizes: Sequence[int], size: int) -> Sequence[Array]:
+        """The weights of `joined`, not copied: one array if they are adjacent in memory. Raises
+        LoweringError as `weight` does.
+        """
         parts = [self.weight(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
         ends = itertools.pairwise(parts)
         if all(part.ctypes.data + part.nbytes == after.ctypes.data for part, after in ends):
-            return _spanning(parts)
-        return np.concatenate(parts)
+            return [_spanning(parts)]
+        return parts
 
     def stored(self, name: str, *shape: int) -> QuantisedWeight | None:
         """The weight `name` if it is stored quantised, or None if it is stored in floats. Raises
@@ -156,8 +151,8 @@ class Binding:
 
     def give_back(self) -> None:
         """Drop the pages of mapped files from memory; those that are used again are read again."""
-        if isinstance(self._weights, MappedWeights):
-            self._weights.give_back()
+        if self._files is not None:
+            self._files.give_back()
 
     def makes_logits(self, name: str) -> bool:
         """Whether the layer with this weight computes the logits."""

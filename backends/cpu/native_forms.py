@@ -144,9 +144,9 @@ def _packed(
     is_logits = binding.makes_logits(names[0])
     weights = quantised_weights(binding, names, sizes, size, make)
     if weights is None:
-        whole = binding.joined(names, sizes, size)
-        free, tiles = binding.give_back, binding.uses_tiles
-        packed = pack(kernels, whole, bias, threads=threads, free=free, tiles=tiles)
+        first, *others = binding.parts(names, sizes, size)
+        queue, tiles = binding.queue, binding.uses_tiles
+        packed = pack(kernels, first, bias, others=others, tiles=tiles, queue=queue)
         if len(names) == 1:
             binding.keep_packed(names[0], packed)
         return packed

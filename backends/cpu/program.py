@@ -51,10 +51,9 @@ def new_logits(num_rows: int, vocab_size: int) -> Floats:
 
 
 class LogitsMemory:
-    """The memory of the logits of a queue, kept from step to step. The logits of a step are valid
-    until the next call.
+    """The memory of a queue's logits, kept from step to step: valid until the next call.
 
-    Freed logits would stay in C's allocator, several times because their number of rows changes.
+    Freed logits of several sizes would stay in C's allocator.
     """
 
     def __init__(self) -> None:
@@ -223,7 +222,9 @@ def bind(plan: KernelPlan, binding: Binding) -> NativeProgram:
     NoNativeForm.
     """
     assert binding.native is not None
+    assert binding.queue is not None
     kernels = each_bound(plan, lambda step: _native(step, binding))
+    binding.queue.run()
     return NativeProgram(translate(plan, kernels), binding.native, plan, binding.uses_tiles)
 
 

@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 from sagellm.backends import Device, KVLayout, Program, get_backend
 from sagellm.backends.arrays import release_freed_memory
-from sagellm.backends.interface import Progress, silent
+from sagellm.backends.interface import Loading, Progress, ProgressEvent, silent
 from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import PlaceLayers
@@ -47,11 +47,10 @@ def open_resources(
     """
     blocks = kv_blocks(options, folder.facts)
     layout = _layout(options, folder, blocks)
-    tokenizer = load_tokenizer(folder)
     eos_token_ids = frozenset(folder.eos_token_ids)
-    with ThreadPoolExecutor(1) as beside:  # the vocabulary is opened while C packs weights
-        compiler = beside.submit(GrammarCompiler, tokenizer, folder.facts.vocab_size, eos_token_ids)
-        program = _program(options, folder, blocks, device, progress)
+    with _TokenizerBeside(folder, progress) as beside:
+        program = _program(options, folder, blocks, device, beside.progress)
+        tokenizer = beside.result()
     memory = pool_memory(sharing, facts.num_blocks * facts.kv_block_bytes)
     storage = device.allocate(layout, facts.num_blocks, memory.view if memory else None)
     pool = PoolBytes(storage, memory)
@@ -66,10 +65,54 @@ def open_resources(
         eos_token_ids,
         _output_text_opener(tokenizer),
         _speculation(options, folder, facts, device, runner),
-        compiler.result(),
+        GrammarCompiler(tokenizer, folder.facts.vocab_size, eos_token_ids),
     )
     release_freed_memory()
     return resources
+
+
+class _TokenizerBeside:
+    """A context that reads a tokenizer on another thread while C packs weights.
+
+    Reading holds Python's lock, so it waits for the first event of loading: Python has little to do
+    for the weights then. An error of the tokenizer ends the loading at its next event.
+    """
+
+    def __init__(self, folder: ModelFolder, progress: Progress) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._may_read = threading.Event()
+        self._is_over = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-tokenizer")
+        # A thread that started later would take the lock at once.
+        self._reading = self._thread.submit(self._read)
+
+    def __enter__(self) -> "_TokenizerBeside":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over = True
+        self._may_read.set()
+        self._thread.shutdown()
+
+    def progress(self, event: ProgressEvent) -> None:
+        """Report an event. Raises ModelError if the tokenizer cannot be read."""
+        self._progress(event)
+        if isinstance(event, Loading):
+            self._may_read.set()
+            if self._reading.done():
+                self.result()
+
+    def result(self) -> Tokenizer:
+        """The tokenizer. Raises ModelError."""
+        self._may_read.set()
+        found = self._reading.result()
+        assert found is not None
+        return found
+
+    def _read(self) -> Tokenizer | None:
+        self._may_read.wait()
+        return None if self._is_over else load_tokenizer(self._folder)
 
 
 def _speculation(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import trio
 
@@ -20,6 +20,7 @@ from sagellm.runtime.sampling import Grammar
 log = get_logger("sagellm.engine")
 
 _NUM_THREADS = 2  # a slow grammar leaves a thread to the others
+_IDLE_S = 0.25  # an engine without sequences for so long opens its vocabulary
 _Key: TypeAlias = tuple[str, Grammar | None]  # salt and grammar
 
 
@@ -34,7 +35,8 @@ Outcome: TypeAlias = Matcher | Refusal
 
 
 class GrammarQueue:
-    """The grammars of one engine that wait for a thread. Threads start with the first grammar.
+    """The grammars of one engine that wait for a thread. Threads start with the first grammar, or
+    when the vocabulary is opened.
 
     Tenants take turns: one that sends many slow grammars delays its own. `sequences`: the open
     sequences of the engine. `done` is called on the trio loop, for open sequences only. `compiler`
@@ -56,6 +58,29 @@ class GrammarQueue:
         # Sequences that come after a thread began with their grammar wait until it has ended. They
         # take no second thread, which could only wait for the first.
         self._running: set[_Key] = set()
+        self._is_opening = compiler is None  # or the vocabulary is open
+
+    async def wait(self, changed: trio.Event, until: float) -> None:
+        """Wait for `changed`, or for the time `until`.
+
+        If the engine has no sequence meanwhile, open its vocabulary: this holds Python's lock for
+        tenths of a second, so it comes neither before the first token nor beside others. The first
+        grammar opens a vocabulary for which no such moment came.
+        """
+        if not self._is_opening and not self._sequences:
+            idle = trio.current_time() + _IDLE_S
+            with trio.move_on_at(min(idle, until)) as waiting:
+                await changed.wait()
+            if not waiting.cancelled_caught or until <= idle:
+                return
+            self._open()
+        with trio.move_on_at(until):
+            await changed.wait()
+
+    def _open(self) -> None:
+        assert self._compiler is not None
+        self._is_opening = True
+        self._pool().submit(self._compiler.open).add_done_callback(_log_fault)
 
     def put(self, sequence: Sequence) -> None:
         """Compile the grammar of a sequence, and call `done` with the outcome."""
@@ -93,10 +118,6 @@ class GrammarQueue:
         return sequences
 
     def _submit(self, user_id: str, key: _Key, sequences: list[Sequence]) -> None:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(
-                _NUM_THREADS, thread_name_prefix="sagellm-grammar-compile"
-            )
         self._running.add(key)
         token = trio.lowlevel.current_trio_token()
 
@@ -104,7 +125,14 @@ class GrammarQueue:
             with suppress(trio.RunFinishedError):  # the engine ended first
                 token.run_sync_soon(self._finish, user_id, key, sequences, compiled)
 
-        self._threads.submit(self._compile, sequences).add_done_callback(hand_over)
+        self._pool().submit(self._compile, sequences).add_done_callback(hand_over)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(
+                _NUM_THREADS, thread_name_prefix="sagellm-grammar-compile"
+            )
+        return self._threads
 
     def _compile(self, sequences: list[Sequence]) -> list[Outcome | None]:
         """A matcher, or a refusal, for each of several sequences with the same grammar; None if the
@@ -152,6 +180,13 @@ class GrammarQueue:
 
     def _is_open(self, sequence: Sequence) -> bool:
         return self._sequences.get(sequence.fence) is sequence
+
+
+def _log_fault(opened: "Future[Any]") -> None:
+    """Log why a vocabulary did not open. Each grammar is told a GrammarError, which is no fault."""
+    error = None if opened.cancelled() else opened.exception()
+    if error is not None and not isinstance(error, GrammarError):
+        log.error("grammar_vocabulary_failed", exc_info=error)
 
 
 def _refusal(error: BaseException) -> Refusal:

@@ -65,22 +65,18 @@ def _byte_vocabulary(*special: str) -> LLTokenizer:
 class GrammarCompiler:
     """Compiles grammars for one engine, and keeps those that were used last.
 
-    `vocab_size`: the number of logits of the model. Opens the vocabulary, and so blocks the thread:
-    most of that time holds Python's lock, and would hold up sequences later. Any thread may call
-    `compile`.
+    `vocab_size`: the number of logits of the model. Any thread may call any method.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
     ) -> None:
+        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = frozenset(one for one in eos_token_ids if 0 <= one < vocab_size)
-        self._fault = ""  # why no grammar can be compiled for this vocabulary
+        self._opening = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
-        try:
-            self._vocabulary = open_vocabulary(tokenizer, vocab_size, self._end_ids)
-        except GrammarError as error:
-            self._fault = str(error)
+        self._fault = ""  # why no grammar can be compiled for this vocabulary
         self._lock = threading.Lock()
         self._kept: OrderedDict[_Key, Future[CompiledGrammar]] = OrderedDict()
         self._num_bytes = 0
@@ -89,18 +85,35 @@ class GrammarCompiler:
     def num_kept(self) -> int:
         return len(self._kept)
 
+    def open(self) -> LLTokenizer:
+        """Open the vocabulary at the first call; a call meanwhile waits. Returns the vocabulary.
+
+        Blocks the thread for up to a second. Most of that time holds Python's lock, and so holds up
+        sequences that run. Raises GrammarError if no grammar can follow the tokens of the model.
+        """
+        with self._opening:
+            if self._vocabulary is None and not self._fault:
+                try:
+                    self._vocabulary = open_vocabulary(
+                        self._tokenizer, self._vocab_size, self._end_ids
+                    )
+                except GrammarError as error:
+                    self._fault = str(error)
+        if self._vocabulary is None:
+            raise GrammarError(self._fault)
+        return self._vocabulary
+
     def compile(
         self, grammar: Grammar, salt: str, *, user_id: str = "", ignores_eos: bool
     ) -> GrammarMatcher:
-        """A matcher of a grammar. Blocks the thread. Raises GrammarError.
+        """A matcher of a grammar. Blocks the thread; the first call opens the vocabulary. Raises
+        GrammarError.
 
         Only requests of one tenant (`user_id`) and one `salt` share a compiled grammar, because the
         time of a call would tell one what another uses. `ignores_eos`: the model's end tokens are
         never allowed; a finished answer then has an empty mask.
         """
-        if self._vocabulary is None:
-            raise GrammarError(self._fault)
-        compiled = self._compiled(_Key(user_id, salt, grammar), self._vocabulary)
+        compiled = self._compiled(_Key(user_id, salt, grammar), self.open())
         end_ids = frozenset[int]() if ignores_eos else self._end_ids
         return GrammarMatcher(compiled, self._vocab_size, end_ids)
 

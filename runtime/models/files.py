@@ -45,6 +45,15 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
+def file_state(file: Path) -> tuple[object, ...]:
+    """A value that changes whenever the file changes."""
+    try:
+        held = file.resolve().stat()
+    except OSError:
+        return (file,)
+    return file, held.st_dev, held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
+
+
 def _lfs_pointer(head: bytes, path: Path) -> tuple[str, str]:
     size = _LFS_SIZE.search(head)
     left = f" to {human_bytes(int(size[1]))}" if size else ""

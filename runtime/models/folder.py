@@ -6,6 +6,7 @@ Only the needed files of a Hub model are downloaded, and never code.
 import errno
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from sagellm.runtime.models.files import (
     check_config,
     check_tokenizer,
     check_weights,
+    file_state,
     read_header,
     read_json,
     refuse_file,
@@ -137,6 +139,14 @@ class ModelFolder:
         return self.path / name
 
 
+# A start asks for each model several times, and a check takes 10 ms. A change of any file of the
+# folder makes another key, unless it comes in the same tick of the file system's clock: a folder
+# that was written just now is checked each time.
+_SETTLED_S = 1.0
+_MOST_KEPT = 8
+_kept: dict[tuple[object, ...], ModelFolder] = {}
+
+
 def resolve_model(name: str) -> ModelFolder:
     """Find a built-in model, a folder or a Hub id, and check it without reading a weight.
 
@@ -144,7 +154,28 @@ def resolve_model(name: str) -> ModelFolder:
     """
     if name == "null":
         return ModelFolder("null", None, NULL_FACTS)
-    return open_folder(name, _locate(name))
+    path = _locate(name)
+    files = sorted(path.iterdir())
+    key = (name, path, *(file_state(file) for file in files))
+    found = _kept.get(key)
+    if found is None:
+        found = open_folder(name, path)
+        if all(_is_settled(file) for file in files):
+            _keep(key, found)
+    return found
+
+
+def _is_settled(file: Path) -> bool:
+    try:
+        return time.time() - file.stat().st_ctime > _SETTLED_S
+    except OSError:
+        return False
+
+
+def _keep(key: tuple[object, ...], folder: ModelFolder) -> None:
+    for oldest in list(_kept)[: max(0, len(_kept) + 1 - _MOST_KEPT)]:
+        _kept.pop(oldest, None)
+    _kept[key] = folder
 
 
 def open_folder(name: str, path: Path) -> ModelFolder:

@@ -6,7 +6,9 @@ Quantised formats: GPTQ (arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, A
 
 import math
 import mmap
+import os
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ class SafetensorsWeights(Mapping[str, Array]):
         self._folder = folder.name
         self._tensors: dict[str, StoredTensor] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._files: list[tuple[int, int, int]] = []  # address, bytes and descriptor of each map
         self._unreturned_bytes = 0
         self._progress = progress
         self._read_bytes = self._told_bytes = 0
@@ -86,8 +89,10 @@ class SafetensorsWeights(Mapping[str, Array]):
             raise ModelError(f"model {self._folder}: {cause}")
         if self._unreturned_bytes >= _HELD_BYTES:
             self.give_back()
+        if self._read_bytes - self._told_bytes >= _HELD_BYTES:
+            self._tell()
         self._unreturned_bytes += tensor.num_bytes
-        self._tell(tensor.num_bytes)
+        self._read_bytes += tensor.num_bytes
         count = math.prod(tensor.shape)
         flat = np.frombuffer(self._maps[tensor.file], dtype, count, tensor.begin)
         return flat.reshape(tensor.shape)
@@ -101,6 +106,19 @@ class SafetensorsWeights(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def file_place(self, array: Array) -> tuple[int, int] | None:
+        """The descriptor of a file, valid as long as this object, and the offset of a contiguous
+        array in it. The caller reads the file, and leaves the pages of the array alone. None: the
+        array is no view of a file.
+        """
+        begin = array.ctypes.data
+        for address, num_bytes, descriptor in self._files:
+            if address <= begin and begin + array.nbytes <= address + num_bytes:
+                self._unreturned_bytes -= array.nbytes
+                self._read_bytes -= array.nbytes
+                return descriptor, begin - address
+        return None
+
     def give_back(self) -> None:
         """Drop the resident pages of all tensors. A page that is used again is read again."""
         drop_pages(self._maps.values())
@@ -110,14 +128,16 @@ class SafetensorsWeights(Mapping[str, Array]):
         """Report full progress. Tensors that were not read are not needed, or are read later."""
         self._progress(Loading(self._folder, self._total_bytes, self._total_bytes))
 
-    def _tell(self, num_bytes: int) -> None:
-        """Add to the progress, and report it at intervals. It stays below the total, even if
-        tensors are read twice.
-        """
-        self._read_bytes = min(self._read_bytes + num_bytes, self._total_bytes - 1)
-        if self._read_bytes - self._told_bytes >= _HELD_BYTES:
-            self._told_bytes = self._read_bytes
-            self._progress(Loading(self._folder, self._read_bytes, self._total_bytes))
+    def count_read(self, num_bytes: int) -> None:
+        """Report the progress: so many more bytes have been read from the files."""
+        self._read_bytes += num_bytes
+        self._tell()
+
+    def _tell(self) -> None:
+        """Report the progress. It stays below the total, even if tensors are read twice."""
+        self._told_bytes = self._read_bytes
+        num_bytes = min(max(self._read_bytes, 0), self._total_bytes - 1)
+        self._progress(Loading(self._folder, num_bytes, self._total_bytes))
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ModelError for the first name that no file holds."""
@@ -133,7 +153,11 @@ class SafetensorsWeights(Mapping[str, Array]):
             safe_open(str(path), framework="np")  # checks the header, and the sizes in it
             with path.open("rb") as opened:
                 # Copy on write: libraries that take an array ask whether they may write to it.
-                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps[file], descriptor = mapped, os.dup(opened.fileno())
+                weakref.finalize(self, os.close, descriptor)
+            address = np.frombuffer(mapped, np.uint8).ctypes.data
+            self._files.append((address, len(mapped), descriptor))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"model {self._folder}: {file} cannot be read: {error}") from error
         return read_header(self._folder, path)
@@ -161,6 +185,7 @@ class PackedWeights(Mapping[str, Array | QuantisedWeight]):
         self, folder: ModelFolder, stored: StoredQuantisation, progress: Progress = silent
     ) -> None:
         self._weights = SafetensorsWeights(folder, progress)
+        self.file_place, self.count_read = self._weights.file_place, self._weights.count_read
         self._folder = folder.name
         self._stored = stored
 

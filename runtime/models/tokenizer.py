@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -19,6 +18,7 @@ from sagellm.runtime.models.chat import (
     find_template,
     special_tokens,
 )
+from sagellm.runtime.models.files import file_state
 from sagellm.runtime.models.folder import ModelError, ModelFolder
 from sagellm.runtime.models.harmless import (
     check_decoder,
@@ -273,20 +273,11 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     """The tokenizer of a checked folder. Raises ModelError."""
     if folder.path is None:
         return ByteTokenizer()
-    key = (folder.name, folder.eos_token_ids, *(_state(folder.path / name) for name in _FILES))
+    key = (folder.name, folder.eos_token_ids, *(file_state(folder.path / name) for name in _FILES))
     found = _tokenizers.get(key)
     if found is None:
         found = _tokenizers[key] = FolderTokenizer(folder)
     return found
-
-
-def _state(file: Path) -> tuple[object, ...]:
-    """A value that changes whenever the file changes."""
-    try:
-        held = file.resolve().stat()
-    except OSError:
-        return (file,)
-    return file, held.st_dev, held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
 
 
 def _template(

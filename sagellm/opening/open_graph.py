@@ -198,20 +198,19 @@ async def open_session(recipe: GraphOpening) -> AsyncIterator[Session]:
     links = processes_options(found.graph)
     # A worker over tcp may run on another machine: it sizes its pools by that machine's memory.
     graph = found.graph if links is not None and links.address != IPC else found.sized
-    models = load_models(graph)
-    log_warnings(models.warnings)
-    with models.kept():
-        async with _running_session(graph, models, recipe) as session:
-            yield session
+    async with _running_session(graph, recipe) as session:
+        yield session
 
 
 @asynccontextmanager
-async def _running_session(
-    graph: Graph, models: Models, recipe: GraphOpening
-) -> AsyncIterator[Session]:
+async def _running_session(graph: Graph, recipe: GraphOpening) -> AsyncIterator[Session]:
     async with _first_error(), AsyncExitStack() as stack, trio.open_nursery() as nursery:
         processes = processes_options(graph)
+        if processes is not None:  # workers keep their tokenizers to themselves
+            models = _models(graph, stack)
         engines, supervisor = await _engines(graph, processes, nursery, recipe)
+        if processes is None:  # engines have read their tokenizers beside their weights
+            models = _models(graph, stack)
         ready = plan(
             graph,
             recipe.resolver,
@@ -235,6 +234,14 @@ async def _running_session(
             with trio.CancelScope(shield=True):  # lasts one engine step at most
                 await session.close()
             nursery.cancel_scope.cancel()  # ends the tasks that run until cancelled
+
+
+def _models(graph: Graph, stack: AsyncExitStack) -> Models:
+    """Load the models of a graph. Their helper processes are kept until `stack` ends."""
+    models = load_models(graph)
+    log_warnings(models.warnings)
+    stack.enter_context(models.kept())
+    return models
 
 
 async def _engines(

@@ -59,14 +59,10 @@ def test_a_wrong_shape_is_named():
         bound(in_one_piece()).joined(NAMES, (3, 4, 2), 7)
 
 
-def test_pages_are_given_back_where_weights_are_mapped():
-    class Mapped(dict):
-        given = 0
-
-        def give_back(self):
-            self.given += 1
-
-    mapped = Mapped(in_one_piece())
-    bound(mapped).give_back()
-    assert mapped.given == 1
-    bound(in_one_piece()).give_back()
+def test_parts_that_are_adjacent_are_one_array():
+    names, sizes = ("a", "b"), (3, 5)
+    memory = np.arange(40, dtype=np.float32).reshape(8, 5)
+    adjacent = bound({"a": memory[:3], "b": memory[3:]}, memory.dtype).parts(names, sizes, 5)
+    assert [part.tobytes() for part in adjacent] == [memory.tobytes()]
+    apart = bound({"a": memory[:3], "b": memory[3:].copy()}, memory.dtype)
+    assert [len(part) for part in apart.parts(names, sizes, 5)] == [3, 5]

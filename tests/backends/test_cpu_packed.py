@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from sagellm.backends import arrays
 from sagellm.backends.cpu import linear as packing
-from sagellm.backends.cpu.linear import PackedLinear
+from sagellm.backends.cpu.linear import PackedLinear, PackingQueue
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native.tuning import Tuning
 from sagellm.backends.cpu.torch_linear import array
+from sagellm.backends.interface import LoweringError
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -225,11 +225,84 @@ def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_can(monkeypatch, has_pair
     assert NativeLinear.from_address(linear.address).run == chosen
 
 
+class OneFile:
+    """Weights of one file. `reports`: the bytes that were read, as they were reported."""
+
+    def __init__(self, file, weights):
+        self.file = file
+        self.reports = []
+        places = itertools.accumulate((weight.nbytes for weight in weights), initial=7)
+        self.places = {id(weight): place for weight, place in zip(weights, places, strict=False)}
+
+    def file_place(self, weight):
+        place = self.places.get(id(weight))
+        return None if place is None else (self.file.fileno(), place)
+
+    def count_read(self, num_bytes):
+        self.reports.append(num_bytes)
+
+
+def packed_alone(weight, kind):
+    queue = PackingQueue(KERNELS, 1)
+    packed = queue.add([weight], kind)
+    queue.run()
+    return packed
+
+
+def random_weights(kind, *shapes):
+    return [array(operands(1, *shape, kind)[1]) for shape in shapes]
+
+
 @KINDS
-def test_a_large_weight_is_packed_in_parts(kind, monkeypatch):
-    _, weight, _ = operands(1, 300, 77, kind)
-    whole, freed = KERNELS.pack(array(weight), kind, 2, lambda: pytest.fail("it is small")), []
-    monkeypatch.setattr(arrays, "_READ_AT_ONCE", 70 * 77 * weight.element_size())
-    parts = KERNELS.pack(array(weight), kind, 2, lambda: freed.append(1))
-    assert parts.tobytes() == whole.tobytes()
-    assert len(freed) == -(-300 // 64)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_weights_in_files_and_in_memory_are_packed_together(kind, threads, tmp_path):
+    weights = random_weights(kind, (2100, 513), (33, 77), (1, 1), (300, 70_000 // 300))
+    in_memory = random_weights(kind, (130, 40), (600, 600))
+    content = b"".join([b"offset.", *(weight.tobytes() for weight in weights)])
+    (tmp_path / "weights").write_bytes(content)
+    with (tmp_path / "weights").open("rb") as file:
+        files = OneFile(file, weights)
+        queue = PackingQueue(KERNELS, threads, files)
+        copies = [queue.add([weight], kind) for weight in (*weights, *in_memory)]
+        blank = [np.zeros_like(weight) for weight in weights]  # files are read, not these arrays
+        for weight, nothing in zip(weights, blank, strict=True):
+            weight[...], nothing[...] = nothing, weight.copy()
+        queue.run()
+    for found, weight in zip(copies, [*blank, *in_memory], strict=True):
+        assert found.tobytes() == packed_alone(weight, kind).tobytes()
+    assert files.reports == [0, len(content) - 7]
+
+
+@KINDS
+@pytest.mark.parametrize("rows", [(64, 128, 33), (64, 31), (31, 64), (7, 8, 9)])
+def test_parts_of_a_weight_are_packed_as_the_whole(kind, rows):
+    parts = random_weights(kind, *((num, 77) for num in rows))
+    queue = PackingQueue(KERNELS, 2)
+    found = queue.add(parts, kind)
+    queue.run()
+    assert found.tobytes() == packed_alone(np.concatenate(parts), kind).tobytes()
+
+
+def test_a_file_that_was_cut_off_is_an_error(tmp_path):
+    (weight,) = random_weights("pairs", (500, 500))
+    (tmp_path / "weights").write_bytes(b"offset." + weight.tobytes()[:-2])
+    with (tmp_path / "weights").open("rb") as file:
+        queue = PackingQueue(KERNELS, 2, OneFile(file, [weight]))
+        queue.add([weight], "pairs")
+        with pytest.raises(LoweringError, match="the weights cannot be read: Input/output error"):
+            queue.run()
+
+
+@pytest.mark.parametrize("limit", ["_MOST_COPIED", "_MOST_STORED"])
+def test_few_bytes_wait(limit, monkeypatch, tmp_path):
+    weights = random_weights("float", (64, 10), (64, 10), (64, 10))
+    monkeypatch.setattr(packing, limit, 2 * weights[0].nbytes)
+    (tmp_path / "weights").write_bytes(b"offset." + b"".join(map(bytes, weights)))
+    with (tmp_path / "weights").open("rb") as file:
+        queue = PackingQueue(KERNELS, 1, OneFile(file, weights if "STORED" in limit else []))
+        copies = [queue.add([weight], "float") for weight in weights]
+        wanted = [packed_alone(weight, "float").tobytes() for weight in weights]
+        assert [copy.tobytes() for copy in copies[:2]] == wanted[:2]
+        assert copies[2].tobytes() != wanted[2]
+        queue.run()
+    assert copies[2].tobytes() == wanted[2]

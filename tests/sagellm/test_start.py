@@ -35,7 +35,7 @@ NOT_NEEDED = {
     *("transformers", "torch", "sympy", "accelerate", "scipy"),
     *("httpx", "httpx2", "requests", "aiohttp", "openai", "huggingface_hub.errors"),
     *("starlette", "hypercorn", "uvicorn", "cyclopts", "pydantic", "prometheus_client"),
-    *("opentelemetry", "matplotlib", "pandas"),
+    *("opentelemetry", "matplotlib", "pandas", "structlog", "rich"),
 }
 NO_COMPILER = "no-such-compiler"
 SLACK_BYTES = 48 << 20  # pages that are read, and not given back yet; oneDNN's own code
@@ -54,6 +54,20 @@ def test_the_first_token_needs_no_heavy_package() -> None:
     loaded = set(said(MODULES, "sage-tiny").split())
     assert "numpy" in loaded
     assert sorted(loaded & NOT_NEEDED) == []
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_an_import_collects_garbage_once_at_most_and_leaves_the_collector_as_it_was(
+    is_enabled: bool,
+) -> None:
+    code = (
+        "import gc; import sagellm; found = []; gc.callbacks.append(lambda *a: found.append(a)); "
+        f"gc.{'enable' if is_enabled else 'disable'}(); sagellm.Graph; "
+        "print(sum(phase == 'start' for phase, _ in found), gc.isenabled())"
+    )
+    num_collections, left = said(code, "").split()
+    assert int(num_collections) <= 1
+    assert left == str(is_enabled)
 
 
 NATIVE = pytest.mark.skipif(native_kernels() is None, reason="no C compiler on this machine")

@@ -49,6 +49,16 @@ class NativeLinear(ctypes.Structure):
     ]
 
 
+class NativePacking(ctypes.Structure):
+    """pack.h: a weight to be packed, in memory or in a file."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, _POINTER) for name in ("weight", "packed")),
+        *((name, _LONG) for name in ("num_cols", "k", "offset")),
+        *((name, _INT) for name in ("kind", "fd")),
+    ]
+
+
 class NativeView(ctypes.Structure):
     """step.h: a matrix in the arena. A negative `first` stands for the tensor of the logits."""
 
@@ -96,4 +106,5 @@ SIZED = (
     NativeHeads,
     NativeBatch,
     NativeLayer,
+    NativePacking,
 )  # in the order of sage_sizes

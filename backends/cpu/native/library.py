@@ -3,6 +3,8 @@ must be contiguous.
 """
 
 import ctypes
+import errno
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,10 +20,9 @@ from sagellm.backends.arrays import (
     Floats,
     Integers,
     dtype_name,
-    empty_in_large_pages,
     row_parts,
 )
-from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
+from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.tuning import KernelTuning
 from sagellm.backends.interface import Progress, silent
@@ -40,7 +41,7 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
 
 PanelKind: TypeAlias = Literal["float", "bfloat", "pairs"]
-_KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
+KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
 
 _SAMPLE_OPTIONS = np.dtype(  # of sample.c
     [("temperature", "f4"), ("min_p", "f4"), ("top_p", "f8"), ("number", "f8"), ("top_k", "i8")]
@@ -52,7 +53,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_has_tiles": (),
     **dict.fromkeys(("sage_is_gated", "sage_is_quant_gated"), (_LONG, _LONG)),
     "sage_packed_bytes": (_LONG, _LONG, _INT),
-    "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
+    "sage_pack_all": (_POINTER, _LONG, _INT),
     "sage_rms_norm": (
         *(*_MATRIX, *_MATRIX, _POINTER, _POINTER, _POINTER),
         *(_LONG, _LONG, _LONG, _FLOAT, _INT),
@@ -143,21 +144,18 @@ class NativeKernels:
         is_gated = self._library.sage_is_quant_gated if quantised else self._library.sage_is_gated
         return bool(is_gated(num_cols, size))
 
-    def pack(
-        self, weight: Array, kind: PanelKind, threads: int, free: Callable[[], None] | None = None
-    ) -> Array:
-        """Copy a contiguous weight [N, K] to the order `kind` of panel.h: a vector of its dtype.
+    def packed_bytes(self, num_cols: int, size: int, kind: PanelKind) -> int:
+        """The bytes of a packed weight [num_cols, size]."""
+        return int(self._library.sage_packed_bytes(num_cols, size, KINDS.index(kind)))
 
-        `free` is called after each part of a large weight: nobody reads that part again.
-        """
-        number, size = _KINDS.index(kind), weight.shape[1]
-        num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
-        packed = empty_in_large_pages(num_bytes // weight.itemsize, weight.dtype)
-        for rows in row_parts(weight, free):
-            part = weight[rows]
-            place = packed.ctypes.data + self._library.sage_packed_bytes(rows.start, size, number)
-            self._library.sage_pack(part.ctypes.data, number, place, len(part), size, threads)
-        return packed
+    def pack(self, packings: Sequence[c_structs.NativePacking], threads: int) -> None:
+        """Pack weights in one call of C. Raises OSError for an unreadable file, and MemoryError."""
+        array = (c_structs.NativePacking * len(packings))(*packings)
+        error = self._library.sage_pack_all(array, len(array), threads)
+        if error == errno.ENOMEM:
+            raise MemoryError("no memory to pack weights")
+        if error:
+            raise OSError(error, os.strerror(error))
 
     def quantise(
         self,
@@ -273,13 +271,15 @@ class NativeKernels:
         out, head_dim = np.empty(q.shape, dtype=np.float32), head_dim_of(pool)
         kv_heads, block_size = pool.shape[3:5]
         keys, values, dtype = _keys_and_values(pool, layer)
-        heads = NativeHeads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
-        batch = NativeBatch(
+        heads = c_structs.NativeHeads(
+            q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale
+        )
+        batch = c_structs.NativeBatch(
             *(block_tables.shape[1], len(context_lens), block_size),
             *(query_starts.ctypes.data, context_lens.ctypes.data, dtype, tiles),
         )
         first, ldq = _matrix(q)
-        place = NativeLayer(first, keys, values, out.ctypes.data, ldq, _matrix(out)[1])
+        place = c_structs.NativeLayer(first, keys, values, out.ctypes.data, ldq, _matrix(out)[1])
         place.tables = block_tables.ctypes.data
         structures = (ctypes.byref(part) for part in (heads, batch, place))
         if self._library.sage_attention(*structures, threads):
@@ -326,7 +326,7 @@ class NativeKernels:
             raise MemoryError("no memory to sample")
         return tokens
 
-    def run_step(self, step: NativeStep, threads: int) -> None:
+    def run_step(self, step: c_structs.NativeStep, threads: int) -> None:
         """Run all instructions of a step.
 
         Raises IndexError for a token outside of the vocabulary, and MemoryError.
@@ -335,7 +335,7 @@ class NativeKernels:
         if failed:
             raise _STEP_ERRORS[failed]
 
-    def close_step(self, step: NativeStep) -> None:
+    def close_step(self, step: c_structs.NativeStep) -> None:
         """Free the memory that C keeps between steps."""
         self._library.sage_step_close(ctypes.byref(step))
 

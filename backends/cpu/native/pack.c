@@ -1,15 +1,25 @@
 /* Packs weights into panels, once at load, and reads single rows of a packed weight. */
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "pack.h"
 #include "pairs.h"
 #include "panel.h"
 #include "team.h"
 
 #define STRETCH 256 /* of k at once: its part of rows and panel stays in the first-level cache */
 
+#define PART_BYTES (256 << 10) /* read at once: it stays in the second-level cache */
+
+/* Weights that threads pack together. Each takes the next part, which is a few panels: a thread
+ * that another program holds up delays one part alone. */
 typedef struct {
-    const char *weight;
-    char *packed;
-    long num_cols, k;
-} Packing;
+    const Packing *all;
+    long count;
+    atomic_long next; /* the number of the next part, counted over all weights */
+    atomic_int error; /* an errno; threads stop at the first */
+} Packings;
 
 static const float zeros[STRETCH]; /* columns that pad the last panel */
 
@@ -50,13 +60,13 @@ INLINE void pack_pairs(const void *const from[PANEL], void *packed, long k_len) 
     }
 }
 
-INLINE void pack_panel(const Packing *p, long panel, Kind kind) {
+/* Pack one panel. `rows`: its rows of the weight. */
+INLINE void pack_panel(const Packing *p, const char *rows, long panel, Kind kind) {
     long size = kind == FLOATS ? 4 : 2, cols = p->num_cols - panel * PANEL;
     for (long k = 0; k < p->k; k += STRETCH) {
         const void *from[PANEL];
         for (long c = 0; c < PANEL; c++)
-            from[c] = c < cols ? p->weight + ((panel * PANEL + c) * p->k + k) * size
-                               : (const char *)zeros;
+            from[c] = c < cols ? rows + (c * p->k + k) * size : (const char *)zeros;
         char *to = p->packed + panel * panel_bytes(p->k, kind) + panel_bytes(k, kind);
         long k_len = p->k - k < STRETCH ? p->k - k : STRETCH;
         switch (kind) {
@@ -71,22 +81,81 @@ INLINE void pack_panel(const Packing *p, long panel, Kind kind) {
     }
 }
 
-INLINE void pack_share(const Packing *p, int number, int threads, Kind kind) {
-    long first, last;
-    share_of(num_panels(p->num_cols), number, threads, &first, &last);
-    for (long panel = first; panel < last; panel++) pack_panel(p, panel, kind);
+static long row_bytes(const Packing *p) { return p->k * (p->kind == FLOATS ? 4 : 2); }
+
+static long panels_of_part(const Packing *p) {
+    long panels = PART_BYTES / (PANEL * row_bytes(p) + 1);
+    return panels ? panels : 1;
 }
 
-static void pack_floats(void *job, int number, int threads) {
-    pack_share(job, number, threads, FLOATS);
+static long num_parts(const Packing *p) {
+    long panels = panels_of_part(p);
+    return (num_panels(p->num_cols) + panels - 1) / panels;
 }
 
-static void pack_bfloats(void *job, int number, int threads) {
-    pack_share(job, number, threads, BFLOATS);
+/* Read bytes of a file. Return 0, or an errno. */
+static int read_file(int fd, char *to, long num_bytes, long offset) {
+    while (num_bytes > 0) {
+        ssize_t got = pread(fd, to, (size_t)num_bytes, offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return got ? errno : EIO; /* the file was cut off */
+        to += got, offset += got, num_bytes -= got;
+    }
+    return 0;
 }
 
-static void pack_all_pairs(void *job, int number, int threads) {
-    pack_share(job, number, threads, PAIRS);
+/* The memory of one thread, which grows to the largest part. */
+typedef struct {
+    char *bytes;
+    long size;
+} Scratch;
+
+/* Set `rows` to the rows of a weight from row `first` on. Those of a file are read: that takes less
+ * time than to map the pages, and to drop them. Return 0, or an errno. */
+static int rows_of(const Packing *p, long first, long num_rows, Scratch *scratch,
+                   const char **rows) {
+    *rows = p->weight + first * row_bytes(p);
+    if (p->fd < 0) return 0;
+    long num_bytes = num_rows * row_bytes(p);
+    if (num_bytes > scratch->size) {
+        free(scratch->bytes);
+        scratch->bytes = malloc((size_t)num_bytes);
+        scratch->size = scratch->bytes ? num_bytes : 0;
+        if (!scratch->bytes) return ENOMEM;
+    }
+    *rows = scratch->bytes;
+    return read_file(p->fd, scratch->bytes, num_bytes, p->offset + first * row_bytes(p));
+}
+
+static int pack_part(const Packing *p, long part, Scratch *scratch) {
+    long panels = panels_of_part(p), begin = part * panels, end = begin + panels;
+    end = end < num_panels(p->num_cols) ? end : num_panels(p->num_cols);
+    long last_row = end * PANEL < p->num_cols ? end * PANEL : p->num_cols;
+    const char *rows;
+    int error = rows_of(p, begin * PANEL, last_row - begin * PANEL, scratch, &rows);
+    for (long panel = begin; !error && panel < end; panel++, rows += PANEL * row_bytes(p))
+        switch ((Kind)p->kind) {
+            case FLOATS: pack_panel(p, rows, panel, FLOATS); break;
+            case BFLOATS: pack_panel(p, rows, panel, BFLOATS); break;
+            case PAIRS: pack_panel(p, rows, panel, PAIRS); break;
+        }
+    return error;
+}
+
+static void pack_parts(void *job, int number, int threads) {
+    (void)number, (void)threads;
+    Packings *todo = job;
+    Scratch scratch = {NULL, 0};
+    const Packing *p = todo->all, *end = p + todo->count;
+    long before = 0; /* parts of the weights before p */
+    while (!atomic_load(&todo->error)) {
+        long part = atomic_fetch_add(&todo->next, 1);
+        while (p < end && part >= before + num_parts(p)) before += num_parts(p++);
+        if (p == end) break;
+        int error = pack_part(p, part - before, &scratch);
+        if (error) atomic_store(&todo->error, error);
+    }
+    free(scratch.bytes);
 }
 
 /* The bytes of a packed weight of that shape. */
@@ -94,11 +163,17 @@ long sage_packed_bytes(long num_cols, long k, int kind) {
     return num_panels(num_cols) * panel_bytes(k, (Kind)kind);
 }
 
+/* Pack several weights. Return 0, or an errno: a file could not be read, or there is no memory. */
+int sage_pack_all(const Packing *all, long count, int threads) {
+    Packings todo = {all, count, 0, 0};
+    team_run(pack_parts, &todo, threads);
+    return atomic_load(&todo.error);
+}
+
 /* Pack a contiguous weight [num_cols, k] into `packed`. */
 void sage_pack(const void *weight, int kind, void *packed, long num_cols, long k, int threads) {
-    Packing job = {weight, packed, num_cols, k};
-    share *const by_kind[] = {pack_floats, pack_bfloats, pack_all_pairs};
-    team_run(by_kind[kind], &job, threads);
+    Packing job = {weight, packed, num_cols, k, 0, kind, -1};
+    sage_pack_all(&job, 1, threads);
 }
 
 /* Read column n of the panels, a row of the weight. The numbers have the bits that were packed. */

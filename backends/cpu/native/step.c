@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "pack.h"
 #include "pick.h"
 #include "rows.h"
 #include "team.h"
@@ -238,6 +239,6 @@ void sage_step_close(Step *step) {
 /* The sizes of the structs that Python fills, for the test that compares them with c_structs.py. */
 void sage_sizes(long *sizes) {
     long found[] = {sizeof(Step), sizeof(Instruction), sizeof(Linear),
-                    sizeof(Heads), sizeof(Batch), sizeof(Layer)};
-    for (int i = 0; i < 6; i++) sizes[i] = found[i];
+                    sizeof(Heads), sizeof(Batch), sizeof(Layer), sizeof(Packing)};
+    for (int i = 0; i < 7; i++) sizes[i] = found[i];
 }

@@ -1,7 +1,7 @@
 """What happens while a grammar is compiled: no other sequence waits, and any sequence may end."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import trio
@@ -9,9 +9,10 @@ import trio.testing
 from engine_driver import Driver, running
 from models_on_the_fly import make_model, random_prompts
 
+from sagellm.runtime.engine import grammar_queue
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.grammars import choice_grammar
+from sagellm.runtime.grammars import GrammarError, choice_grammar, grammar_compiler
 from sagellm.runtime.sampling import Grammar, Sampling
 
 PROMPTS = random_prompts((5, 17))
@@ -35,6 +36,9 @@ class HeldCompiler:
     inside: object
     may_go_on: threading.Event
     started: threading.Event
+
+    def open(self):
+        return self.inside.open()
 
     def compile(self, grammar, salt, **options):
         self.started.set()
@@ -215,3 +219,103 @@ async def test_a_bad_grammar_refuses_its_sequence_alone(folder):
     assert (refused.last.finish_reason, refused.last.code) == ("refused", "invalid_grammar")
     assert refused.last.error
     assert len(good.token_ids) == 8
+
+
+@dataclass
+class CountedCompiler:
+    """A compiler that records when its vocabulary is opened. `fault`: raised in place of that."""
+
+    inside: object
+    fault: Exception | None = None
+    opened: threading.Event = field(default_factory=threading.Event)
+
+    def open(self):
+        self.opened.set()
+        if self.fault:
+            raise self.fault
+        return self.inside.open()
+
+    def compile(self, grammar, salt, **options):
+        self.open()
+        return self.inside.compile(grammar, salt, **options)
+
+
+def counted(engine, fault=None):
+    queue = engine._loop.grammars
+    queue._compiler = CountedCompiler(queue._compiler, fault)
+    return queue._compiler
+
+
+async def test_an_idle_engine_opens_its_vocabulary(folder):
+    engine = open_on(folder)
+    compiler = counted(engine)
+    async with running(engine):
+        assert await trio.to_thread.run_sync(compiler.opened.wait, 30)
+
+
+async def test_an_engine_with_sequences_leaves_its_vocabulary_closed(folder, monkeypatch):
+    monkeypatch.setattr(grammar_queue, "_IDLE_S", 0.0)
+    queue = grammar_queue.GrammarQueue(compiler := CountedCompiler(None), {"fence": None}, print)
+    until = trio.current_time() + 0.05
+    await queue.wait(trio.Event(), until)
+    assert trio.current_time() >= until
+    assert not compiler.opened.is_set()
+
+
+async def test_a_change_or_a_deadline_comes_before_the_vocabulary(autojump_clock, monkeypatch):
+    queue = grammar_queue.GrammarQueue(compiler := CountedCompiler(None), {}, print)
+    begin = trio.current_time()
+    await queue.wait(trio.Event(), begin + 0.1)
+    assert trio.current_time() == begin + 0.1
+    changed = trio.Event()
+    changed.set()
+    await queue.wait(changed, float("inf"))
+    assert trio.current_time() == begin + 0.1
+    assert not compiler.opened.is_set()
+
+
+async def test_a_deadline_is_kept_after_the_vocabulary_was_opened(autojump_clock):
+    queue = grammar_queue.GrammarQueue(CountedCompiler(None, GrammarError("no bytes")), {}, print)
+    begin = trio.current_time()
+    await queue.wait(trio.Event(), begin + 5)
+    assert trio.current_time() == begin + 5
+    await queue.close()
+
+
+async def test_the_first_grammar_opens_the_vocabulary_of_a_busy_engine(folder, monkeypatch):
+    monkeypatch.setattr(grammar_queue, "_IDLE_S", 600.0)
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = counted(engine)
+        free = await driver.submit("free", PROMPTS[1], max_tokens=8)
+        await free.done.wait()
+        assert not compiler.opened.is_set()
+        bound = await driver.submit("bound", PROMPTS[0], sampling=BOUND)
+        await bound.done.wait()
+    assert bound.token_ids
+
+
+async def test_a_vocabulary_that_does_not_open_is_logged_and_ends_the_answers(folder, caplog):
+    async with running(engine := open_on(folder)) as [driver]:
+        compiler = counted(engine, fault=RuntimeError("a bug of the library"))
+        assert await trio.to_thread.run_sync(compiler.opened.wait, 30)
+        reply = await driver.submit("r", PROMPTS[0], sampling=BOUND)
+        await reply.done.wait()
+    assert reply.last.finish_reason == "failed"
+    assert "could not compile" in reply.last.error
+    assert "grammar_vocabulary_failed" in caplog.text
+
+
+async def test_grammars_that_come_together_open_the_vocabulary_once(folder, monkeypatch):
+    opened, open_once = [], grammar_compiler.open_vocabulary
+
+    def slowly(*args):
+        opened.append(args)
+        return open_once(*args)
+
+    monkeypatch.setattr(grammar_compiler, "open_vocabulary", slowly)
+    async with running(open_on(folder)) as [driver]:
+        for name in ("a", "b", "c"):
+            grammar = Grammar(kind="regex", text=f"{name}{{3,9}}")
+            await driver.submit(name, PROMPTS[0], sampling=Sampling(max_tokens=9, grammar=grammar))
+        await driver.all_done()
+    assert len(opened) == 1

@@ -36,6 +36,31 @@ def test_a_folder_is_read(model):
     assert found.path == model
 
 
+def test_a_folder_is_checked_once_until_a_file_changes(model, monkeypatch):
+    monkeypatch.setattr(folders, "_SETTLED_S", -1.0)
+    found = resolve_model(str(model))
+    assert resolve_model(str(model)) is found
+    edit(model / "config.json", eos_token_id=[7, 8])
+    assert resolve_model(str(model)).eos_token_ids != found.eos_token_ids
+    (model / "config.json").unlink()
+    with pytest.raises(ModelError):
+        resolve_model(str(model))
+
+
+def test_a_folder_that_was_written_just_now_is_checked_each_time(model):
+    found = resolve_model(str(model))
+    edit(model / "config.json")
+    assert resolve_model(str(model)) is not found
+
+
+def test_few_folders_are_kept(made):
+    folder = resolve_model(str(made))
+    for number in range(2 * folders._MOST_KEPT):
+        folders._keep((number,), folder)
+    assert len(folders._kept) == folders._MOST_KEPT
+    folders._kept.clear()
+
+
 def test_the_built_in_model_is_there():
     found = resolve_model("sage-tiny")
     assert found.facts.vocab_size > 256

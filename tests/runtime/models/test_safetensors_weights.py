@@ -1,6 +1,7 @@
 """Weights: lazy, over one or many files, and complete before anything is computed."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sagellm.backends.arrays import dtype_name
 from sagellm.graphs.models import build
+from sagellm.runtime.engine import device_resources
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.models import stored_weights as module
@@ -166,3 +168,46 @@ def test_a_dtype_that_is_not_read_is_named(model):
     save_file({"x": torch.zeros(2, dtype=torch.complex64)}, model / "model.safetensors")
     with pytest.raises(ModelError, match="tensor x is stored as C64, which is not read"):
         SafetensorsWeights(folder)["x"]
+
+
+def test_the_file_of_an_array_holds_its_bytes(model):
+    split(model)
+    weights = SafetensorsWeights(resolve_model(str(model)))
+    for array in weights.values():
+        descriptor, offset = weights.file_place(array)
+        assert os.pread(descriptor, array.nbytes, offset) == array.tobytes()
+        assert weights.file_place(array.copy()) is None
+
+
+def test_progress_counts_what_is_read_from_files_when_it_is_read(model, monkeypatch):
+    monkeypatch.setattr(module, "_HELD_BYTES", 1)
+    told = []
+    weights = SafetensorsWeights(resolve_model(str(model)), told.append)
+    stored = list(weights)[:4]
+    for name in stored:
+        assert weights.file_place(weights[name])
+    assert told == []
+    num_bytes = weights[stored[0]].nbytes
+    weights.file_place(weights[stored[0]])
+    told.clear()
+    weights.count_read(0)
+    weights.count_read(num_bytes)
+    assert told[1].num_bytes - told[0].num_bytes == num_bytes
+
+
+@pytest.mark.parametrize("content", ["{", '{"model": 7}'])
+def test_a_broken_tokenizer_ends_the_loading_with_its_error(model, content):
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        open_engine(EngineOptions(model=str(model)), name="e")
+
+
+def test_an_error_of_the_weights_does_not_wait_for_the_tokenizer(model, monkeypatch):
+    monkeypatch.setattr(device_resources, "load_tokenizer", lambda _: pytest.fail("was read"))
+    monkeypatch.setattr(SafetensorsWeights, "require", missing)
+    with pytest.raises(ModelError, match="tensor x is missing"):
+        open_engine(EngineOptions(model=str(model)), name="e")
+
+
+def missing(*_):
+    raise ModelError("tensor x is missing")
