@@ -1,5 +1,6 @@
 """Compiles grammars beside an engine's steps: no other sequence waits for a schema."""
 
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +21,7 @@ from sagellm.runtime.sampling import Grammar
 log = get_logger("sagellm.engine")
 
 _NUM_THREADS = 2  # a slow grammar leaves a thread to the others
-_IDLE_S = 0.25  # an engine without sequences for so long opens its vocabulary
+_IDLE_S = 0.25  # from one look whether the engine has no sequence to the next
 _Key: TypeAlias = tuple[str, Grammar | None]  # salt and grammar
 
 
@@ -36,7 +37,7 @@ Outcome: TypeAlias = Matcher | Refusal
 
 class GrammarQueue:
     """The grammars of one engine that wait for a thread. Threads start with the first grammar, or
-    when the vocabulary is opened.
+    with `open_when_idle`.
 
     Tenants take turns: one that sends many slow grammars delays its own. `sequences`: the open
     sequences of the engine. `done` is called on the trio loop, for open sequences only. `compiler`
@@ -58,29 +59,24 @@ class GrammarQueue:
         # Sequences that come after a thread began with their grammar wait until it has ended. They
         # take no second thread, which could only wait for the first.
         self._running: set[_Key] = set()
-        self._is_opening = compiler is None  # or the vocabulary is open
+        self._is_settled = threading.Event()  # a grammar opens the vocabulary, or nobody needs it
 
-    async def wait(self, changed: trio.Event, until: float) -> None:
-        """Wait for `changed`, or for the time `until`.
+    def open_when_idle(self) -> None:
+        """Open the vocabulary on a thread once the engine has no sequence, unless a grammar comes
+        first, which opens it too.
 
-        If the engine has no sequence meanwhile, open its vocabulary: this holds Python's lock for
-        tenths of a second, so it comes neither before the first token nor beside others. The first
-        grammar opens a vocabulary for which no such moment came.
+        This holds Python's lock for tenths of a second, so it comes neither before the first token
+        nor beside others.
         """
-        if not self._is_opening and not self._sequences:
-            idle = trio.current_time() + _IDLE_S
-            with trio.move_on_at(min(idle, until)) as waiting:
-                await changed.wait()
-            if not waiting.cancelled_caught or until <= idle:
-                return
-            self._open()
-        with trio.move_on_at(until):
-            await changed.wait()
+        if self._compiler is not None:
+            self._pool().submit(self._open_when_idle).add_done_callback(_log_fault)
 
-    def _open(self) -> None:
+    def _open_when_idle(self) -> None:
         assert self._compiler is not None
-        self._is_opening = True
-        self._pool().submit(self._compiler.open).add_done_callback(_log_fault)
+        while not self._is_settled.wait(_IDLE_S):
+            if not self._sequences:
+                self._compiler.open()
+                return
 
     def put(self, sequence: Sequence) -> None:
         """Compile the grammar of a sequence, and call `done` with the outcome."""
@@ -92,6 +88,7 @@ class GrammarQueue:
     async def close(self) -> None:
         """End the threads. Grammars that still wait are dropped."""
         self._waiting.clear()
+        self._is_settled.set()
         threads, self._threads = self._threads, None
         if threads is not None:
             await trio.to_thread.run_sync(partial(threads.shutdown, cancel_futures=True))
@@ -118,6 +115,7 @@ class GrammarQueue:
         return sequences
 
     def _submit(self, user_id: str, key: _Key, sequences: list[Sequence]) -> None:
+        self._is_settled.set()
         self._running.add(key)
         token = trio.lowlevel.current_trio_token()
 

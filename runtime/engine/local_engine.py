@@ -213,6 +213,7 @@ class LocalEngine:
         """Step until cancelled. Afterwards no thread is left, and every block is free."""
         try:
             await self._resources.runner.open()
+            self._loop.grammars.open_when_idle()
             while True:
                 await self._loop.step()
         finally:

@@ -184,8 +184,8 @@ class EngineLoop:
     async def _wait(self) -> None:
         """Wait for a change, or for the next deadline."""
         self._changed = trio.Event()
-        until = self._expiries[0][0] if self._expiries else float("inf")
-        await self.grammars.wait(self._changed, until)
+        with trio.move_on_at(self._expiries[0][0] if self._expiries else float("inf")):
+            await self._changed.wait()
 
     # ---- launch --------------------------------------------------------------------------------
 
