@@ -12,13 +12,14 @@ import torch
 from cyclopts import App, Parameter
 
 from benchmarks.cells import Cell, Engine, Run, cells
+from benchmarks.command import run_command
 from benchmarks.machine import Limits, cpu_name, describe, measure_limits
 from benchmarks.ours import Ours, bench_graph
 from benchmarks.overhead import measure_overhead
 from benchmarks.peer import Transformers
 from benchmarks.report import Runs, measured, table, write
 from benchmarks.weights import model_folder
-from sagellm.cli.errors import Failure, show_failure
+from sagellm.cli.errors import Failure
 
 RESULTS = Path(__file__).parent / "results"
 APP = App(name="sagellm bench engine", help=__doc__)
@@ -124,15 +125,5 @@ def _record(limits: Limits) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure. Shows a user's mistake as `sagellm` does."""
-    try:
-        APP(result_action="return_none")
-    except Failure as failure:
-        show_failure(failure)
-        return failure.code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(APP))

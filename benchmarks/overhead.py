@@ -12,13 +12,14 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from benchmarks.cells import Cell
+from benchmarks.command import run_command
 from benchmarks.ours import Ours, bench_graph
 from benchmarks.shape import LLAMA15M, QWEN05, Shape
 from benchmarks.weights import model_folder
 from sagellm.backends.cpu.lowerings import CpuProgram
 from sagellm.backends.cpu.native.c_structs import NativeStep
 from sagellm.backends.cpu.native.library import NativeKernels
-from sagellm.cli.errors import Failure, show_failure
+from sagellm.cli.errors import Failure
 
 BATCHES = (1, 32)
 SHAPES = {shape.name: shape for shape in (QWEN05, LLAMA15M)}
@@ -139,15 +140,5 @@ def overhead(
         print(f"{one['model']:8}  {one['batch']:5}  {times}")
 
 
-def main() -> int:
-    """Measure. Shows a user's mistake as `sagellm` does."""
-    try:
-        APP(result_action="return_none")
-    except Failure as failure:
-        show_failure(failure)
-        return failure.code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(APP))

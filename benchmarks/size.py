@@ -14,13 +14,14 @@ import torch
 from cyclopts import App, Parameter
 
 from benchmarks.cells import Cell
+from benchmarks.command import run_command
 from benchmarks.machine import Limits, cpu_name, describe, measure_limits
 from benchmarks.peers.engines import OURS, PEERS
 from benchmarks.peers.group import Group
 from benchmarks.peers.plan import Subject, subjects
 from benchmarks.peers.report import rounded
 from benchmarks.shape import Shape
-from sagellm.cli.errors import Failure, show_failure
+from sagellm.cli.errors import Failure
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -186,15 +187,5 @@ def draw(record: dict[str, Any], figure: Any, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main() -> int:
-    """Measure. Shows a user's mistake as `sagellm` does."""
-    try:
-        APP(result_action="return_none")
-    except Failure as failure:
-        show_failure(failure)
-        return failure.code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(APP))

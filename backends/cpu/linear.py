@@ -57,7 +57,7 @@ class WeightsInFiles(Protocol):
     """Weights that are views of mapped files."""
 
     def file_place(self, array: Array) -> FilePlace | None:
-        """Where to read a contiguous array instead of its pages; None for any other array."""
+        """The place of a contiguous array, to be read instead of its pages; None for any other."""
 
     def count_read(self, num_bytes: int) -> None:
         """Report the progress of reading: so many more bytes have been read from files."""

@@ -18,6 +18,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from benchmarks.cells import Cell
+from benchmarks.command import run_command
 from benchmarks.machine import Bandwidth, Limits, cpu_name, describe, measure_limits
 from benchmarks.peers.engines import BYTES_A_WEIGHT, OURS, PEERS, ROWS, Peer
 from benchmarks.peers.group import GB, Group
@@ -34,7 +35,7 @@ from benchmarks.peers.report import cell_record, table
 from benchmarks.peers.rounds import Found, Rounds
 from benchmarks.peers.timing import Figure, error
 from benchmarks.shape import Shape
-from sagellm.cli.errors import Failure, show_failure
+from sagellm.cli.errors import Failure
 from sagellm.graphs.vocabulary import nearest
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -250,15 +251,5 @@ def _command(options: Sequence[str]) -> str:
     return " ".join(["sagellm bench peers", *kept])
 
 
-def main() -> int:
-    """Measure. Shows a user's mistake as `sagellm` does."""
-    try:
-        APP(result_action="return_none")
-    except Failure as failure:
-        show_failure(failure)
-        return failure.code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(APP))
