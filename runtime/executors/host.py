@@ -1,9 +1,8 @@
 """The host of one replica of a service operator: its queue of items and its tasks."""
 
 from collections import deque
-from collections.abc import Callable
-
-import trio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.core.effects import OperatorFault
@@ -12,6 +11,7 @@ from sagellm.runtime.core.outputs import must_be_answered, not_answered
 from sagellm.runtime.core.request_lifecycle import reason_of
 from sagellm.runtime.executors.context import Executor, ServiceContext
 from sagellm.runtime.executors.engine_reader import EngineReader, last_event
+from sagellm.runtime.executors.waits import Scope, Waits
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Service, Signal
 from sagellm.runtime.port import DamagedBlocks, EngineLost, LossCause, StaleLease
@@ -44,6 +44,12 @@ def _places(error: Exception) -> list[str]:
     return places
 
 
+class Spawner(Protocol):
+    """Starts tasks, as a nursery of trio does."""
+
+    def start_soon(self, function: Callable[[], Awaitable[Any]], /) -> None: ...
+
+
 class ItemQueue:
     """A FIFO queue of the items that wait for one service operator.
 
@@ -51,9 +57,10 @@ class ItemQueue:
     remove the items of an ended request from its middle.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits: Waits) -> None:
         self._items: deque[Item] = deque()
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._waits = waits
+        self._waiting = waits.lot()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -64,7 +71,7 @@ class ItemQueue:
 
     async def take(self) -> Item:
         """Wait for an item, and take the oldest. If cancelled, takes nothing."""
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._waits.checkpoint_if_cancelled()
         while not self._items:
             await self._waiting.park()
         return self._items.popleft()
@@ -87,15 +94,16 @@ class ServiceHost:
         self._context = context = ServiceContext(executor, name, replica)
         self._executor = executor
         self._service = service
-        self._mailbox = ItemQueue()
-        self._scopes: list[tuple[Item, trio.CancelScope]] = []
+        self._waits = executor.waits
+        self._mailbox = ItemQueue(executor.waits)
+        self._scopes: list[tuple[Item, Scope]] = []
         self._meter = context.meter
         self._register = executor.core.register
         facts = context.engine.facts if context.engine_name else None
         block_size = facts.block_size if facts else 1
         executor.dispatch(Opened(name, replica, service.capacity(facts), block_size))
 
-    def start(self, nursery: trio.Nursery) -> None:
+    def start(self, nursery: Spawner) -> None:
         """Start the tasks of the operator, and the reader of its engine."""
         for _ in range(self._service.concurrency):
             nursery.start_soon(self._work)
@@ -133,7 +141,7 @@ class ServiceHost:
     async def _serve(self, item: Item) -> None:
         failure: Exception | None = None
         begun_s = self._executor.clock()
-        with trio.CancelScope() as scope:
+        with self._waits.scope() as scope:
             entry = (item, scope)
             self._scopes.append(entry)
             try:
@@ -145,7 +153,7 @@ class ServiceHost:
                 self._return_request(item, error)
                 # `take` does not yield while items wait: without a checkpoint, a queue of items
                 # that all lost their engine would block the thread.
-                await trio.lowlevel.checkpoint()
+                await self._waits.checkpoint()
                 return
             except (Exception, *LEAVING) as error:
                 failure = as_error(error)

@@ -1,47 +1,18 @@
 """The `tasks` executor: runs one graph as trio tasks of one process, in one nursery."""
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from math import inf
-from typing import TypeAlias
 
 import trio
 
-from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.core import Core
-from sagellm.runtime.core.effects import (
-    Deliver,
-    Discard,
-    Effect,
-    Ejected,
-    FailedOn,
-    Faulted,
-    Interrupt,
-    Parked,
-    QueryCache,
-    Resumed,
-    Send,
-    WakeAt,
-)
-from sagellm.runtime.core.events import (
-    Arrived,
-    CacheReported,
-    Event,
-    ReplicaAdded,
-    ReplicaMarked,
-    ReplicaRemoved,
-    Signalled,
-    Stopped,
-    TimeCame,
-)
-from sagellm.runtime.executors.context import Emissions
-from sagellm.runtime.executors.host import ServiceHost, log_fault
-from sagellm.runtime.executors.reading import Reading, read
+from sagellm.runtime.core.effects import WakeAt
+from sagellm.runtime.core.events import Arrived, Event, Signalled, Stopped, TimeCame
+from sagellm.runtime.executors.shell import RecordDecision, Shell
+from sagellm.runtime.executors.waits import TrioWaits
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.port import Engine
-from sagellm.runtime.prefixes import ReportsCache
 
 
 class Timer:
@@ -66,11 +37,6 @@ class Timer:
             self._dispatch(TimeCame())
 
 
-log = get_logger("sagellm.executor")
-
-RecordDecision: TypeAlias = Callable[[float, Event, list[Effect]], None]
-
-
 class ExecutorStopped(RuntimeError):
     """A request was submitted to a graph that has stopped."""
 
@@ -78,12 +44,11 @@ class ExecutorStopped(RuntimeError):
         super().__init__("the graph has stopped; open it again")
 
 
-class TasksExecutor:
+class TasksExecutor(Shell):
     """Runs a core under trio: logic operators in the core, service operators in their own tasks.
 
     `deliver`: called with every item at the sink. It must not block, and may buffer the items:
-    `max_tokens` bounds the items of a request. `engines`: the replicas of each engine of the plan.
-    `record`: called with (time, event, effects) after each event.
+    `max_tokens` bounds the items of a request.
     """
 
     def __init__(
@@ -95,43 +60,19 @@ class TasksExecutor:
         max_hold_s: float = inf,
         record: RecordDecision | None = None,
     ) -> None:
-        self.engines = dict(engines or {})
-        self.cause: Exception | None = None  # the exception that ended the item being delivered
-        self.clock = trio.lowlevel.current_clock().current_time
-        self.now = trio.current_time  # operators read the same clock as the core
-        self.core = Core(plan, max_hold_s=max_hold_s, clock=self.clock)
-        self._deliver = deliver
-        self._record = record
-        self.is_recorded = record is not None
-        self._events: deque[Event] = deque()
-        self._is_dispatching = False
-        self.emissions = Emissions(self.dispatch)
-        self._at_rest = trio.lowlevel.ParkingLot()
         self._timer = Timer(self.dispatch)
-        self._nursery: trio.Nursery | None = None
         self.is_stopped = False
-        self._effect_handlers: dict[type, Callable[..., None]] = {
-            Send: lambda effect: self._hosts[effect.node, effect.replica].put(effect.item),
-            Deliver: self._deliver_item,
-            Interrupt: lambda effect: self._hosts[effect.node, effect.replica].signal(
-                effect.signal
-            ),
-            Discard: lambda effect: self._hosts[effect.node, effect.replica].discard(effect.item),
-            Parked: self.emissions.advance,
-            Resumed: self.emissions.advance,
-            WakeAt: self._timer.set,
-            Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
-            FailedOn: _log_failure,
-            Ejected: _log_ejection,
-            QueryCache: lambda effect: _ask_cache(
-                self.engines[effect.engine][effect.replica], dispatch=self.dispatch
-            ),
-        }
-        self._hosts = {
-            (node, replica): ServiceHost(self, node, replica, service)
-            for node, service in plan.services.items()
-            for replica in range(plan.num_replicas(node))
-        }
+        super().__init__(
+            plan,
+            deliver,
+            TrioWaits(),
+            engines=engines or {},
+            max_hold_s=max_hold_s,
+            record=record,
+            clock=trio.lowlevel.current_clock().current_time,
+            now=trio.current_time,  # operators read the same clock as the core
+            set_timer=self._timer.set,
+        )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled, or until an engine or a task of an operator raises.
@@ -140,11 +81,9 @@ class TasksExecutor:
         """
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
                 for engine in self.all_engines:
                     nursery.start_soon(engine.run)
-                for host in self._hosts.values():
-                    host.start(nursery)
+                self.start_hosts(nursery)
                 nursery.start_soon(self._timer.run)
                 task_status.started()
         finally:
@@ -153,16 +92,6 @@ class TasksExecutor:
             self.dispatch(Stopped())
             self._at_rest.unpark_all()
             self.emissions.end()
-
-    @property
-    def plan(self) -> Plan:
-        """The current plan; it is replaced when replicas are added or removed."""
-        return self.core.plan
-
-    @property
-    def all_engines(self) -> tuple[Engine, ...]:
-        """All replicas of all engines."""
-        return tuple(engine for replicas in self.engines.values() for engine in replicas)
 
     async def submit(self, *choices: Request) -> None:
         """Send all choices of one request into the graph through `source`.
@@ -191,79 +120,3 @@ class TasksExecutor:
             await self._at_rest.park()
         for engine in self.all_engines:
             await engine.idle()
-
-    def reading(self) -> Reading:
-        """The meters of operators and edges since the start."""
-        waiting = {gate: host.num_waiting for gate, host in self._hosts.items()}
-        return read(self.core.meter, self.plan, self.core.gates, waiting)
-
-    def is_routed(self, engine: str) -> bool:
-        return self.plan.is_routed(engine)
-
-    def add(self, name: str, engine: Engine) -> None:
-        """Add a replica to a routed engine. It gets no request before `mark` with `is_up` True."""
-        assert self._nursery is not None
-        replica = len(self.engines[name])
-        self.engines[name] = (*self.engines[name], engine)
-        self._nursery.start_soon(engine.run)
-        self.dispatch(ReplicaAdded(name))
-        for node in self.plan.nodes_of(name):
-            host = self._hosts[node, replica] = ServiceHost(
-                self, node, replica, self.plan.services[node]
-            )
-            host.start(self._nursery)
-
-    def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
-        """Record that a replica of an engine is up, or was lost."""
-        self.dispatch(ReplicaMarked(engine, replica, is_up))
-
-    def remove(self, engine: str, replica: int) -> None:
-        """Record that a lost replica will not come back."""
-        self.dispatch(ReplicaRemoved(engine, replica))
-
-    def dispatch(self, event: Event) -> None:
-        """Give an event to the core, and carry out its effects.
-
-        If an effect dispatches another event, that event is queued until all effects are done.
-        """
-        self._events.append(event)
-        if self._is_dispatching:  # the core is not re-entrant
-            return
-        self._is_dispatching = True
-        try:
-            while self._events:
-                self._handle(self._events.popleft())
-        finally:
-            self._is_dispatching = False
-
-    def _handle(self, event: Event) -> None:
-        now = self.clock()
-        effects = self.core.on(event, now)
-        if self._record is not None:
-            self._record(now, event, effects)
-        for effect in effects:
-            self._effect_handlers[type(effect)](effect)
-        if self._at_rest and self.core.is_at_rest:
-            self._at_rest.unpark_all()
-
-    def _deliver_item(self, effect: Deliver) -> None:
-        self.cause = effect.error
-        self._deliver(effect.item)
-
-
-def _ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:
-    if isinstance(engine, ReportsCache):
-        engine.report_cache(lambda changed: dispatch(CacheReported(changed)))
-
-
-def _log_failure(effect: FailedOn) -> None:
-    where = {"engine": effect.engine, "replica": effect.replica}
-    log.warning("engine_failed", **where, request_id=effect.request_id, error=effect.error)
-
-
-def _log_ejection(effect: Ejected) -> None:
-    where = {"engine": effect.engine, "replica": effect.replica}
-    if effect.for_s:
-        log.warning("replica_ejected", **where, for_s=effect.for_s)
-    else:
-        log.info("replica_readmitted", **where)

@@ -1,0 +1,395 @@
+"""A modelled engine behind the engine port, in simulated time."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from sagellm.runtime.engine.engine_model import EngineModel
+from sagellm.runtime.engine.step_cost import SequenceProgress
+from sagellm.runtime.messages import (
+    ChoiceKey,
+    EngineReplica,
+    LeaseRef,
+    SequenceState,
+    Stamps,
+    TokenEvent,
+)
+from sagellm.runtime.port import (
+    EngineEvent,
+    EngineFacts,
+    EngineHealth,
+    EngineLoad,
+    EngineRefusal,
+    KVSource,
+    LeaseOffer,
+    LossCause,
+    Lost,
+    PrefillDone,
+    StaleLease,
+)
+from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged
+from sagellm.runtime.simulation.kernel import Kernel, SimulatedFlag
+from sagellm.runtime.simulation.links import Links
+from sagellm.runtime.simulation.prompts import TraceHasher, TracePrompt, sub_hash
+
+_FIRST = (0,)  # the id of every first token: simulated tokens are only counted
+
+
+class SimulatedMailbox:
+    """The events of one operator's sequences, one batch for each change of the engine's batch."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._batches: deque[tuple[EngineEvent, ...]] = deque()
+        self._arrived = kernel.lot()
+
+    def post(self, events: tuple[EngineEvent, ...]) -> None:
+        self._batches.append(events)
+        self._arrived.unpark()
+
+    def __aiter__(self) -> "SimulatedMailbox":
+        return self
+
+    async def __anext__(self) -> tuple[EngineEvent, ...]:
+        while not self._batches:
+            await self._arrived.park()
+        return self._batches.popleft()
+
+
+@dataclass(slots=True)
+class _Open:
+    """A sequence in the engine. `num_emitted`: its tokens so far, those of earlier engines too.
+    `is_held`: its blocks are held after its first token.
+    """
+
+    state: SequenceState
+    num_prompt: int
+    num_emitted: int
+    is_held: bool
+
+
+class SimulatedSource:
+    """The sending side of a transfer."""
+
+    def __init__(self, engine: "SimulatedEngine", lease: LeaseRef) -> None:
+        self.engine = engine
+        self.lease = lease
+
+    def release(self) -> None:
+        self.engine.free(self.lease)
+
+
+class SimulatedTarget:
+    """The receiving side of a transfer."""
+
+    def __init__(self, engine: "SimulatedEngine", lease: LeaseRef) -> None:
+        self.lease = lease
+        self._engine = engine
+
+    async def receive(self, source: KVSource) -> None:
+        """Wait until the link has moved all blocks. Raises StaleLease."""
+        assert isinstance(source, SimulatedSource)
+        try:
+            await self._engine.receive(source.engine.place, source.lease)
+        except BaseException:
+            self.abort()
+            raise
+        if not self._engine.has_target(self.lease):
+            raise StaleLease(f"the reservation of request {self.lease.request_id} is gone")
+
+    def abort(self) -> None:
+        self._engine.abort(self.lease)
+
+
+class SimulatedEngine:
+    """Implements the engine port over an `EngineModel`."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        facts: EngineFacts,
+        model: EngineModel,
+        place: EngineReplica,
+        *,
+        links: Links,
+        hasher: TraceHasher,
+    ) -> None:
+        self.facts = facts
+        self.place = place
+        self.model = model
+        self._kernel = kernel
+        self._links = links
+        self._hasher = hasher
+        self._mailboxes: dict[str, SimulatedMailbox] = {}
+        self._open: dict[ChoiceKey, _Open] = {}
+        self._held: dict[ChoiceKey, LeaseRef] = {}
+        self._targets: dict[ChoiceKey, SimulatedTarget] = {}
+        self._granting: dict[ChoiceKey, SimulatedFlag] = {}
+        self._due_s = float("inf")
+        self._tell: OnCacheChanged | None = None
+        self._reports = (0, 0)  # epoch and sequence of the last report of prefix blocks
+
+    # ---- the port ----------------------------------------------------------------------------
+
+    async def submit(self, state: SequenceState) -> None:
+        key, prompt, num_emitted = state.key, state.prompt_token_ids, state.num_emitted
+        num_prompt = len(prompt)
+        most = min(state.sampling.max_tokens, self.facts.max_model_len - num_prompt)
+        if key in self._open:
+            raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
+        if most < 1:
+            raise EngineRefusal(
+                f"the prompt has {num_prompt} tokens, and with its answer at most "
+                f"{self.facts.max_model_len} fit the engine"
+            )
+        if state.lease is not None and self._claim(key, state.lease) is None:
+            raise StaleLease(f"the lease of request {state.request_id} is gone")
+        is_held = state.hold_kv and most > num_emitted + 1
+        self._open[key] = _Open(state, num_prompt, num_emitted, is_held)
+        if num_emitted >= most:
+            self._post(SequenceProgress(key, 0, self._kernel.now, "length"))
+            return
+        keys = self._hasher.keys(prompt) if isinstance(prompt, TracePrompt) else ()
+        self.model.submit(
+            key,
+            self._kernel.now,
+            num_prompt=num_prompt,
+            num_output=num_emitted + 1 if state.hold_kv else most,
+            num_emitted=num_emitted,
+            priority=state.priority,
+            keys=keys if self.model.blocks.span else (),
+            holds=is_held,
+        )
+        self._settle()
+
+    def cancel(self, request_id: str, choice: int, epoch: int) -> None:
+        key = request_id, choice
+        opened = self._open.get(key)
+        if opened is not None and opened.state.epoch == epoch:
+            self.model.cancel(key, self._kernel.now)
+            self._settle()
+        held, target = self._held.get(key), self._targets.get(key)
+        if held is not None and held.epoch == epoch:
+            self.free(held)
+        elif target is not None and target.lease.epoch == epoch:
+            target.abort()
+
+    def events(self, owner: str) -> SimulatedMailbox:
+        if owner not in self._mailboxes:
+            self._mailboxes[owner] = SimulatedMailbox(self._kernel)
+        return self._mailboxes[owner]
+
+    @property
+    def load(self) -> EngineLoad:
+        return self.model.load
+
+    @property
+    def health(self) -> EngineHealth:
+        return EngineHealth(num_steps=self.model.num_steps)
+
+    async def idle(self) -> None:
+        """Return at once: no step outlives its sequences."""
+
+    async def run(self) -> None:
+        """Return at once: the heap of the simulation runs the model."""
+
+    # ---- transfers ---------------------------------------------------------------------------
+
+    def export(self, lease: LeaseRef) -> SimulatedSource:
+        if self._held.get((lease.request_id, lease.choice)) != lease:
+            raise StaleLease(f"the blocks of request {lease.request_id} are gone")
+        return SimulatedSource(self, lease)
+
+    async def import_(self, offer: LeaseOffer) -> SimulatedTarget:
+        key = offer.request_id, offer.choice
+        known = self._targets.get(key)
+        if known is not None:
+            return known
+        flag = self._granting[key] = self._kernel.flag()
+        self.model.reserve(key, self._kernel.now, num_tokens=offer.num_tokens)
+        self._settle()
+        try:
+            await flag.wait()
+        except BaseException:
+            self.model.release(key, self._kernel.now)
+            self._settle()
+            raise
+        finally:
+            self._granting.pop(key, None)
+        target = self._targets[key] = SimulatedTarget(
+            self, self._lease(offer.request_id, offer.choice, offer.epoch, offer.num_tokens)
+        )
+        return target
+
+    async def receive(self, sender: EngineReplica, lease: LeaseRef) -> None:
+        """Wait until a link has moved the blocks of a lease to this replica."""
+        num_blocks = self.facts.shape.num_blocks(lease.num_tokens)
+        await self._links.transfer(sender, self.place, num_blocks * self.facts.kv_block_bytes)
+
+    def has_target(self, lease: LeaseRef) -> bool:
+        target = self._targets.get((lease.request_id, lease.choice))
+        return target is not None and target.lease == lease
+
+    def free(self, lease: LeaseRef) -> None:
+        """Free the blocks of a prompt that were held for a transfer. May be called again."""
+        key = lease.request_id, lease.choice
+        if self._held.get(key) == lease:
+            del self._held[key]
+            self.model.release(key, self._kernel.now)
+            self._settle()
+
+    def abort(self, lease: LeaseRef) -> None:
+        """Free reserved blocks, unless a sequence has adopted them."""
+        if self.has_target(lease):
+            key = lease.request_id, lease.choice
+            del self._targets[key]
+            self.model.release(key, self._kernel.now)
+            self._settle()
+
+    def _claim(self, key: ChoiceKey, lease: LeaseRef) -> LeaseRef | None:
+        """Take a lease out of the register of its kind; the model gives its blocks to the next
+        sequence of the key.
+        """
+        if self._held.get(key) == lease:
+            return self._held.pop(key)
+        if self.has_target(lease):
+            return self._targets.pop(key).lease
+        return None
+
+    def _lease(self, request_id: str, choice: int, epoch: int, num_tokens: int) -> LeaseRef:
+        return LeaseRef(
+            engine=self.place.engine,
+            replica=self.place.number,
+            lease_id=0,
+            request_id=request_id,
+            choice=choice,
+            epoch=epoch,
+            num_tokens=num_tokens,
+        )
+
+    # ---- faults ------------------------------------------------------------------------------
+
+    def lose(self, cause: LossCause) -> None:
+        """Lose all sequences and blocks, as an engine whose process dies."""
+        lost: dict[str, list[EngineEvent]] = {}
+        for (request_id, choice), opened in self._open.items():
+            event = Lost(
+                request_id=request_id, choice=choice, epoch=opened.state.epoch, cause=cause
+            )
+            lost.setdefault(opened.state.owner, []).append(event)
+        self.model = self.model.emptied(self._kernel.now)
+        self._open.clear()
+        self._held.clear()
+        self._targets.clear()
+        self._due_s = float("inf")
+        for owner, events in lost.items():
+            self.events(owner).post(tuple(events))
+
+    # ---- progress ----------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """After a call of the model: wake granted reservations, and plan the next change."""
+        granted = self.model.kept.granted
+        while granted:
+            key = granted.pop()
+            assert isinstance(key, tuple)
+            self._granting[key].set()
+        at_s = self.model.next_at
+        if at_s != self._due_s:
+            self._due_s = at_s
+            if at_s < float("inf"):
+                self._kernel.at(at_s, lambda: self._advance(at_s), is_late=True)
+
+    def _advance(self, due_s: float) -> None:
+        if due_s != self._due_s:
+            return
+        self._due_s = float("inf")
+        batches: dict[str, list[EngineEvent]] = {}
+        for progress in self.model.advance(self._kernel.now):
+            owner, event = self._event(progress)
+            batches.setdefault(owner, []).append(event)
+        self._settle()
+        self._report_cache()
+        for owner, events in batches.items():
+            self.events(owner).post(tuple(events))
+
+    def _post(self, progress: SequenceProgress) -> None:
+        owner, event = self._event(progress)
+        self.events(owner).post((event,))
+
+    def _event(self, progress: SequenceProgress) -> tuple[str, EngineEvent]:
+        """The event for the progress of a sequence, and the operator that gets it."""
+        opened = self._open[progress.key]
+        state = opened.state
+        is_first = opened.num_emitted == state.num_emitted and progress.num_tokens > 0
+        end = progress.end
+        is_held = opened.is_held and end == "length"
+        stamps = Stamps(
+            started_s=progress.begun_s,
+            prefilled_s=progress.at_s if is_first else None,
+            finished_s=progress.at_s if end is not None and not is_held else None,
+        )
+        num_more = progress.num_tokens - is_first
+        event = TokenEvent(
+            request_id=state.request_id,
+            choice=state.choice,
+            epoch=state.epoch,
+            position=opened.num_emitted,
+            token_ids=_FIRST if is_first else (),
+            num_tokens_without_ids=num_more,
+            finish_reason=None if is_held else end,
+            num_prompt_tokens=opened.num_prompt,
+            num_cached_tokens=progress.num_cached,
+            stamps=stamps,
+        )
+        opened.num_emitted += progress.num_tokens
+        if end is not None:
+            del self._open[progress.key]
+        if not state.hold_kv or not is_first:
+            return state.owner, event
+        lease = None
+        if is_held:
+            num_known = opened.num_prompt + state.num_emitted
+            lease = self._lease(state.request_id, state.choice, state.epoch, num_known)
+            self._held[progress.key] = lease
+        return state.owner, PrefillDone(first=event, lease=lease)
+
+    # ---- prefix blocks -----------------------------------------------------------------------
+
+    def report_cache(self, on_change: OnCacheChanged) -> None:
+        self._tell = on_change
+        self._reports = self._reports[0] + 1, 0
+        blocks = self.model.blocks
+        blocks.stored.clear()
+        blocks.dropped.clear()
+        on_change(self._changed(self._packed(blocks.keys), b"", is_first=True))
+
+    def _report_cache(self) -> None:
+        blocks = self.model.blocks
+        if not blocks.stored and not blocks.dropped:
+            return
+        if self._tell is not None:
+            both = set(blocks.stored) & set(blocks.dropped)
+            stored = [key for key in blocks.stored if key not in both]
+            dropped = [key for key in blocks.dropped if key not in both]
+            stored += [key for key in both if blocks.has(key)]
+            changed = self._changed(self._packed(stored), self._packed(dropped))
+            self._tell(changed)
+        blocks.stored.clear()
+        blocks.dropped.clear()
+
+    def _changed(self, stored: bytes, dropped: bytes, *, is_first: bool = False) -> CacheChanged:
+        epoch, sequence = self._reports
+        self._reports = epoch, sequence + 1
+        return CacheChanged(
+            engine=self.place.engine,
+            replica=self.place.number,
+            epoch=epoch,
+            sequence=sequence,
+            is_first=is_first,
+            stored=stored,
+            dropped=dropped,
+        )
+
+    def _packed(self, keys: list[bytes]) -> bytes:
+        num_parts = max(1, self.model.blocks.span // self.facts.block_size)
+        parts = range(num_parts)
+        return b"".join(sub_hash(key, part, num_parts) for key in keys for part in parts)
