@@ -29,7 +29,7 @@ from sagellm.runtime.port import (
 from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged
 from sagellm.runtime.simulation.kernel import Kernel, SimulatedFlag
 from sagellm.runtime.simulation.links import Links
-from sagellm.runtime.simulation.prompts import TraceHasher, TracePrompt, sub_hash
+from sagellm.runtime.simulation.prompts import PromptHasher, TracePrompt, sub_hash
 
 _FIRST = (0,)  # the id of every first token: simulated tokens are only counted
 
@@ -57,13 +57,14 @@ class SimulatedMailbox:
 @dataclass(slots=True)
 class _Open:
     """A sequence in the engine. `num_emitted`: its tokens so far, those of earlier engines too.
-    `is_held`: its blocks are held after its first token.
+    `is_held`: its blocks are held after its first token. `prefilled_s`: the time of that token.
     """
 
     state: SequenceState
     num_prompt: int
     num_emitted: int
     is_held: bool
+    prefilled_s: float | None = None
 
 
 class SimulatedSource:
@@ -110,7 +111,7 @@ class SimulatedEngine:
         place: EngineReplica,
         *,
         links: Links,
-        hasher: TraceHasher,
+        hasher: PromptHasher,
     ) -> None:
         self.facts = facts
         self.place = place
@@ -147,7 +148,8 @@ class SimulatedEngine:
         if num_emitted >= most:
             self._post(SequenceProgress(key, 0, self._kernel.now, "length"))
             return
-        keys = self._hasher.keys(prompt) if isinstance(prompt, TracePrompt) else ()
+        span = self.model.blocks.span
+        keys = self._hasher.keys(prompt, span) if span and isinstance(prompt, TracePrompt) else ()
         self.model.submit(
             key,
             self._kernel.now,
@@ -155,7 +157,7 @@ class SimulatedEngine:
             num_output=num_emitted + 1 if state.hold_kv else most,
             num_emitted=num_emitted,
             priority=state.priority,
-            keys=keys if self.model.blocks.span else (),
+            keys=keys,
             holds=is_held,
         )
         self._settle()
@@ -322,9 +324,11 @@ class SimulatedEngine:
         is_first = opened.num_emitted == state.num_emitted and progress.num_tokens > 0
         end = progress.end
         is_held = opened.is_held and end == "length"
+        if is_first:
+            opened.prefilled_s = progress.at_s
         stamps = Stamps(
             started_s=progress.begun_s,
-            prefilled_s=progress.at_s if is_first else None,
+            prefilled_s=opened.prefilled_s,
             finished_s=progress.at_s if end is not None and not is_held else None,
         )
         num_more = progress.num_tokens - is_first

@@ -6,7 +6,7 @@ from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.simulation.engine import SimulatedEngine
 from sagellm.runtime.simulation.kernel import Kernel, SimulationError
 from sagellm.runtime.simulation.links import Links
-from sagellm.runtime.simulation.prompts import TraceHasher
+from sagellm.runtime.simulation.prompts import PromptHasher
 
 
 def open_simulated(
@@ -14,7 +14,7 @@ def open_simulated(
     place: EngineReplica,
     kernel: Kernel,
     links: Links,
-    hasher: TraceHasher,
+    hasher: PromptHasher,
     *,
     block_len: int = 0,
 ) -> SimulatedEngine:
@@ -36,6 +36,6 @@ def open_simulated(
         limits,
         num_blocks=facts.num_blocks,
         block_size=facts.block_size,
-        span=block_len if limits.prefix_caching else 0,
+        span=hasher.span(block_len, facts.block_size) if limits.prefix_caching else 0,
     )
     return SimulatedEngine(kernel, facts, model, place, links=links, hasher=hasher)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 from sagellm.runtime.messages import Request
-from sagellm.runtime.prefixes import HASH_BYTES, BlockHashes, Hasher, hash_secret
+from sagellm.runtime.prefixes import HASH_BYTES, BlockHashes, Hasher, PromptHashes, hash_secret
 
 _VOCABULARY = 256  # token ids of simulated prompts lie below: every model has these
 _NO_KEY = bytes(HASH_BYTES)
@@ -54,22 +54,43 @@ class TracePrompt(Sequence[int]):
         return (self.number * 127 + position) % _VOCABULARY
 
 
-class TraceHasher(Hasher):
-    """Hashes the blocks of `TracePrompt` by their block ids, without reading their tokens."""
+class PromptHasher(Hasher):
+    """Hashes the tokens of prompts, as engines do: a replay of the decisions finds equal hashes."""
 
     def __init__(self) -> None:
         super().__init__(hash_secret())
+
+    def span(self, block_len: int, block_size: int) -> int:
+        """The tokens of one key, in an engine with blocks of `block_size` tokens."""
+        return block_size if block_len else 0
+
+    def keys(self, prompt: TracePrompt, span: int) -> tuple[bytes, ...]:
+        """A key for each span of a prompt that others may share. Equal keys mean equal tokens up to
+        its end.
+        """
+        hashes = PromptHashes(tuple(prompt), "", span, self.key)
+        num_shared = len(prompt.block_ids) * prompt.block_len // span
+        return tuple(hashes[index] for index in range(min(num_shared, hashes.num_blocks)))
+
+
+class TraceHasher(PromptHasher):
+    """Hashes the blocks of `TracePrompt` by their block ids, without making their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._keys: dict[tuple[bytes, int], bytes] = {}  # (key of the parent, block id) -> key
         self._latest: tuple[object, tuple[bytes, ...]] = (None, ())
+
+    def span(self, block_len: int, block_size: int) -> int:
+        return block_len
 
     def hashes(self, request: Request, block_size: int) -> BlockHashes:
         prompt = request.prompt_token_ids
         if not isinstance(prompt, TracePrompt):
             return super().hashes(request, block_size)
-        return TraceHashes(prompt, self.keys(prompt), block_size)
+        return TraceHashes(prompt, self.keys(prompt, prompt.block_len), block_size)
 
-    def keys(self, prompt: TracePrompt) -> tuple[bytes, ...]:
-        """A key for each shared block of a prompt: equal keys mean equal tokens up to its end."""
+    def keys(self, prompt: TracePrompt, span: int) -> tuple[bytes, ...]:
         if self._latest[0] is prompt:
             return self._latest[1]
         known, key, found = self._keys, _NO_KEY, []
