@@ -15,10 +15,10 @@ from sagellm.runtime.messages import EngineReplica, Request, Stamps, TokenEvent
 from sagellm.runtime.plan import plan
 from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.simulation.executor import SimulationExecutor
-from sagellm.runtime.simulation.kernel import Kernel
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import TraceHasher, TracePrompt
+from sagellm.runtime.simulation.timeline import Timeline
 
 JOINT = """
 sagellm: 1
@@ -130,14 +130,14 @@ class Simulation:
 
     def __init__(self, text, options=OPTIONS, *, replicas=2, block_len=0):
         graph = load(text, file="graph.yaml").graph
-        self.kernel, hasher, self.outcome = Kernel(), TraceHasher(), Outcome()
-        self.links = Links(self.kernel, bytes_per_s=options.kv_bytes_per_s)
+        self.timeline, hasher, self.outcome = Timeline(), TraceHasher(), Outcome()
+        self.links = Links(self.timeline, bytes_per_s=options.kv_bytes_per_s)
         self.engines = {
             name: tuple(
                 open_simulated(
                     options,
                     EngineReplica(name, number),
-                    self.kernel,
+                    self.timeline,
                     self.links,
                     hasher,
                     block_len=block_len,
@@ -151,19 +151,19 @@ class Simulation:
         ready = plan(graph, RESOLVER, counts, facts=facts, hasher=hasher)
         self.executor = SimulationExecutor(
             ready,
-            lambda item: self.outcome.deliver(self.kernel.now, item),
-            self.kernel,
+            lambda item: self.outcome.deliver(self.timeline.now, item),
+            self.timeline,
             engines=self.engines,
             record=self.outcome.record,
         )
 
     def at(self, planned, number):
-        self.kernel.at(planned.at_s, lambda: self.executor.arrive(request_of(number, planned)))
+        self.timeline.at(planned.at_s, lambda: self.executor.arrive(request_of(number, planned)))
 
     def run(self, workload):
         for number, planned in enumerate(workload):
             self.at(planned, number)
-        self.kernel.run()
+        self.timeline.run()
         self.executor.core.ledger.check()
         assert self.executor.core.is_at_rest
         for engine in (one for every in self.engines.values() for one in every):

@@ -1,4 +1,4 @@
-"""The context of a service operator, and the emissions of tasks that wait for credit."""
+"""The context of a service operator, what its tasks wait with, and emissions without credit."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -7,6 +7,7 @@ from itertools import count, islice
 from typing import Protocol
 
 import msgspec
+import trio
 
 from sagellm.runtime.core.accounting import Clock
 from sagellm.runtime.core.core import Core
@@ -20,11 +21,33 @@ from sagellm.runtime.core.events import (
     Transferred,
     Withdrawn,
 )
-from sagellm.runtime.executors.waits import Flag, Waits
+from sagellm.runtime.executors.waits import Flag, Lot, Scope, Waits
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import EngineReplica, Item, Prefilled, TokenEvent
 from sagellm.runtime.operator import Sent
 from sagellm.runtime.port import Engine
+
+
+class TrioWaits:
+    """The primitives of trio."""
+
+    def lot(self) -> Lot:
+        return trio.lowlevel.ParkingLot()
+
+    def flag(self) -> Flag:
+        return trio.Event()
+
+    def scope(self) -> Scope:
+        return trio.CancelScope()
+
+    def fail_after(self, seconds: float) -> AbstractContextManager[object]:
+        return trio.fail_after(seconds)
+
+    async def checkpoint(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def checkpoint_if_cancelled(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
 
 
 class _Emission:

@@ -5,8 +5,16 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.effects import OperatorFault
-from sagellm.runtime.core.events import Ended, Failed, Finished, Opened, Returned
+from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault
+from sagellm.runtime.core.events import (
+    CacheReported,
+    Ended,
+    Event,
+    Failed,
+    Finished,
+    Opened,
+    Returned,
+)
 from sagellm.runtime.core.outputs import must_be_answered, not_answered
 from sagellm.runtime.core.request_lifecycle import reason_of
 from sagellm.runtime.executors.context import Executor, ServiceContext
@@ -14,7 +22,8 @@ from sagellm.runtime.executors.engine_reader import EngineReader, last_event
 from sagellm.runtime.executors.waits import Scope, Waits
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Service, Signal
-from sagellm.runtime.port import DamagedBlocks, EngineLost, LossCause, StaleLease
+from sagellm.runtime.port import DamagedBlocks, Engine, EngineLost, LossCause, StaleLease
+from sagellm.runtime.prefixes import ReportsCache
 from sagellm.runtime.user_code import LEAVING, as_error, name_of, place_of, traceback_of
 
 log = get_logger("sagellm.executor")
@@ -33,6 +42,27 @@ def log_fault(fault: OperatorFault, *, request_id: str) -> None:
         log.error("operator_failed", **fields, at=_places(error))
     else:
         log.error("operator_failed", **fields, at=place_of(error), exception=own)
+
+
+def log_failure(effect: FailedOn) -> None:
+    """Log that an engine failed on a request."""
+    where = {"engine": effect.engine, "replica": effect.replica}
+    log.warning("engine_failed", **where, request_id=effect.request_id, error=effect.error)
+
+
+def log_ejection(effect: Ejected) -> None:
+    """Log that a replica gets no new requests, or gets them again."""
+    where = {"engine": effect.engine, "replica": effect.replica}
+    if effect.for_s:
+        log.warning("replica_ejected", **where, for_s=effect.for_s)
+    else:
+        log.info("replica_readmitted", **where)
+
+
+def ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:
+    """Ask an engine to report its prefix blocks; does nothing if it cannot."""
+    if isinstance(engine, ReportsCache):
+        engine.report_cache(lambda changed: dispatch(CacheReported(changed)))
 
 
 def _places(error: Exception) -> list[str]:

@@ -4,8 +4,6 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
-import trio
-
 
 class Lot(Protocol):
     """A place where tasks park until another task wakes them, in order of arrival."""
@@ -61,25 +59,3 @@ class Waits(Protocol):
     async def checkpoint(self) -> None: ...
 
     async def checkpoint_if_cancelled(self) -> None: ...
-
-
-class TrioWaits:
-    """The primitives of trio."""
-
-    def lot(self) -> Lot:
-        return trio.lowlevel.ParkingLot()
-
-    def flag(self) -> Flag:
-        return trio.Event()
-
-    def scope(self) -> Scope:
-        return trio.CancelScope()
-
-    def fail_after(self, seconds: float) -> AbstractContextManager[object]:
-        return trio.fail_after(seconds)
-
-    async def checkpoint(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def checkpoint_if_cancelled(self) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()

@@ -26,10 +26,11 @@ from sagellm.runtime.port import (
     PrefillDone,
     StaleLease,
 )
-from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged
-from sagellm.runtime.simulation.kernel import Kernel, SimulatedFlag
+from sagellm.runtime.prefixes import OnCacheChanged
+from sagellm.runtime.simulation.cache_reports import CacheReports
 from sagellm.runtime.simulation.links import Links
-from sagellm.runtime.simulation.prompts import PromptHasher, TracePrompt, sub_hash
+from sagellm.runtime.simulation.prompts import PromptHasher, TracePrompt
+from sagellm.runtime.simulation.timeline import SimulatedFlag, Timeline
 
 _FIRST = (0,)  # the id of every first token: simulated tokens are only counted
 
@@ -37,9 +38,9 @@ _FIRST = (0,)  # the id of every first token: simulated tokens are only counted
 class SimulatedMailbox:
     """The events of one operator's sequences, one batch for each change of the engine's batch."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, timeline: Timeline) -> None:
         self._batches: deque[tuple[EngineEvent, ...]] = deque()
-        self._arrived = kernel.lot()
+        self._arrived = timeline.lot()
 
     def post(self, events: tuple[EngineEvent, ...]) -> None:
         self._batches.append(events)
@@ -105,7 +106,7 @@ class SimulatedEngine:
 
     def __init__(
         self,
-        kernel: Kernel,
+        timeline: Timeline,
         facts: EngineFacts,
         model: EngineModel,
         place: EngineReplica,
@@ -116,7 +117,7 @@ class SimulatedEngine:
         self.facts = facts
         self.place = place
         self.model = model
-        self._kernel = kernel
+        self._timeline = timeline
         self._links = links
         self._hasher = hasher
         self._mailboxes: dict[str, SimulatedMailbox] = {}
@@ -125,8 +126,7 @@ class SimulatedEngine:
         self._targets: dict[ChoiceKey, SimulatedTarget] = {}
         self._granting: dict[ChoiceKey, SimulatedFlag] = {}
         self._due_s = float("inf")
-        self._tell: OnCacheChanged | None = None
-        self._reports = (0, 0)  # epoch and sequence of the last report of prefix blocks
+        self._reports = CacheReports(place, facts.block_size)
 
     # ---- the port ----------------------------------------------------------------------------
 
@@ -146,13 +146,13 @@ class SimulatedEngine:
         is_held = state.hold_kv and most > num_emitted + 1
         self._open[key] = _Open(state, num_prompt, num_emitted, is_held)
         if num_emitted >= most:
-            self._post(SequenceProgress(key, 0, self._kernel.now, "length"))
+            self._post(SequenceProgress(key, 0, self._timeline.now, "length"))
             return
         span = self.model.blocks.span
         keys = self._hasher.keys(prompt, span) if span and isinstance(prompt, TracePrompt) else ()
         self.model.submit(
             key,
-            self._kernel.now,
+            self._timeline.now,
             num_prompt=num_prompt,
             num_output=num_emitted + 1 if state.hold_kv else most,
             num_emitted=num_emitted,
@@ -166,7 +166,7 @@ class SimulatedEngine:
         key = request_id, choice
         opened = self._open.get(key)
         if opened is not None and opened.state.epoch == epoch:
-            self.model.cancel(key, self._kernel.now)
+            self.model.cancel(key, self._timeline.now)
             self._settle()
         held, target = self._held.get(key), self._targets.get(key)
         if held is not None and held.epoch == epoch:
@@ -176,7 +176,7 @@ class SimulatedEngine:
 
     def events(self, owner: str) -> SimulatedMailbox:
         if owner not in self._mailboxes:
-            self._mailboxes[owner] = SimulatedMailbox(self._kernel)
+            self._mailboxes[owner] = SimulatedMailbox(self._timeline)
         return self._mailboxes[owner]
 
     @property
@@ -205,13 +205,13 @@ class SimulatedEngine:
         known = self._targets.get(key)
         if known is not None:
             return known
-        flag = self._granting[key] = self._kernel.flag()
-        self.model.reserve(key, self._kernel.now, num_tokens=offer.num_tokens)
+        flag = self._granting[key] = self._timeline.flag()
+        self.model.reserve(key, self._timeline.now, num_tokens=offer.num_tokens)
         self._settle()
         try:
             await flag.wait()
         except BaseException:
-            self.model.release(key, self._kernel.now)
+            self.model.release(key, self._timeline.now)
             self._settle()
             raise
         finally:
@@ -235,7 +235,7 @@ class SimulatedEngine:
         key = lease.request_id, lease.choice
         if self._held.get(key) == lease:
             del self._held[key]
-            self.model.release(key, self._kernel.now)
+            self.model.release(key, self._timeline.now)
             self._settle()
 
     def abort(self, lease: LeaseRef) -> None:
@@ -243,7 +243,7 @@ class SimulatedEngine:
         if self.has_target(lease):
             key = lease.request_id, lease.choice
             del self._targets[key]
-            self.model.release(key, self._kernel.now)
+            self.model.release(key, self._timeline.now)
             self._settle()
 
     def _claim(self, key: ChoiceKey, lease: LeaseRef) -> LeaseRef | None:
@@ -277,7 +277,7 @@ class SimulatedEngine:
                 request_id=request_id, choice=choice, epoch=opened.state.epoch, cause=cause
             )
             lost.setdefault(opened.state.owner, []).append(event)
-        self.model = self.model.emptied(self._kernel.now)
+        self.model = self.model.emptied(self._timeline.now)
         self._open.clear()
         self._held.clear()
         self._targets.clear()
@@ -298,18 +298,18 @@ class SimulatedEngine:
         if at_s != self._due_s:
             self._due_s = at_s
             if at_s < float("inf"):
-                self._kernel.at(at_s, lambda: self._advance(at_s), is_late=True)
+                self._timeline.at(at_s, lambda: self._advance(at_s), is_late=True)
 
     def _advance(self, due_s: float) -> None:
         if due_s != self._due_s:
             return
         self._due_s = float("inf")
         batches: dict[str, list[EngineEvent]] = {}
-        for progress in self.model.advance(self._kernel.now):
+        for progress in self.model.advance(self._timeline.now):
             owner, event = self._event(progress)
             batches.setdefault(owner, []).append(event)
         self._settle()
-        self._report_cache()
+        self._reports.flush(self.model.blocks)
         for owner, events in batches.items():
             self.events(owner).post(tuple(events))
 
@@ -356,44 +356,5 @@ class SimulatedEngine:
             self._held[progress.key] = lease
         return state.owner, PrefillDone(first=event, lease=lease)
 
-    # ---- prefix blocks -----------------------------------------------------------------------
-
     def report_cache(self, on_change: OnCacheChanged) -> None:
-        self._tell = on_change
-        self._reports = self._reports[0] + 1, 0
-        blocks = self.model.blocks
-        blocks.stored.clear()
-        blocks.dropped.clear()
-        on_change(self._changed(self._packed(blocks.keys), b"", is_first=True))
-
-    def _report_cache(self) -> None:
-        blocks = self.model.blocks
-        if not blocks.stored and not blocks.dropped:
-            return
-        if self._tell is not None:
-            both = set(blocks.stored) & set(blocks.dropped)
-            stored = [key for key in blocks.stored if key not in both]
-            dropped = [key for key in blocks.dropped if key not in both]
-            stored += [key for key in both if blocks.has(key)]
-            changed = self._changed(self._packed(stored), self._packed(dropped))
-            self._tell(changed)
-        blocks.stored.clear()
-        blocks.dropped.clear()
-
-    def _changed(self, stored: bytes, dropped: bytes, *, is_first: bool = False) -> CacheChanged:
-        epoch, sequence = self._reports
-        self._reports = epoch, sequence + 1
-        return CacheChanged(
-            engine=self.place.engine,
-            replica=self.place.number,
-            epoch=epoch,
-            sequence=sequence,
-            is_first=is_first,
-            stored=stored,
-            dropped=dropped,
-        )
-
-    def _packed(self, keys: list[bytes]) -> bytes:
-        num_parts = max(1, self.model.blocks.span // self.facts.block_size)
-        parts = range(num_parts)
-        return b"".join(sub_hash(key, part, num_parts) for key in keys for part in parts)
+        self._reports.begin(self.model.blocks, on_change)

@@ -5,12 +5,12 @@ from math import inf
 
 from sagellm.runtime.core.effects import WakeAt
 from sagellm.runtime.core.events import Arrived, Signalled, TimeCame
-from sagellm.runtime.executors.shell import RecordDecision, Shell
+from sagellm.runtime.executors.tasks import RecordDecision, Shell
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.simulation.engine import SimulatedEngine
-from sagellm.runtime.simulation.kernel import Kernel
+from sagellm.runtime.simulation.timeline import Timeline
 
 
 class SimulationExecutor(Shell):
@@ -24,26 +24,26 @@ class SimulationExecutor(Shell):
         self,
         plan: Plan,
         deliver: Callable[[Item | Forked], None],
-        kernel: Kernel,
+        timeline: Timeline,
         *,
         engines: Mapping[str, tuple[SimulatedEngine, ...]],
         max_hold_s: float = inf,
         record: RecordDecision | None = None,
     ) -> None:
-        self.kernel = kernel
+        self.timeline = timeline
         self._wake_at_s = inf
         super().__init__(
             plan,
             deliver,
-            kernel,
+            timeline,
             engines=engines,
             max_hold_s=max_hold_s,
             record=record,
-            clock=kernel.time,
-            now=kernel.time,
+            clock=timeline.time,
+            now=timeline.time,
             set_timer=self._set_timer,
         )
-        self.start_hosts(kernel)
+        self.start_hosts(timeline)
 
     def arrive(self, *choices: Request) -> None:
         """Send all choices of one request into the graph now. Without credit they wait inside."""
@@ -56,7 +56,7 @@ class SimulationExecutor(Shell):
     def _set_timer(self, effect: WakeAt) -> None:
         self._wake_at_s = at_s = effect.at_s
         if at_s < inf:
-            self.kernel.at(at_s, lambda: self._time_came(at_s))
+            self.timeline.at(at_s, lambda: self._time_came(at_s))
 
     def _time_came(self, at_s: float) -> None:
         if at_s == self._wake_at_s:  # else another `WakeAt` has replaced it

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sagellm.runtime.messages import EngineReplica
-from sagellm.runtime.simulation.kernel import Kernel, SimulatedFlag
+from sagellm.runtime.simulation.timeline import SimulatedFlag, Timeline
 
 
 @dataclass(slots=True, eq=False)
@@ -22,10 +22,10 @@ class Links:
     sender and at the receiver. Each begins after `latency_s`.
     """
 
-    def __init__(self, kernel: Kernel, *, bytes_per_s: float, latency_s: float = 0.0) -> None:
+    def __init__(self, timeline: Timeline, *, bytes_per_s: float, latency_s: float = 0.0) -> None:
         self.num_bytes = 0.0  # moved so far
         self.busy_s: dict[EngineReplica, float] = {}  # of the sending port of each replica
-        self._kernel = kernel
+        self._timeline = timeline
         self._bytes_per_s = bytes_per_s
         self._latency_s = latency_s
         self._transfers: list[_Transfer] = []
@@ -37,8 +37,8 @@ class Links:
     ) -> None:
         """Move bytes from one replica to another. A cancellation ends the transfer."""
         if self._latency_s:
-            await self._kernel.sleep(self._latency_s)
-        transfer = _Transfer(sender, receiver, num_bytes, self._kernel.flag())
+            await self._timeline.sleep(self._latency_s)
+        transfer = _Transfer(sender, receiver, num_bytes, self._timeline.flag())
         self._move()
         self._transfers.append(transfer)
         self._plan()
@@ -52,8 +52,8 @@ class Links:
 
     def _move(self) -> None:
         """Move what the transfers have moved since the last change."""
-        seconds = self._kernel.now - self._moved_at_s
-        self._moved_at_s = self._kernel.now
+        seconds = self._timeline.now - self._moved_at_s
+        self._moved_at_s = self._timeline.now
         for sender in {transfer.sender for transfer in self._transfers}:
             self.busy_s[sender] = self.busy_s.get(sender, 0.0) + seconds
         for transfer in self._transfers:
@@ -73,7 +73,7 @@ class Links:
             transfer.bytes_per_s = self._bytes_per_s / sharing
             first_s = min(first_s, transfer.num_bytes / transfer.bytes_per_s)
         if self._transfers:
-            self._kernel.at(self._kernel.now + first_s, lambda: self._end(number))
+            self._timeline.at(self._timeline.now + first_s, lambda: self._end(number))
 
     def _end(self, number: int) -> None:
         if number != self._number:

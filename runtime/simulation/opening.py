@@ -4,15 +4,15 @@ from sagellm.runtime.engine.engine_model import EngineModel
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, modelled_facts
 from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.simulation.engine import SimulatedEngine
-from sagellm.runtime.simulation.kernel import Kernel, SimulationError
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.prompts import PromptHasher
+from sagellm.runtime.simulation.timeline import SimulationError, Timeline
 
 
 def open_simulated(
     options: ModelledOptions,
     place: EngineReplica,
-    kernel: Kernel,
+    timeline: Timeline,
     links: Links,
     hasher: PromptHasher,
     *,
@@ -38,4 +38,4 @@ def open_simulated(
         block_size=facts.block_size,
         span=hasher.span(block_len, facts.block_size) if limits.prefix_caching else 0,
     )
-    return SimulatedEngine(kernel, facts, model, place, links=links, hasher=hasher)
+    return SimulatedEngine(timeline, facts, model, place, links=links, hasher=hasher)

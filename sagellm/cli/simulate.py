@@ -25,8 +25,8 @@ from sagellm.cli.plotting import plotter, request_progress
 from sagellm.load.report import Objective
 from sagellm.load.workload import PlannedRequest, TraceError, read_trace, replay_trace
 from sagellm.opening.decisions import DecisionFile
-from sagellm.runtime.simulation.kernel import SimulationError
-from sagellm.simulation.results import (
+from sagellm.runtime.simulation.timeline import SimulationError
+from sagellm.simulation.figures import (
     SimulationSummary,
     over_seeds,
     show,
@@ -34,12 +34,12 @@ from sagellm.simulation.results import (
     summarise,
     write_csv,
 )
-from sagellm.simulation.run import SimulationPoint, simulate
+from sagellm.simulation.simulation_run import SimulationPoint, simulate
 from sagellm.simulation.sweep import SPEEDUP, SweepPoint, measure_all, sweep_points
 
 _POSITIVE, _COUNT = Number(gt=0), Number(gte=1)
 _TRACE_FIX = "name a trace: docs/simulation.md lists the formats"
-_PLOTS = "sagellm.simulation.plots"
+_PLOTS = "sagellm.simulation.pictures"
 _ESTIMATED = ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "goodput_rps", "requests_per_s")
 
 

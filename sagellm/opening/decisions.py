@@ -30,7 +30,7 @@ from sagellm.runtime.core.decision_log import (
 )
 from sagellm.runtime.core.effects import Effect
 from sagellm.runtime.core.events import Event
-from sagellm.runtime.executors.shell import RecordDecision
+from sagellm.runtime.executors.tasks import RecordDecision
 from sagellm.runtime.operator import EncodeText
 from sagellm.runtime.plan import Plan, plan
 

@@ -10,8 +10,8 @@ from typing import Any
 from msgspec import structs
 
 from sagellm.load.report import Objective
-from sagellm.simulation.results import SimulationSummary, summarise
-from sagellm.simulation.run import SimulatedRun, SimulationPoint, simulate
+from sagellm.simulation.figures import SimulationSummary, summarise
+from sagellm.simulation.simulation_run import SimulatedRun, SimulationPoint, simulate
 
 SPEEDUP = "speedup"  # the axis that is no option of the graph: how fast the workload is played
 

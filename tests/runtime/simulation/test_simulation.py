@@ -9,7 +9,7 @@ from simulated_graphs import JOINT, OPTIONS, PD, Planned, Simulation, live, rand
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.decision_log import encode_effects
 from sagellm.runtime.core.effects import Send
-from sagellm.runtime.simulation.kernel import SimulationError
+from sagellm.runtime.simulation.timeline import SimulationError
 
 WORKLOAD = random_workload(150, 8.0)
 

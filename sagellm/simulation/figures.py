@@ -16,7 +16,7 @@ from rich.table import Table
 from sagellm.errors import naming_file
 from sagellm.load.report import Objective, percentile
 from sagellm.runtime.containers import value_of
-from sagellm.simulation.run import SimulatedRequest, SimulatedRun
+from sagellm.simulation.simulation_run import SimulatedRequest, SimulatedRun
 
 _SHARES = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from sagellm.errors import naming_file
 from sagellm.load.report import Objective
-from sagellm.simulation.results import SimulationSummary
-from sagellm.simulation.run import SimulatedRequest
+from sagellm.simulation.figures import SimulationSummary
+from sagellm.simulation.simulation_run import SimulatedRequest
 
 _SIZE_INCHES, _DPI = (13.0, 9.0), 110
 _MOST_BARS = 60  # requests in the Gantt chart

@@ -32,10 +32,10 @@ from sagellm.runtime.registry import FUNCTIONS
 from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.simulation.engine import SimulatedEngine
 from sagellm.runtime.simulation.executor import SimulationExecutor
-from sagellm.runtime.simulation.kernel import Kernel, SimulationError
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
+from sagellm.runtime.simulation.timeline import SimulationError, Timeline
 
 _COLLECT_EVERY = 20_000  # requests between two collections of garbage, which take long each
 
@@ -117,11 +117,11 @@ def simulate(
     Raises GraphError, SimulationError, and OSError for a decision log that cannot be written.
     """
     graph = modelled_graph(point)
-    kernel = Kernel()
+    timeline = Timeline()
     hasher = TraceHasher() if point.decisions is None else PromptHasher()
     options = {name: _options(graph, name) for name in graph.engines}
     links = Links(
-        kernel,
+        timeline,
         bytes_per_s=min(one.kv_bytes_per_s for one in options.values()),
         latency_s=point.link_latency_s,
     )
@@ -129,7 +129,7 @@ def simulate(
     engines = {
         name: tuple(
             open_simulated(
-                one, EngineReplica(name, number), kernel, links, hasher, block_len=block_len
+                one, EngineReplica(name, number), timeline, links, hasher, block_len=block_len
             )
             for number in range(num_replicas(graph, name))
         )
@@ -148,14 +148,14 @@ def simulate(
     )
     _refuse_waiting_operators(ready)
     with recording(point.decisions, ready, float("inf")) as record:
-        results = Recorder(kernel, point.workload, on_end)
+        results = Recorder(timeline, point.workload, on_end)
         executor = SimulationExecutor(
-            ready, results.deliver, kernel, engines=engines, record=record
+            ready, results.deliver, timeline, engines=engines, record=record
         )
-        source = Source(executor, point.workload, results)
+        source = WorkloadSource(executor, point.workload, results)
         with _few_collections():
             source.start()
-            kernel.run()
+            timeline.run()
     executor.core.ledger.check()
     last_s = max((one.ended_s for one in results.requests), default=0.0)
     first_s = point.workload[0].at_s if point.workload else 0.0
@@ -210,7 +210,7 @@ def _refuse_waiting_operators(ready: Plan) -> None:
             )
 
 
-class Source:
+class WorkloadSource:
     """Sends the requests of a workload into a simulation, each at its time."""
 
     def __init__(
@@ -226,13 +226,13 @@ class Source:
 
     def start(self) -> None:
         if self._workload:
-            self._executor.kernel.at(self._workload[0].at_s, self._arrive)
+            self._executor.timeline.at(self._workload[0].at_s, self._arrive)
 
     def _arrive(self) -> None:
         number, planned = self.num_arrived, self._workload[self.num_arrived]
         self.num_arrived += 1
         if self.num_arrived < len(self._workload):
-            self._executor.kernel.at(self._workload[self.num_arrived].at_s, self._arrive)
+            self._executor.timeline.at(self._workload[self.num_arrived].at_s, self._arrive)
         if not self.num_arrived % _COLLECT_EVERY:
             gc.collect(1)
         self._results.open(number, planned)
@@ -256,12 +256,12 @@ class Recorder:
 
     def __init__(
         self,
-        kernel: Kernel,
+        timeline: Timeline,
         workload: Sequence[PlannedRequest],
         on_end: Callable[[SimulatedRequest], None],
     ) -> None:
         self.requests: list[SimulatedRequest] = []
-        self._kernel = kernel
+        self._timeline = timeline
         self._on_end = on_end
 
     def open(self, number: int, planned: PlannedRequest) -> None:
@@ -274,11 +274,11 @@ class Recorder:
             return
         record = self.requests[int(item.request_id)]
         if item.num_tokens and record.first_s is None:
-            record.first_s = self._kernel.now
+            record.first_s = self._timeline.now
         record.num_tokens += item.num_tokens
         record.num_cached_tokens = max(record.num_cached_tokens, item.num_cached_tokens)
         if item.finish_reason is not None:
-            record.ended_s, record.end = self._kernel.now, item.finish_reason
+            record.ended_s, record.end = self._timeline.now, item.finish_reason
             record.code, record.phases = item.code, phases_of(item.stamps)
             self._on_end(record)
 

@@ -20,7 +20,7 @@ class SimulationError(Exception):
     """A graph, or what it calls, cannot be simulated. The message has the cause and the fix."""
 
 
-class Cancelled(BaseException):
+class ScopeCancelled(BaseException):
     """Ends the block of a cancelled scope, which catches it."""
 
     def __init__(self, scope: "SimulatedScope") -> None:
@@ -28,8 +28,8 @@ class Cancelled(BaseException):
         self.scope = scope
 
 
-class Kernel:
-    """The clock and the tasks of one simulation. Implements `Waits`, and `Spawner`."""
+class Timeline:
+    """The clock and the tasks of one simulation. Implements `Waits` and `Spawner`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -100,23 +100,23 @@ class Kernel:
 class Task:
     """One coroutine, and where it waits. `scopes`: its open scopes, outermost first."""
 
-    __slots__ = ("_coroutine", "_function", "_kernel", "lot", "scopes")
+    __slots__ = ("_coroutine", "_function", "_timeline", "lot", "scopes")
 
-    def __init__(self, function: Callable[[], Awaitable[Any]], kernel: Kernel) -> None:
+    def __init__(self, function: Callable[[], Awaitable[Any]], timeline: Timeline) -> None:
         self._function = function
         self._coroutine: Coroutine[Any, Any, Any] | None = None  # made when the task first runs
-        self._kernel = kernel
+        self._timeline = timeline
         self.lot: SimulatedLot | None = None
         self.scopes: list[SimulatedScope] = []
 
     def resume(self, error: BaseException | None) -> None:
         """Run until the task waits or ends. Raises what the coroutine raises."""
-        kernel, coroutine = self._kernel, self._coroutine
+        timeline, coroutine = self._timeline, self._coroutine
         if coroutine is None:
             made = self._function()
             assert isinstance(made, Coroutine)
             coroutine = self._coroutine = made
-        kernel.current, self.lot = self, None
+        timeline.current, self.lot = self, None
         try:
             lot = coroutine.throw(error) if error else coroutine.send(None)
             while True:
@@ -127,29 +127,29 @@ class Task:
                 cancelled = next((scope for scope in self.scopes if scope.is_cancelled), None)
                 if cancelled is None:
                     break
-                lot = coroutine.throw(Cancelled(cancelled))
+                lot = coroutine.throw(ScopeCancelled(cancelled))
         except StopIteration:
             return
         finally:
-            kernel.current = None
+            timeline.current = None
         self.lot = lot
         lot.add(self)
 
     def cancel(self, scope: "SimulatedScope") -> None:
-        """Raise Cancelled where the task waits; if it runs, where it waits next."""
+        """Raise ScopeCancelled where the task waits; if it runs, where it waits next."""
         if self.lot is not None:
             self.lot.remove(self)
             self.lot = None
-            self._kernel.wake(self, Cancelled(scope))
+            self._timeline.wake(self, ScopeCancelled(scope))
 
 
 class SimulatedLot:
     """A place where tasks park, in order of arrival."""
 
-    __slots__ = ("_kernel", "_tasks")
+    __slots__ = ("_tasks", "_timeline")
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
         self._tasks: dict[Task, None] = {}
 
     def __len__(self) -> int:
@@ -170,7 +170,7 @@ class SimulatedLot:
             task = next(iter(self._tasks))
             del self._tasks[task]
             task.lot = None
-            self._kernel.wake(task)
+            self._timeline.wake(task)
 
     def unpark_all(self) -> None:
         while self._tasks:
@@ -182,9 +182,9 @@ class SimulatedFlag:
 
     __slots__ = ("_is_set", "_lot")
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, timeline: Timeline) -> None:
         self._is_set = False
-        self._lot = SimulatedLot(kernel)
+        self._lot = SimulatedLot(timeline)
 
     def set(self) -> None:
         self._is_set = True
@@ -198,8 +198,8 @@ class SimulatedFlag:
 class SimulatedScope:
     """A block of the running task that can be cancelled. Used once."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
         self._task: Task | None = None
         self.is_cancelled = False
         self.cancelled_caught = False
@@ -210,8 +210,8 @@ class SimulatedScope:
             self._task.cancel(self)
 
     def __enter__(self) -> "SimulatedScope":
-        assert self._kernel.current is not None
-        self._task = self._kernel.current
+        assert self._timeline.current is not None
+        self._task = self._timeline.current
         self._task.scopes.append(self)
         return self
 
@@ -224,20 +224,20 @@ class SimulatedScope:
         assert self._task is not None
         self._task.scopes.remove(self)
         self._task = None
-        self.cancelled_caught = isinstance(error, Cancelled) and error.scope is self
+        self.cancelled_caught = isinstance(error, ScopeCancelled) and error.scope is self
         return self.cancelled_caught
 
 
 class _Limit(SimulatedScope):
     """A block that may take `seconds`. Raises trio.TooSlowError, as `trio.fail_after` does."""
 
-    def __init__(self, kernel: Kernel, seconds: float) -> None:
-        super().__init__(kernel)
+    def __init__(self, timeline: Timeline, seconds: float) -> None:
+        super().__init__(timeline)
         self._seconds = seconds
 
     def __enter__(self) -> "_Limit":
         super().__enter__()
-        self._kernel.at(self._kernel.now + self._seconds, self._expire)
+        self._timeline.at(self._timeline.now + self._seconds, self._expire)
         return self
 
     def _expire(self) -> None:

@@ -7,8 +7,8 @@ import pytest
 from sagellm.graphs.text.yaml import load
 from sagellm.load.report import Objective
 from sagellm.load.workload import PlannedRequest
-from sagellm.simulation.results import latency, over_seeds, summarise, write_csv
-from sagellm.simulation.run import SimulationPoint, simulate
+from sagellm.simulation.figures import latency, over_seeds, summarise, write_csv
+from sagellm.simulation.simulation_run import SimulationPoint, simulate
 
 GRAPH = """
 sagellm: 1
