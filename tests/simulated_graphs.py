@@ -160,6 +160,10 @@ class Simulation:
     def at(self, planned, number):
         self.timeline.at(planned.at_s, lambda: self.executor.arrive(request_of(number, planned)))
 
+    def nodes(self, engine):
+        """The operators that use an engine."""
+        return self.executor.plan.nodes_of(engine)
+
     def run(self, workload):
         for number, planned in enumerate(workload):
             self.at(planned, number)

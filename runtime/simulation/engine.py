@@ -18,10 +18,9 @@ from sagellm.runtime.port import (
     EngineFacts,
     EngineHealth,
     EngineLoad,
+    EngineLost,
     EngineRefusal,
-    KVSource,
     LeaseOffer,
-    LossCause,
     Lost,
     PrefillDone,
     StaleLease,
@@ -31,6 +30,7 @@ from sagellm.runtime.simulation.cache_reports import CacheReports
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.prompts import PromptHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import SimulatedFlag, Timeline
+from sagellm.runtime.simulation.transfers import SimulatedSource, SimulatedTarget
 
 _FIRST = (0,)  # the id of every first token: simulated tokens are only counted
 
@@ -68,39 +68,6 @@ class _Open:
     prefilled_s: float | None = None
 
 
-class SimulatedSource:
-    """The sending side of a transfer."""
-
-    def __init__(self, engine: "SimulatedEngine", lease: LeaseRef) -> None:
-        self.engine = engine
-        self.lease = lease
-
-    def release(self) -> None:
-        self.engine.free(self.lease)
-
-
-class SimulatedTarget:
-    """The receiving side of a transfer."""
-
-    def __init__(self, engine: "SimulatedEngine", lease: LeaseRef) -> None:
-        self.lease = lease
-        self._engine = engine
-
-    async def receive(self, source: KVSource) -> None:
-        """Wait until the link has moved all blocks. Raises StaleLease."""
-        assert isinstance(source, SimulatedSource)
-        try:
-            await self._engine.receive(source.engine.place, source.lease)
-        except BaseException:
-            self.abort()
-            raise
-        if not self._engine.has_target(self.lease):
-            raise StaleLease(f"the reservation of request {self.lease.request_id} is gone")
-
-    def abort(self) -> None:
-        self._engine.abort(self.lease)
-
-
 class SimulatedEngine:
     """Implements the engine port over an `EngineModel`."""
 
@@ -126,11 +93,13 @@ class SimulatedEngine:
         self._targets: dict[ChoiceKey, SimulatedTarget] = {}
         self._granting: dict[ChoiceKey, SimulatedFlag] = {}
         self._due_s = float("inf")
+        self._is_up = True
         self._reports = CacheReports(place, facts.block_size)
 
     # ---- the port ----------------------------------------------------------------------------
 
     async def submit(self, state: SequenceState) -> None:
+        self._check_up()
         key, prompt, num_emitted = state.key, state.prompt_token_ids, state.num_emitted
         num_prompt = len(prompt)
         most = min(state.sampling.max_tokens, self.facts.max_model_len - num_prompt)
@@ -201,6 +170,7 @@ class SimulatedEngine:
         return SimulatedSource(self, lease)
 
     async def import_(self, offer: LeaseOffer) -> SimulatedTarget:
+        self._check_up()
         key = offer.request_id, offer.choice
         known = self._targets.get(key)
         if known is not None:
@@ -216,6 +186,7 @@ class SimulatedEngine:
             raise
         finally:
             self._granting.pop(key, None)
+        self._check_up()
         target = self._targets[key] = SimulatedTarget(
             self, self._lease(offer.request_id, offer.choice, offer.epoch, offer.num_tokens)
         )
@@ -269,21 +240,31 @@ class SimulatedEngine:
 
     # ---- faults ------------------------------------------------------------------------------
 
-    def lose(self, cause: LossCause) -> None:
-        """Lose all sequences and blocks, as an engine whose process dies."""
+    def lose(self) -> None:
+        """Lose all sequences and blocks, as an engine whose process dies, until `restart`."""
         lost: dict[str, list[EngineEvent]] = {}
         for (request_id, choice), opened in self._open.items():
-            event = Lost(
-                request_id=request_id, choice=choice, epoch=opened.state.epoch, cause=cause
-            )
-            lost.setdefault(opened.state.owner, []).append(event)
+            state = opened.state
+            event = Lost(request_id=request_id, choice=choice, epoch=state.epoch, cause="death")
+            lost.setdefault(state.owner, []).append(event)
         self.model = self.model.emptied(self._timeline.now)
+        self._is_up = False
         self._open.clear()
         self._held.clear()
         self._targets.clear()
         self._due_s = float("inf")
+        for flag in self._granting.values():
+            flag.set()
         for owner, events in lost.items():
             self.events(owner).post(tuple(events))
+
+    def restart(self) -> None:
+        """Take sequences again, with an empty pool."""
+        self._is_up = True
+
+    def _check_up(self) -> None:
+        if not self._is_up:
+            raise EngineLost(*self.place, cause="none")
 
     # ---- progress ----------------------------------------------------------------------------
 

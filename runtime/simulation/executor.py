@@ -49,6 +49,18 @@ class SimulationExecutor(Shell):
         """Send all choices of one request into the graph now. Without credit they wait inside."""
         self.dispatch(Arrived(0, choices))
 
+    def fail(self, engine: SimulatedEngine, for_s: float) -> None:
+        """Let a replica die now, and come back after `for_s` seconds with an empty pool."""
+        name, number = engine.place
+        engine.lose()
+        self.mark(name, number, is_up=False)
+
+        def restart() -> None:
+            engine.restart()
+            self.mark(name, number, is_up=True)
+
+        self.timeline.at(self.timeline.now + for_s, restart)
+
     def signal(self, signal: Signal) -> None:
         """End a request or one of its choices. Unknown requests are ignored."""
         self.dispatch(Signalled(signal))

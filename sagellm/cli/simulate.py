@@ -1,5 +1,6 @@
 """`sagellm simulate`: runs a graph in simulated time, over a trace."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from sagellm.simulation.figures import (
     summarise,
     write_csv,
 )
-from sagellm.simulation.simulation_run import SimulationPoint, simulate
+from sagellm.simulation.simulation_run import ReplicaFault, SimulationPoint, simulate
 from sagellm.simulation.sweep import SPEEDUP, SweepPoint, measure_all, sweep_points
 
 _POSITIVE, _COUNT = Number(gt=0), Number(gte=1)
@@ -103,6 +104,7 @@ def run(
     sweep: tuple[str, ...] = (),
     processes: Annotated[int, Parameter(validator=_COUNT)] = 1,
     link_latency: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
+    fault: tuple[str, ...] = (),
     results: SimulationResults = SimulationResults(),
 ) -> int:
     """Run a graph in simulated time: its own core and operators, over models of its engines.
@@ -126,6 +128,9 @@ def run(
         Run so many points of a sweep at a time.
     link_latency
         Seconds before a transfer of KV blocks begins.
+    fault
+        Let a replica die, as g:1@30+5: replica 1 of engine g, at 30 s, back 5 s later. May be
+        repeated.
     """
     _check(seeds, sweep, results)
     plots = plotter(_PLOTS) if results.plot is not None else None
@@ -133,7 +138,13 @@ def run(
     workload = _read(load)
     decisions = None if results.decisions is None else DecisionFile(results.decisions)
     point = SimulationPoint(
-        chosen.document, workload, parse_assignments(set_), profile, 0, link_latency, decisions
+        chosen.document,
+        workload,
+        parse_assignments(set_),
+        profile,
+        link_latency_s=link_latency,
+        faults=tuple(map(_fault, fault)),
+        decisions=decisions,
     )
     base = SweepPoint({}, point, results.objective, _prices(results.price, chosen.ir.engines))
     with _failures(graph):
@@ -218,6 +229,21 @@ def _axes(sweep: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
         else:
             axes[name] = tuple(parse_assignments((f"{name}={value}",))[name] for value in each)
     return axes
+
+
+_FAULT = re.compile(r"(?P<engine>[^:@+]+):(?P<replica>\d+)@(?P<at_s>[\d.]+)\+(?P<for_s>[\d.]+)")
+
+
+def _fault(text: str) -> ReplicaFault:
+    """The fault that an option names. Raises Failure."""
+    found = _FAULT.fullmatch(text)
+    try:
+        assert found is not None
+        times = float(found["at_s"]), float(found["for_s"])
+    except (AssertionError, ValueError):
+        fix = "write ENGINE:REPLICA@SECONDS+SECONDS, as g:1@30+5"
+        raise Failure(f"--fault {text} is no fault", fix) from None
+    return ReplicaFault(found["engine"], int(found["replica"]), *times)
 
 
 def _positive(text: str, option: str) -> float:

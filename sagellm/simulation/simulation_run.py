@@ -41,6 +41,16 @@ _COLLECT_EVERY = 20_000  # requests between two collections of garbage, which ta
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaFault:
+    """A replica dies `at_s` seconds after the beginning, and is back `for_s` seconds later."""
+
+    engine: str
+    replica: int
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class SimulationPoint:
     """One simulation. `overrides`: options of the graph. `profile`: the profile of engines that
     are not modelled; empty: such engines are refused. `link_latency_s`: of a transfer of KV blocks.
@@ -52,6 +62,7 @@ class SimulationPoint:
     profile: str = ""
     seed: int = 0
     link_latency_s: float = 0.0
+    faults: tuple[ReplicaFault, ...] = ()
     decisions: DecisionFile | None = None
 
 
@@ -153,6 +164,8 @@ def simulate(
             ready, results.deliver, timeline, engines=engines, record=record
         )
         source = WorkloadSource(executor, point.workload, results)
+        for fault in point.faults:
+            _plan_fault(executor, engines, fault)
         with _few_collections():
             source.start()
             timeline.run()
@@ -162,6 +175,21 @@ def simulate(
     return SimulatedRun(
         results.requests, engines, links, ready, source.num_arrived, last_s - first_s
     )
+
+
+def _plan_fault(
+    executor: SimulationExecutor,
+    engines: Mapping[str, tuple[SimulatedEngine, ...]],
+    fault: ReplicaFault,
+) -> None:
+    replicas = engines.get(fault.engine, ())
+    if fault.replica >= len(replicas):
+        raise SimulationError(
+            f"no replica {fault.replica} of engine {fault.engine} can die: give one of "
+            + ", ".join(f"{name}[0..{len(every) - 1}]" for name, every in engines.items())
+        )
+    engine = replicas[fault.replica]
+    executor.timeline.at(fault.at_s, lambda: executor.fail(engine, fault.for_s))
 
 
 def modelled_graph(point: SimulationPoint) -> Graph:

@@ -102,3 +102,29 @@ def test_a_router_that_reads_caches_finds_the_replica_of_a_prefix():
 def test_blocks_of_an_engine_must_divide_those_of_the_trace():
     with pytest.raises(SimulationError, match="block_size: 48 does not divide the 512 tokens"):
         Simulation(JOINT, replace(OPTIONS, block_size=48), block_len=512)
+
+
+@pytest.mark.parametrize(("text", "engine"), [(JOINT, "g"), (PD, "p"), (PD, "d")])
+def test_a_replica_that_dies_loses_no_request(text, engine):
+    simulation, busy = Simulation(text), random_workload(150, 20.0)
+    replica = simulation.engines[engine][1]
+    simulation.timeline.at(4.0, lambda: simulation.executor.fail(replica, for_s=3.0))
+    outcome = simulation.run(busy)
+    assert {seen.end for seen in outcome.seen.values()} == {"length"}
+    for number, planned in enumerate(busy):
+        assert outcome.seen[f"r{number}"].num_tokens == planned.num_output
+    moved = {
+        effect.item.request_id
+        for now, _, effects in outcome.events
+        for effect in effects
+        if isinstance(effect, Send) and getattr(effect.item, "epoch", 0)
+    }
+    assert moved
+    while_down = [
+        effect
+        for now, _, effects in outcome.events
+        for effect in effects
+        if isinstance(effect, Send) and 4.0 < now < 7.0 and effect.node in simulation.nodes(engine)
+    ]
+    assert while_down
+    assert {effect.replica for effect in while_down} == {0}

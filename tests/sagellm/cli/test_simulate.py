@@ -80,6 +80,13 @@ def test_a_sweep_in_two_processes_gives_the_same(simulate):
     assert simulate(*options, "--processes", "2") == simulate(*options)
 
 
+def test_a_replica_that_dies_costs_time_and_no_request(simulate):
+    whole = json.loads(simulate("--json", "--speedup", "10"))
+    found = json.loads(simulate("--fault", "g:0@0.5+10", "--json", "--speedup", "10"))
+    assert found["served"] == whole["served"] == 20
+    assert found["e2e_ms"]["mean"] > whole["e2e_ms"]["mean"]
+
+
 def test_seeds_give_estimates_of_random_decisions(simulate):
     found = json.loads(simulate("--seeds", "3", "--json", "--speedup", "20"))
     assert found["seeds"] == 3
@@ -129,6 +136,8 @@ def test_requests_and_pictures_are_written(simulate, files):
         (("--sweep", "policy=fifo"), "does not say what is swept", "NAME.OPTION=VALUE"),
         (("--sweep", "speedup=fast"), "fast is no speed", "above 0"),
         (("--sweep", "speedup=1,2", "--seeds", "2"), "both ask for several", "leave one out"),
+        (("--fault", "g@3"), "is no fault", "as g:1@30+5"),
+        (("--fault", "g:7@3+1"), "no replica 7 of engine g can die", "give one of g[0..1]"),
         (("--price", "h=2"), "no such engine", "there are g"),
         (("--price", "g=cheap"), "is no price", "ENGINE=NUMBER"),
         (("--seeds", "2", "--decisions", "d"), "--decisions is of one run", "leave one out"),
