@@ -56,6 +56,7 @@ class EngineModel:
         self._sequences: dict[SequenceKey, ModelledSequence] = {}
         self._num_arrivals = 0
         self._run: ModelledRun | None = None
+        self._is_stuck = False  # no sequence can go on until blocks are released
         self._time_s = 0.0  # of the last change
         self._progress: list[SequenceProgress] = []
 
@@ -96,6 +97,7 @@ class EngineModel:
             self._scheduler.queue(sequence)
         else:
             self._scheduler.adopt(sequence, kept)
+        self._is_stuck = False
         if self._scheduler.has_slot:
             self._cut_run(now)
 
@@ -149,7 +151,7 @@ class EngineModel:
         """The time of the next change of the batch, in seconds; infinite if no token is left to
         compute.
         """
-        if self._progress or (self._run is None and self._sequences):
+        if self._progress or (self._run is None and self._can_start):
             return self._time_s
         return inf if self._run is None else self._run.end_s
 
@@ -195,16 +197,21 @@ class EngineModel:
                 if self._run.end_s > now:
                     return
                 self._finish(self._run)
-            elif self._sequences and (self._time_s < now or (is_whole and self._time_s == now)):
+            elif self._can_start and (self._time_s < now or (is_whole and self._time_s == now)):
                 self._start()
             else:
                 self._time_s = max(self._time_s, now)
                 return
 
+    @property
+    def _can_start(self) -> bool:
+        return bool(self._sequences) and not self._is_stuck
+
     def _cut_run(self, now: float) -> None:
         """End the run after the step that computes at `now`, because the batch changes after that
         step.
         """
+        self._is_stuck = False
         run = self._run
         if run is None or run.num_steps == 1:
             return
@@ -222,6 +229,9 @@ class EngineModel:
         """Schedule, and begin a run of the scheduled batch."""
         self.num_changes += 1
         rows, is_alike = self._scheduler.schedule()
+        self._is_stuck = not rows  # until a call of a method changes what there is
+        if self._is_stuck:
+            return
         shape = step_shape((one.num_computed, count, one.num_prompt) for one, count in rows)
         for sequence, _ in rows:
             if sequence.begun_s is None:
@@ -254,6 +264,8 @@ class EngineModel:
                 self._end(sequence, run.end_s, "length")
             elif sequence.num_emitted > sequence.num_reported and not sequence.has_reported:
                 self._report(sequence, run.end_s)
+        if not self._sequences:
+            self._scheduler.grant()
 
     def _num_alike(self, decodes: list[ModelledSequence]) -> int:
         """The number of steps in which the same sequences decode: until one ends or the pool is
