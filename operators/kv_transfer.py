@@ -96,7 +96,7 @@ class KVTransferService:
         if not self._links.begin(link, begun_s):
             return _without_blocks(ctx, item, has_failed=False)
         try:
-            with trio.fail_after(self._options.max_transfer_s):
+            with ctx.fail_after(self._options.max_transfer_s):
                 received = await self._transfer(ctx, lease, reservation)
         except (DamagedBlocks, StaleLease, trio.TooSlowError) as error:
             self._links.failed(link, ctx.now(), took_s=ctx.now() - begun_s)

@@ -64,7 +64,7 @@ class LogHistogram(msgspec.Struct, frozen=True):
     num_samples: int = 0
 
     def with_sample(self, value: float) -> "LogHistogram":
-        bucket = _bucket(value)
+        bucket = bucket_of(value)
         return LogHistogram(
             self.counts.set(bucket, self.counts.get(bucket, 0) + 1), self.num_samples + 1
         )
@@ -73,7 +73,7 @@ class LogHistogram(msgspec.Struct, frozen=True):
         """The histogram with several samples added. Equal samples in a row are added at once."""
         counts = self.counts
         for value, equal in groupby(values):
-            bucket = _bucket(value)
+            bucket = bucket_of(value)
             counts = counts.set(bucket, counts.get(bucket, 0) + sum(1 for _ in equal))
         return LogHistogram(counts, self.num_samples + len(values))
 
@@ -86,12 +86,18 @@ class LogHistogram(msgspec.Struct, frozen=True):
         for bucket in sorted(self.counts):
             rank -= self.counts[bucket]
             if rank <= 0:
-                return _LEAST * GROWTH ** (bucket + 0.5) if bucket else 0.0
+                return value_of(bucket)
         return None
 
 
-def _bucket(value: float) -> int:
+def bucket_of(value: float) -> int:
+    """The number of the logarithmic bucket of a value."""
     return int(math.log(value / _LEAST) / _LOG_GROWTH) if value > _LEAST else 0
+
+
+def value_of(bucket: int) -> float:
+    """The middle of a logarithmic bucket; 0 for the first."""
+    return _LEAST * GROWTH ** (bucket + 0.5) if bucket else 0.0
 
 
 _WIDTH = 32  # an update copies one leaf and all minima: 1 us for a thousand values

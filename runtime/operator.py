@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -243,6 +244,9 @@ class Context(Protocol):
     def engine_named(self, name: str, replica: int) -> Engine: ...
 
     def now(self) -> float: ...
+
+    def fail_after(self, seconds: float) -> AbstractContextManager[object]:
+        """Cancel the block after `seconds` of the executor's clock. Raises trio.TooSlowError."""
 
     async def emit(self, item: Item, outlet: str = "out") -> None:
         """Send an item, waiting for credit."""

@@ -224,15 +224,16 @@ def plan(
     seed: int = 0,
     facts: Mapping[str, EngineFacts] | None = None,
     block_key: bytes | None = None,
+    hasher: Hasher | None = None,
 ) -> Plan:
     """Build the operators of a graph that `check` has accepted. Raises GraphError.
 
     `engines`: the number of replicas of each engine. `facts`: the facts of each engine; without
     facts, the prefix blocks of an engine are not tracked. `block_key`: the secret of the engines'
-    block hashes; None: the secret of this process.
+    block hashes; None: the secret of this process. `hasher`: hashes prompts instead.
     """
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
-    hasher = Hasher(block_key or hash_secret())
+    hasher = hasher or Hasher(block_key or hash_secret())
     models = {one.key: one.engines for one in served_models(graph) if one.key}
     known = {} if functions is None else functions  # `or` would count what packages offer
     common = Setup("", (), known, encode, seed, facts or {}, models, hasher)

@@ -132,6 +132,14 @@ class PromptHashes:
         return hashes[index]
 
 
+class BlockHashes(Protocol):
+    """The hashes of the first `num_blocks` blocks of a prompt, by index."""
+
+    num_blocks: int
+
+    def __getitem__(self, index: int) -> bytes: ...
+
+
 class Hasher:
     """Hashes prompts with the secret `key` of the engines of a graph.
 
@@ -144,7 +152,7 @@ class Hasher:
         self._kept: OrderedDict[tuple[int, str, int], PromptHashes] = OrderedDict()
         self._num_tokens = 0
 
-    def hashes(self, request: Request, block_size: int) -> PromptHashes:
+    def hashes(self, request: Request, block_size: int) -> BlockHashes:
         """The block hashes of the prompt of a request and its emitted tokens."""
         tokens = request.prompt_token_ids
         if request.emitted_token_ids:  # rare, so not kept: the request resumes
@@ -220,7 +228,7 @@ class PrefixIndex(msgspec.Struct, frozen=True):
             held = having
         return Cached(tuple(reversed(levels)))
 
-    def _end(self, hashes: PromptHashes, held: int, start: int) -> int:
+    def _end(self, hashes: BlockHashes, held: int, start: int) -> int:
         """The index of the first block from `start` on that some replica in `held` lacks.
 
         A galloping search, as a replica that has a block has all blocks before it: the step doubles

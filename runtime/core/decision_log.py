@@ -6,7 +6,7 @@ ends a log that reached its size limit. Exceptions are written as the name of th
 text only if the text is safe to show.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader, BufferedWriter
 from typing import Any
 
@@ -144,6 +144,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Exception):
         wrong = str(value) if isinstance(value, WrongResult) else None
         return _ErrorText(name_of(value), wrong)
+    if isinstance(value, Sequence):  # the prompt of a simulation, which makes its tokens when read
+        return list(value)
     return {"object": type(value).__name__}  # `Answer.value` from a user's function
 
 

@@ -2,10 +2,14 @@
 to the next.
 """
 
-from bisect import bisect_right, insort
+from bisect import bisect_right
+from collections.abc import Sequence
 from math import inf
 
+from sagellm.runtime.containers import bucket_of
+from sagellm.runtime.engine.block_model import BlockModel, KeptBlocks
 from sagellm.runtime.engine.options import Limits
+from sagellm.runtime.engine.scheduler_model import SchedulerModel
 from sagellm.runtime.engine.step_cost import (
     ModelledRun,
     ModelledSequence,
@@ -14,7 +18,6 @@ from sagellm.runtime.engine.step_cost import (
     StepCost,
     step_shape,
 )
-from sagellm.runtime.engine.token_budget import decode_budget, share_budget
 from sagellm.runtime.messages import NORMAL, FinishReason
 from sagellm.runtime.port import EngineLoad
 
@@ -29,29 +32,31 @@ class EngineModel:
     time before `advance` to that time: sequences that arrive together start together, as in an
     engine that finds both when its step ends.
 
-    The model knows numbers of tokens, not tokens. The cached tokens of a sequence (`num_cached`)
-    take blocks of its own: no blocks are shared. If the pool is full, the sequence last in rank is
-    preempted, and later computed again from its beginning, as in an engine without
-    `prefix_caching`. An engine with `prefix_caching` may reuse some of those blocks, and finish
-    earlier than this model.
+    The model knows numbers of tokens, not tokens. With `span` above 0, each `span` tokens of a
+    prompt may have a key, and sequences with equal keys share blocks (`BlockModel`). Without keys,
+    the cached tokens of a sequence (`num_cached`) take blocks of its own. If the pool is full, the
+    sequence last in rank is preempted, and later computed again from its beginning, or from the end
+    of its cached spans. An engine with `prefix_caching` may reuse more blocks, and finish earlier.
+
+    `reserve`, `release` and the option `holds` of `submit` are the two ends of a transfer: a
+    sequence that `holds` keeps its blocks after its end, until `release`; blocks that were reserved
+    or held under its key are adopted by the next sequence of that key.
     """
 
-    def __init__(self, cost: StepCost, limits: Limits, *, num_blocks: int, block_size: int) -> None:
-        self.num_preemptions = 0
+    def __init__(
+        self, cost: StepCost, limits: Limits, *, num_blocks: int, block_size: int, span: int = 0
+    ) -> None:
         self.num_changes = 0  # of the batch, on which the running time of the model depends
         self.num_steps = 0
+        self.busy_s = 0.0  # the time of all steps
+        self.gaps: dict[int, int] = {}  # times between tokens: bucket of a histogram -> number
+        self.blocks = BlockModel(num_blocks, block_size, span)
         self._cost = cost
-        self._limits = limits
-        self._num_blocks = num_blocks
-        self._block_size = block_size
-        self._num_free = num_blocks
-        self._watermark = num_blocks // 100  # as in Scheduler
+        self._scheduler = SchedulerModel(limits, self.blocks)
         self._sequences: dict[SequenceKey, ModelledSequence] = {}
-        self._running: list[ModelledSequence] = []
-        self._waiting: list[ModelledSequence] = []  # in rank order
         self._num_arrivals = 0
-        self._sat_out = False
         self._run: ModelledRun | None = None
+        self._is_stuck = False  # no sequence can go on until blocks are released
         self._time_s = 0.0  # of the last change
         self._progress: list[SequenceProgress] = []
 
@@ -65,27 +70,53 @@ class EngineModel:
         num_emitted: int = 0,
         num_cached: int = 0,
         priority: int = NORMAL,
+        keys: Sequence[bytes] = (),
+        holds: bool = False,
     ) -> None:
         """Queue a sequence of `num_prompt` tokens, which ends after `num_output` tokens.
 
         `num_emitted`: tokens of the answer that a resumed sequence has already. `num_cached`:
-        tokens that need not be computed; at least the last token is computed. Raises ValueError for
-        numbers that no engine takes.
+        tokens that need not be computed; at least the last token is computed. `keys`: one for each
+        `span` tokens of the prompt. Raises ValueError for numbers that no engine takes.
         """
         num_known = num_prompt + num_emitted
         if key in self._sequences or num_prompt < 1 or not 0 <= num_emitted < num_output:
             raise ValueError(f"{key} runs here already, or has no tokens to compute or to emit")
-        if self._blocks_for(num_prompt + num_output) > self._num_blocks:
-            raise ValueError(f"{key} does not fit the pool of {self._num_blocks} blocks")
+        if self.blocks.blocks_for(num_prompt + num_output) > self.blocks.num_blocks:
+            raise ValueError(f"{key} does not fit the pool of {self.blocks.num_blocks} blocks")
         self._catch_up(now)
         self._num_arrivals += 1
         rank = priority, self._num_arrivals
         cached = min(num_cached, num_known - 1)
         sequence = ModelledSequence(key, rank, num_prompt, num_output, num_emitted, cached)
         sequence.num_reported = num_emitted
+        sequence.keys, sequence.holds = keys, holds
         self._sequences[key] = sequence
-        self._queue(sequence)
-        if len(self._running) < self._limits.max_num_seqs:
+        kept = self.kept.take(key)
+        if kept is None:
+            self._scheduler.queue(sequence)
+        else:
+            self._scheduler.adopt(sequence, kept)
+        self._is_stuck = False
+        if self._scheduler.has_slot:
+            self._cut_run(now)
+
+    def reserve(self, key: SequenceKey, now: float, *, num_tokens: int) -> None:
+        """Queue a reservation of blocks for `num_tokens`. `kept.granted` has the key once they are
+        there, which may be at once.
+        """
+        self._catch_up(now)
+        self._num_arrivals += 1
+        self.kept.reserve(key, self._num_arrivals, num_tokens)
+        self._scheduler.grant()
+        self._cut_run(now)
+
+    def release(self, key: SequenceKey, now: float) -> None:
+        """Free the blocks that are held or reserved under a key; an unknown key is ignored."""
+        self._catch_up(now)
+        self.kept.release(key)
+        self._scheduler.grant()
+        if self._scheduler.waiting or self.kept.first_arrival is not None:
             self._cut_run(now)
 
     def cancel(self, key: SequenceKey, now: float) -> None:
@@ -106,30 +137,54 @@ class EngineModel:
         progress, self._progress = self._progress, []
         return progress
 
+    def emptied(self, now: float) -> "EngineModel":
+        """A new model as this was at first, with this one's counters of steps and times."""
+        blocks, limits = self.blocks, self._scheduler.limits
+        sizes = {"num_blocks": blocks.num_blocks, "block_size": blocks.block_size}
+        other = EngineModel(self._cost, limits, **sizes, span=blocks.span)
+        other.num_steps, other.busy_s, other.gaps = self.num_steps, self.busy_s, self.gaps
+        other._time_s = now
+        return other
+
     @property
     def next_at(self) -> float:
         """The time of the next change of the batch, in seconds; infinite if no token is left to
         compute.
         """
-        if self._progress or (self._run is None and self._sequences):
+        if self._progress or (self._run is None and self._can_start):
             return self._time_s
         return inf if self._run is None else self._run.end_s
 
     @property
     def load(self) -> EngineLoad:
         """The load after the last change."""
-        pending = (one.num_pending for one in self._running if one.num_pending > 1)
-        waiting = (one.num_known - one.num_cached for one in self._waiting)
+        scheduler, blocks = self._scheduler, self.blocks
+        pending = (one.num_pending for one in scheduler.running if one.num_pending > 1)
+        waiting = (one.num_known - one.num_cached for one in scheduler.waiting)
         return EngineLoad(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + len(scheduler.adopted),
             num_pending_prefill_tokens=sum(pending) + sum(waiting),
-            num_free_blocks=self._num_free,
-            num_leased_blocks=self._num_blocks - self._num_free,
-            num_blocks=self._num_blocks,
-            num_preemptions=self.num_preemptions,
+            num_free_blocks=blocks.num_free,
+            num_cached_blocks=blocks.num_cached,
+            num_leased_blocks=blocks.num_blocks - blocks.num_available,
+            num_blocks=blocks.num_blocks,
+            peak_leased_blocks=scheduler.peak_leased_blocks,
+            num_preemptions=scheduler.num_preemptions,
             num_steps=self.num_steps,
+            num_prefix_queries=scheduler.num_queried_tokens,
+            num_prefix_hits=scheduler.num_hit_tokens,
+            num_evicted_blocks=blocks.num_evicted,
         )
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._scheduler.num_preemptions
+
+    @property
+    def kept(self) -> KeptBlocks:
+        """The blocks that are reserved or held for transfers."""
+        return self._scheduler.kept
 
     # ---- time ------------------------------------------------------------------------------
 
@@ -142,16 +197,21 @@ class EngineModel:
                 if self._run.end_s > now:
                     return
                 self._finish(self._run)
-            elif self._sequences and (self._time_s < now or (is_whole and self._time_s == now)):
+            elif self._can_start and (self._time_s < now or (is_whole and self._time_s == now)):
                 self._start()
             else:
                 self._time_s = max(self._time_s, now)
                 return
 
+    @property
+    def _can_start(self) -> bool:
+        return bool(self._sequences) and not self._is_stuck
+
     def _cut_run(self, now: float) -> None:
         """End the run after the step that computes at `now`, because the batch changes after that
         step.
         """
+        self._is_stuck = False
         run = self._run
         if run is None or run.num_steps == 1:
             return
@@ -168,16 +228,15 @@ class EngineModel:
     def _start(self) -> None:
         """Schedule, and begin a run of the scheduled batch."""
         self.num_changes += 1
-        num_preemptions = self.num_preemptions
-        decodes = self._grow_decodes()
-        if self.num_preemptions == num_preemptions:
-            decodes += self._admit()
-        prefills = [one for one in self._running if one.num_pending > 1]
-        rows = self._rows(decodes, prefills)
+        rows, is_alike = self._scheduler.schedule()
+        self._is_stuck = not rows  # until a call of a method changes what there is
+        if self._is_stuck:
+            return
         shape = step_shape((one.num_computed, count, one.num_prompt) for one, count in rows)
-        is_alike = len(rows) == len(decodes) and not prefills
-        is_alike = is_alike and self.num_preemptions == num_preemptions
-        num_steps = self._num_alike(decodes) if is_alike else 1
+        for sequence, _ in rows:
+            if sequence.begun_s is None:
+                sequence.begun_s = self._time_s
+        num_steps = self._num_alike([one for one, _ in rows]) if is_alike else 1
         self._run = run = ModelledRun(self._time_s, rows, shape, num_steps)
         run.end_s = self._end_s(run, num_steps)
 
@@ -185,12 +244,19 @@ class EngineModel:
         """Apply the outcome of a run to its sequences."""
         self._run, self._time_s = None, run.end_s
         self.num_steps += run.num_steps
+        self.busy_s += run.end_s - run.begun_s
+        num_gaps = 0
         for sequence, count in run.rows:
             is_sampling = count == sequence.num_pending
+            num_gaps += run.num_steps if is_sampling and sequence.has_reported else 0
             sequence.num_computed += count + run.num_steps - 1
-            self._grow(sequence, sequence.num_computed)
+            self.blocks.grow(sequence, sequence.num_computed)
+            self.blocks.publish(sequence, sequence.num_computed)
             # A sequence that was cancelled during the step does not emit the token of the step.
             sequence.num_emitted += run.num_steps - sequence.is_cancelled if is_sampling else 0
+        if num_gaps:
+            bucket = bucket_of((run.end_s - run.begun_s) / run.num_steps)
+            self.gaps[bucket] = self.gaps.get(bucket, 0) + num_gaps
         for sequence, _ in run.rows:
             if sequence.is_cancelled:
                 self._end(sequence, run.end_s, "cancelled")
@@ -198,28 +264,8 @@ class EngineModel:
                 self._end(sequence, run.end_s, "length")
             elif sequence.num_emitted > sequence.num_reported and not sequence.has_reported:
                 self._report(sequence, run.end_s)
-
-    def _rows(
-        self, decodes: list[ModelledSequence], prefills: list[ModelledSequence]
-    ) -> list[tuple[ModelledSequence, int]]:
-        """Choose how many tokens of each sequence one step computes. Decodes past the budget take
-        turns.
-        """
-        budget = self._limits.max_num_batched_tokens
-        room = decode_budget(budget, has_prefills=bool(prefills))
-        rows = [(sequence, 1) for sequence in decodes[:room]]
-        if len(decodes) > room:
-            for sequence in decodes[:room]:
-                self._running.remove(sequence)
-                self._running.append(sequence)
-        if prefills:
-            left = budget - len(rows)
-            shares, self._sat_out = share_budget(prefills, left, self._chunk, sat_out=self._sat_out)
-            rows += shares
-        return rows
-
-    def _chunk(self, sequence: ModelledSequence, budget: int) -> int:
-        return min(sequence.num_pending, self._limits.prefill_chunk or budget, budget)
+        if not self._sequences:
+            self._scheduler.grant()
 
     def _num_alike(self, decodes: list[ModelledSequence]) -> int:
         """The number of steps in which the same sequences decode: until one ends or the pool is
@@ -228,89 +274,28 @@ class EngineModel:
         if not all(one.is_decoding and one.has_reported for one in decodes):
             return 1
         most = min(one.num_output - one.num_emitted for one in decodes)
-        if self._num_needed(decodes, most) <= self._num_free:
+        if self._num_needed(decodes, most) <= self.blocks.num_available:
             return most
         counts = range(1, most)
         fitting = bisect_right(
-            counts, self._num_free, key=lambda count: self._num_needed(decodes, count)
+            counts, self.blocks.num_available, key=lambda count: self._num_needed(decodes, count)
         )
         return max(1, fitting)
 
     def _num_needed(self, decodes: list[ModelledSequence], num_steps: int) -> int:
         """The number of blocks that `num_steps` steps need beyond the blocks of their sequences."""
         return sum(
-            self._blocks_for(one.num_known + num_steps - 1) - one.num_blocks for one in decodes
+            self.blocks.blocks_for(one.num_known + num_steps - 1) - one.num_blocks
+            for one in decodes
         )
 
-    # ---- scheduling, as in Scheduler ---------------------------------------------------------
-
-    def _grow_decodes(self) -> list[ModelledSequence]:
-        decodes = []
-        for sequence in tuple(self._running):
-            is_next = sequence.num_blocks > 0 and sequence.num_pending == 1
-            if is_next and self._make_room(sequence):
-                decodes.append(sequence)
-        return [sequence for sequence in decodes if sequence.num_blocks]
-
-    def _make_room(self, sequence: ModelledSequence) -> bool:
-        """Give a decode its next block, and preempt the sequence last in rank if none is free.
-        Return False if the decode itself was preempted.
-        """
-        if sequence.num_known <= sequence.num_blocks * self._block_size:
-            return True
-        while not self._num_free:
-            victim = max(self._running, key=lambda running: running.rank)
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        self._grow(sequence, sequence.num_known)
-        return True
-
-    def _preempt(self, sequence: ModelledSequence) -> None:
-        self.num_preemptions += 1
-        self._running.remove(sequence)
-        self._free(sequence)
-        sequence.num_computed = sequence.num_cached = 0
-        self._queue(sequence)
-
-    def _admit(self) -> list[ModelledSequence]:
-        """Start waiting sequences while slots and blocks last. Return the decodes among them."""
-        admitted: list[ModelledSequence] = []
-        num_slots = self._limits.max_num_seqs - len(self._running)
-        for sequence in self._waiting[: max(num_slots, 0)]:
-            num_blocks = self._blocks_for(sequence.num_known)
-            spare = self._watermark if self._num_free < self._num_blocks else 0
-            if num_blocks + spare > self._num_free:
-                break
-            self._grow(sequence, sequence.num_known)
-            sequence.num_computed = sequence.num_cached
-            admitted.append(sequence)
-        self._running += admitted
-        del self._waiting[: len(admitted)]
-        return [sequence for sequence in admitted if sequence.num_pending == 1]
-
-    def _queue(self, sequence: ModelledSequence) -> None:
-        insort(self._waiting, sequence, key=lambda waiting: waiting.rank)
-
-    # ---- blocks and ends ---------------------------------------------------------------------
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def _grow(self, sequence: ModelledSequence, num_tokens: int) -> None:
-        num_new = max(0, self._blocks_for(num_tokens) - sequence.num_blocks)
-        sequence.num_blocks += num_new
-        self._num_free -= num_new
-
-    def _free(self, sequence: ModelledSequence) -> None:
-        self._num_free += sequence.num_blocks
-        sequence.num_blocks = 0
-
     def _end(self, sequence: ModelledSequence, at_s: float, reason: FinishReason) -> None:
-        self._free(sequence)
+        if sequence.holds and reason == "length":
+            self.kept.hold(sequence.key, sequence)
+        else:
+            self.blocks.free(sequence)
         del self._sequences[sequence.key]
-        queue = self._running if sequence in self._running else self._waiting
-        queue.remove(sequence)
+        self._scheduler.remove(sequence)
         self._report(sequence, at_s, reason)
 
     def _report(
@@ -318,4 +303,7 @@ class EngineModel:
     ) -> None:
         num_tokens = sequence.num_emitted - sequence.num_reported
         sequence.num_reported, sequence.has_reported = sequence.num_emitted, True
-        self._progress.append(SequenceProgress(sequence.key, num_tokens, at_s, end))
+        times = at_s, end, sequence.begun_s
+        self._progress.append(
+            SequenceProgress(sequence.key, num_tokens, *times, sequence.num_cached)
+        )

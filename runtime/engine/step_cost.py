@@ -1,9 +1,10 @@
 """The cost of a step as a pure function of its batch, and the records of `EngineModel`."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sagellm.runtime.engine.block_model import CachedSpan
 from sagellm.runtime.messages import FinishReason
 
 # One sequence of a step: position of the first token to compute, number of tokens, prompt length.
@@ -81,18 +82,22 @@ class SequenceProgress(NamedTuple):
 
     `num_tokens`: the number of tokens since the previous report. `at_s`: the time of the last of
     these tokens, in seconds. `end`: why the sequence has ended; None with the first token.
+    `begun_s`: when its first step began; None: it never began. `num_cached`: cached prompt tokens
+    when it was first admitted.
     """
 
     key: SequenceKey
     num_tokens: int
     at_s: float
     end: FinishReason | None = None
+    begun_s: float | None = None
+    num_cached: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class ModelledSequence:
     """A sequence as numbers of tokens. `num_cached` tokens have keys and values when the sequence
-    is first admitted.
+    is first admitted. `keys`: see `BlockHolder`. `holds`: its blocks stay leased after its end.
     """
 
     key: SequenceKey
@@ -106,6 +111,11 @@ class ModelledSequence:
     num_reported: int = 0  # of the emitted tokens
     has_reported: bool = False  # whether its first token was reported
     is_cancelled: bool = False
+    keys: Sequence[bytes] = ()
+    spans: list[CachedSpan] = field(default_factory=list)
+    holds: bool = False
+    was_admitted: bool = False
+    begun_s: float | None = None  # the beginning of its first step
 
     @property
     def num_known(self) -> int:

@@ -1,6 +1,7 @@
-"""The context of a service operator, and the emissions of tasks that wait for credit."""
+"""The context of a service operator, what its tasks wait with, and emissions without credit."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import count, islice
 from typing import Protocol
@@ -20,10 +21,33 @@ from sagellm.runtime.core.events import (
     Transferred,
     Withdrawn,
 )
+from sagellm.runtime.executors.waits import Flag, Lot, Scope, Waits
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import EngineReplica, Item, Prefilled, TokenEvent
 from sagellm.runtime.operator import Sent
 from sagellm.runtime.port import Engine
+
+
+class TrioWaits:
+    """The primitives of trio."""
+
+    def lot(self) -> Lot:
+        return trio.lowlevel.ParkingLot()
+
+    def flag(self) -> Flag:
+        return trio.Event()
+
+    def scope(self) -> Scope:
+        return trio.CancelScope()
+
+    def fail_after(self, seconds: float) -> AbstractContextManager[object]:
+        return trio.fail_after(seconds)
+
+    async def checkpoint(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def checkpoint_if_cancelled(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
 
 
 class _Emission:
@@ -32,11 +56,13 @@ class _Emission:
     `sent`: called with each item once it is sent.
     """
 
-    def __init__(self, items: tuple[Item, ...], sent: Callable[[Item], None] | None) -> None:
+    def __init__(
+        self, items: tuple[Item, ...], sent: Callable[[Item], None] | None, is_done: Flag
+    ) -> None:
         self._items = iter(items)
         self._num_left = len(items)
         self._sent = sent
-        self.is_done = trio.Event()
+        self.is_done = is_done
 
     def advance(self, number: int) -> None:
         """Record that the next `number` items were sent; let the task go on after the last."""
@@ -54,8 +80,9 @@ class Emissions:
     `dispatch`: gives an event to the core and carries out its effects.
     """
 
-    def __init__(self, dispatch: Callable[[Event], None]) -> None:
+    def __init__(self, dispatch: Callable[[Event], None], waits: Waits) -> None:
         self._dispatch = dispatch
+        self._waits = waits
         self._tickets = count(1)
         self._num_sent: dict[int, int] = {}  # by ticket, for tasks that do not wait yet
         self._emissions: dict[int, _Emission] = {}  # by ticket, for tasks that wait
@@ -70,7 +97,7 @@ class Emissions:
     ) -> None:
         """Send items of a service operator, waiting for credit. `sent` is called for each item."""
         # No full checkpoint: if there is credit, sending must not cost a task switch.
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._waits.checkpoint_if_cancelled()
         await self.wait(items, lambda ticket: Emitted(ticket, node, replica, items, outlet), sent)
 
     async def wait(
@@ -92,7 +119,8 @@ class Emissions:
                 sent(item)
         if num_sent == len(items):
             return
-        emission = self._emissions[ticket] = _Emission(items[num_sent:], sent)
+        emission = _Emission(items[num_sent:], sent, self._waits.flag())
+        self._emissions[ticket] = emission
         try:
             await emission.is_done.wait()
         except BaseException:
@@ -126,6 +154,7 @@ class Executor(Protocol):
     engines: dict[str, tuple[Engine, ...]]
     clock: Clock
     emissions: Emissions
+    waits: Waits
     is_recorded: bool  # whether events are logged for a replay
 
     def now(self) -> float: ...
@@ -165,6 +194,9 @@ class ServiceContext:
 
     def now(self) -> float:
         return self.executor.now()
+
+    def fail_after(self, seconds: float) -> AbstractContextManager[object]:
+        return self.executor.waits.fail_after(seconds)
 
     async def emit(self, item: Item, outlet: str = "out") -> None:
         self.unanswered.discard(item.key)

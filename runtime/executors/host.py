@@ -1,20 +1,29 @@
 """The host of one replica of a service operator: its queue of items and its tasks."""
 
 from collections import deque
-from collections.abc import Callable
-
-import trio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.effects import OperatorFault
-from sagellm.runtime.core.events import Ended, Failed, Finished, Opened, Returned
+from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault
+from sagellm.runtime.core.events import (
+    CacheReported,
+    Ended,
+    Event,
+    Failed,
+    Finished,
+    Opened,
+    Returned,
+)
 from sagellm.runtime.core.outputs import must_be_answered, not_answered
 from sagellm.runtime.core.request_lifecycle import reason_of
 from sagellm.runtime.executors.context import Executor, ServiceContext
 from sagellm.runtime.executors.engine_reader import EngineReader, last_event
+from sagellm.runtime.executors.waits import Scope, Waits
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Service, Signal
-from sagellm.runtime.port import DamagedBlocks, EngineLost, LossCause, StaleLease
+from sagellm.runtime.port import DamagedBlocks, Engine, EngineLost, LossCause, StaleLease
+from sagellm.runtime.prefixes import ReportsCache
 from sagellm.runtime.user_code import LEAVING, as_error, name_of, place_of, traceback_of
 
 log = get_logger("sagellm.executor")
@@ -35,6 +44,27 @@ def log_fault(fault: OperatorFault, *, request_id: str) -> None:
         log.error("operator_failed", **fields, at=place_of(error), exception=own)
 
 
+def log_failure(effect: FailedOn) -> None:
+    """Log that an engine failed on a request."""
+    where = {"engine": effect.engine, "replica": effect.replica}
+    log.warning("engine_failed", **where, request_id=effect.request_id, error=effect.error)
+
+
+def log_ejection(effect: Ejected) -> None:
+    """Log that a replica gets no new requests, or gets them again."""
+    where = {"engine": effect.engine, "replica": effect.replica}
+    if effect.for_s:
+        log.warning("replica_ejected", **where, for_s=effect.for_s)
+    else:
+        log.info("replica_readmitted", **where)
+
+
+def ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:
+    """Ask an engine to report its prefix blocks; does nothing if it cannot."""
+    if isinstance(engine, ReportsCache):
+        engine.report_cache(lambda changed: dispatch(CacheReported(changed)))
+
+
 def _places(error: Exception) -> list[str]:
     """file:line of each frame of an error's traceback, outermost first."""
     places, trace = [], error.__traceback__
@@ -44,6 +74,12 @@ def _places(error: Exception) -> list[str]:
     return places
 
 
+class Spawner(Protocol):
+    """Starts tasks, as a nursery of trio does."""
+
+    def start_soon(self, function: Callable[[], Awaitable[Any]], /) -> None: ...
+
+
 class ItemQueue:
     """A FIFO queue of the items that wait for one service operator.
 
@@ -51,9 +87,10 @@ class ItemQueue:
     remove the items of an ended request from its middle.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits: Waits) -> None:
         self._items: deque[Item] = deque()
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._waits = waits
+        self._waiting = waits.lot()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -64,7 +101,7 @@ class ItemQueue:
 
     async def take(self) -> Item:
         """Wait for an item, and take the oldest. If cancelled, takes nothing."""
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._waits.checkpoint_if_cancelled()
         while not self._items:
             await self._waiting.park()
         return self._items.popleft()
@@ -87,15 +124,16 @@ class ServiceHost:
         self._context = context = ServiceContext(executor, name, replica)
         self._executor = executor
         self._service = service
-        self._mailbox = ItemQueue()
-        self._scopes: list[tuple[Item, trio.CancelScope]] = []
+        self._waits = executor.waits
+        self._mailbox = ItemQueue(executor.waits)
+        self._scopes: list[tuple[Item, Scope]] = []
         self._meter = context.meter
         self._register = executor.core.register
         facts = context.engine.facts if context.engine_name else None
         block_size = facts.block_size if facts else 1
         executor.dispatch(Opened(name, replica, service.capacity(facts), block_size))
 
-    def start(self, nursery: trio.Nursery) -> None:
+    def start(self, nursery: Spawner) -> None:
         """Start the tasks of the operator, and the reader of its engine."""
         for _ in range(self._service.concurrency):
             nursery.start_soon(self._work)
@@ -133,7 +171,7 @@ class ServiceHost:
     async def _serve(self, item: Item) -> None:
         failure: Exception | None = None
         begun_s = self._executor.clock()
-        with trio.CancelScope() as scope:
+        with self._waits.scope() as scope:
             entry = (item, scope)
             self._scopes.append(entry)
             try:
@@ -145,7 +183,7 @@ class ServiceHost:
                 self._return_request(item, error)
                 # `take` does not yield while items wait: without a checkpoint, a queue of items
                 # that all lost their engine would block the thread.
-                await trio.lowlevel.checkpoint()
+                await self._waits.checkpoint()
                 return
             except (Exception, *LEAVING) as error:
                 failure = as_error(error)

@@ -1,4 +1,4 @@
-"""The `tasks` executor: runs one graph as trio tasks of one process, in one nursery."""
+"""Runs a core: the shell that turns effects into actions, and the executor `tasks`, under trio."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import trio
 
-from sagellm.graphs.log import get_logger
+from sagellm.runtime.core.accounting import Clock
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import (
     Deliver,
@@ -25,7 +25,6 @@ from sagellm.runtime.core.effects import (
 )
 from sagellm.runtime.core.events import (
     Arrived,
-    CacheReported,
     Event,
     ReplicaAdded,
     ReplicaMarked,
@@ -34,82 +33,61 @@ from sagellm.runtime.core.events import (
     Stopped,
     TimeCame,
 )
-from sagellm.runtime.executors.context import Emissions
-from sagellm.runtime.executors.host import ServiceHost, log_fault
+from sagellm.runtime.executors.context import Emissions, TrioWaits
+from sagellm.runtime.executors.host import (
+    ServiceHost,
+    Spawner,
+    ask_cache,
+    log_ejection,
+    log_failure,
+    log_fault,
+)
 from sagellm.runtime.executors.reading import Reading, read
+from sagellm.runtime.executors.waits import Waits
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.port import Engine
-from sagellm.runtime.prefixes import ReportsCache
-
-
-class Timer:
-    """Dispatches `TimeCame` at the time of the latest `WakeAt`."""
-
-    def __init__(self, dispatch: Callable[[Event], None]) -> None:
-        self._dispatch = dispatch
-        self._at_s = inf
-        self._moved = trio.Event()
-
-    def set(self, effect: WakeAt) -> None:
-        self._at_s = effect.at_s
-        self._moved.set()
-
-    async def run(self) -> None:
-        """Run until cancelled."""
-        while True:
-            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
-            with trio.move_on_at(self._at_s):
-                await self._moved.wait()
-                continue
-            self._dispatch(TimeCame())
-
-
-log = get_logger("sagellm.executor")
 
 RecordDecision: TypeAlias = Callable[[float, Event, list[Effect]], None]
 
 
-class ExecutorStopped(RuntimeError):
-    """A request was submitted to a graph that has stopped."""
+class Shell:
+    """Gives events to a core, and carries out its effects.
 
-    def __init__(self) -> None:
-        super().__init__("the graph has stopped; open it again")
-
-
-class TasksExecutor:
-    """Runs a core under trio: logic operators in the core, service operators in their own tasks.
-
-    `deliver`: called with every item at the sink. It must not block, and may buffer the items:
-    `max_tokens` bounds the items of a request. `engines`: the replicas of each engine of the plan.
-    `record`: called with (time, event, effects) after each event.
+    `deliver`: called with every item at the sink. It must not block. `engines`: the replicas of
+    each engine of the plan. `record`: called with (time, event, effects) after each event. `clock`:
+    the seconds that events get. `now`: the clock that operators read. `set_timer`: keeps the one
+    timer of the core.
     """
 
     def __init__(
         self,
         plan: Plan,
         deliver: Callable[[Item | Forked], None],
+        waits: Waits,
         *,
-        engines: Mapping[str, tuple[Engine, ...]] | None = None,
-        max_hold_s: float = inf,
-        record: RecordDecision | None = None,
+        engines: Mapping[str, tuple[Engine, ...]],
+        max_hold_s: float,
+        record: RecordDecision | None,
+        clock: Clock,
+        now: Clock,
+        set_timer: Callable[[WakeAt], None],
     ) -> None:
-        self.engines = dict(engines or {})
+        self.engines = dict(engines)
         self.cause: Exception | None = None  # the exception that ended the item being delivered
-        self.clock = trio.lowlevel.current_clock().current_time
-        self.now = trio.current_time  # operators read the same clock as the core
-        self.core = Core(plan, max_hold_s=max_hold_s, clock=self.clock)
+        self.clock = clock
+        self.now = now
+        self.waits = waits
+        self.core = Core(plan, max_hold_s=max_hold_s, clock=clock)
         self._deliver = deliver
         self._record = record
         self.is_recorded = record is not None
         self._events: deque[Event] = deque()
         self._is_dispatching = False
-        self.emissions = Emissions(self.dispatch)
-        self._at_rest = trio.lowlevel.ParkingLot()
-        self._timer = Timer(self.dispatch)
-        self._nursery: trio.Nursery | None = None
-        self.is_stopped = False
+        self.emissions = Emissions(self.dispatch, waits)
+        self._at_rest = waits.lot()
+        self._spawner: Spawner | None = None
         self._effect_handlers: dict[type, Callable[..., None]] = {
             Send: lambda effect: self._hosts[effect.node, effect.replica].put(effect.item),
             Deliver: self._deliver_item,
@@ -119,11 +97,11 @@ class TasksExecutor:
             Discard: lambda effect: self._hosts[effect.node, effect.replica].discard(effect.item),
             Parked: self.emissions.advance,
             Resumed: self.emissions.advance,
-            WakeAt: self._timer.set,
+            WakeAt: set_timer,
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
-            FailedOn: _log_failure,
-            Ejected: _log_ejection,
-            QueryCache: lambda effect: _ask_cache(
+            FailedOn: log_failure,
+            Ejected: log_ejection,
+            QueryCache: lambda effect: ask_cache(
                 self.engines[effect.engine][effect.replica], dispatch=self.dispatch
             ),
         }
@@ -133,26 +111,11 @@ class TasksExecutor:
             for replica in range(plan.num_replicas(node))
         }
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run until cancelled, or until an engine or a task of an operator raises.
-
-        Then all open requests end as failed, so that no caller waits forever.
-        """
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                for engine in self.all_engines:
-                    nursery.start_soon(engine.run)
-                for host in self._hosts.values():
-                    host.start(nursery)
-                nursery.start_soon(self._timer.run)
-                task_status.started()
-        finally:
-            # In this order, no new request can enter, and all requests end before tasks continue.
-            self.is_stopped = True
-            self.dispatch(Stopped())
-            self._at_rest.unpark_all()
-            self.emissions.end()
+    def start_hosts(self, spawner: Spawner) -> None:
+        """Start the tasks of all service operators."""
+        self._spawner = spawner
+        for host in self._hosts.values():
+            host.start(spawner)
 
     @property
     def plan(self) -> Plan:
@@ -164,34 +127,6 @@ class TasksExecutor:
         """All replicas of all engines."""
         return tuple(engine for replicas in self.engines.values() for engine in replicas)
 
-    async def submit(self, *choices: Request) -> None:
-        """Send all choices of one request into the graph through `source`.
-
-        In a graph without a queue, waits for credit; if cancelled meanwhile, the request ends as
-        cancelled. Raises ExecutorStopped, and ValueError if the request id is in use.
-        """
-        if self.is_stopped:
-            raise ExecutorStopped
-        request_id = choices[0].request_id
-        if request_id in self.core.register:
-            raise ValueError(f"request {request_id!r} is running already")
-        try:
-            await self.emissions.wait(choices, lambda ticket: Arrived(ticket, choices))
-        except BaseException:
-            self.dispatch(Signalled(Signal("cancel", request_id)))
-            raise
-
-    def signal(self, signal: Signal) -> None:
-        """End a request or one of its choices. Unknown requests are ignored."""
-        self.dispatch(Signalled(signal))
-
-    async def idle(self) -> None:
-        """Wait until all requests have ended and all blocks are free, or the executor stops."""
-        while not self.core.is_at_rest and not self.is_stopped:
-            await self._at_rest.park()
-        for engine in self.all_engines:
-            await engine.idle()
-
     def reading(self) -> Reading:
         """The meters of operators and edges since the start."""
         waiting = {gate: host.num_waiting for gate, host in self._hosts.items()}
@@ -202,16 +137,16 @@ class TasksExecutor:
 
     def add(self, name: str, engine: Engine) -> None:
         """Add a replica to a routed engine. It gets no request before `mark` with `is_up` True."""
-        assert self._nursery is not None
+        assert self._spawner is not None
         replica = len(self.engines[name])
         self.engines[name] = (*self.engines[name], engine)
-        self._nursery.start_soon(engine.run)
+        self._spawner.start_soon(engine.run)
         self.dispatch(ReplicaAdded(name))
         for node in self.plan.nodes_of(name):
             host = self._hosts[node, replica] = ServiceHost(
                 self, node, replica, self.plan.services[node]
             )
-            host.start(self._nursery)
+            host.start(self._spawner)
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """Record that a replica of an engine is up, or was lost."""
@@ -251,19 +186,108 @@ class TasksExecutor:
         self._deliver(effect.item)
 
 
-def _ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:
-    if isinstance(engine, ReportsCache):
-        engine.report_cache(lambda changed: dispatch(CacheReported(changed)))
+class Timer:
+    """Dispatches `TimeCame` at the time of the latest `WakeAt`."""
+
+    def __init__(self, dispatch: Callable[[Event], None]) -> None:
+        self._dispatch = dispatch
+        self._at_s = inf
+        self._moved = trio.Event()
+
+    def set(self, effect: WakeAt) -> None:
+        self._at_s = effect.at_s
+        self._moved.set()
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        while True:
+            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
+            with trio.move_on_at(self._at_s):
+                await self._moved.wait()
+                continue
+            self._dispatch(TimeCame())
 
 
-def _log_failure(effect: FailedOn) -> None:
-    where = {"engine": effect.engine, "replica": effect.replica}
-    log.warning("engine_failed", **where, request_id=effect.request_id, error=effect.error)
+class ExecutorStopped(RuntimeError):
+    """A request was submitted to a graph that has stopped."""
+
+    def __init__(self) -> None:
+        super().__init__("the graph has stopped; open it again")
 
 
-def _log_ejection(effect: Ejected) -> None:
-    where = {"engine": effect.engine, "replica": effect.replica}
-    if effect.for_s:
-        log.warning("replica_ejected", **where, for_s=effect.for_s)
-    else:
-        log.info("replica_readmitted", **where)
+class TasksExecutor(Shell):
+    """Runs a core under trio: logic operators in the core, service operators in their own tasks.
+
+    `deliver`: called with every item at the sink. It must not block, and may buffer the items:
+    `max_tokens` bounds the items of a request.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        deliver: Callable[[Item | Forked], None],
+        *,
+        engines: Mapping[str, tuple[Engine, ...]] | None = None,
+        max_hold_s: float = inf,
+        record: RecordDecision | None = None,
+    ) -> None:
+        self._timer = Timer(self.dispatch)
+        self.is_stopped = False
+        super().__init__(
+            plan,
+            deliver,
+            TrioWaits(),
+            engines=engines or {},
+            max_hold_s=max_hold_s,
+            record=record,
+            clock=trio.lowlevel.current_clock().current_time,
+            now=trio.current_time,  # operators read the same clock as the core
+            set_timer=self._timer.set,
+        )
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run until cancelled, or until an engine or a task of an operator raises.
+
+        Then all open requests end as failed, so that no caller waits forever.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                for engine in self.all_engines:
+                    nursery.start_soon(engine.run)
+                self.start_hosts(nursery)
+                nursery.start_soon(self._timer.run)
+                task_status.started()
+        finally:
+            # In this order, no new request can enter, and all requests end before tasks continue.
+            self.is_stopped = True
+            self.dispatch(Stopped())
+            self._at_rest.unpark_all()
+            self.emissions.end()
+
+    async def submit(self, *choices: Request) -> None:
+        """Send all choices of one request into the graph through `source`.
+
+        In a graph without a queue, waits for credit; if cancelled meanwhile, the request ends as
+        cancelled. Raises ExecutorStopped, and ValueError if the request id is in use.
+        """
+        if self.is_stopped:
+            raise ExecutorStopped
+        request_id = choices[0].request_id
+        if request_id in self.core.register:
+            raise ValueError(f"request {request_id!r} is running already")
+        try:
+            await self.emissions.wait(choices, lambda ticket: Arrived(ticket, choices))
+        except BaseException:
+            self.dispatch(Signalled(Signal("cancel", request_id)))
+            raise
+
+    def signal(self, signal: Signal) -> None:
+        """End a request or one of its choices. Unknown requests are ignored."""
+        self.dispatch(Signalled(signal))
+
+    async def idle(self) -> None:
+        """Wait until all requests have ended and all blocks are free, or the executor stops."""
+        while not self.core.is_at_rest and not self.is_stopped:
+            await self._at_rest.park()
+        for engine in self.all_engines:
+            await engine.idle()

@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "restart": ("sagellm.cli.workers:restart", "Replace an operator's workers."),
     "drain": ("sagellm.cli.workers:drain", "Give a worker nothing new."),
     "scale": ("sagellm.cli.workers:scale", "Have more or fewer replicas."),
+    "simulate": ("sagellm.cli.simulate:run", "Run a graph in simulated time."),
+    "trace": ("sagellm.cli.trace:run", "Where the time of requests went."),
     "replay": ("sagellm.cli.replay:run", "Decide again what a log says."),
     "keys": ("sagellm.cli.keys:keys", "Make keys for links over a network."),
     "doctor": ("sagellm.cli.doctor:doctor", "Check this machine and set-up."),

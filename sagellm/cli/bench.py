@@ -5,9 +5,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,6 @@ import msgspec
 import trio
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import sagellm
 from sagellm.cli.bench_options import (
@@ -33,7 +31,8 @@ from sagellm.cli.bench_options import (
     warmup_of,
 )
 from sagellm.cli.complete import ServerOptions, translate_client_errors
-from sagellm.cli.errors import FAILED, INTERRUPTED, RESOURCES, Failure, drain_on_interrupt
+from sagellm.cli.errors import FAILED, INTERRUPTED, Failure, drain_on_interrupt
+from sagellm.cli.plotting import plotter, request_progress
 from sagellm.client.http_calls import configured_key, configured_url
 from sagellm.client.server import AsyncServerConnection, find_server_async
 from sagellm.load import REFUSALS, LoadDriver, RequestRecord, Sender
@@ -68,7 +67,7 @@ def serve(
     failed.
     """
     check_load_options(schedule, workload, results)
-    plot = _plotter() if results.plot else None
+    plot = plotter("sagellm.load.plots").plot_cdf if results.plot else None
     load = LoadRun(server, schedule, workload)
     with translate_client_errors():
         trio.run(load.run)
@@ -111,7 +110,7 @@ class LoadRun:
             target, prompts = target_of(self.workload, self.model), prompts_of(self.workload)
             await self._warm_up(Sender(client, target, prompts))
             sender = Sender(client, target, prompts)  # its clock starts here, after the warm-up
-            with _progress(self.schedule) as advance:
+            with request_progress(self.schedule.num_requests) as advance:
                 drive = LoadDriver(sender.send, lambda: sender.now_s, report=advance)
                 await self._drive(drive, arrivals)
 
@@ -189,30 +188,6 @@ def _write_results(folder: Path, load: LoadRun, summary: Summary, plot: Plot | N
         plot(folder / PLOT, load.records, objective)
     written = (JSON_FILE, CSV_FILE) if plot is None else (JSON_FILE, CSV_FILE, PLOT)
     print(f"wrote {', '.join(written)} to {folder}", file=sys.stderr)
-
-
-def _plotter() -> Plot:
-    """The function that draws the plot. Raises Failure if matplotlib is not installed."""
-    try:
-        plot: Plot = import_module("sagellm.load.plots").plot_cdf
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "matplotlib":
-            raise
-        cause = "--plot needs matplotlib, which is not installed"
-        fix = f"{sys.executable} -m pip install matplotlib, or leave --plot out"
-        raise Failure(cause, fix, code=RESOURCES) from None
-    return plot
-
-
-@contextmanager
-def _progress(schedule: ScheduleOptions) -> Iterator[Callable[[RequestRecord], None]]:
-    """Show a bar on stderr if it is a terminal; yield a callable that counts one request."""
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task("requests", total=schedule.num_requests)
-        yield lambda record: bar.advance(task)
 
 
 def _measurement(name: str, module: str, does: str, *, sets_threads: bool) -> Callable[..., int]:

@@ -110,6 +110,9 @@ class Context:
     def now(self) -> float:
         return 9.0
 
+    def fail_after(self, seconds: float) -> Any:
+        return trio.fail_after(seconds)
+
     async def emit(self, item: Any, outlet: str = "out") -> None:
         self.sent.append(item)
 

@@ -19,6 +19,7 @@ from sagellm.runtime.engine.sizing import Sizing, engine_facts, facts_view, resi
 from sagellm.runtime.engine.step_cost import StepCost, StepShape, step_shape
 from sagellm.runtime.kv.transport import BlockLocation, BlockPairs, SharedBlocks, Storage
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
+from sagellm.runtime.port import EngineFacts
 
 _CAPABILITIES = frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER, RESUME})
 _BACKEND = "null"  # its devices have memory for any pool
@@ -66,11 +67,16 @@ class ModelledOptions(PagedOptions):
         return _CAPABILITIES
 
 
+def modelled_facts(options: ModelledOptions) -> EngineFacts:
+    """The facts of an engine with these options. Raises as `open_modelled` does."""
+    folder = resolve_model(options.model)
+    return engine_facts(options, folder, _size(options, folder))
+
+
 def open_modelled(options: ModelledOptions, *, name: str, replica: int = 0) -> LocalEngine:
     """Open one replica, ready for `run`. Raises EngineOptionError, ModelError, UnsupportedModel."""
-    folder = resolve_model(options.model)
-    facts = engine_facts(options, folder, _size(options, folder))
-    vocab_size = folder.facts.vocab_size
+    facts = modelled_facts(options)
+    vocab_size = resolve_model(options.model).facts.vocab_size
     resources = EngineResources(
         facts,
         options.limits,

@@ -1,0 +1,1 @@
+"""The `simulation` executor: the same core and operators, in simulated time."""

@@ -1,0 +1,86 @@
+"""Links between pools of KV blocks: a bandwidth, a latency, and contention."""
+
+from dataclasses import dataclass
+
+from sagellm.runtime.messages import EngineReplica
+from sagellm.runtime.simulation.timeline import SimulatedFlag, Timeline
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    sender: EngineReplica
+    receiver: EngineReplica
+    num_bytes: float  # still to be moved
+    done: SimulatedFlag
+    bytes_per_s: float = 0.0
+
+
+class Links:
+    """Every replica has one port, which sends and receives `bytes_per_s` each.
+
+    The transfers of a port share it equally: a transfer moves at the lower of its shares at the
+    sender and at the receiver. Each begins after `latency_s`.
+    """
+
+    def __init__(self, timeline: Timeline, *, bytes_per_s: float, latency_s: float = 0.0) -> None:
+        self.num_bytes = 0.0  # moved so far
+        self.busy_s: dict[EngineReplica, float] = {}  # of the sending port of each replica
+        self._timeline = timeline
+        self._bytes_per_s = bytes_per_s
+        self._latency_s = latency_s
+        self._transfers: list[_Transfer] = []
+        self._moved_at_s = 0.0
+        self._number = 0  # of the latest plan; earlier plans are out of date
+
+    async def transfer(
+        self, sender: EngineReplica, receiver: EngineReplica, num_bytes: float
+    ) -> None:
+        """Move bytes from one replica to another. A cancellation ends the transfer."""
+        if self._latency_s:
+            await self._timeline.sleep(self._latency_s)
+        transfer = _Transfer(sender, receiver, num_bytes, self._timeline.flag())
+        self._move()
+        self._transfers.append(transfer)
+        self._plan()
+        try:
+            await transfer.done.wait()
+        finally:
+            if transfer in self._transfers:
+                self._move()
+                self._transfers.remove(transfer)
+                self._plan()
+
+    def _move(self) -> None:
+        """Move what the transfers have moved since the last change."""
+        seconds = self._timeline.now - self._moved_at_s
+        self._moved_at_s = self._timeline.now
+        for sender in {transfer.sender for transfer in self._transfers}:
+            self.busy_s[sender] = self.busy_s.get(sender, 0.0) + seconds
+        for transfer in self._transfers:
+            moved = min(transfer.num_bytes, transfer.bytes_per_s * seconds)
+            transfer.num_bytes -= moved
+            self.num_bytes += moved
+
+    def _plan(self) -> None:
+        """Share the ports, and plan the end of the transfer that ends first."""
+        self._number += 1
+        number = self._number
+        senders = [transfer.sender for transfer in self._transfers]
+        receivers = [transfer.receiver for transfer in self._transfers]
+        first_s = float("inf")
+        for transfer in self._transfers:
+            sharing = max(senders.count(transfer.sender), receivers.count(transfer.receiver))
+            transfer.bytes_per_s = self._bytes_per_s / sharing
+            first_s = min(first_s, transfer.num_bytes / transfer.bytes_per_s)
+        if self._transfers:
+            self._timeline.at(self._timeline.now + first_s, lambda: self._end(number))
+
+    def _end(self, number: int) -> None:
+        if number != self._number:
+            return
+        self._move()
+        ended = [one for one in self._transfers if one.num_bytes <= 1e-6 * self._bytes_per_s]
+        for transfer in ended:
+            self._transfers.remove(transfer)
+            transfer.done.set()
+        self._plan()

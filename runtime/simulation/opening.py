@@ -1,0 +1,41 @@
+"""Opens modelled engines in simulated time."""
+
+from sagellm.runtime.engine.engine_model import EngineModel
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, modelled_facts
+from sagellm.runtime.messages import EngineReplica
+from sagellm.runtime.simulation.engine import SimulatedEngine
+from sagellm.runtime.simulation.links import Links
+from sagellm.runtime.simulation.prompts import PromptHasher
+from sagellm.runtime.simulation.timeline import SimulationError, Timeline
+
+
+def open_simulated(
+    options: ModelledOptions,
+    place: EngineReplica,
+    timeline: Timeline,
+    links: Links,
+    hasher: PromptHasher,
+    *,
+    block_len: int = 0,
+) -> SimulatedEngine:
+    """Open one replica. `block_len`: the tokens of a block of the trace, whose prompts may share
+    blocks; 0: no prompts share any.
+
+    Raises SimulationError for a `block_size` that the blocks of the trace do not fit, and
+    EngineOptionError, ModelError, UnsupportedModel as an engine would.
+    """
+    facts = modelled_facts(options)
+    if block_len % facts.block_size:
+        raise SimulationError(
+            f"engine {place.engine}: block_size: {facts.block_size} does not divide the "
+            f"{block_len} tokens of a block of the trace; give a divisor"
+        )
+    limits = options.limits
+    model = EngineModel(
+        options.cost,
+        limits,
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+        span=hasher.span(block_len, facts.block_size) if limits.prefix_caching else 0,
+    )
+    return SimulatedEngine(timeline, facts, model, place, links=links, hasher=hasher)

@@ -1,0 +1,290 @@
+"""`sagellm simulate`: runs a graph in simulated time, over a trace."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+
+from sagellm.cli.errors import Failure
+from sagellm.cli.graph_argument import (
+    Assignments,
+    Imports,
+    choose_graph,
+    import_code,
+    parse_assignments,
+)
+from sagellm.cli.plotting import plotter, request_progress
+from sagellm.load.report import Objective
+from sagellm.load.workload import PlannedRequest, TraceError, read_trace, replay_trace
+from sagellm.opening.decisions import DecisionFile
+from sagellm.runtime.simulation.timeline import SimulationError
+from sagellm.simulation.figures import (
+    SimulationSummary,
+    over_seeds,
+    show,
+    show_sweep,
+    summarise,
+    write_csv,
+)
+from sagellm.simulation.simulation_run import ReplicaFault, SimulationPoint, simulate
+from sagellm.simulation.sweep import SPEEDUP, SweepPoint, measure_all, sweep_points
+
+_POSITIVE, _COUNT = Number(gt=0), Number(gte=1)
+_TRACE_FIX = "name a trace: docs/simulation.md lists the formats"
+_PLOTS = "sagellm.simulation.pictures"
+_ESTIMATED = ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "goodput_rps", "requests_per_s")
+
+
+@Parameter(name="*", group="Workload")
+@dataclass(frozen=True, kw_only=True)
+class SimulatedLoad:
+    """The requests, and when they arrive."""
+
+    trace: Path
+    """Azure's (CSV) or Mooncake's (JSON lines) format."""
+
+    speedup: Annotated[float, Parameter(validator=_POSITIVE)] = 1.0
+    """Play the trace so many times as fast."""
+
+    num_requests: Annotated[int | None, Parameter(validator=_COUNT)] = None
+    """Only the first so many requests."""
+
+
+@Parameter(name="*", group="Results")
+@dataclass(frozen=True, kw_only=True)
+class SimulationResults:
+    """The objective, and the results that are printed and written."""
+
+    slo_ttft: Annotated[float | None, Parameter(validator=_POSITIVE)] = None
+    """Goodput: the first token within so many seconds."""
+
+    slo_itl: Annotated[float | None, Parameter(validator=_POSITIVE)] = None
+    """Goodput: a mean of so many seconds for each token behind the first."""
+
+    price: tuple[str, ...] = ()
+    """The price of a replica's hour, as ENGINE=2.5; may be repeated [default: 1]."""
+
+    csv: Path | None = None
+    """A file with one line for each request."""
+
+    plot: Path | None = None
+    """A picture: distributions, requests over time and phases; of a sweep, goodput and TTFT."""
+
+    decisions: Path | None = None
+    """A log of every decision, for `sagellm replay`."""
+
+    json: bool = False
+    """Print the figures as JSON: one object, or for a sweep a list."""
+
+    @property
+    def objective(self) -> Objective | None:
+        if self.slo_ttft is None and self.slo_itl is None:
+            return None
+        return Objective(self.slo_ttft, self.slo_itl)
+
+
+def run(
+    graph: str,
+    /,
+    *,
+    load: SimulatedLoad,
+    set_: Assignments = (),
+    import_: Imports = (),
+    profile: str = "",
+    seeds: Annotated[int, Parameter(validator=_COUNT)] = 1,
+    sweep: tuple[str, ...] = (),
+    processes: Annotated[int, Parameter(validator=_COUNT)] = 1,
+    link_latency: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
+    fault: tuple[str, ...] = (),
+    results: SimulationResults = SimulationResults(),
+) -> int:
+    """Run a graph in simulated time: its own core and operators, over models of its engines.
+
+    Equal arguments give equal figures on any machine.
+
+    Parameters
+    ----------
+    graph
+        A graph file, or a shipped graph.
+    set_
+        Change an option of the graph, as sort.policy=fifo; may be repeated.
+    profile
+        The cost model of engines that compute: the file that `sagellm calibrate` wrote, or a name.
+    seeds
+        Run with so many seeds, and give means with standard deviations.
+    sweep
+        Run with each of several values, as sort.policy=fifo,slo_aware or speedup=1,2,4. May be
+        repeated: then every combination runs.
+    processes
+        Run so many points of a sweep at a time.
+    link_latency
+        Seconds before a transfer of KV blocks begins.
+    fault
+        Let a replica die, as g:1@30+5: replica 1 of engine g, at 30 s, back 5 s later. May be
+        repeated.
+    """
+    _check(seeds, sweep, results)
+    plots = plotter(_PLOTS) if results.plot is not None else None
+    chosen, _ = choose_graph(graph, None, import_)
+    workload = _read(load)
+    decisions = None if results.decisions is None else DecisionFile(results.decisions)
+    point = SimulationPoint(
+        chosen.document,
+        workload,
+        parse_assignments(set_),
+        profile,
+        link_latency_s=link_latency,
+        faults=tuple(map(_fault, fault)),
+        decisions=decisions,
+    )
+    base = SweepPoint({}, point, results.objective, _prices(results.price, chosen.ir.engines))
+    with _failures(graph):
+        if sweep:
+            points = list(sweep_points(base, _axes(sweep)))
+            with request_progress(len(points)) as advance:
+                prepare = partial(import_code, import_)
+                found = measure_all(points, processes, prepare, lambda: advance(None))
+            _show_sweep(points, found, results)
+            if plots is not None:
+                plots.plot_sweep(results.plot, [dict(one.values) for one in points], found)
+        else:
+            _run_seeds(base, seeds, results, plots)
+    return 0
+
+
+def _run_seeds(base: SweepPoint, seeds: int, results: SimulationResults, plots: Any) -> None:
+    summaries: list[SimulationSummary] = []
+    began_s = time.perf_counter()
+    with request_progress(seeds * len(base.point.workload)) as advance:
+        for seed in range(seeds):
+            found = simulate(replace(base.point, seed=seed), advance)
+            summaries.append(summarise(found, base.objective, base.prices))
+            if results.csv is not None and not seed:
+                write_csv(results.csv, found.requests)
+            if plots is not None and not seed:
+                plots.plot_run(results.plot, found.requests, base.objective)
+    _show(summaries, time.perf_counter() - began_s, results)
+
+
+def _show(summaries: list[SimulationSummary], took_s: float, results: SimulationResults) -> None:
+    estimates = over_seeds(summaries) if len(summaries) > 1 else {}
+    if results.json:
+        whole = {**msgspec.to_builtins(summaries[0]), "seeds": len(summaries)}
+        if estimates:
+            whole["estimates"] = msgspec.to_builtins(estimates)
+        print(msgspec.json.encode(whole).decode())
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    show(console, summaries[0], took_s / len(summaries))
+    for name in _ESTIMATED:
+        if name in estimates:
+            one = estimates[name]
+            console.print(f"{name}: {one.mean:.2f} +- {one.deviation:.2f} over the seeds")
+
+
+def _show_sweep(
+    points: Sequence[SweepPoint], summaries: list[SimulationSummary], results: SimulationResults
+) -> None:
+    if results.json:
+        whole = [
+            {"values": dict(point.values), **msgspec.to_builtins(summary)}
+            for point, summary in zip(points, summaries, strict=True)
+        ]
+        print(msgspec.json.encode(whole).decode())
+        return
+    show_sweep(Console(highlight=False, soft_wrap=True), [one.values for one in points], summaries)
+
+
+def _check(seeds: int, sweep: tuple[str, ...], results: SimulationResults) -> None:
+    """Raise Failure for options that contradict each other."""
+    several = "--seeds" if seeds > 1 else "--sweep" if sweep else ""
+    if seeds > 1 and sweep:
+        raise Failure("--seeds and --sweep both ask for several runs", "leave one out")
+    if results.decisions is not None and several:
+        raise Failure(f"--decisions is of one run, and {several} asks for several", "leave one out")
+    if results.csv is not None and sweep:
+        raise Failure("--csv has the requests of one run, and --sweep makes several", "use --json")
+
+
+def _axes(sweep: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
+    """The values of each axis. Raises Failure for one without values."""
+    axes: dict[str, tuple[Any, ...]] = {}
+    for one in sweep:
+        name, _, values = one.partition("=")
+        each = [value for value in values.split(",") if value]
+        if not name or not each or (name != SPEEDUP and "." not in name):
+            fix = "write NAME.OPTION=VALUE,VALUE or speedup=1,2"
+            raise Failure(f"--sweep {one} does not say what is swept", fix)
+        if name == SPEEDUP:
+            axes[name] = tuple(_positive(value, one) for value in each)
+        else:
+            axes[name] = tuple(parse_assignments((f"{name}={value}",))[name] for value in each)
+    return axes
+
+
+_FAULT = re.compile(r"(?P<engine>[^:@+]+):(?P<replica>\d+)@(?P<at_s>[\d.]+)\+(?P<for_s>[\d.]+)")
+
+
+def _fault(text: str) -> ReplicaFault:
+    """The fault that an option names. Raises Failure."""
+    found = _FAULT.fullmatch(text)
+    try:
+        assert found is not None
+        times = float(found["at_s"]), float(found["for_s"])
+    except (AssertionError, ValueError):
+        fix = "write ENGINE:REPLICA@SECONDS+SECONDS, as g:1@30+5"
+        raise Failure(f"--fault {text} is no fault", fix) from None
+    return ReplicaFault(found["engine"], int(found["replica"]), *times)
+
+
+def _positive(text: str, option: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise Failure(f"--sweep {option}: {text} is no speed", "give a number above 0")
+    return number
+
+
+def _read(load: SimulatedLoad) -> list[PlannedRequest]:
+    try:
+        workload = list(replay_trace(read_trace(load.trace), speedup=load.speedup))
+    except TraceError as error:
+        raise Failure(str(error), _TRACE_FIX, str(load.trace)) from None
+    except OSError as error:
+        raise Failure(f"{error.strerror}", _TRACE_FIX, str(load.trace)) from None
+    return workload[: load.num_requests]
+
+
+def _prices(given: tuple[str, ...], engines: Mapping[str, object]) -> Mapping[str, float]:
+    """The price of each engine. Raises Failure for one that the graph lacks, and for no number."""
+    prices = {}
+    for one in given:
+        engine, _, text = one.partition("=")
+        if engine not in engines:
+            raise Failure(f"--price {one}: no such engine", f"there are {', '.join(engines)}")
+        try:
+            prices[engine] = float(text)
+        except ValueError:
+            raise Failure(f"--price {one} is no price", "write ENGINE=NUMBER") from None
+    return prices
+
+
+@contextmanager
+def _failures(graph: str) -> Iterator[None]:
+    """Raise Failure for what cannot be simulated."""
+    try:
+        yield
+    except SimulationError as error:
+        cause, _, fix = str(error).partition(": give ")
+        raise Failure(cause, f"give {fix}" if fix else "see docs/simulation.md", graph) from None

@@ -1,0 +1,1 @@
+"""Simulations of a graph: what runs, what is measured, and how results are shown."""

@@ -1,0 +1,328 @@
+"""Runs one simulation: a graph and a workload in, a record of each request and the engines out."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sagellm.extensions import RESOLVER
+from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.graphs.sections import MODELLED, engine_kind
+from sagellm.graphs.text.yaml import Document
+from sagellm.load.workload import BLOCK_LEN, PlannedRequest
+from sagellm.opening.checking import check_graph
+from sagellm.opening.decisions import DecisionFile, recording
+from sagellm.opening.graph_engines import engine_options, num_replicas
+from sagellm.opening.sources import override
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions
+from sagellm.runtime.handover import Phases, phases_of
+from sagellm.runtime.messages import (
+    NORMAL,
+    Answer,
+    EngineReplica,
+    Forked,
+    Item,
+    Request,
+    Stamps,
+    TokenEvent,
+)
+from sagellm.runtime.plan import Plan, plan
+from sagellm.runtime.registry import FUNCTIONS
+from sagellm.runtime.sampling import Sampling
+from sagellm.runtime.simulation.engine import SimulatedEngine
+from sagellm.runtime.simulation.executor import SimulationExecutor
+from sagellm.runtime.simulation.links import Links
+from sagellm.runtime.simulation.opening import open_simulated
+from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
+from sagellm.runtime.simulation.timeline import SimulationError, Timeline
+
+_COLLECT_EVERY = 20_000  # requests between two collections of garbage, which take long each
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFault:
+    """A replica dies `at_s` seconds after the beginning, and is back `for_s` seconds later."""
+
+    engine: str
+    replica: int
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationPoint:
+    """One simulation. `overrides`: options of the graph. `profile`: the profile of engines that
+    are not modelled; empty: such engines are refused. `link_latency_s`: of a transfer of KV blocks.
+    """
+
+    document: Document
+    workload: Sequence[PlannedRequest]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    profile: str = ""
+    seed: int = 0
+    link_latency_s: float = 0.0
+    faults: tuple[ReplicaFault, ...] = ()
+    decisions: DecisionFile | None = None
+
+
+@dataclass(slots=True)
+class SimulatedRequest:
+    """One request, in seconds of simulated time. `end`: its finish reason; empty: it never ended.
+    `replicas`: where it was sent, in order.
+    """
+
+    number: int
+    arrived_s: float
+    input_len: int
+    output_len: int
+    first_s: float | None = None
+    ended_s: float = 0.0
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    end: str = ""
+    code: str = ""
+    phases: Phases = field(default_factory=Phases)
+    priority: int = NORMAL
+    user_id: str = ""
+
+    @property
+    def is_ok(self) -> bool:
+        return self.end in ("length", "stop")
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_s is None else self.first_s - self.arrived_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.ended_s - self.arrived_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """The mean seconds per token after the first; None for fewer than two tokens."""
+        if self.first_s is None or self.num_tokens < 2:
+            return None
+        return (self.ended_s - self.first_s) / (self.num_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRun:
+    """What one simulation gave. `engines`: every replica, with its model. `elapsed_s`: from the
+    first arrival to the last event.
+    """
+
+    requests: Sequence[SimulatedRequest]
+    engines: Mapping[str, tuple[SimulatedEngine, ...]]
+    links: Links
+    plan: Plan
+    num_events: int
+    elapsed_s: float
+
+
+def simulate(
+    point: SimulationPoint, on_end: Callable[[SimulatedRequest], None] = lambda request: None
+) -> SimulatedRun:
+    """Run a simulation to its end. `on_end` is called with each request that has ended.
+
+    Raises GraphError, SimulationError, and OSError for a decision log that cannot be written.
+    """
+    graph = modelled_graph(point)
+    timeline = Timeline()
+    hasher = TraceHasher() if point.decisions is None else PromptHasher()
+    options = {name: _options(graph, name) for name in graph.engines}
+    links = Links(
+        timeline,
+        bytes_per_s=min(one.kv_bytes_per_s for one in options.values()),
+        latency_s=point.link_latency_s,
+    )
+    block_len = BLOCK_LEN if any(one.block_ids for one in point.workload) else 0
+    engines = {
+        name: tuple(
+            open_simulated(
+                one, EngineReplica(name, number), timeline, links, hasher, block_len=block_len
+            )
+            for number in range(num_replicas(graph, name))
+        )
+        for name, one in options.items()
+    }
+    facts = {name: every[0].facts for name, every in engines.items()}
+    counts = {name: len(every) for name, every in engines.items()}
+    ready = plan(
+        graph,
+        RESOLVER,
+        counts,
+        functions=FUNCTIONS,
+        seed=point.seed,
+        facts=facts,
+        hasher=hasher,
+    )
+    _refuse_waiting_operators(ready)
+    with recording(point.decisions, ready, float("inf")) as record:
+        results = Recorder(timeline, point.workload, on_end)
+        executor = SimulationExecutor(
+            ready, results.deliver, timeline, engines=engines, record=record
+        )
+        source = WorkloadSource(executor, point.workload, results)
+        for fault in point.faults:
+            _plan_fault(executor, engines, fault)
+        with _few_collections():
+            source.start()
+            timeline.run()
+    executor.core.ledger.check()
+    last_s = max((one.ended_s for one in results.requests), default=0.0)
+    first_s = point.workload[0].at_s if point.workload else 0.0
+    return SimulatedRun(
+        results.requests, engines, links, ready, source.num_arrived, last_s - first_s
+    )
+
+
+def _plan_fault(
+    executor: SimulationExecutor,
+    engines: Mapping[str, tuple[SimulatedEngine, ...]],
+    fault: ReplicaFault,
+) -> None:
+    replicas = engines.get(fault.engine, ())
+    if fault.replica >= len(replicas):
+        raise SimulationError(
+            f"no replica {fault.replica} of engine {fault.engine} can die: give one of "
+            + ", ".join(f"{name}[0..{len(every) - 1}]" for name, every in engines.items())
+        )
+    engine = replicas[fault.replica]
+    executor.timeline.at(fault.at_s, lambda: executor.fail(engine, fault.for_s))
+
+
+def modelled_graph(point: SimulationPoint) -> Graph:
+    """The checked graph of a point, with only modelled engines, on the executor `tasks`.
+
+    Raises GraphError, and SimulationError for an engine without a cost model.
+    """
+    graph = override(point.document.graph, point.overrides)
+    changes = dict(point.overrides)
+    for name in graph.engines:
+        kind = engine_kind(graph.engines[name])
+        if kind != MODELLED and not point.profile:
+            raise SimulationError(
+                f"engine {name}: kind {kind} has no cost model: give --profile NAME or a file of "
+                f"`sagellm calibrate`, or --set {name}.kind=modelled and its costs"
+            )
+        if kind != MODELLED:
+            changes |= {f"{name}.kind": MODELLED, f"{name}.profile": point.profile}
+    document = Document(_on_tasks(point.document.graph), point.document.positions)
+    return check_graph(document, RESOLVER, FUNCTIONS, changes)
+
+
+def _on_tasks(graph: Graph) -> Graph:
+    """The graph without the links and processes of its executor, which a simulation has not."""
+    before = graph.attrs.get("executor")
+    known = dict(before) if isinstance(before, FrozenMap) else {}
+    kept = {name: known[name] for name in ("max_prefix_blocks",) if name in known}
+    executor = FrozenMap({"kind": "tasks", **kept})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": executor}))
+
+
+def _options(graph: Graph, name: str) -> ModelledOptions:
+    options = engine_options(graph, name)
+    assert isinstance(options, ModelledOptions)
+    return options
+
+
+def _refuse_waiting_operators(ready: Plan) -> None:
+    """Raise SimulationError for an operator that waits for something without a model."""
+    for name in ready.services:
+        spec = ready.spec(name)
+        if not spec.engine and spec.name != "kv_transfer":
+            raise SimulationError(
+                f"operator {name}: {spec.name} waits for an async function, whose time is not "
+                "known: give it a plain function, or leave it out"
+            )
+
+
+class WorkloadSource:
+    """Sends the requests of a workload into a simulation, each at its time."""
+
+    def __init__(
+        self,
+        executor: SimulationExecutor,
+        workload: Sequence[PlannedRequest],
+        results: "Recorder",
+    ) -> None:
+        self.num_arrived = 0
+        self._executor = executor
+        self._workload = workload
+        self._results = results
+
+    def start(self) -> None:
+        if self._workload:
+            self._executor.timeline.at(self._workload[0].at_s, self._arrive)
+
+    def _arrive(self) -> None:
+        number, planned = self.num_arrived, self._workload[self.num_arrived]
+        self.num_arrived += 1
+        if self.num_arrived < len(self._workload):
+            self._executor.timeline.at(self._workload[self.num_arrived].at_s, self._arrive)
+        if not self.num_arrived % _COLLECT_EVERY:
+            gc.collect(1)
+        self._results.open(number, planned)
+        self._executor.arrive(request_of(number, planned))
+
+
+def request_of(number: int, planned: PlannedRequest) -> Request:
+    """The request of a planned one, which arrives at its time."""
+    return Request(
+        request_id=str(number),
+        prompt_token_ids=TracePrompt(  # type: ignore[arg-type]  # a tuple that is made when read
+            number, planned.input_len, planned.block_ids, BLOCK_LEN
+        ),
+        sampling=Sampling(max_tokens=planned.output_len, ignore_eos=True, seed=number),
+        stamps=Stamps(arrived_s=planned.at_s),
+    )
+
+
+class Recorder:
+    """Keeps a record of each request, as its tokens reach the sink."""
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        workload: Sequence[PlannedRequest],
+        on_end: Callable[[SimulatedRequest], None],
+    ) -> None:
+        self.requests: list[SimulatedRequest] = []
+        self._timeline = timeline
+        self._on_end = on_end
+
+    def open(self, number: int, planned: PlannedRequest) -> None:
+        self.requests.append(
+            SimulatedRequest(number, planned.at_s, planned.input_len, planned.output_len)
+        )
+
+    def deliver(self, item: Item | Forked) -> None:
+        if not isinstance(item, TokenEvent | Answer):
+            return
+        record = self.requests[int(item.request_id)]
+        if item.num_tokens and record.first_s is None:
+            record.first_s = self._timeline.now
+        record.num_tokens += item.num_tokens
+        record.num_cached_tokens = max(record.num_cached_tokens, item.num_cached_tokens)
+        if item.finish_reason is not None:
+            record.ended_s, record.end = self._timeline.now, item.finish_reason
+            record.code, record.phases = item.code, phases_of(item.stamps)
+            self._on_end(record)
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Switch off automatic collections of garbage: a simulation makes few cycles, and its open
+    requests would be looked through again and again.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

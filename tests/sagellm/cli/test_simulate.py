@@ -1,0 +1,160 @@
+"""`sagellm simulate`: a graph and a trace in, figures out."""
+
+import json
+
+import pytest
+
+from sagellm.cli import main
+
+GRAPH = """
+sagellm: 1
+name: one
+engines:
+  g: {kind: modelled, model: 'null', replicas: 2, prefill_token_s: 0.001, decode_step_s: 0.01}
+operators:
+  sort:     {op: policy_sort}
+  route:    {op: route, strategy: random}
+  generate: {op: generate, engine: g}
+  metrics:  {op: metrics_sink}
+edges:
+  - source -> sort -> route -> generate -> metrics -> sink
+"""
+TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
+    f"2023-11-16 18:00:{number:02d}.000000,{100 + 20 * number},{10 + number}\n"
+    for number in range(20)
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "graph.yaml").write_text(GRAPH)
+    (tmp_path / "trace.csv").write_text(TRACE)
+    return tmp_path
+
+
+@pytest.fixture
+def simulate(files, capsys):
+    def command(*options, code=0, graph=None, trace=None):
+        named = graph or str(files / "graph.yaml")
+        found = main(["simulate", named, "--trace", str(trace or files / "trace.csv"), *options])
+        out, err = capsys.readouterr()
+        assert found == code, err
+        return out if not code else err
+
+    return command
+
+
+def test_the_figures_are_one_object(simulate):
+    found = json.loads(simulate("--json", "--slo-ttft", "0.3"))
+    assert (found["requests"], found["served"]) == (20, 20)
+    assert {"p50", "p90", "p99"} <= set(found["ttft_ms"]) & set(found["tpot_ms"])
+    names = {"goodput_rps", "slo_attainment", "prefix_hit_rate", "load_imbalance", "cost"}
+    assert names <= set(found)
+    assert found["slo_attainment"] < 1.0
+
+
+def test_equal_arguments_print_equal_figures(simulate):
+    assert simulate("--json") == simulate("--json")
+
+
+def test_the_table_shows_latencies_and_engines(simulate):
+    shown = simulate()
+    assert "20 of 20 served" in shown
+    assert "TTFT" in shown
+    assert "busiest" in shown
+
+
+def test_a_sweep_has_a_line_for_each_combination(simulate):
+    text = simulate("--sweep", "speedup=1,10", "--sweep", "sort.policy=fifo,priority", "--json")
+    found = json.loads(text)
+    assert [one["values"] for one in found] == [
+        {"speedup": speedup, "sort.policy": policy}
+        for speedup in (1.0, 10.0)
+        for policy in ("fifo", "priority")
+    ]
+    assert found[2]["ttft_ms"]["p99"] > found[0]["ttft_ms"]["p99"]
+
+
+def test_a_sweep_in_two_processes_gives_the_same(simulate):
+    options = ("--sweep", "speedup=1,10", "--json")
+    assert simulate(*options, "--processes", "2") == simulate(*options)
+
+
+def test_a_replica_that_dies_costs_time_and_no_request(simulate):
+    whole = json.loads(simulate("--json", "--speedup", "10"))
+    found = json.loads(simulate("--fault", "g:0@0.5+10", "--json", "--speedup", "10"))
+    assert found["served"] == whole["served"] == 20
+    assert found["e2e_ms"]["mean"] > whole["e2e_ms"]["mean"]
+
+
+def test_seeds_give_estimates_of_random_decisions(simulate):
+    found = json.loads(simulate("--seeds", "3", "--json", "--speedup", "20"))
+    assert found["seeds"] == 3
+    assert found["estimates"]["ttft_ms.p50"]["deviation"] > 0
+
+
+def test_its_decisions_replay(simulate, files, capsys):
+    log = files / "decisions"
+    simulate("--decisions", str(log))
+    assert main(["replay", str(log)]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+def test_decisions_by_cached_prefixes_replay(files, simulate, capsys):
+    shared = [
+        {
+            "timestamp": 500 * n,
+            "input_length": 1100 + n,
+            "output_length": 5,
+            "hash_ids": [n % 3, 10 + n % 3, 100 + n],
+        }
+        for n in range(12)
+    ]
+    trace, log = files / "shared.jsonl", files / "decisions"
+    trace.write_text("\n".join(map(json.dumps, shared)))
+    options = ("--set", "route.strategy=prefix_aware", "--set", "g.block_size=64", "--json")
+    one = json.loads(simulate(*options, trace=trace))
+    other = json.loads(simulate(*options, "--decisions", str(log), trace=trace))
+    assert one == other
+    assert one["prefix_hit_rate"] > 0.5
+    assert main(["replay", str(log)]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+def test_requests_and_pictures_are_written(simulate, files):
+    pytest.importorskip("matplotlib")
+    simulate("--csv", str(files / "out.csv"), "--plot", str(files / "run.png"))
+    simulate("--sweep", "speedup=1,2", "--plot", str(files / "sweep.png"))
+    assert (files / "out.csv").read_text().count("\n") == 21
+    assert (files / "run.png").read_bytes()[:4] == (files / "sweep.png").read_bytes()[:4]
+
+
+@pytest.mark.parametrize(
+    ("options", "cause", "fix"),
+    [
+        (("--set", "g.kind=local"), "engine g: kind local has no cost model", "give --profile"),
+        (("--sweep", "policy=fifo"), "does not say what is swept", "NAME.OPTION=VALUE"),
+        (("--sweep", "speedup=fast"), "fast is no speed", "above 0"),
+        (("--sweep", "speedup=1,2", "--seeds", "2"), "both ask for several", "leave one out"),
+        (("--fault", "g@3"), "is no fault", "as g:1@30+5"),
+        (("--fault", "g:7@3+1"), "no replica 7 of engine g can die", "give one of g[0..1]"),
+        (("--price", "h=2"), "no such engine", "there are g"),
+        (("--price", "g=cheap"), "is no price", "ENGINE=NUMBER"),
+        (("--seeds", "2", "--decisions", "d"), "--decisions is of one run", "leave one out"),
+    ],
+)
+def test_mistakes_have_a_cause_and_a_fix(simulate, options, cause, fix):
+    shown = simulate(*options, code=2)
+    assert cause in shown
+    assert fix in shown
+
+
+def test_an_async_function_has_no_model(files, simulate):
+    (files / "own.py").write_text(
+        "import sagellm\n\n@sagellm.function('own')\nasync def own(request):\n    return request\n"
+    )
+    own = "own: {op: map, function: own}"
+    text = GRAPH.replace("operators:", f"operators:\n  {own}")
+    (files / "own.yaml").write_text(text.replace("source -> sort", "source -> own -> sort"))
+    shown = simulate("--import", str(files / "own.py"), code=2, graph=str(files / "own.yaml"))
+    assert "waits for an async function" in shown

@@ -1,0 +1,102 @@
+"""The phases of a request follow each other, and sum to its whole time."""
+
+import json
+from io import BytesIO
+
+import pytest
+from simulated_graphs import JOINT, PD, Simulation, live, random_workload
+
+from sagellm.cli import main
+from sagellm.graphs.text.codec import to_msgpack
+from sagellm.runtime.core.decision_log import DecisionReader, DecisionWriter, Header
+from sagellm.tracing.critical_path import PHASES, perfetto_events, request_paths
+
+WORKLOAD = random_workload(60, 12.0)
+
+
+def log_of(outcome, text):
+    """The events of a run as a decision log."""
+    file = BytesIO()
+    header = Header(graph=to_msgpack(Simulation(text).executor.plan.graph), engines={})
+    writer = DecisionWriter(file, header, 1 << 30)
+    for decision in outcome.events:
+        writer.record(*decision)
+    file.seek(0)
+    return file
+
+
+def paths_of(outcome, text):
+    return list(request_paths(DecisionReader(log_of(outcome, text))))
+
+
+@pytest.mark.parametrize("text", [JOINT, PD])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_phases_sum_to_the_whole_time(text, is_live):
+    outcome = live(text, WORKLOAD) if is_live else Simulation(text).run(WORKLOAD)
+    paths = paths_of(outcome, text)
+    assert len(paths) == len(WORKLOAD)
+    for path in paths:
+        seen = outcome.seen[path.request_id]
+        assert sum(phase.seconds for phase in path.phases) == pytest.approx(path.e2e_s, abs=1e-9)
+        assert path.ttft_s == pytest.approx(sum(path.before_first_token().values()), abs=1e-9)
+        assert (path.first_s, path.ended_s) == (seen.first_s, seen.last_s)
+        assert (path.num_tokens, path.end) == (seen.num_tokens, seen.end)
+        assert set(path.totals()) <= set(PHASES)
+        for before, after in zip(path.phases, path.phases[1:], strict=False):
+            assert before.end_s == after.begin_s
+
+
+def test_a_disaggregated_request_has_all_its_phases_in_their_places():
+    paths = paths_of(Simulation(PD).run(WORKLOAD), PD)
+    found = next(path for path in paths if "transfer" in path.totals())
+    where = {phase.name: phase.where for phase in found.phases}
+    assert where["prefill"].startswith("prefill[")
+    assert where["transfer"].startswith("transfer[")
+    assert where["decode"].startswith("decode[")
+
+
+def test_waiting_in_an_engine_is_its_own_phase():
+    paths = paths_of(Simulation(JOINT, replicas=1).run(random_workload(40, 40.0)), JOINT)
+    assert any(path.totals().get("engine queue", 0) > 0.01 for path in paths)
+
+
+def test_perfetto_gets_a_slice_for_each_phase():
+    paths = paths_of(Simulation(PD).run(WORKLOAD), PD)
+    events = list(perfetto_events(paths))
+    begins = [one for one in events if one["ph"] == "b"]
+    ends = [one for one in events if one["ph"] == "e"]
+    assert len(begins) == len(ends) == sum(len(path.phases) for path in paths)
+    names = {one["args"]["name"] for one in events if one["ph"] == "M"}
+    assert {"prefill[0]", "decode[1]"} <= names
+
+
+@pytest.fixture
+def log(tmp_path):
+    found = tmp_path / "decisions"
+    found.write_bytes(log_of(Simulation(PD).run(WORKLOAD), PD).read())
+    return found
+
+
+def test_the_command_shows_all_phases_and_one_request(log, capsys):
+    assert main(["trace", str(log)]) == 0
+    shown = capsys.readouterr().out
+    assert "60 requests ended" in shown
+    assert "share of all time" in shown
+    assert main(["trace", str(log), "r7"]) == 0
+    assert "r7, choice 0: length after" in capsys.readouterr().out
+
+
+def test_the_command_prints_objects_and_writes_a_trace_file(log, tmp_path, capsys):
+    assert main(["trace", str(log), "r7", "--json", "--perfetto", str(tmp_path / "t.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(one["seconds"] for one in found["phases"]) == pytest.approx(found["e2e_s"])
+    assert json.loads((tmp_path / "t.json").read_text())
+
+
+def test_mistakes_have_a_fix(log, tmp_path, capsys):
+    assert main(["trace", str(log), "nobody"]) == 2
+    assert "no request nobody ended in this log" in capsys.readouterr().err
+    (tmp_path / "empty").write_bytes(b"")
+    assert main(["trace", str(tmp_path / "empty")]) == 2
+    assert "name a file that --decisions wrote" in capsys.readouterr().err
+    assert main(["trace", str(tmp_path / "absent")]) == 2
