@@ -6,7 +6,7 @@ import pytest
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.operators.routing.strategies import PrefixAware
+from sagellm.operators.routing.prefix_aware import PrefixAware
 from sagellm.operators.routing.strategy import Candidates, Hold
 from sagellm.operators.routing.view import ReplicaPool, RouterView
 from sagellm.runtime.feedback import FirstToken
