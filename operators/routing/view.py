@@ -135,7 +135,8 @@ class PoolView(msgspec.Struct, frozen=True):
         self, number: int, view: ReplicaView, mean_tokens: float | None = None
     ) -> "PoolView":
         bit, free, scores = 1 << number, self.free, self.scores
-        if view.is_up and view.num_left >= 1:
+        is_up = view.is_up and not view.is_removed
+        if is_up and view.num_left >= 1:
             load, free = view.load(self.request_tokens), free | bit
         else:
             load, free = math.inf, free & ~bit
@@ -146,7 +147,7 @@ class PoolView(msgspec.Struct, frozen=True):
             self.size,
             self.replicas.set(number, view),
             free,
-            self.up | bit if view.is_up else self.up & ~bit,
+            self.up | bit if is_up else self.up & ~bit,
             self.known & ~bit if view.is_removed else self.known | bit,
             self.loads.with_value(number, load),
             self.request_tokens,
