@@ -217,8 +217,8 @@ def test_a_block_that_is_sent_again_is_kept() -> None:
 
 
 def test_both_generations_of_an_estimate_count() -> None:
-    """Replica 0 got a long prompt before, replica 1 a shorter one now."""
+    """Replica 0 got a long prompt before, and both got a shorter one now."""
     sent = SentPrefixes.of(SIZE).sent(chat("a", 0), HASHER, 0, 1000)
     old = SentPrefixes(SentPrefixes.of(SIZE).young, sent.young)
-    both = old.sent(chat("b", 0, 51), HASHER, 1, 1000).sent(chat("c", 0, 31), HASHER, 0, 1000)
+    both = old.sent(chat("b", 0, 51), HASHER, 1, 1000).sent(chat("c", 0, 51), HASHER, 0, 1000)
     assert both.cached(chat("d", 0), HASHER).levels == ((90, 0b1), (50, 0b10))
