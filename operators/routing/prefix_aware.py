@@ -105,7 +105,8 @@ class PrefixAware:
     the request if the prefix is more than the share `cache_threshold` of the prompt, unless the
     replica is overloaded: it has over `balance_abs_threshold` requests more, and over
     `balance_rel_threshold` times as many, as the least loaded replica. Otherwise the least loaded
-    replica gets the request. `max_blocks`: the bound of the estimate, over all replicas. Its cost
+    replica gets the request. A replica that is chosen after another one for the same request, as
+    that of decode is, is the least loaded. `max_blocks`: the bound of the estimate, over all replicas. Its cost
     is a lookup and 1 us for each new block.
 
     Sources: Dynamo's KV router (the least of uncached prefill plus active load). For the estimate,
@@ -167,7 +168,7 @@ class PrefixAware:
     ) -> tuple[int, SentPrefixes | None]:
         """The replica by the estimate of what is cached, and the estimate with the request."""
         hasher, number = candidates.hasher, candidates.least_loaded()
-        if hasher is None:
+        if hasher is None or candidates.chosen:  # decode gets its blocks from the prefill replica
             return number, None
         block_size = _block_size(candidates)
         if state is None or state.young.block_size != block_size:

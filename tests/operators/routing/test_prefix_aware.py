@@ -185,6 +185,16 @@ def test_reports_replace_the_estimate() -> None:
     assert (found[0], state) == (2, None)
 
 
+def test_decode_is_not_chosen_by_an_estimate() -> None:
+    """Its blocks come from the prefill replica, wherever the prompt was decoded before."""
+    state: Any = SentPrefixes.of(16).sent(chat("a", 0), HASHER, 2, 100)
+    pool, asked = BLIND.pools["p"], chat("b", 0)
+    first = Candidates(pool, asked, 0, HASHER, chosen={})
+    assert PrefixAware().order(state, first, 0.0, Draw(0, "route", 0))[0] == 2
+    second = Candidates(pool, asked, 0, HASHER, chosen={"prefill": 2})
+    assert PrefixAware().order(state, second, 0.0, Draw(0, "route", 0)) == (0, None)
+
+
 def test_estimates_of_tenants_do_not_mix() -> None:
     assert follow([chat("a", 0), chat("b", 0, salt="other"), chat("c", 0)]) == [0, 1, 0]
 
