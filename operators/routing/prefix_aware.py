@@ -105,9 +105,9 @@ class PrefixAware:
     the request if the prefix is more than the share `cache_threshold` of the prompt, unless the
     replica is overloaded: it has over `balance_abs_threshold` requests more, and over
     `balance_rel_threshold` times as many, as the least loaded replica. Otherwise the least loaded
-    replica gets the request. A replica that is chosen after another one for the same request, as
-    that of decode is, is the least loaded. `max_blocks`: the bound of the estimate, over all replicas. Its cost
-    is a lookup and 1 us for each new block.
+    replica gets the request. Only the first replica for a request is chosen so: that of decode is
+    the least loaded. `max_blocks`: the bound of the estimate, over all replicas. Its cost is a
+    lookup and 1 us for each new block.
 
     Sources: Dynamo's KV router (the least of uncached prefill plus active load). For the estimate,
     cache_aware of SGLang's router, with its thresholds; there the most loaded of all replicas
