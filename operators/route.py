@@ -89,7 +89,7 @@ class Router:
 
     @property
     def initial(self) -> RouterView:
-        return RouterView.of(self.pools)
+        return RouterView.of(self.pools, self.strategy)
 
     @property
     def subscribes(self) -> frozenset[str]:
@@ -119,10 +119,10 @@ class Router:
                 if changed is None:
                     return Step(state)
                 if self.foresees and isinstance(happened, LoadReported):
-                    state = _foreseen(state, happened, now)
+                    state = state.measured((changed.name, happened.replica), happened, now)
                 return Step(_with_feedback(state, changed, happened))
-            case FirstToken():
-                return Step(_foreseen(state, happened, now))
+            case FirstToken(node=node, replica=number) if node in self.by_node:
+                return Step(state.measured((self.by_node[node].name, number), happened, now))
         return Step(state)
 
     def keeps(self, state: RouterView, request_id: str) -> bool:
@@ -136,7 +136,8 @@ class Router:
         others: list[Iterator[int]] = []
         hold_s = 0.0
         for pool in self.pools:
-            candidates = self._candidates(view, pool, request)
+            chosen = {before.name: number for before, _, number in best}
+            candidates = self._candidates(view, pool, request, chosen)
             returned, view = self._ask(view, pool, candidates, now, draw)
             if type(returned) is int and returned >= 0 and candidates.mask >> returned & 1:
                 best.append((pool, candidates, returned))  # the common case: one replica, no order
@@ -151,10 +152,16 @@ class Router:
             others.append(one for one in order if not isinstance(one, Hold))
         return EmitFirst(_placings(view, request, best, others), hold_s=hold_s)
 
-    def _candidates(self, view: RouterView, pool: ReplicaPool, request: Request) -> Candidates:
-        known = view.pools[pool.name]
-        facts = self.facts.get(pool.name)
-        return Candidates(known, request, view.num_routed, self.hasher, facts, view.forecast)
+    def _candidates(
+        self,
+        view: RouterView,
+        pool: ReplicaPool,
+        request: Request,
+        chosen: Mapping[str, int] = {},
+    ) -> Candidates:
+        known, name = view.pools[pool.name], pool.name
+        facts, turn = self.facts.get(name), view.num_routed
+        return Candidates(known, request, turn, self.hasher, facts, view.forecast, name, chosen)
 
     def _ask(
         self, view: RouterView, pool: ReplicaPool, candidates: Candidates, now: float, draw: Draw
@@ -165,7 +172,7 @@ class Router:
         strategy: Any = self.strategy
         if not hasattr(strategy, "order"):
             return strategy(candidates, now, draw), view
-        before = view.states.get(pool.name, strategy.initial)
+        before = view.states[pool.name]
         answer = strategy.order(before, candidates, now, draw)
         if type(answer) is not tuple or len(answer) != 2:
             raise self._wrong(f"{kind_of(answer)}; an order and a state")
@@ -229,11 +236,6 @@ class Router:
         strategy: Any = self.strategy
         code = place_of_code(getattr(strategy, "order", strategy))
         return WrongResult(f"the strategy returned {text} was wanted", code)
-
-
-def _foreseen(view: RouterView, happened: FirstToken | LoadReported, now: float) -> RouterView:
-    """The view with its forecast updated by feedback."""
-    return msgspec.structs.replace(view, forecast=view.forecast.after(happened, now))
 
 
 def _with_feedback(
@@ -305,6 +307,7 @@ def build(options: RouteOptions, setup: Setup) -> Router:
     by_node = {node: pool for pool in pools for node in pool.nodes}
     found = find_strategy(options.strategy)
     path = ("operators", setup.name, "strategy_options")
-    strategy = make_strategy(found, options.strategy, options.strategy_options, path)
+    engines = tuple(pool.name for pool in pools)
+    strategy = make_strategy(found, options.strategy, options.strategy_options, path, engines)
     foresees = "first_token" in wanted_feedback(strategy, options.strategy, setup.name)
     return Router(pools, strategy, setup.hasher, entry, by_node, setup.facts, foresees)

@@ -68,7 +68,7 @@ class QueueChanged(_Report, frozen=True, tag="queue"):
 
 
 class FirstToken(_Report, frozen=True, tag="first_token"):
-    """A first token was emitted `seconds` after its request left the queue.
+    """A first token was emitted `seconds` after its request left the queue, or arrived without one.
 
     `num_computed_tokens`, `computed_s`: the prompt tokens that the engine computed, and the time
     that it took; 0 if unknown. `since_arrival_s`: the TTFT, in seconds from the arrival; None for a

@@ -14,6 +14,7 @@ from msgspec.structs import astuple, replace
 
 from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
 from sagellm.runtime.messages import Request
+from sagellm.runtime.port import EngineLoad
 
 _SPREAD = 0.1  # least standard deviation of tokens, relative to their mean, to fit a slope
 _MEMORY_S = 2.0  # busy time after which the weight of a served request has fallen to 1/e
@@ -62,18 +63,24 @@ class LineFit(msgspec.Struct, frozen=True):
             self.products * kept + num_tokens * seconds / count,
         )
 
-    def seconds_of(self, num_tokens: float, count: float = 1.0) -> float:
-        """The time of `count` requests with `num_tokens` in total. Needs at least one sample."""
+    def seconds_of(
+        self, num_tokens: float, count: float = 1.0, *, through_origin: bool = True
+    ) -> float:
+        """The time of `count` requests with `num_tokens` in total. Needs at least one sample.
+
+        `through_origin`: False if the time is constant where all samples have about the same number
+        of tokens, as the time of a step is.
+        """
         mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
-        slope = self._slope(mean, mean_s)
+        slope = self._slope(mean, mean_s, through_origin)
         return count * (mean_s - slope * mean) + slope * num_tokens
 
-    def _slope(self, mean: float, mean_s: float) -> float:
+    def _slope(self, mean: float, mean_s: float, through_origin: bool) -> float:
         if mean <= 0:
             return 0.0
         variance = self.squares / self.weight - mean * mean
         if variance <= (_SPREAD * mean) ** 2:
-            return mean_s / mean
+            return mean_s / mean if through_origin else 0.0
         slope = (self.products / self.weight - mean * mean_s) / variance
         return min(max(slope, 0.0), mean_s / mean)
 
@@ -170,6 +177,62 @@ class QueuePace(msgspec.Struct, frozen=True):
             return known.seconds_of(num_tokens, num_requests)
         scale = 1 + self._silence_s(now) / known.seconds
         return scale * known.seconds_of(num_tokens, num_requests)
+
+
+class ReplicaSpeed(msgspec.Struct, frozen=True):
+    """The measured speed of one replica of an engine, learned from its feedback. Immutable.
+
+    `first_token_s`: the moving mean of the time from the queue to the first token. `measured_s`:
+    when the latest first token came. `prefills`: the time of prefills by computed tokens. `steps`:
+    the time of steps by running sequences. `latest`: the number of the latest reported step, and
+    the time of its report.
+    """
+
+    first_token_s: float | None = None
+    measured_s: float = 0.0
+    prefills: LineFit = LineFit()
+    steps: LineFit = LineFit()
+    latest: tuple[int, float] = (0, math.inf)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was measured."""
+        return self.first_token_s is not None or self.steps.weight > 0
+
+    def after(self, happened: FirstToken | LoadReported, now: float) -> "ReplicaSpeed":
+        """The speed with one more report of the replica."""
+        if isinstance(happened, LoadReported):
+            return self._with_load(happened.load, now)
+        mean_s, prefills = self.first_token_s, self.prefills
+        change = 0.0 if mean_s is None else _FIRST_TOKEN_WEIGHT * (happened.seconds - mean_s)
+        if happened.num_computed_tokens > 0:
+            num_tokens = happened.num_computed_tokens
+            prefills = prefills.with_samples(num_tokens, happened.computed_s, kept=_FADE)
+        mean_s = happened.seconds if mean_s is None else mean_s + change
+        return ReplicaSpeed(mean_s, now, prefills, self.steps, self.latest)
+
+    def prefill_s(self, num_tokens: float) -> float | None:
+        """The time to compute `num_tokens` prompt tokens; None if no prefill was measured."""
+        return self.prefills.seconds_of(num_tokens) if self.prefills.weight else None
+
+    def step_s(self, num_running: int) -> float | None:
+        """The time of a step with `num_running` sequences; None if no step was measured."""
+        if not self.steps.weight:
+            return None
+        return self.steps.seconds_of(num_running, through_origin=False)
+
+    def _with_load(self, load: EngineLoad, now: float) -> "ReplicaSpeed":
+        num_steps, before_s = load.num_steps - self.latest[0], self.latest[1]
+        # After an idle phase the time between reports is not step time: infinity excludes it.
+        latest = (load.num_steps, now if load.num_running else math.inf)
+        steps = self.steps
+        if num_steps > 0 and now > before_s:
+            num_rows = num_steps * max(load.num_running, 1)
+            steps = steps.with_samples(num_rows, now - before_s, count=num_steps, kept=_FADE)
+        return replace(self, steps=steps, latest=latest)
+
+
+UNKNOWN_SPEED = ReplicaSpeed()
 
 
 class Forecast(msgspec.Struct, frozen=True):

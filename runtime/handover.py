@@ -178,10 +178,13 @@ def refusal_event(request: Request, error: EngineRefusal, now: float) -> TokenEv
 def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> None:
     """Send the feedback `FirstToken` upstream if `event` has the first token of `request`.
 
-    Does nothing for later events, and for requests that passed no queue. The latency counts from
-    leaving the queue until now.
+    Does nothing for later events. The latency counts from leaving the queue until now, or from the
+    arrival if the request passed no queue. Does nothing for a request that passed no queue and
+    entered again, because its arrival says nothing of the engine.
     """
     dispatched_s = request.stamps.dispatched_s
+    if dispatched_s is None and not request.epoch:
+        dispatched_s = request.stamps.arrived_s
     if dispatched_s is None or event.position != request.num_emitted or not event.num_tokens:
         return
     now, slo_ttft_s = ctx.now(), request.slo_ttft_s

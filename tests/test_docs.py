@@ -5,7 +5,9 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -60,10 +62,12 @@ from sagellm.runtime.messages import CODES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-GRAPHS, STRUCTURE, SERVING, SECURITY, CONFIGURATION, BATCHES = (
+GRAPHS, STRUCTURE, SERVING, SECURITY, CONFIGURATION, BATCHES, ROUTING = (
     (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("graphs", "structure", "serving", "security", "configuration", "batches")
-)
+    for name in (
+        "graphs", "structure", "serving", "security", "configuration", "batches", "routing",
+    )
+)  # fmt: skip
 LIMITS = SECURITY.split("## Limits")[1].split("\n## ")[0]
 SERVED_AT = "http://127.0.0.1:8000"
 FLOORS = ("graphs", "backends", "runtime", "operators", "sagellm")
@@ -105,6 +109,57 @@ def test_the_strategy_and_the_policy_in_the_docs_serve(monkeypatch: pytest.Monke
             for _ in range(3)
         ]
     assert warm == [0, 32, 32]
+
+
+def test_the_strategy_in_the_page_on_routing_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(STRATEGIES, "_registered", {})
+    program = block(ROUTING, "from dataclasses import dataclass")
+    assert len(program.strip().splitlines()) <= 24  # four of them empty
+    exec(program, {"__name__": "docs"})
+    assert capsys.readouterr().out == "length\n"
+
+
+def test_every_strategy_is_in_the_page_on_routing_with_its_options() -> None:
+    definitions, options = ROUTING.split("## Options and definitions")
+    rows = re.findall(r"^\| `(\w+)` \|", definitions, re.M)
+    assert rows == [*STRATEGIES.ours]
+    known = {
+        (name, option.name)
+        for name, strategy in STRATEGIES.ours.items()
+        if is_dataclass(strategy)
+        for option in fields(strategy)
+    }
+    named, found = list[str](), set[tuple[str, str]]()
+    for names, cell in re.findall(r"^\| ([^|]*) ?\| (`[^|]*) \|", options, re.M):
+        named = re.findall(r"`(\w+)`", names) or named
+        found |= {(name, option) for name in named for option in re.findall(r"`(\w+)`", cell)}
+    assert found == known
+
+
+PAIRS = """\
+sagellm: 1
+name: pairs
+engines:
+  p: {model: "null", device: "null", replicas: 2}
+  d: {model: "null", device: "null", replicas: 4}
+operators:
+  prefill: {op: prefill, engine: p}
+  transfer: {op: kv_transfer}
+  decode: {op: decode, engine: d}
+ROUTE
+edges:
+  - source -> route -> prefill -> transfer -> decode -> sink
+"""
+
+
+def test_the_places_in_the_page_on_routing_are_right(tmp_path: Path) -> None:
+    route = indent(block(ROUTING, "route:\n      op: route"), "  ")
+    (tmp_path / "pairs.yaml").write_text(PAIRS.replace("ROUTE", route))
+    with Graph.load(tmp_path / "pairs.yaml").open() as session:
+        answer = session.generate([1, 2, 3], sampling=Sampling(max_tokens=2))
+    assert answer.finish_reason == "length"
 
 
 def test_the_program_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,8 @@ def described(hint: Any) -> str:
     if origin is tuple and parts:
         return f"a list of items, each {described(parts[0])}"
     if _is_mapping(hint):
-        return "a mapping"
+        is_typed = len(parts) == 2 and parts[1] is not Any
+        return f"a mapping, each value {described(parts[1])}" if is_typed else "a mapping"
     return _WORDS.get(NoneType if hint is None else hint, "a value")
 
 

@@ -1,15 +1,19 @@
 """The table of the strategies of `route`, by name.
 
-To ship a strategy, add a function or a class to `strategies.py`, and an entry to the table below.
+To ship a strategy, add a function or a class to a file here, and an entry to the table below.
 Users register their own strategies with `sagellm.register_strategy`; packages offer strategies as
 entry points `sagellm.strategies`.
 """
 
+from sagellm.operators.routing.prefix_aware import PrefixAware
+from sagellm.operators.routing.scored import LeastConnections, LeastResponseTime, PredictedLatency
 from sagellm.operators.routing.strategies import (
     Affinity,
     Locality,
-    PrefixAware,
+    TopologyAware,
+    WeightedRoundRobin,
     load_balanced,
+    power_of_two,
     random,
     round_robin,
 )
@@ -44,6 +48,12 @@ STRATEGIES: Registry[RegisteredStrategy] = Registry(
         "affinity": Affinity,
         "locality": Locality,
         "prefix_aware": PrefixAware,
+        "power_of_two": power_of_two,
+        "least_connections": LeastConnections,
+        "least_response_time": LeastResponseTime,
+        "weighted_round_robin": WeightedRoundRobin,
+        "topology_aware": TopologyAware,
+        "predicted_latency": PredictedLatency,
     },
     check_strategy,
 )

@@ -1,13 +1,15 @@
 """The contract of a strategy, and `Candidates`: the replicas as a strategy sees them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
-from sagellm.graphs.diagnostics import Path
+from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path
+from sagellm.graphs.rules.rule import choice
 from sagellm.graphs.vocabulary import nearest
-from sagellm.operators.routing.view import PoolView, bits, tokens_of
-from sagellm.runtime.forecast import Forecast
+from sagellm.operators.routing.view import PoolView, bits, tokens_of, turned
+from sagellm.runtime.forecast import Forecast, ReplicaSpeed
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Draw
 from sagellm.runtime.port import EngineFacts
@@ -23,17 +25,21 @@ NOTHING_KNOWN = Forecast()
 
 
 class Candidates:
-    """The replicas of one pool that a strategy orders for one request.
+    """The replicas of one pool, those of engine `name`, that a strategy orders for one request.
 
     Candidates are the replicas that are up and have room. If no replica has room, all replicas that
     are up are candidates; if no replica is up, all replicas. In both cases the request waits.
 
-    `turn` rises by one with each routed request. `facts` are the engine's (`block_size`,
-    `num_blocks`, `max_num_seqs`, `max_model_len` ...); None: unknown. `forecast` has predictions if
-    the strategy subscribes to "first_token".
+    `turn` rises by one with each routed request. `chosen`: the replicas that the strategy has
+    chosen for the request in earlier pools, by engine: the prefill replica before decode. `facts`
+    are the engine's (`block_size`, `num_blocks`, `max_num_seqs`, `max_model_len` ...); None:
+    unknown. `forecast` has predictions if the strategy subscribes to "first_token". `hasher` hashes
+    prompts for a prefix index of the strategy's own.
     """
 
-    __slots__ = ("_cached", "_hasher", "facts", "forecast", "pool", "request", "turn")
+    __slots__ = (
+        "_cached", "chosen", "facts", "forecast", "hasher", "name", "pool", "request", "turn",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -43,13 +49,17 @@ class Candidates:
         hasher: Hasher | None = None,
         facts: EngineFacts | None = None,
         forecast: Forecast = NOTHING_KNOWN,
+        name: str = "",
+        chosen: Mapping[str, int] = {},
     ) -> None:
         self.pool = pool
         self.request = request
         self.turn = turn
         self.facts = facts
         self.forecast = forecast
-        self._hasher = hasher
+        self.hasher = hasher
+        self.name = name
+        self.chosen = chosen
         self._cached: Cached | None = None
 
     @property
@@ -74,7 +84,7 @@ class Candidates:
         The lookup happens on first use, because a strategy may not need the result.
         """
         if self._cached is None:
-            index, hasher, self._cached = self.pool.index, self._hasher, NOTHING_CACHED
+            index, hasher, self._cached = self.pool.index, self.hasher, NOTHING_CACHED
             if index is not None and hasher is not None:
                 self._cached = index.cached(self.request, hasher)
         return self._cached
@@ -98,10 +108,18 @@ class Candidates:
 
     def prefill_s(self, number: int) -> float | None:
         """The predicted time, in seconds, until a replica has computed its pending prompts and the
-        prompt of this request; None: too few measurements.
+        prompt of this request, by its own measured speed, or else by the mean of all replicas;
+        None: too few measurements.
         """
         num_tokens = self.num_pending_tokens(number) + self.num_uncached_tokens(number)
-        return self.forecast.prefill_s(num_tokens)
+        own_s = self.speed(number).prefill_s(num_tokens)
+        return self.forecast.prefill_s(num_tokens) if own_s is None else own_s
+
+    def speed(self, number: int) -> ReplicaSpeed:
+        """The measured speed of a replica; unknown if the strategy does not subscribe to
+        "first_token".
+        """
+        return self.pool.replicas[number].speed
 
     @property
     def step_s(self) -> float | None:
@@ -111,11 +129,8 @@ class Candidates:
         return self.forecast.step_s
 
     def num_requests(self, number: int) -> int:
-        """The number of requests at a replica, as this router counts them or as the engine reports
-        them; the larger of both.
-        """
-        known = self.pool.replicas[number]
-        return max(known.num_held, known.num_reported)
+        """The number of requests at a replica; see `ReplicaView.num_requests`."""
+        return self.pool.replicas[number].num_requests
 
     def num_left(self, number: int) -> float:
         """The number of requests that a replica still has credit for."""
@@ -132,6 +147,29 @@ class Candidates:
         start = self.turn % self.pool.size
         found = self.pool.loads.argmin(start)
         return found if found is not None else min(self.numbers, key=self._waiting_rank(start))
+
+    def lowest(self) -> int:
+        """The candidate with the lowest `score` of the strategy; equal candidates take turns. The
+        least loaded candidate, if the scores of all are infinite.
+        """
+        found = self.pool.scores.argmin(self.turn % self.pool.size)
+        return self.least_loaded() if found is None else found
+
+    def some(self, among: int, most: int) -> Iterator[int]:
+        """At most `most` replicas of the mask `among`; each request gets the next ones."""
+        return islice(turned(among, self.turn * most % self.pool.size), most)
+
+    def warm(self, cached: Cached, among: int, most: int) -> Iterator[int]:
+        """The replicas of the mask `among` with a cached prefix, longest prefix first; at most
+        `most`. Equal replicas take turns.
+        """
+        start = self.turn % self.pool.size
+        masks = (mask & among for _, mask in cached.levels)
+        return islice((one for mask in masks for one in turned(mask, start)), most)
+
+    def distance(self, number: int) -> int:
+        """A rank for equal candidates, with which they take turns: the lowest goes first."""
+        return (number - self.turn) % self.pool.size
 
     def by_load(self) -> Iterator[int]:
         """The candidates, least loaded first. The others are sorted only if the caller asks for a
@@ -180,8 +218,12 @@ class Strategy(Protocol):
     `strategy_options` of `route` sets.
 
     An optional attribute `subscribes` names the feedback that the strategy needs: "cache" for
-    `candidates.num_cached_tokens`, "first_token" for `prefill_s`, `step_s` and `forecast`. Feedback
-    that no operator subscribes to is not sent.
+    `candidates.num_cached_tokens`, "first_token" for `speed`, `prefill_s`, `step_s` and `forecast`.
+    Feedback that no operator subscribes to is not sent.
+
+    An optional method `score(replica: ReplicaView) -> float` ranks replicas regardless of the
+    request. It is called when a replica changes, so `candidates.lowest()` takes microseconds for
+    any number of replicas. It must depend on nothing but the replica and the options.
     """
 
     @property
@@ -209,15 +251,36 @@ def check_strategy(name: str, value: Any) -> Any:
 
 
 def make_strategy(
-    found: RegisteredStrategy, name: str, given: Mapping[str, Any], path: Path
+    found: RegisteredStrategy,
+    name: str,
+    given: Mapping[str, Any],
+    path: Path,
+    engines: tuple[str, ...] = (),
 ) -> StrategyFunction | Strategy:
     """Make a strategy with its options. Raises GraphError for wrong options; the error names
     `path`, the options' place in the graph.
+
+    `engines`: the engines that the router chooses replicas of. A field of the strategy with the
+    metadata `by_engine` is a mapping with some of them as keys.
     """
     if isinstance(found, type):
-        return check_and_read_options(found, given, path)
+        made: Strategy = check_and_read_options(found, given, path)
+        mistakes = tuple(_unknown_engines(made, path, engines))
+        if mistakes:
+            raise GraphError(mistakes)
+        return made
     refuse_options(f"strategy `{name}`", given, path)
     return found
+
+
+def _unknown_engines(made: Any, path: Path, engines: tuple[str, ...]) -> Iterator[Diagnostic]:
+    for option in fields(made):
+        named = getattr(made, option.name) if option.metadata.get("by_engine") else {}
+        for engine in sorted(set(named).difference(engines)):
+            message = f"this route chooses no replica of an engine `{engine}`"
+            yield Diagnostic(
+                "unknown-engine", (*path, option.name), message, choice(engine, engines)
+            )
 
 
 def wanted_feedback(strategy: StrategyFunction | Strategy, name: str, node: str) -> frozenset[str]:

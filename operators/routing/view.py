@@ -1,7 +1,7 @@
 """The state of a router: the replicas that it chooses from, as immutable values."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,7 +10,8 @@ from immutables import Map
 from msgspec.structs import replace
 
 from sagellm.runtime.containers import MinTree
-from sagellm.runtime.forecast import Forecast
+from sagellm.runtime.feedback import FirstToken, LoadReported
+from sagellm.runtime.forecast import UNKNOWN_SPEED, Forecast, ReplicaSpeed
 from sagellm.runtime.messages import Request
 from sagellm.runtime.port import EngineLoad
 from sagellm.runtime.prefixes import PrefixIndex
@@ -42,6 +43,14 @@ class ReplicaView(msgspec.Struct, frozen=True):
     reporter: tuple[str, int] = ("", 0)  # the node of the last report, and the report's number
     is_up: bool = True
     is_removed: bool = False
+    speed: ReplicaSpeed = UNKNOWN_SPEED  # measured if the strategy subscribes to "first_token"
+
+    @property
+    def num_requests(self) -> int:
+        """The requests at the replica, as this router counts them or as the engine reports them;
+        the larger of both.
+        """
+        return max(self.num_held, self.num_reported)
 
     def load(self, request_tokens: float) -> float:
         """The outstanding tokens. Each reported request that this router did not send counts
@@ -70,10 +79,12 @@ class ReplicaView(msgspec.Struct, frozen=True):
             self.reporter,
             self.is_up,
             self.is_removed,
+            self.speed,
         )
 
 
 NEW = ReplicaView()
+Score: TypeAlias = Callable[[ReplicaView], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +117,12 @@ class PoolView(msgspec.Struct, frozen=True):
     request_tokens: float = 1.0  # the assumed tokens of a request that another router sent
     mean_tokens: float = 0.0  # the mean over the requests placed by this router
     index: PrefixIndex | None = None  # the cached prefix blocks; None: engines do not report them
+    score: Score | None = None  # of the strategy
+    scores: MinTree = MinTree()  # the scores of free replicas; infinity for all others
 
     @classmethod
-    def opened(cls, size: int) -> "PoolView":
-        return cls(0).grown(size)
+    def opened(cls, size: int, score: Score | None = None) -> "PoolView":
+        return cls(0, score=score).grown(size)
 
     def grown(self, size: int) -> "PoolView":
         """The view with new replicas added, up to `size` replicas."""
@@ -121,21 +134,27 @@ class PoolView(msgspec.Struct, frozen=True):
     def with_replica(
         self, number: int, view: ReplicaView, mean_tokens: float | None = None
     ) -> "PoolView":
-        bit, free = 1 << number, self.free
-        if view.is_up and view.num_left >= 1:
+        bit, free, scores = 1 << number, self.free, self.scores
+        is_up = view.is_up and not view.is_removed
+        if is_up and view.num_left >= 1:
             load, free = view.load(self.request_tokens), free | bit
         else:
             load, free = math.inf, free & ~bit
+        if self.score is not None:
+            score = self.score(view) if free & bit else math.inf
+            scores = scores.with_value(number, score)
         return PoolView(
             self.size,
             self.replicas.set(number, view),
             free,
-            self.up | bit if view.is_up else self.up & ~bit,
+            self.up | bit if is_up else self.up & ~bit,
             self.known & ~bit if view.is_removed else self.known | bit,
             self.loads.with_value(number, load),
             self.request_tokens,
             self.mean_tokens if mean_tokens is None else mean_tokens,
             self.index,
+            self.score,
+            scores,
         )
 
     def placed(self, number: int, num_tokens: int, num_uncached: int) -> "PoolView":
@@ -184,6 +203,13 @@ def bits(mask: int) -> Iterator[int]:
         mask ^= low
 
 
+def turned(mask: int, start: int) -> Iterator[int]:
+    """The numbers of the set bits, ascending from `start`, and then those below `start`."""
+    later = mask >> start << start
+    yield from bits(later)
+    yield from bits(mask & ~later)
+
+
 # By request id: the replicas of all choices of the request, each with the tokens counted there.
 Placed: TypeAlias = Map[str, tuple[tuple[Replica, int], ...]]
 
@@ -200,8 +226,11 @@ class RouterView(msgspec.Struct, frozen=True):
     forecast: Forecast = Forecast()
 
     @classmethod
-    def of(cls, pools: tuple[ReplicaPool, ...]) -> "RouterView":
-        return cls({pool.name: PoolView.opened(pool.num_replicas) for pool in pools})
+    def of(cls, pools: tuple[ReplicaPool, ...], strategy: Any = None) -> "RouterView":
+        """The view at the start, with the `initial` and `score` of a strategy that has them."""
+        initial, score = getattr(strategy, "initial", None), getattr(strategy, "score", None)
+        opened = {pool.name: PoolView.opened(pool.num_replicas, score) for pool in pools}
+        return cls(opened, states=dict.fromkeys(opened, initial))
 
     def replica(self, replica: Replica) -> ReplicaView:
         return self.pools[replica[0]].replicas.get(replica[1], NEW)
@@ -258,12 +287,25 @@ class RouterView(msgspec.Struct, frozen=True):
 
     def mark(self, replica: Replica, *, is_up: bool) -> "RouterView":
         """The view after an engine replica was lost or came back. In both cases the engine holds no
-        requests, so the reported load becomes zero.
+        requests, so the reported load becomes zero. Its speed is measured again.
         """
         known = replace(
-            self.replica(replica), is_up=is_up, num_pending=0, num_reported=0, reporter=("", 0)
+            self.replica(replica),
+            is_up=is_up,
+            num_pending=0,
+            num_reported=0,
+            reporter=("", 0),
+            speed=UNKNOWN_SPEED,
         )
         return self._with(replica, known)
+
+    def measured(
+        self, replica: Replica, happened: FirstToken | LoadReported, now: float
+    ) -> "RouterView":
+        """The view with the speed of a replica, and the forecast, updated by its feedback."""
+        known = self.replica(replica)
+        measured = replace(known, speed=known.speed.after(happened, now))
+        return replace(self._with(replica, measured), forecast=self.forecast.after(happened, now))
 
     def with_index(self, pool: str, index: PrefixIndex) -> "RouterView":
         """The view with the reported prefix blocks of a pool's replicas."""

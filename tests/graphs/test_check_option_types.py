@@ -55,7 +55,8 @@ def test_a_value_fits_a_type(hint: Any, value: Value, fits: bool) -> None:
         (bool, "true or false"),
         (POLICY, "one of `fifo`, `priority`"),
         (tuple[str, ...], "a list of items, each a text"),
-        (Mapping[str, int], "a mapping"),
+        (Mapping[str, Any], "a mapping"),
+        (Mapping[str, int], "a mapping, each value an integer"),
         (complex, "a value"),
     ],
 )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
-from sagellm.runtime.forecast import Forecast, LineFit
+from sagellm.runtime.forecast import Forecast, LineFit, ReplicaSpeed
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.port import EngineLoad
 
@@ -180,3 +180,39 @@ def test_the_line_never_falls_and_is_never_negative(
     fit = fitted(*samples)
     low, high = sorted((one, other))
     assert -1e-6 <= fit.seconds_of(low) <= fit.seconds_of(high) + 1e-6
+
+
+def load_of(num_steps: int, num_running: int) -> LoadReported:
+    return LoadReported(load=EngineLoad(num_running=num_running, num_steps=num_steps))
+
+
+def test_the_steps_of_a_replica_are_measured_by_its_batch() -> None:
+    """10 ms with one sequence, 1 ms more with each further one."""
+    speed, now = ReplicaSpeed(), 0.0
+    for report in range(40):
+        num_running = 1 + report % 8
+        speed = speed.after(load_of(10 * report, num_running), now)
+        now += 10 * (0.009 + 0.001 * (1 + (report + 1) % 8))
+    assert speed.step_s(1) == pytest.approx(0.010)
+    assert speed.step_s(32) == pytest.approx(0.041)
+
+
+def test_equal_batches_say_nothing_of_other_batches() -> None:
+    speed = ReplicaSpeed().after(load_of(10, 4), 1.0).after(load_of(20, 4), 1.2)
+    assert speed.step_s(4) == speed.step_s(32) == pytest.approx(0.02)
+
+
+def test_idle_time_is_no_step_time() -> None:
+    speed = ReplicaSpeed().after(load_of(10, 0), 1.0)
+    assert speed.after(load_of(20, 1), 9.0).step_s(1) is None
+
+
+def test_a_replica_is_known_after_its_first_measurement() -> None:
+    speed = ReplicaSpeed()
+    assert not speed.is_known
+    assert speed.prefill_s(10) is None
+    first = FirstToken(seconds=0.4, num_computed_tokens=100, computed_s=0.2)
+    measured = speed.after(first, 7.0)
+    assert measured.is_known
+    assert measured.prefill_s(50) == pytest.approx(0.1)
+    assert (measured.first_token_s, measured.measured_s) == (0.4, 7.0)

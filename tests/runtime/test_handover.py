@@ -26,12 +26,16 @@ class Reports:
 
 def reported(now: float, **fields: Any) -> FirstToken:
     """Report the first token of a request that arrived at 1 s and left its queue at 2 s."""
-    ctx, stamps = Reports(now), Stamps(arrived_s=1.0, dispatched_s=2.0)
+    (first,) = reports(now, 2.0, **fields)
+    return first
+
+
+def reports(now: float, dispatched_s: float | None, **fields: Any) -> list[FirstToken]:
+    ctx, stamps = Reports(now), Stamps(arrived_s=1.0, dispatched_s=dispatched_s)
     request = Request(request_id="r", prompt_token_ids=(1,) * 8, stamps=stamps, **fields)
     event = TokenEvent(request_id="r", position=request.num_emitted, token_ids=(7,))
     report_first_token(ctx, request, event)  # type: ignore[arg-type]
-    (first,) = ctx.made
-    return first
+    return ctx.made
 
 
 def test_a_first_token_is_timed_from_when_its_request_left_the_queue() -> None:
@@ -46,6 +50,12 @@ def test_it_is_timed_from_its_arrival_too_with_its_objective() -> None:
 
 def test_after_a_part_of_the_answer_the_arrival_says_nothing() -> None:
     assert reported(9.0, slo_ttft_s=2.0, emitted_token_ids=(5,)).since_arrival_s is None
+
+
+def test_without_a_queue_it_is_timed_from_its_arrival_once() -> None:
+    (first,) = reports(2.5, None)
+    assert first.seconds == pytest.approx(1.5)
+    assert reports(9.0, None, epoch=1) == []  # it was lost with another engine
 
 
 FULL = {"started_s": 2.0, "prefilled_s": 4.0, "transferred_s": 4.5, "finished_s": 9.0}

@@ -6,7 +6,7 @@ import pytest
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.operators.routing.strategies import PrefixAware
+from sagellm.operators.routing.prefix_aware import PrefixAware, SentPrefixes
 from sagellm.operators.routing.strategy import Candidates, Hold
 from sagellm.operators.routing.view import ReplicaPool, RouterView
 from sagellm.runtime.feedback import FirstToken
@@ -125,3 +125,110 @@ def test_candidates_say_what_is_cached_where() -> None:
     assert [candidates.num_uncached_tokens(number) for number in (0, 1)] == [81, 101]
     assert [candidates.num_pending_tokens(number) for number in (0, 1)] == [0, 22]
     assert [candidates.num_requests(number) for number in (0, 1)] == [0, 2]
+
+
+BLIND = RouterView.of((POOL,))  # engines have reported no prefix blocks
+
+
+def follow(requests: list[Request], view: RouterView = BLIND, **options: Any) -> list[int]:
+    """The replica of each request. All requests stay at their replicas."""
+    strategy, chosen = PrefixAware(**options), []
+    state: Any = strategy.initial
+    for request in requests:
+        candidates = Candidates(view.pools["p"], request, view.num_routed, HASHER)
+        number, state = strategy.order(state, candidates, 0.0, Draw(0, "route", 0))
+        assert isinstance(number, int)
+        view = view.place(request, (("p", number),))
+        chosen.append(number)
+    return chosen
+
+
+def chat(name: str, begin: int, num_tokens: int = 96, **fields: Any) -> Request:
+    prompt = tuple(range(begin, begin + num_tokens))
+    return Request(request_id=name, prompt_token_ids=prompt, **fields)
+
+
+def test_without_reports_a_prompt_goes_to_where_its_prefix_was_sent() -> None:
+    turns = [chat(f"{turn}-{begin}", begin) for turn in range(3) for begin in (0, 500, 900)]
+    assert follow(turns) == [0, 1, 2] * 3
+
+
+def test_a_prefix_of_a_small_share_is_not_followed() -> None:
+    """Of 96 tokens, the last block is left out: 80 can be cached."""
+    first = chat("a", 0)
+    for num_tokens, share in ((250, 0.32), (330, 0.24)):
+        longer = Request(request_id="b", prompt_token_ids=(*range(80), *[7] * (num_tokens - 80)))
+        assert (follow([first, longer])[1] == 0) == (share > 0.3)
+        assert (follow([first, longer], cache_threshold=0.2)[1] == 0) == (share > 0.2)
+
+
+def test_an_overloaded_replica_is_not_followed() -> None:
+    """With over 4 requests more than the idlest replica, and over 1.5 times as many."""
+    chosen = follow([chat(str(number), 0) for number in range(12)], balance_abs_threshold=4)
+    assert chosen[:5] == [0] * 5
+    assert 0 not in chosen[5:7]
+    busy = BLIND
+    for number in range(60):
+        busy = busy.place(chat(f"b{number}", 2000 + 200 * number), (("p", number % 3),))
+    assert follow([chat(str(n), 0) for n in range(9)], busy, balance_abs_threshold=4) == [0] * 9
+
+
+def test_reports_replace_the_estimate() -> None:
+    strategy, request = PrefixAware(), ask()
+    blind = Candidates(BLIND.pools["p"], request, 0, HASHER)
+    number, state = strategy.order(None, blind, 0.0, Draw(0, "route", 0))
+    assert number == 0
+    assert state is not None
+    seen = Candidates(warm(r2=80).pools["p"], request, 0, HASHER)
+    found, state = strategy.order(state, seen, 0.0, Draw(0, "route", 0))
+    assert isinstance(found, list)
+    assert (found[0], state) == (2, None)
+
+
+def test_decode_is_not_chosen_by_an_estimate() -> None:
+    """Its blocks come from the prefill replica, wherever the prompt was decoded before."""
+    state: Any = SentPrefixes.of(16).sent(chat("a", 0), HASHER, 2, 100)
+    pool, asked = BLIND.pools["p"], chat("b", 0)
+    first = Candidates(pool, asked, 0, HASHER, chosen={})
+    assert PrefixAware().order(state, first, 0.0, Draw(0, "route", 0))[0] == 2
+    second = Candidates(pool, asked, 0, HASHER, chosen={"prefill": 2})
+    assert PrefixAware().order(state, second, 0.0, Draw(0, "route", 0)) == (0, None)
+
+
+def test_estimates_of_tenants_do_not_mix() -> None:
+    assert follow([chat("a", 0), chat("b", 0, salt="other"), chat("c", 0)]) == [0, 1, 0]
+
+
+def test_a_text_is_followed_as_tokens_are() -> None:
+    one = [Request(request_id=f"a{n}", prompt="once upon a time " * 20) for n in range(2)]
+    other = [Request(request_id=f"b{n}", prompt="in the beginning " * 20) for n in range(2)]
+    assert follow([one[0], other[0], one[1], other[1]]) == [0, 1, 0, 1]
+    messages = [({"role": "user", "content": f"{n} " * 100},) for n in range(2)]
+    chats = [Request(request_id=str(n), messages=messages[n % 2]) for n in range(4)]
+    assert follow(chats) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("max_blocks", [2, 20, 64])
+def test_an_estimate_is_bounded_and_forgets_the_oldest(max_blocks: int) -> None:
+    sent = SentPrefixes.of(SIZE)
+    for number in range(50):
+        sent = sent.sent(chat(str(number), 1000 * number), HASHER, number % 3, max_blocks)
+        assert len(sent.young.blocks) + len(sent.old.blocks) <= max_blocks
+    assert not sent.cached(chat("x", 0), HASHER).levels
+    assert sent.cached(chat("x", 49_000), HASHER).levels[0][1] == 1 << 49 % 3
+
+
+def test_a_block_that_is_sent_again_is_kept() -> None:
+    sent = SentPrefixes.of(SIZE)
+    for number in range(50):
+        sent = sent.sent(chat("hot", 0), HASHER, 1, 40)
+        sent = sent.sent(chat(str(number), 1000 * number), HASHER, 0, 40)
+        assert sent.cached(chat("hot", 0), HASHER).num_tokens(1) == 90
+
+
+def test_both_generations_of_an_estimate_count() -> None:
+    """Replica 0 got a long prompt before, and both got a shorter one now."""
+    sent = SentPrefixes.of(SIZE).sent(chat("a", 0), HASHER, 0, 1000)
+    old = SentPrefixes(SentPrefixes.of(SIZE).young, sent.young)
+    both = old.sent(chat("b", 0, 51), HASHER, 1, 1000).sent(chat("c", 0, 51), HASHER, 0, 1000)
+    assert both.cached(chat("d", 0), HASHER).levels == ((90, 0b1), (50, 0b10))
