@@ -1,6 +1,7 @@
 """`sagellm simulate`: runs a graph in simulated time, over a trace."""
 
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from sagellm.simulation.sweep import SPEEDUP, SweepPoint, measure_all, sweep_poi
 
 _POSITIVE, _COUNT = Number(gt=0), Number(gte=1)
 _TRACE_FIX = "name a trace: docs/simulation.md lists the formats"
+_WIDTH = 200
 _PLOTS = "sagellm.simulation.pictures"
 _ESTIMATED = ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "goodput_rps", "requests_per_s")
 
@@ -201,7 +203,10 @@ def _show_sweep(
         ]
         print(msgspec.json.encode(whole).decode())
         return
-    show_sweep(Console(highlight=False, soft_wrap=True), [one.values for one in points], summaries)
+    # A file or a pipe has no width: there, no column is cut.
+    width = None if sys.stdout.isatty() else _WIDTH
+    console = Console(highlight=False, soft_wrap=True, width=width)
+    show_sweep(console, [one.values for one in points], summaries)
 
 
 def _check(seeds: int, sweep: tuple[str, ...], results: SimulationResults) -> None:
