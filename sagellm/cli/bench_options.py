@@ -1,7 +1,7 @@
 """The options of `sagellm bench serve`, in groups, and the load that they describe."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,28 +10,21 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from sagellm.cli.errors import Failure
+from sagellm.cli.replay_options import ReplayOptions, check_replay, read_requests, replay_settings
 from sagellm.load import LoadTarget
 from sagellm.load.report import CSV_FILE, JSON_FILE, Objective
 from sagellm.load.workload import (
     PlannedRequest,
     PromptKind,
     Prompts,
-    TraceError,
     closed_loop,
     poisson,
-    read_trace,
-    replay_trace,
     within,
 )
 
 CONCURRENCY, NUM_REQUESTS = 8, 100  # defaults that depend on other options
 INPUT_LEN, OUTPUT_LEN, VOCAB_SIZE = 128, 64, 256
-_TRACE_ONLY = ("max_input_len", "max_output_len")
 _NOT_WITH_TRACE = ("input_len", "output_len", "spread")
-_TRACE_FIX = (
-    "give a CSV with TIMESTAMP, ContextTokens and GeneratedTokens (Azure's format), "
-    "or JSON lines with timestamp, input_length and output_length (Mooncake's)"
-)
 COUNT, POSITIVE = Number(gte=1), Number(gt=0)
 
 
@@ -46,11 +39,10 @@ class ScheduleOptions:
     rate: Annotated[float | None, Parameter(validator=POSITIVE)] = None
     """Open loop: requests a second, as a Poisson process, however slow the server is."""
 
-    trace: Path | None = None
-    """Open loop: a trace in Azure's (CSV) or Mooncake's (JSON lines) format."""
+    trace: str | None = None
+    """Open loop: a trace, or a workload as synthetic:rate=8,arrivals=gamma,cv=2,requests=500."""
 
-    speedup: Annotated[float | None, Parameter(validator=POSITIVE)] = None
-    """Replay the trace so many times as fast [default: 1]."""
+    replay: ReplayOptions = field(default_factory=ReplayOptions)
 
     num_requests: Annotated[int | None, Parameter(validator=COUNT)] = None
     """How many requests [default: 100, or the whole trace, unless --duration is given]."""
@@ -84,12 +76,6 @@ class WorkloadOptions:
 
     spread: Annotated[float | None, Parameter(validator=Number(gte=0, lte=1))] = None
     """Lengths are drawn from length * (1 - spread) to length * (1 + spread) [default: 0]."""
-
-    max_input_len: Annotated[int | None, Parameter(validator=COUNT)] = None
-    """Clip the prompts of the trace."""
-
-    max_output_len: Annotated[int | None, Parameter(validator=COUNT)] = None
-    """Clip the answers of the trace."""
 
     temperature: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
     """As the OpenAI API has it."""
@@ -163,13 +149,11 @@ def check_load_options(
 
 def _check_trace(schedule: ScheduleOptions, workload: WorkloadOptions) -> None:
     """Raise Failure for lengths together with a trace, and for trace options without a trace."""
-    if schedule.trace is None and schedule.speedup is not None:
-        raise Failure("--speedup is of a trace, and there is none", "add --trace FILE")
-    for name in _TRACE_ONLY if schedule.trace is None else _NOT_WITH_TRACE:
+    if schedule.trace is None:
+        return check_replay(schedule.replay)
+    for name in _NOT_WITH_TRACE:
         if getattr(workload, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            if schedule.trace is None:
-                raise Failure(f"{option} clips a trace, and there is none", "add --trace FILE")
             raise Failure(f"{option} contradicts --trace, which has lengths", "leave it out")
 
 
@@ -204,12 +188,7 @@ def prompts_of(workload: WorkloadOptions) -> Prompts:
 def arrivals_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterator[PlannedRequest]:
     """The requests of the load, in order. Raises Failure for a trace that cannot be read."""
     if schedule.trace is not None:
-        arrivals = replay_trace(
-            _read(schedule.trace),
-            speedup=schedule.speedup or 1.0,
-            max_input_len=workload.max_input_len,
-            max_output_len=workload.max_output_len,
-        )
+        arrivals = iter(read_requests(schedule.trace, schedule.replay))
     else:
         lengths = workload.input_len or INPUT_LEN, workload.output_len or OUTPUT_LEN
         arrivals = closed_loop(*lengths, workload.spread or 0.0, workload.seed)
@@ -230,17 +209,22 @@ def warmup_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterator[
 def load_settings(schedule: ScheduleOptions, workload: WorkloadOptions) -> dict[str, Any]:
     """The options of a load, with defaults filled in. None for options that the load ignores."""
     settings = {**asdict(schedule), **asdict(workload), "prompts": workload.kind}
+    del settings["replay"]
+    if schedule.trace is None:
+        settings |= asdict(schedule.replay)
+    else:
+        settings |= replay_settings(schedule.replay)
     settings["num_requests"] = _num_requests(schedule)
     for name, value in _defaults(schedule, workload).items():
         if settings[name] is None:
             settings[name] = value
-    return {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+    return settings
 
 
 def _defaults(schedule: ScheduleOptions, workload: WorkloadOptions) -> dict[str, Any]:
     defaults: dict[str, Any] = {"vocab_size": VOCAB_SIZE} if workload.kind == "ids" else {}
     if schedule.trace is not None:
-        return defaults | {"speedup": 1.0}
+        return defaults
     defaults |= {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "spread": 0.0}
     return defaults if is_open(schedule) else defaults | {"concurrency": CONCURRENCY}
 
@@ -262,10 +246,3 @@ def _num_requests(schedule: ScheduleOptions) -> int | None:
     if schedule.num_requests is None and schedule.duration is None and schedule.trace is None:
         return NUM_REQUESTS
     return schedule.num_requests
-
-
-def _read(path: Path) -> list[PlannedRequest]:
-    try:
-        return read_trace(path)
-    except TraceError as error:
-        raise Failure(str(error), _TRACE_FIX, str(path)) from None

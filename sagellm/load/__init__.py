@@ -18,6 +18,7 @@ from sagellm.client.reply_streams import ChunkReader
 from sagellm.client.responses import TIMED_OUT, BodyBytes, ClientError
 from sagellm.client.server import AsyncServerConnection
 from sagellm.load.workload import PlannedRequest, Prompts
+from sagellm.runtime.messages import NORMAL
 
 REFUSALS = (429, 503)
 
@@ -149,7 +150,8 @@ class Sender:
         else:
             call = {"prompt": prompt}
         wanted = {"max_tokens": arrival.output_len, "stream_options": {"include_usage": True}}
-        return encode_call({**call, **wanted}, self._target.options, self._target.model, True)
+        call |= wanted | _request_fields(arrival)
+        return encode_call(call, self._target.options, self._target.model, True)
 
     async def _attempts(self, content: bytes, record: RequestRecord) -> None:
         while True:
@@ -193,6 +195,16 @@ class Sender:
                 _note(chunk, record, now_s)
         record.ended_s = now_s
         await body.finish()  # not part of the answer's time
+
+
+def _request_fields(planned: PlannedRequest) -> dict[str, Any]:
+    """The fields of a call for what the plan of its request says. All calls have one model."""
+    fields: dict[str, Any] = {"user": planned.user_id} if planned.user_id else {}
+    if planned.priority != NORMAL:
+        fields["priority"] = planned.priority
+    if planned.slo_ttft_s is not None:
+        fields["slo_ttft_s"] = planned.slo_ttft_s
+    return fields
 
 
 def error_class(error: ClientError) -> str:

@@ -1,95 +1,21 @@
-"""Workloads: lengths, arrival times and prompts of requests, generated or from a trace."""
+"""Workloads: requests that are read or generated, and changed; and their prompts."""
 
-import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
+from math import ceil, floor, inf
 from pathlib import Path
 from random import Random
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-import msgspec
-from msgspec import Meta
+from msgspec.structs import replace
 
-BLOCK_LEN = 512  # number of tokens that a hash id of a Mooncake trace stands for
-_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-
-
-class TraceError(ValueError):
-    """The error for an unreadable trace. The message has the line and the cause."""
-
-
-class PlannedRequest(msgspec.Struct, frozen=True):
-    """The plan of one request: `at_s`, seconds after the first request, and lengths in tokens.
-
-    Each of `block_ids` stands for BLOCK_LEN tokens of the prompt: requests whose first block ids
-    are equal share a prefix.
-    """
-
-    at_s: float
-    input_len: int
-    output_len: int
-    block_ids: tuple[int, ...] = ()
-
-
-class _Mooncake(msgspec.Struct, frozen=True):
-    timestamp: Annotated[float, Meta(ge=0)]  # ms
-    input_length: Annotated[int, Meta(ge=1)]
-    output_length: Annotated[int, Meta(ge=0)]
-    hash_ids: tuple[int, ...] = ()
-
-
-def read_trace(path: Path) -> list[PlannedRequest]:
-    """Read a trace of Azure (CSV) or Mooncake (JSON lines); the first line tells the format.
-
-    The requests are sorted by time, and the first has time 0. Raises TraceError, OSError.
-    """
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        read = _mooncake if first.lstrip().startswith("{") else _azure
-        found = sorted(read(file), key=lambda arrival: arrival.at_s)
-    if not found:
-        raise TraceError("the trace holds no request")
-    start_s = found[0].at_s
-    return [msgspec.structs.replace(one, at_s=one.at_s - start_s) for one in found]
-
-
-def _mooncake(lines: Iterable[str]) -> Iterator[PlannedRequest]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            read = msgspec.json.decode(line, type=_Mooncake)
-        except ValueError as error:
-            raise TraceError(f"line {number}: {error}") from None
-        # An answer has at least one token: `max_tokens` 0 is no valid request.
-        yield PlannedRequest(
-            read.timestamp / 1e3, read.input_length, max(1, read.output_length), read.hash_ids
-        )
-
-
-def _azure(lines: Iterable[str]) -> Iterator[PlannedRequest]:
-    rows = csv.DictReader(lines)
-    absent = [name for name in _AZURE if name not in (rows.fieldnames or ())]
-    if absent:
-        wanted = f"a header with {', '.join(_AZURE)}, or JSON lines"
-        raise TraceError(f"line 1: no column {absent[0]}; a trace has {wanted}")
-    for row in rows:
-        at, *lengths = (row[name] or "" for name in _AZURE)
-        try:
-            input_len, output_len = map(int, lengths)
-            at_s = _utc(datetime.fromisoformat(at.strip())).timestamp()
-        except ValueError as error:
-            raise TraceError(f"line {rows.line_num}: {error}") from None
-        yield PlannedRequest(at_s, max(1, input_len), max(1, output_len))
-
-
-def _utc(at: datetime) -> datetime:
-    """The time, in UTC if it has no zone. In a local zone, some hours occur twice or never."""
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
-
+from sagellm.load.synthetic import PREFIX, parse_synthetic
+from sagellm.load.traces import BLOCK_LEN as BLOCK_LEN
+from sagellm.load.traces import PlannedRequest as PlannedRequest
+from sagellm.load.traces import TraceError as TraceError
+from sagellm.load.traces import read_trace as read_trace
 
 PromptKind: TypeAlias = Literal["ids", "words"]
 _CACHED_BLOCKS = 4096  # 512 items each, about 16 MB in all
@@ -157,6 +83,52 @@ def poisson(arrivals: Iterable[PlannedRequest], rate: float, seed: int) -> Itera
         yield PlannedRequest(at_s, arrival.input_len, arrival.output_len)
 
 
+def read_workload(source: str) -> list[PlannedRequest]:
+    """The requests of a trace (a path) or of a synthetic workload (`synthetic:rate=8,...`).
+
+    Raises TraceError, OSError.
+    """
+    if source.startswith(PREFIX):
+        return list(parse_synthetic(source).generate())
+    return read_trace(Path(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The changes of a workload. They are made in the order of the fields.
+
+    `start_s` and `end_s`: a window; its start becomes time 0. `every`: keep each n-th request.
+    `repeat`: play so many times, one after another; the prompts with block ids are the same again.
+    `scale_*`: multiply lengths. `max_*`: clip lengths. `speedup`: play so many times as fast.
+    """
+
+    start_s: float = 0.0
+    end_s: float = inf
+    every: int = 1
+    repeat: int = 1
+    scale_input_len: float = 1.0
+    scale_output_len: float = 1.0
+    max_input_len: int | None = None
+    max_output_len: int | None = None
+    speedup: float = 1.0
+
+    def apply(self, requests: Iterable[PlannedRequest]) -> Iterator[PlannedRequest]:
+        """The changed requests. `requests` are sorted by time."""
+        requests = within((one for one in requests if one.at_s >= self.start_s), self.end_s)
+        for planned in _repeated(islice(requests, 0, None, self.every), self.repeat, self.start_s):
+            yield replace(
+                planned,
+                at_s=(planned.at_s - self.start_s) / self.speedup,
+                input_len=_clip(
+                    _scale(planned.input_len, self.scale_input_len), self.max_input_len
+                ),
+                output_len=_clip(
+                    _scale(planned.output_len, self.scale_output_len), self.max_output_len
+                ),
+                block_ids=scale_blocks(planned, self.scale_input_len),
+            )
+
+
 def replay_trace(
     arrivals: Iterable[PlannedRequest],
     *,
@@ -165,13 +137,40 @@ def replay_trace(
     max_output_len: int | None = None,
 ) -> Iterator[PlannedRequest]:
     """The requests of a trace, `speedup` times as fast, with lengths clipped to the maxima."""
-    for arrival in arrivals:
-        yield PlannedRequest(
-            arrival.at_s / speedup,
-            _clip(arrival.input_len, max_input_len),
-            _clip(arrival.output_len, max_output_len),
-            arrival.block_ids,
-        )
+    changes = Replay(speedup=speedup, max_input_len=max_input_len, max_output_len=max_output_len)
+    return changes.apply(arrivals)
+
+
+def scale_blocks(planned: PlannedRequest, scale: float) -> tuple[int, ...]:
+    """The block ids of a prompt that is `scale` times as long, so that the same share is shared.
+
+    A block takes the id of the last block that it now covers. This needs ids that imply all blocks
+    before them, as those of Mooncake do. A prefix that becomes shorter than a block is not shared.
+    """
+    ids = planned.block_ids
+    if scale == 1.0 or not ids:
+        return ids
+    if len(ids) * BLOCK_LEN >= planned.input_len:
+        num = ceil(_scale(planned.input_len, scale) / BLOCK_LEN)
+    else:
+        num = floor(len(ids) * scale)
+    return tuple(ids[min(len(ids), ceil((number + 1) / scale)) - 1] for number in range(num))
+
+
+def _repeated(
+    requests: Iterable[PlannedRequest], times: int, start_s: float
+) -> Iterator[PlannedRequest]:
+    """The requests, `times` times. Between two rounds passes the mean gap of the requests."""
+    if times == 1:
+        yield from requests
+        return
+    kept = list(requests)
+    if not kept:
+        return
+    span_s = kept[-1].at_s - start_s
+    span_s += span_s / max(1, len(kept) - 1)
+    for turn in range(times):
+        yield from (replace(one, at_s=one.at_s + turn * span_s) for one in kept)
 
 
 def within(arrivals: Iterable[PlannedRequest], duration_s: float) -> Iterator[PlannedRequest]:
@@ -183,6 +182,10 @@ def _near(draw: Random, length: int, spread: float) -> int:
     """A uniform random length from length * (1 - spread) to length * (1 + spread), at least 1."""
     low, high = round(length * (1 - spread)), round(length * (1 + spread))
     return max(1, draw.randint(low, high))
+
+
+def _scale(length: int, scale: float) -> int:
+    return length if scale == 1.0 else max(1, round(length * scale))
 
 
 def _clip(length: int, longest: int | None) -> int:

@@ -82,6 +82,26 @@ def test_a_trace_is_replayed(tmp_path: Path) -> None:
     assert [asked["max_tokens"] for asked in server.asked] == [5, 5]
 
 
+def test_a_synthetic_workload_is_sent() -> None:
+    text = "synthetic:arrivals=constant,rate=100,requests=12,input=100,output=40,users=ann"
+    options = ("--window", ":0.1", "--every", "5", "--repeat", "2", "--scale-input-len", "0.1")
+    with scripted(GOOD) as server:
+        lengths = ("--scale-output-len", "0.5", "--warmup", "0")
+        assert bench(server, "--trace", text, *options, *lengths) == 0
+    assert len(server.asked) == 4
+    assert {len(asked["prompt"]) for asked in server.asked} == {10}
+    assert {(asked["max_tokens"], asked["user"]) for asked in server.asked} == {(20, "ann")}
+
+
+def test_results_are_a_trace(tmp_path: Path) -> None:
+    options = ("--num-requests", "3", "--warmup", "0")
+    with scripted(GOOD) as server:
+        assert bench(server, *options, "--output", str(tmp_path), "--output-len", "7") == 0
+        again = str(tmp_path / "requests.csv")
+        assert bench(server, "--trace", again, "--warmup", "0") == 0
+    assert [asked["max_tokens"] for asked in server.asked] == [7] * 6
+
+
 def test_results_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     options = ("--num-requests", "3", "--output", str(folder), "--plot", "--slo-itl", "1")
@@ -132,6 +152,8 @@ def test_a_trace_has_lengths_of_its_own(tmp_path: Path) -> None:
         bench(server, "--trace", str(trace), "--output", str(tmp_path))
     kept = json.loads((tmp_path / "bench.json").read_text())["settings"]
     assert (kept["input_len"], kept["speedup"], kept["trace"]) == (None, 1.0, str(trace))
+    assert (kept["every"], kept["scale_input_len"], kept["window"]) == (1, 1.0, None)
+    assert "replay" not in kept
 
 
 def test_failures_are_counted_and_are_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,6 +262,16 @@ def test_ctrl_c_ends_it_with_what_was_measured(capsys: pytest.CaptureFixture[str
         (["--rate", "1", "--trace", "t.csv"], "contradict"),
         (["--speedup", "2"], "--speedup is of a trace"),
         (["--max-input-len", "2"], "--max-input-len clips a trace"),
+        (["--window", "1:2"], "--window is of a trace"),
+        (["--scale-output-len", "2"], "--scale-output-len scales a trace"),
+        (["--every", "2"], "--every samples a trace"),
+        (["--repeat", "2"], "--repeat repeats a trace"),
+        (["--trace", "synthetic:", "--window", "5"], "--window 5 is no window"),
+        (["--trace", "synthetic:", "--window", "5:2"], "--window 5:2 is no window"),
+        (["--trace", "synthetic:", "--window", "a:2"], "--window a:2 is no window"),
+        (["--trace", "synthetic:", "--window", "1e9:"], "--window holds no request"),
+        (["--trace", "synthetic:rat=2"], "did you mean rate"),
+        (["--trace", "synthetic:input=empirical:nowhere.csv"], "no such file"),
         (["--trace", "t.csv", "--input-len", "2"], "--input-len contradicts --trace"),
         (["--endpoint", "chat", "--prompts", "ids"], "no token ids"),
         (["--prompts", "words", "--vocab-size", "9"], "--vocab-size is of token ids"),

@@ -54,12 +54,17 @@ def transport(*answers: httpx2.Response) -> tuple[httpx2.MockTransport, list[Any
     return httpx2.MockTransport(answer), asked
 
 
-async def send(*answers: httpx2.Response, **fields: Any) -> tuple[RequestRecord, list[Any]]:
+SHORT = PlannedRequest(0.0, 5, 3)
+
+
+async def send(
+    *answers: httpx2.Response, planned: PlannedRequest = SHORT, **fields: Any
+) -> tuple[RequestRecord, list[Any]]:
     fake, asked = transport(*answers)
     server = AsyncServerConnection(URL, None, 60.0, fake)
     kind = "words" if fields.get("is_chat") else "ids"
     sender = Sender(server, LoadTarget(model=MODEL, **fields), Prompts(kind, seed=0))
-    record = await sender.send(0, PlannedRequest(0.0, 5, 3), 0.0)
+    record = await sender.send(0, planned, 0.0)
     await server.aclose()
     return record, asked
 
@@ -86,6 +91,14 @@ async def test_times_are_those_of_the_tokens(autojump_clock: MockClock) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+async def test_a_request_says_its_user_and_its_priority(autojump_clock: MockClock) -> None:
+    """The model stays that of the load: a server does not know the models of a trace."""
+    planned = PlannedRequest(0.0, 5, 3, (), "ann", 0, 0.5, "GPT-4")
+    _, (body,) = await send(GOOD(), planned=planned)
+    assert (body["user"], body["priority"], body["slo_ttft_s"]) == ("ann", 0, 0.5)
+    assert body["model"] == MODEL
 
 
 async def test_a_chats_opening_and_ending_are_no_tokens(autojump_clock: MockClock) -> None:
