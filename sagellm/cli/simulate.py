@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +24,9 @@ from sagellm.cli.graph_argument import (
     parse_assignments,
 )
 from sagellm.cli.plotting import plotter, request_progress
+from sagellm.cli.replay_options import ReplayOptions, read_requests
 from sagellm.load.report import Objective
-from sagellm.load.workload import PlannedRequest, TraceError, read_trace, replay_trace
+from sagellm.load.traces import FORMATS_FIX
 from sagellm.opening.decisions import DecisionFile
 from sagellm.runtime.simulation.timeline import SimulationError
 from sagellm.simulation.figures import (
@@ -40,7 +41,6 @@ from sagellm.simulation.simulation_run import ReplicaFault, SimulationPoint, sim
 from sagellm.simulation.sweep import SPEEDUP, SweepPoint, measure_all, sweep_points
 
 _POSITIVE, _COUNT = Number(gt=0), Number(gte=1)
-_TRACE_FIX = "name a trace: docs/simulation.md lists the formats"
 _WIDTH = 200
 _PLOTS = "sagellm.simulation.pictures"
 _ESTIMATED = ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "goodput_rps", "requests_per_s")
@@ -51,14 +51,14 @@ _ESTIMATED = ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "goodput_rps", "reque
 class SimulatedLoad:
     """The requests, and when they arrive."""
 
-    trace: Path
-    """Azure's (CSV) or Mooncake's (JSON lines) format."""
-
-    speedup: Annotated[float, Parameter(validator=_POSITIVE)] = 1.0
-    """Play the trace so many times as fast."""
+    trace: str
+    """A trace (docs/serving.md lists the formats), or synthetic:rate=8,requests=1000,..."""
 
     num_requests: Annotated[int | None, Parameter(validator=_COUNT)] = None
     """Only the first so many requests."""
+
+    replay: ReplayOptions = field(default_factory=ReplayOptions)
+    """The changes of the trace."""
 
 
 @Parameter(name="*", group="Results")
@@ -137,7 +137,10 @@ def run(
     _check(seeds, sweep, results)
     plots = plotter(_PLOTS) if results.plot is not None else None
     chosen, _ = choose_graph(graph, None, import_)
-    workload = _read(load)
+    try:
+        workload = read_requests(load.trace, load.replay)[: load.num_requests]
+    except OSError as error:
+        raise Failure(f"{error.strerror}", FORMATS_FIX, load.trace) from None
     decisions = None if results.decisions is None else DecisionFile(results.decisions)
     point = SimulationPoint(
         chosen.document,
@@ -259,16 +262,6 @@ def _positive(text: str, option: str) -> float:
     if not 0 < number < float("inf"):
         raise Failure(f"--sweep {option}: {text} is no speed", "give a number above 0")
     return number
-
-
-def _read(load: SimulatedLoad) -> list[PlannedRequest]:
-    try:
-        workload = list(replay_trace(read_trace(load.trace), speedup=load.speedup))
-    except TraceError as error:
-        raise Failure(str(error), _TRACE_FIX, str(load.trace)) from None
-    except OSError as error:
-        raise Failure(f"{error.strerror}", _TRACE_FIX, str(load.trace)) from None
-    return workload[: load.num_requests]
 
 
 def _prices(given: tuple[str, ...], engines: Mapping[str, object]) -> Mapping[str, float]:

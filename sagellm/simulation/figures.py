@@ -83,9 +83,14 @@ class SimulationSummary(msgspec.Struct, frozen=True):
 def summarise(
     run: SimulatedRun, objective: Objective | None, prices: Mapping[str, float]
 ) -> SimulationSummary:
-    """The figures of a run. `prices`: of an hour of one replica, by engine; without one it is 1."""
+    """The figures of a run. A request's own TTFT objective comes before that of `objective`.
+
+    `prices`: of an hour of one replica, by engine; without one it is 1.
+    """
     served = [request for request in run.requests if request.is_ok]
     elapsed_s = run.elapsed_s
+    if objective is None and any(one.slo_ttft_s is not None for one in run.requests):
+        objective = Objective()
     num_tokens = sum(request.num_tokens for request in served)
     uses = [
         _use(name, number, engine.model, elapsed_s)
@@ -152,7 +157,8 @@ def _weighted(gaps: Mapping[int, int]) -> Latency | None:
 
 def _is_good(request: SimulatedRequest, objective: Objective) -> bool:
     ttft_s, tpot_s = request.ttft_s, request.tpot_s
-    is_prompt = objective.ttft_s is None or (ttft_s is not None and ttft_s <= objective.ttft_s)
+    bound_s = objective.ttft_s if request.slo_ttft_s is None else request.slo_ttft_s
+    is_prompt = bound_s is None or (ttft_s is not None and ttft_s <= bound_s)
     return is_prompt and (objective.itl_s is None or tpot_s is None or tpot_s <= objective.itl_s)
 
 

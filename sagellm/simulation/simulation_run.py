@@ -69,7 +69,7 @@ class SimulationPoint:
 @dataclass(slots=True)
 class SimulatedRequest:
     """One request, in seconds of simulated time. `end`: its finish reason; empty: it never ended.
-    `replicas`: where it was sent, in order.
+    `slo_ttft_s`: its own objective.
     """
 
     number: int
@@ -85,6 +85,7 @@ class SimulatedRequest:
     phases: Phases = field(default_factory=Phases)
     priority: int = NORMAL
     user_id: str = ""
+    slo_ttft_s: float | None = None
 
     @property
     def is_ok(self) -> bool:
@@ -276,6 +277,10 @@ def request_of(number: int, planned: PlannedRequest) -> Request:
         ),
         sampling=Sampling(max_tokens=planned.output_len, ignore_eos=True, seed=number),
         stamps=Stamps(arrived_s=planned.at_s),
+        user_id=planned.user_id,
+        priority=planned.priority,
+        slo_ttft_s=planned.slo_ttft_s,
+        model=planned.model,
     )
 
 
@@ -294,7 +299,15 @@ class Recorder:
 
     def open(self, number: int, planned: PlannedRequest) -> None:
         self.requests.append(
-            SimulatedRequest(number, planned.at_s, planned.input_len, planned.output_len)
+            SimulatedRequest(
+                number,
+                planned.at_s,
+                planned.input_len,
+                planned.output_len,
+                priority=planned.priority,
+                user_id=planned.user_id,
+                slo_ttft_s=planned.slo_ttft_s,
+            )
         )
 
     def deliver(self, item: Item | Forked) -> None:

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+from msgspec import structs
 
 from sagellm.graphs.text.yaml import load
 from sagellm.load.report import Objective
@@ -49,6 +50,13 @@ def test_rates_goodput_and_cost_count_over_the_elapsed_time():
     assert (found.goodput_rps, found.slo_attainment) == (pytest.approx(1 / 0.4), 0.5)
     assert found.cost == pytest.approx(2 * 0.4 / 3600 * 3.0)
     assert found.cost_per_1k_tokens == pytest.approx(found.cost / 32 * 1000)
+
+
+def test_an_objective_of_the_request_comes_first():
+    own = [structs.replace(WORKLOAD[0], slo_ttft_s=0.05), WORKLOAD[1]]
+    assert summarise(run(own), Objective(ttft_s=0.3), {}).slo_attainment == 0.5
+    assert summarise(run(own), None, {}).slo_attainment == 0.5
+    assert summarise(run(own), Objective(ttft_s=0.1), {}).slo_attainment == 0.0
 
 
 def test_the_imbalance_is_the_busiest_replica_over_the_mean():
