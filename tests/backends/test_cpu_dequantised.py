@@ -95,8 +95,17 @@ def test_products_are_those_of_rounded_numbers(flags, bits, form, width, depth, 
     assert error(found, wanted(weight, x, bias)) < 4e-6
 
 
+@WAYS
+@pytest.mark.parametrize(("bits", "form"), [(4, ""), (4, "levels"), (8, "")])
+def test_each_code_times_its_scale_is_rounded_once(flags, bits, form, built):
+    weight = random_weight(bits, 40, 96, form=form)
+    weight.scales[0] = 2.0**-24  # the smallest scale of all
+    found = PackedQuantised(built(flags), weight, None, "pairs")(torch.eye(96))
+    assert torch.equal(found, tensor(weight.dequantised()).bfloat16().float().T)
+
+
 @BITS
-@pytest.mark.parametrize("num_rows", [1, 64, 200])
+@pytest.mark.parametrize("num_rows", [1, 64, 200, 300])
 def test_threads_share_rows_or_columns_and_change_no_bit(bits, num_rows):
     packed = PackedQuantised(KERNELS, random_weight(bits, 97, 301), torch.randn(97), "pairs")
     x = torch.randn(num_rows, 301)

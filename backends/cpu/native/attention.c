@@ -131,7 +131,10 @@ static void store(const Work *w, const Sums *sums) {
                     (w->head * group + r % group) * size;
         const float *from = sums->values + r * w->width;
         float by = 1.0f / sums->sum[r];
-        for (long i = 0; i < size; i++) to[i] = from[pairs ? place_of_pair(i) : i] * by;
+        if (pairs)
+            store_pairs_row(w, from, by, to);
+        else
+            for (long i = 0; i < size; i++) to[i] = from[i] * by;
     }
 }
 

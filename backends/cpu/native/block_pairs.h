@@ -1,5 +1,5 @@
 /* Attention blocks as pairs of bfloat16, for CPUs that multiply such pairs. Queries and softmax
- * weights are rounded to bfloat16. The sums of values are stored in the order of place_of_pair. */
+ * weights are rounded to bfloat16. The sums of values are stored in the order of load_value_pair. */
 #ifndef SAGELLM_BLOCK_PAIRS_H
 #define SAGELLM_BLOCK_PAIRS_H
 
@@ -116,8 +116,20 @@ INLINE __mmask32 numbers_from(const Work *w, long i) {
     return (__mmask32)(left < 32 ? (1l << left) - 1 : 0xffffffff);
 }
 
-/* The place of number i of a value among the sums of its row, as load_value_pair orders them. */
-INLINE long place_of_pair(long i) { return i / 32 * 32 + i / 4 % 2 * 16 + i % 32 / 8 * 4 + i % 4; }
+/* Write a row of sums, scaled, in ascending order: undo the order of load_value_pair. */
+INLINE void store_pairs_row(const Work *w, const float *from, float by, float *to) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const __m512 factor = _mm512_set1_ps(by);
+    for (long i = 0; i < w->plan->heads.head_dim; i += PAIR_PANEL) {
+        __mmask32 mask = numbers_from(w, i);
+        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(from + i), factor);
+        __m512 high = _mm512_mul_ps(_mm512_loadu_ps(from + i + PAIR_LANES), factor);
+        _mm512_mask_storeu_ps(to + i, (__mmask16)mask, _mm512_permutex2var_ps(low, first, high));
+        _mm512_mask_storeu_ps(to + i + PAIR_LANES, (__mmask16)(mask >> PAIR_LANES),
+                              _mm512_permutex2var_ps(low, second, high));
+    }
+}
 
 /* Load values as the rows of panels, [pairs of keys][PAIR_PANEL]. */
 INLINE void load_value_pairs(Work *w, long num_keys, int dtype, int32_t *panels) {
@@ -241,7 +253,7 @@ static void weigh_pairs(Work *w, long num_keys) {
 #define score_pairs score
 #define soften_pairs soften
 #define weigh_pairs weigh
-#define place_of_pair(i) (i)
+#define store_pairs_row(w, from, by, to) (void)(from)
 #endif
 
 #endif

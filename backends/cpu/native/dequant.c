@@ -9,7 +9,6 @@
 #include <limits.h>
 #include <stdatomic.h>
 
-#include "rows.h"
 #include "team.h"
 #include "tiles.h"
 
@@ -24,7 +23,7 @@
 #define MOST_ROWS 256             /* most rows of x that use a dequantised panel */
 #define AMX_PAIR (2 * AMX_ROWS)   /* rows of two tiles: as many are read after the last row */
 #define PAD 32                    /* numbers between rows of x, so that their cache sets differ */
-#define OWN_ROWS 64               /* threads share rows, not columns, if each gets at least these */
+#define OWN_ROWS 128              /* threads share rows, not columns, if each gets at least these */
 #define MOST_NUMBERS (SPAN + MOST_ROWS * PAD + AMX_PAIR * (MOST_GATED + PAD))
 
 /* The rounded rows and the dequantised panel of a thread. */
@@ -101,14 +100,19 @@ INLINE void add_to_out(const Part *p, long row, long col, int rows, wide (*sums)
     const Linear *l = &p->weight->linear;
     long cols = least(DENSE, l->num_cols - col);
     for (int r = 0; r < rows; r++) {
-        float *out = p->out + (row + r) * p->ldo + col - p->first_col, part[DENSE] = {0};
+        float *out = p->out + (row + r) * p->ldo + col - p->first_col;
         const float *before = p->first ? out : l->bias ? l->bias + col : NULL;
-        if (before) memcpy(part, before, (size_t)cols * sizeof *out);
-        for (int v = 0; v < DENSE_VECS; v++) {
-            wide sum = sums[r][v] + load_wide(part + v * WIDE);
-            memcpy(part + v * WIDE, &sum, sizeof sum);
+        if (cols == DENSE) {
+            UNROLL for (int v = 0; v < DENSE_VECS; v++) {
+                wide sum = sums[r][v] + (before ? load_wide(before + v * WIDE) : (wide){0});
+                memcpy(out + v * WIDE, &sum, sizeof sum);
+            }
+        } else {
+            float part[DENSE];
+            UNROLL for (int v = 0; v < DENSE_VECS; v++)
+                memcpy(part + v * WIDE, &sums[r][v], sizeof(wide));
+            for (long i = 0; i < cols; i++) out[i] = part[i] + (before ? before[i] : 0.0f);
         }
-        memcpy(out, part, (size_t)cols * sizeof *out);
     }
 }
 
@@ -116,7 +120,9 @@ INLINE void tile(const Part *p, long row, long col, int rows) {
     const uint16_t *x = rows_at(p, row);
     const char *w = (const char *)kept.panel;
     long ldx = stride(p);
-    wide sums[TILE_ROWS][DENSE_VECS] = {{{0}}};
+    wide sums[TILE_ROWS][DENSE_VECS];
+    for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < DENSE_VECS; v++) sums[r][v] = (wide){0};
     for (long i = 0; i < p->num_blocks * BLOCK; i += 2, w += DENSE_VECS * sizeof(wide)) {
         wide_bits columns[DENSE_VECS];
         UNROLL for (int v = 0; v < DENSE_VECS; v++)
@@ -234,9 +240,13 @@ static void gated_product(const Part *p, long first, long last, long num_parts) 
                 panel_part(&own, now, next);
             }
         }
-        Elements job = {SILU_MUL, kept.gate, kept.up, p->out + panel * DENSE, DENSE, DENSE,
-                        p->ldo, p->num_rows, DENSE};
-        pointwise(&job, 0, 1);
+        for (long r = 0; r < p->num_rows; r++) {
+            float *out = p->out + r * p->ldo + panel * DENSE;
+            for (long i = r * DENSE; i < (r + 1) * DENSE; i += WIDE, out += WIDE) {
+                wide opened = wide_silu(load_wide(kept.gate + i)) * load_wide(kept.up + i);
+                memcpy(out, &opened, sizeof opened);
+            }
+        }
     }
 }
 

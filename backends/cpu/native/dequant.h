@@ -12,22 +12,24 @@
 
 #ifdef __AVX512BF16__
 /* Store 4 codes of each of 16 columns (16 x 4 signed bytes) as two rows of pairs: k and k + 1, then
- * k + 2 and k + 3. by[j], add[j]: the factors and offsets of columns 4 j to 4 j + 3, four each. */
-INLINE void store_pairs(__m512i codes, const __m512 by[4], const __m512 add[4], uint16_t *to) {
-    const __m512i one = _mm512_set1_epi32(1);
-    const __m512i even =
-        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, one);
-    __m128i fours[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
-                        _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
-    __m512 values[4];
-    for (int j = 0; j < 4; j++)
-        values[j] =
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(fours[j])), by[j], add[j]);
-    __m512i left = (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]);
-    __m512i right = (__m512i)_mm512_cvtne2ps_pbh(values[3], values[2]);
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi32(left, even, right));
-    _mm512_storeu_si512(to + 2 * DENSE, _mm512_permutex2var_epi32(left, odd, right));
+ * k + 2 and k + 3. by[h], add[h]: the factors and offsets of columns 8 h to 8 h + 7, two each. A
+ * code is converted as the upper byte of a number, so `by` is 2^-24 of the scale: both are exact. */
+INLINE void store_pairs(__m512i codes, const __m512 by[2], const __m512 add[2], uint16_t *to) {
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m128i first = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0, 13);
+    for (int pair = 0; pair < 2; pair++) {
+        __m128i bytes = _mm_add_epi8(first, _mm_set1_epi8((char)(2 * pair)));
+        __m512 values[2];
+        for (int h = 0; h < 2; h++) {
+            __m512i columns = _mm512_add_epi32(twice, _mm512_set1_epi32(8 * h));
+            __m512i upper = _mm512_maskz_shuffle_epi8(0x8888888888888888,
+                                                      _mm512_permutexvar_epi32(columns, codes),
+                                                      _mm512_broadcast_i32x4(bytes));
+            values[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), by[h], add[h]);
+        }
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]);
+        _mm512_storeu_si512(to + 2 * DENSE * pair, both);
+    }
 }
 
 /* Dequantise a block of 32 codes of 16 columns. The pairs of one k are 2 x DENSE numbers apart from
@@ -36,9 +38,9 @@ INLINE void store_pairs(__m512i codes, const __m512 by[4], const __m512 add[4], 
 INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const int16_t *zeros,
                              const int8_t *levels, int bits, uint16_t *to) {
     const __m512i low = _mm512_set1_epi8(15);
-    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
-    __m512 zero = _mm512_set1_ps(bits == 8 || levels ? 0.0f : 8.0f), by[4], add[4];
+    __m512 zero = _mm512_set1_ps(bits == 8 || levels ? 0.0f : 8.0f), by[2], add[2];
     if (zeros) {
         __m256i narrow = _mm256_loadu_si256((const __m256i *)zeros);
         zero = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(narrow));
@@ -46,9 +48,10 @@ INLINE void dequantise_block(const uint8_t *codes, const uint16_t *scales, const
     __m512 offset = _mm512_fnmadd_ps(scale, zero, _mm512_setzero_ps());
     __m512i table = low;
     if (levels) table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)levels));
-    for (int j = 0; j < 4; j++) {
-        __m512i lanes = _mm512_add_epi32(spread, _mm512_set1_epi32(4 * j));
-        by[j] = _mm512_permutexvar_ps(lanes, scale), add[j] = _mm512_permutexvar_ps(lanes, offset);
+    scale = _mm512_mul_ps(scale, _mm512_set1_ps(0x1p-24f));
+    for (int h = 0; h < 2; h++) {
+        __m512i lanes = _mm512_add_epi32(twice, _mm512_set1_epi32(8 * h));
+        by[h] = _mm512_permutexvar_ps(lanes, scale), add[h] = _mm512_permutexvar_ps(lanes, offset);
     }
     for (int step = 0; step < bits; step++, codes += 64, to += 32 / bits * DENSE) {
         __m512i some = _mm512_loadu_si512(codes);

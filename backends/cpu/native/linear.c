@@ -116,7 +116,9 @@ INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind k
     const uint16_t *pairs =
         p->rounded + ((at->k - p->begin) / CHUNK * p->rows + at->row - p->top) * APART;
     const char *w = weights_at(p, at->panel, at->k, kind), *ahead = at->ahead;
-    Sums sums = {{{0}}};
+    Sums sums; /* the rest of it stays as it is: clearing 6 KiB takes a twentieth of a short tile */
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 2 * panels; c++) sums[r][c] = (wide){0};
     long i = 0, step = bytes_of_k(kind);
     for (; i + 2 <= at->k_len; i += 2, w += 2 * step, ahead += at->hop) {
         if (i == at->turn) ahead = at->then;
