@@ -117,11 +117,10 @@ def _port_breaches(
     """Report an inlet or outlet that a node lacks. Nodes of an unknown kernel are skipped, because
     `known_kernels` reports them.
     """
-    if name in graph.names and name not in ports:
-        return
     known = ports.get(name, ())
-    if port not in known:
-        yield _breach("unknown-port", name, f"{edge}: no port {port!r}", port, known)
+    if port in known or (name not in ports and name in graph.names):
+        return
+    yield _breach("unknown-port", name, f"{edge}: no port {port!r}", port, known)
 
 
 def _option_breaches(node: Node) -> Iterator[Diagnostic]:
