@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from played_core import play
 
 from sagellm.operators.policies.order import PolicySortOptions
-from sagellm.operators.policies.turns import Aegaeon, AegaeonState, Fair
+from sagellm.operators.policies.turns import Aegaeon, AegaeonState
 from sagellm.operators.policy_sort import build
 from sagellm.runtime.feedback import CreditChanged
 from sagellm.runtime.forecast import Forecast
