@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policy_sort import PolicySortOptions, build
-from sagellm.runtime.feedback import Backlog, CreditChanged, LoadReported, QueueChanged, RoomChanged
+from sagellm.runtime.feedback import (
+    Backlog,
+    CreditChanged,
+    FirstToken,
+    LoadReported,
+    QueueChanged,
+    RoomChanged,
+)
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import (
     Arrival,
@@ -168,6 +175,17 @@ def test_least_slack_demotes_what_is_late_behind_all_others(running: Any) -> Non
     assert offered(sort(CREDIT, 0.4)) == ["late", "free"]
     sort(Arrival(ask("tight", 0.4, slo_ttft_s=1.0, prompt_token_ids=prompt)), 0.6)
     assert drain(sort, now=0.6) == ["tight", "free", "late"]
+
+
+def test_least_slack_counts_what_passes_between_queue_and_prefill(running: Any) -> None:
+    """Prefills of 0.5 s had their first tokens after 0.7 s: 0.2 s are queue and transfer."""
+    sort = slack_sort(running, "demote")
+    for _ in range(20):
+        sort(FirstToken(seconds=0.7, num_computed_tokens=50, computed_s=0.5))
+    sort(Arrival(ask("late", 0.0, slo_ttft_s=1.0, prompt_token_ids=(1,) * 50)))
+    sort(Arrival(ask("free")))
+    assert offered(sort(CREDIT, 0.29)) == ["late", "free"]
+    assert offered(sort(CREDIT, 0.31)) == ["free", "late"]
 
 
 def test_least_slack_refuses_what_is_late_when_it_is(running: Any) -> None:

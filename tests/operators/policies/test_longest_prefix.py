@@ -84,13 +84,35 @@ def test_one_of_those_that_begin_alike_goes_before_all_others_then_the_rest(sort
 
 def test_a_family_comes_to_the_head_when_its_prefix_is_cached(sort: Any) -> None:
     sort(Arrival(ask("x0", 0, 1, 100)))
-    sort(Arrival(ask("x1", 1, 1, 100)))
     for n in range(6):
         sort(Arrival(ask(f"y{n}", 1, 10 + n, 100)))
-    sort(Arrival(ask("x2", 2, 1, 100)))  # far behind the window
+    sort(Arrival(ask("x1", 2, 1, 100)))
+    sort(Arrival(ask("x2", 3, 1, 100)))  # both are far behind the window
     assert take(sort) == "x0"
     sort(cached((1, 96)))
     assert [take(sort), take(sort)] == ["x1", "x2"]
+
+
+def test_a_prefix_that_something_else_computed_brings_the_whole_family(sort: Any) -> None:
+    sort(Arrival(ask("x0", 0, 1, 100)))
+    for n in range(6):
+        sort(Arrival(ask(f"y{n}", 1, 10 + n, 100)))
+    sort(Arrival(ask("x1", 2, 1, 100)))
+    assert offered(sort(CREDIT)) == ["x0", "y0"]
+    sort(cached((1, 96)))
+    assert offered(sort(CREDIT)) == ["x0", "x1"]
+
+
+def test_who_takes_the_lead_counts_with_what_is_cached_now(running: Any) -> None:
+    sort = lpm(running, window=4)
+    sort(Arrival(ask("y", 0, 2, 100)))
+    sort(cached((1, 16)))
+    sort(Arrival(ask("x0", 1, 1, 100)))
+    sort(Arrival(ask("x1", 2, 1, 100)))
+    sort(cached((3, 16)))
+    assert offered(sort(CREDIT)) == ["y", "x0", "x1"]
+    sort(Signal("cancel", "x0"))
+    assert offered(sort(CREDIT)) == ["y", "x1"]
 
 
 def test_32_tokens_are_the_threshold_of_both(sort: Any) -> None:

@@ -104,6 +104,12 @@ def test_a_cancelled_request_costs_its_tenant_nothing(running: Any) -> None:
     assert drained(sort, again(sort)) == ["a2", "b1", "b2"]
 
 
+def test_an_expired_request_leaves_its_tenant(running: Any) -> None:
+    sort = sorter(running, "fair")
+    fill(sort, ask("a1", "a", expires_s=1.0), ask("a2", "a"))
+    assert drained(sort, (sort(Wake(), 1.0), again(sort, 1.0))[1], 1.0) == ["a2"]
+
+
 def test_a_tenant_may_be_a_tag_and_its_order_priority(running: Any) -> None:
     sort = sorter(running, "fair", tenant="team", inner="priority", quantum_tokens=100)
     requests = [
