@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -137,20 +137,25 @@ class Fair:
     ) -> tuple[tuple[QueueEntry, ...], FairState]:
         state = self._released(state, view.now)
         visits = list(state.visits.head(number))  # later ones cannot be among the first `number`
-        heapify(visits)
-        tenants = {name: state.tenants[name] for _, _, name in visits}
-        waiting = {name: iter(tenant.entries.head(number)) for name, tenant in tenants.items()}
-        upcoming = {name: next(entries) for name, entries in waiting.items()}
+        sent: dict[str, tuple[Tenant, tuple[QueueEntry, ...], int]] = {}
         found: list[QueueEntry] = []
-        while visits and len(found) < number:
-            _, _, name = heappop(visits)
-            found.append(upcoming[name])
-            following = next(waiting[name], None)
-            if following is not None:
-                tenants[name] = self._paid(name, tenants[name], self._cost(upcoming[name][3]))
-                upcoming[name] = following
-                heappush(visits, self._visit(name, tenants[name], following))
+        while visits:
+            name = heappop(visits)[2]  # the list is sorted, so it is a heap
+            tenant, waiting, place = sent.get(name) or self._waiting(state, name, number)
+            found.append(waiting[place])
+            if len(found) == number:
+                break
+            if place + 1 < len(waiting):
+                tenant = self._paid(name, tenant, self._cost(waiting[place][3]))
+                sent[name] = tenant, waiting, place + 1
+                heappush(visits, self._visit(name, tenant, waiting[place + 1]))
         return tuple(found), state
+
+    def _waiting(
+        self, state: FairState, name: str, number: int
+    ) -> tuple[Tenant, tuple[QueueEntry, ...], int]:
+        tenant = state.tenants[name]
+        return tenant, tenant.entries.head(number), 0
 
     def wake_at(self, state: FairState) -> float | None:
         first = state.throttled.first
@@ -174,7 +179,7 @@ class Fair:
         """The tenant after it waited for its quanta, and paid."""
         rounds = self._num_rounds(name, tenant, cost)
         deficit = tenant.deficit + rounds * self._quantum(name) - cost
-        return replace(tenant, deficit=deficit, round=tenant.round + rounds)
+        return Tenant(tenant.entries, deficit, tenant.round + rounds, tenant.turn, tenant.throttled)
 
     def _visit(self, name: str, tenant: Tenant, entry: QueueEntry) -> _Visit:
         """When the tenant can pay for `entry`, its first request."""
