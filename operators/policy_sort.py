@@ -14,6 +14,7 @@ from sagellm.operators.policies import find_policy, refuse_unused
 from sagellm.operators.policies.order import Policy, PolicySortOptions, QueueOrder, RankingPolicy
 from sagellm.operators.policies.request_queue import (
     QueueEntry,
+    QueueView,
     RankContext,
     RequestQueue,
     backlogs_differ,
@@ -45,6 +46,8 @@ from sagellm.runtime.operator import (
 )
 from sagellm.runtime.prefixes import PrefixLookup
 from sagellm.runtime.user_function import UserFunction, failure_event, find_plain_function
+
+_LEAST_RETRY_S = 1.0  # the least `retry_after_s` of a refusal
 
 SPEC = OpSpec(
     "policy_sort",
@@ -84,11 +87,14 @@ class PolicySort:
     @property
     def subscribes(self) -> frozenset[str]:
         """The feedback that this operator needs. Prefix blocks ("cache") are also used, but only if
-        another operator subscribes to them.
+        another operator subscribes to them, or if the policy has a true `reads_cache`.
         """
-        foresees = any(order.foreseen is not None for order in self.policy.orders)
-        wanted = SPEC.subscribes - {"cache"}
-        return wanted if foresees or self.ranking is not None else wanted - {"first_token"}
+        unused = set()
+        if self.ranking is None and not any(order.learns for order in self.policy.orders):
+            unused.add("first_token")
+        if not getattr(self.ranking, "reads_cache", False):
+            unused.add("cache")
+        return SPEC.subscribes - unused
 
     def on(
         self, state: RequestQueue, happened: Input, now: float, draw: Draw
@@ -97,8 +103,7 @@ class PolicySort:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
             case OfferTaken(item=Request() as request):
-                after = self._taken(state.without_taken(request, now), request, now)
-                return self._settle(state, after, now)
+                return self._settle(state, self._taken(state, request, now), now)
             case FirstToken():
                 forecast = state.context.forecast.after(happened, now)
                 orders = self._orders(forecast)
@@ -113,6 +118,7 @@ class PolicySort:
             case Signal(kind="cancel" | "expire" as kind) as signal:
                 after, ended = state.without_signalled(signal, now)
                 reason: FinishReason = "cancelled" if kind == "cancel" else "expired"
+                after = self._left(after, ended, now)
                 return self._settle(state, after, now, outputs=_ends(ended, reason, now))
             case Wake():
                 return self._settle(state, state, now)
@@ -138,18 +144,37 @@ class PolicySort:
             return queue.with_request(request, context.orders[queue.level], now)
         # The rank is fixed at arrival: later changes of the policy's state do not move the request.
         rank, state = self.ranking.rank(context.state, request, now, context.forecast)
-        return queue.with_context(state=state).with_request(
-            request, QueueOrder(lambda _: rank), now
-        )
+        after = queue.with_request(request, QueueOrder(lambda _: rank), now)
+        arrived = getattr(self.ranking, "arrived", None)
+        if arrived is not None:
+            state = arrived(state, after.choices[request.request_id][-1], now)
+        return after.with_context(state=state)
 
     def _taken(self, queue: RequestQueue, request: Request, now: float) -> RequestQueue:
-        """The queue after a request was sent. If the policy has a method `taken`, the queue gets
-        the policy's new state.
-        """
+        """The queue after a request was sent."""
+        entry = queue.entry_of(request)
+        after = queue.without_taken(entry, now)
         taken = getattr(self.ranking, "taken", None)
-        if taken is None:
+        if taken is not None:
+            after = after.with_context(state=taken(queue.context.state, request, now))
+        return self._left(after, (entry,), now, was_taken=True)
+
+    def _left(
+        self,
+        queue: RequestQueue,
+        entries: tuple[QueueEntry, ...],
+        now: float,
+        *,
+        was_taken: bool = False,
+    ) -> RequestQueue:
+        """The queue after the policy was told of the requests that wait no more."""
+        left = getattr(self.ranking, "left", None)
+        if left is None or not entries:
             return queue
-        return queue.with_context(state=taken(queue.context.state, request, now))
+        state = queue.context.state
+        for entry in entries:
+            state = left(state, entry, now, was_taken)
+        return queue.with_context(state=state)
 
     def _orders(self, forecast: Forecast) -> tuple[QueueOrder, ...]:
         """The orders of the policy, with prefill times as the forecast predicts them."""
@@ -169,33 +194,68 @@ class PolicySort:
         outputs: tuple[OperatorOutput, ...] = (),
         anew: bool = False,
     ) -> Step[RequestQueue]:
-        """Finish a change of the queue: end expired requests, change the order with the load,
-        report the backlog, and offer requests. `anew`: offer declined requests again.
+        """Finish a change of the queue: end expired requests, change the order with the load, end
+        or move late requests, report the backlog, and offer requests. `anew`: offer declined
+        requests again.
         """
-        wake_at = after.wake_at
-        if wake_at is not None and wake_at <= now:  # first, so that no expired request is offered
-            after, late = after.without_expired(now)
-            outputs += _ends(late, "expired", now)
-            wake_at = after.wake_at
+        if after.wake_at is not None and after.wake_at <= now:  # first: no such request is offered
+            after, expired = after.without_expired(now)
+            after = self._left(after, expired, now)
+            outputs += _ends(expired, "expired", now)
         policy = self.policy
         level = policy.level(after.level, len(after.entries)) if policy.rising else 0
         order = after.context.orders[level]
         if level != after.level:
             after, anew = after.at_level(level, order), True
+        after, late = after.lapsed(order, now)
+        if late:
+            outputs += tuple(self._refuse_late(after, entry[3], now) for entry in late)
         if backlogs_differ(after.backlog, before.backlog):
             outputs += (Report(QueueChanged(backlog=after.reported(order))),)
-        after = after.lapsed(order, now)
-        return self._offer(after, () if anew else after.declined, outputs, wake_at)
+        after, head = self._head(after, now)
+        times = (after.wake_at, after.lapses_at(order), self._policy_wakes_at(after))
+        return self._offer(after, head, () if anew else after.declined, outputs, _earliest(times))
+
+    def _refuse_late(self, queue: RequestQueue, request: Request, now: float) -> Terminate:
+        error = (
+            f"{self.name}: its first token would come after its deadline, however soon it were "
+            "sent: try again later, or allow it more time"
+        )
+        retry_after_s = queue.context.forecast.first_token_s(request)
+        event = refusal(
+            request,
+            "refused",
+            now=now,
+            error=error,
+            code="slo_unreachable",
+            retry_after_s=max(retry_after_s, _LEAST_RETRY_S),
+        )
+        return Terminate(event)
+
+    def _head(self, queue: RequestQueue, now: float) -> tuple[RequestQueue, tuple[QueueEntry, ...]]:
+        """The requests to offer, the best first, and the queue with the policy's next state."""
+        best = getattr(self.ranking, "best", None)
+        if best is None:
+            return queue, queue.entries.head(self.options.window)
+        context = queue.context
+        view = QueueView(queue.entries, now, context.indexes, self.lookup)
+        head, state = best(context.state, view, self.options.window)
+        return (queue if state is context.state else queue.with_context(state=state)), head
+
+    def _policy_wakes_at(self, queue: RequestQueue) -> float | None:
+        """When the policy may choose other requests although nothing has happened."""
+        wake_at = getattr(self.ranking, "wake_at", None)
+        return None if wake_at is None else wake_at(queue.context.state)
 
     def _offer(
         self,
         queue: RequestQueue,
+        head: tuple[QueueEntry, ...],
         declined: tuple[QueueEntry, ...],
         outputs: tuple[OperatorOutput, ...],
         wake_at: float | None,
     ) -> Step[RequestQueue]:
-        """Offer the first `window` requests of the queue, without those in `declined`."""
-        head = queue.entries.head(self.options.window)
+        """Offer the requests in `head`, without those in `declined`."""
         if head == declined:  # the common case: the change was behind the window
             fresh: tuple[Request, ...] = ()
         elif declined:
@@ -213,8 +273,14 @@ class PolicySort:
 _request: Callable[[QueueEntry], Request] = itemgetter(3)
 
 
-def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tuple[Terminate, ...]:
-    return tuple(Terminate(refusal(request, reason, now=now)) for request in requests)
+def _ends(
+    entries: tuple[QueueEntry, ...], reason: FinishReason, now: float
+) -> tuple[Terminate, ...]:
+    return tuple(Terminate(refusal(entry[3], reason, now=now)) for entry in entries)
+
+
+def _earliest(times: tuple[float | None, ...]) -> float | None:
+    return min((time for time in times if time is not None), default=None)
 
 
 def build(options: PolicySortOptions, setup: Setup) -> PolicySort:

@@ -268,9 +268,20 @@ class Forecast(msgspec.Struct, frozen=True):
 
     def prefill_s(self, num_tokens: float) -> float | None:
         """The time that an engine computes for a prefill of `num_tokens`; None if unknown."""
-        if self.prefills.weight < 0.9 * _MIN_PREFILLS or self.prefills.tokens <= 0:
+        return self.prefills.seconds_of(num_tokens) if self._knows_prefills else None
+
+    @property
+    def _knows_prefills(self) -> bool:
+        return self.prefills.weight >= 0.9 * _MIN_PREFILLS and self.prefills.tokens > 0
+
+    @property
+    def overhead_s(self) -> float | None:
+        """The mean time from leaving the queue to the first token without the prefill: the queue of
+        the engine and the KV transfer, in seconds. None until enough prefills were seen.
+        """
+        if not self._knows_prefills:
             return None
-        return self.prefills.seconds_of(num_tokens)
+        return max(self.pace.first_token_s - self.prefills.seconds / self.prefills.weight, 0.0)
 
     def first_token_s(self, request: Request) -> float:
         """The time from leaving the queue to the first token, in seconds.
@@ -278,12 +289,10 @@ class Forecast(msgspec.Struct, frozen=True):
         Until enough prefills were seen, this is the mean of all requests. Then the prefill part of
         the mean is replaced by the prediction for the tokens of this request.
         """
-        mean_s = self.pace.first_token_s
-        own_s = self.prefill_s(request.num_uncached_tokens)
-        if own_s is None:
-            return mean_s
-        usual_s = self.prefills.seconds / self.prefills.weight
-        return max(mean_s - usual_s, 0.0) + own_s
+        own_s, overhead_s = self.prefill_s(request.num_uncached_tokens), self.overhead_s
+        if own_s is None or overhead_s is None:
+            return self.pace.first_token_s
+        return overhead_s + own_s
 
     def ttft_s(self, request: Request, now: float) -> float | None:
         """A high quantile of the TTFT of a request that enters the queue now.

@@ -1,6 +1,7 @@
 """The table of the policies of `policy_sort`, by name.
 
-To ship a policy, add a function to `order.py`, and an entry to the table below. Users register
+To ship a policy, add a function to `order.py`, or a class to a file of its own, and an entry to the
+table below. Users register
 their own policies with `sagellm.register_policy`; packages offer policies as entry points
 `sagellm.policies`.
 """
@@ -10,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from sagellm.graphs.diagnostics import Path
+from sagellm.operators.policies.longest_prefix import LongestPrefixMatch
 from sagellm.operators.policies.order import (
     Policy,
     PolicySortOptions,
@@ -18,9 +20,12 @@ from sagellm.operators.policies.order import (
     adaptive,
     cost_optimized,
     fifo,
+    least_slack,
     priority,
     slo_aware,
+    weighted_shortest_prefill,
 )
+from sagellm.operators.policies.turns import Aegaeon, Fair
 from sagellm.runtime.registry import (
     Registry,
     check_and_read_options,
@@ -32,6 +37,7 @@ from sagellm.runtime.registry import (
 __all__ = [
     "OWN",
     "POLICIES",
+    "UNAVAILABLE",
     "Policy",
     "PolicySortOptions",
     "QueueOrder",
@@ -84,18 +90,34 @@ POLICIES: Registry[RegisteredPolicy] = Registry(
         "adaptive": RegisteredPolicy(
             adaptive, frozenset({"prefill_tokens_per_s", "busy_queued", "overloaded_queued"})
         ),
+        "least_slack": RegisteredPolicy(least_slack, frozenset({"prefill_tokens_per_s", "late"})),
+        "weighted_shortest_prefill": RegisteredPolicy(
+            weighted_shortest_prefill, frozenset({"prefill_tokens_per_s", "doubling_s"})
+        ),
+        "longest_prefix_match": RegisteredPolicy(LongestPrefixMatch),
+        "fair": RegisteredPolicy(Fair),
+        "aegaeon": RegisteredPolicy(Aegaeon),
     },
     _read_entry_point,
 )
+# Policies that other systems have and this one cannot have yet, each with the reason.
+UNAVAILABLE = {
+    "hybrid": (
+        "policy hybrid batches embedding requests between LLM requests, and no request of a graph "
+        "asks for an embedding yet: choose another policy"
+    )
+}
 OWN = "own"  # ranks by the option `function`; not in the table, as `policy_sort` makes it itself
 
 
 def find_policy(name: str, options: PolicySortOptions, path: Path = ()) -> Policy | RankingPolicy:
     """Make the policy `name`. `path`: the place of `policy_sort` in the graph, for messages.
 
-    Raises ValueError for an unknown name, and for an option that the policy does not use. Raises
-    GraphError for wrong `policy_options`.
+    Raises ValueError for an unknown or unavailable name, and for an option that the policy does not
+    use. Raises GraphError for wrong `policy_options`.
     """
+    if name in UNAVAILABLE and name not in POLICIES:
+        raise ValueError(UNAVAILABLE[name])
     registered = POLICIES.find(name)
     refuse_unused(name, registered.uses, options)
     made, where = registered.policy, (*path, "policy_options")

@@ -1,16 +1,20 @@
 """The contract of a policy, which orders waiting requests, and the policies that ship."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from sagellm.runtime.forecast import Forecast
-from sagellm.runtime.messages import Request
+from sagellm.runtime.messages import NORMAL, PRIORITIES, Request
 
 USUAL_SPEED = 1000.0  # prompt tokens a second, assumed until prefills have been measured
 GRACE = 0.5  # extra time for a request that missed its objective, as a share of the objective
 STRETCH = 10.0  # a request waits for shorter requests for this multiple of its own prefill time
+MIN_WEIGHT = 2.0**-10  # of weighted_shortest_prefill: a budget of 0 must not starve
+BEST_EFFORT = sys.float_info.max  # the rank, as a time, of a request without a deadline
+_MIN_PREFILL_S = 1e-6  # a prompt that is wholly cached still takes time
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,9 @@ class PolicySortOptions:
     time, in seconds, outweighs one level of priority. `prefill_tokens_per_s`: the speed at which
     one engine computes prompts; None: it is measured from first tokens, and is USUAL_SPEED until
     enough of them came. `busy_queued`, `overloaded_queued`: the numbers of waiting requests at
-    which the system counts as busy and as overloaded.
+    which the system counts as busy and as overloaded. `late`: what becomes of a request that misses
+    its deadline anyway. `doubling_s`: after a wait of this time, in seconds, a request counts twice
+    as much; 0: waiting does not count.
     """
 
     policy: str = field(default="fifo", metadata={"names": "policies"})
@@ -37,6 +43,8 @@ class PolicySortOptions:
     prefill_tokens_per_s: float | None = field(default=None, metadata={"min": 1e-3})
     busy_queued: int = field(default=16, metadata={"min": 1})
     overloaded_queued: int = field(default=128, metadata={"min": 2})
+    late: Literal["demote", "refuse"] = "demote"
+    doubling_s: float = field(default=10.0, metadata={"min": 0.0})
     policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def prefill_s(self, request: Request) -> float:
@@ -54,16 +62,26 @@ class QueueOrder:
 
     `foreseen(request, prefill_s)`: the rank of a request whose prefill takes `prefill_s` seconds.
     It replaces `rank` as soon as prefill times can be predicted.
+
+    `ahead_s(forecast)`: a rank, as a time, passes this many seconds earlier. `refuses`: a request
+    whose rank would become infinite is refused.
     """
 
     rank: Callable[[Request], float]
     grace_s: Callable[[Request], float] | None = None
     foreseen: Callable[[Request, float], float] | None = None
+    ahead_s: Callable[[Forecast], float] | None = None
+    refuses: bool = False
 
     @property
     def lapses(self) -> bool:
         """Whether ranks are times on the clock, after which they change."""
         return self.grace_s is not None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the order depends on a forecast."""
+        return self.foreseen is not None or self.ahead_s is not None
 
     def foreseeing(self, prefill_s: Callable[[Request], float]) -> "QueueOrder":
         """The order with `foreseen` as its rank, if it has one, with prefill times by
@@ -104,8 +122,15 @@ class RankingPolicy(Protocol):
     """A policy with options or a state: a frozen dataclass. Its fields are the options that
     `policy_options` of `policy_sort` sets. The request with the lowest rank goes first.
 
-    If the policy has a method `taken(state, request, now) -> state`, the method is called for each
-    request that was sent downstream, and its result becomes the next state.
+    Optional members, with a `QueueEntry` and a `QueueView` of `request_queue.py`:
+
+        reads_cache                      True: engines report their prefix blocks
+        taken(state, request, now)       -> state, after a request was sent downstream
+        arrived(state, entry, now)       -> state, after a request got its rank
+        left(state, entry, now, was_taken)  -> state, after a request was sent, cancelled or expired
+        best(state, view, number)        -> (entries, state): what to offer, best first, instead of
+                                         the lowest ranks; called after every input
+        wake_at(state)                   -> when `best` may change although nothing happens, or None
     """
 
     @property
@@ -169,10 +194,10 @@ def slo_aware(options: PolicySortOptions) -> Policy:
 
     Source: least-laxity-first (Mok 1983) with demotion of late jobs.
     """
-    return Policy((_least_slack(options),))
+    return Policy((_by_latest_start(options),))
 
 
-def _least_slack(options: PolicySortOptions) -> QueueOrder:
+def _by_latest_start(options: PolicySortOptions) -> QueueOrder:
     def latest_start_s(request: Request) -> float:
         return _deadline_s(request) - options.prefill_s(request)
 
@@ -191,6 +216,86 @@ def _deadline_s(request: Request) -> float:
 
 def _grace_s(request: Request) -> float:
     return GRACE * (request.slo_ttft_s or 0.0)
+
+
+def least_slack(options: PolicySortOptions) -> Policy:
+    """By slack, the smallest that is not negative first; late requests are demoted or refused.
+
+    slack = deadline - now - T_queue_ahead - T_prefill - T_transfer. The deadline and T_prefill are
+    those of slo_aware. T_queue_ahead + T_transfer is the measured mean of all that passes between
+    leaving this queue and the first token, without the prefill: the queue of the engine and the
+    transfer of KV blocks. Requests of this queue are not ahead of the request with the least slack,
+    which is served next; `admission` predicts their time. All slacks fall alike, so the order is
+    that of deadline - T_prefill, and takes no sorting.
+
+    A request with negative slack misses its deadline anyway. With `late: demote` it is best effort,
+    behind all others, also those without a deadline; with `late: refuse` it ends at once with code
+    `slo_unreachable`. Requests without a deadline come after those that can meet theirs, by
+    arrival. A request that resumes had its first token, so it has no TTFT objective any more.
+    Requests with equal slack go by arrival. Best effort starves under constant overload;
+    `expires_s` bounds its wait.
+
+    Source: least-laxity-first (Mok 1983), with the terms of a prefill's slack in disaggregated
+    serving (queue, prefill, transfer) as in Mooncake's Algorithm 1 (FAST 2025).
+    """
+
+    def latest_start_s(request: Request) -> float:
+        return foreseen_s(request, options.prefill_s(request))
+
+    def foreseen_s(request: Request, prefill_s: float) -> float:
+        if request.num_emitted or (deadline_s := _deadline_s(request)) == math.inf:
+            return BEST_EFFORT
+        return deadline_s - prefill_s
+
+    is_given = options.prefill_tokens_per_s is not None
+    order = QueueOrder(
+        latest_start_s,
+        lambda request: 0.0,
+        None if is_given else foreseen_s,
+        lambda forecast: forecast.overhead_s or 0.0,
+        refuses=options.late == "refuse",
+    )
+    return Policy((order,))
+
+
+def weighted_shortest_prefill(options: PolicySortOptions) -> Policy:
+    """By weight per second of prefill, the most first, aged.
+
+    weight = 2 ** (normal - priority) * cost_budget: a critical request counts 4, a background one
+    1/4, times its budget (1 if it has none; at least MIN_WEIGHT in all). T_prefill is predicted as
+    for slo_aware. The value of a request that has waited for `age` seconds is
+
+        weight / T_prefill * 2 ** (age / doubling_s)
+
+    All values double together, so the order of two requests never changes, and is that of the rank
+    arrival + doubling_s * log2(T_prefill / weight). A request is overtaken by a request with k
+    times its value only if that one arrives within doubling_s * log2(k) after it: none starves.
+    With doubling_s = 0 nothing ages, the order is weight / T_prefill alone, and a long prompt may
+    starve. Unlike cost_optimized it takes predicted times, priorities and age into account.
+
+    Source: WSPT, W. E. Smith 1956; the exponential age of PREFLOW (vllm-ascend pull request 16360:
+    2 ** (age / D) / (P * R), with attention work W(n) = n (n + 1) / 2 for P and R), where the
+    measured T_prefill stands for the work.
+    """
+    doubling_s = options.doubling_s
+
+    def rank(request: Request) -> float:
+        return foreseen(request, options.prefill_s(request))
+
+    def foreseen(request: Request, prefill_s: float) -> float:
+        relative_s = max(prefill_s, _MIN_PREFILL_S) / _weight(request)
+        if not doubling_s:
+            return relative_s
+        return request.stamps.arrived_s + doubling_s * math.log2(relative_s)
+
+    is_given = options.prefill_tokens_per_s is not None
+    return Policy((QueueOrder(rank, foreseen=None if is_given else foreseen),))
+
+
+def _weight(request: Request) -> float:
+    budget = 1.0 if request.cost_budget is None else request.cost_budget
+    level = min(max(request.priority, 0), max(PRIORITIES.values()))
+    return max(2.0 ** (NORMAL - level) * budget, MIN_WEIGHT)
 
 
 def cost_optimized(options: PolicySortOptions) -> Policy:
@@ -238,7 +343,7 @@ def adaptive(options: PolicySortOptions) -> Policy:
             f"busy_queued={options.busy_queued} must be below "
             f"overloaded_queued={options.overloaded_queued}: raise the second"
         )
-    orders = (QueueOrder(_arrival_s), _least_slack(options), _shortest_first(options))
+    orders = (QueueOrder(_arrival_s), _by_latest_start(options), _shortest_first(options))
     return Policy(orders, (options.busy_queued, options.overloaded_queued))
 
 

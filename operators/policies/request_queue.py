@@ -1,25 +1,45 @@
 """The queue of `policy_sort`: requests in the order of a policy, as an immutable value."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import msgspec
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.operators.policies.order import QueueOrder
+from sagellm.operators.policies.order import BEST_EFFORT, QueueOrder
 from sagellm.runtime.containers import SortedChunks
 from sagellm.runtime.feedback import Backlog
 from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Signal
-from sagellm.runtime.prefixes import PrefixIndex
+from sagellm.runtime.prefixes import Indexes, PrefixLookup
 
 # Rank, arrival, number, request. The number is unique, so a sort never compares two requests.
 QueueEntry: TypeAlias = tuple[float, float, int, Request]
 _Expiry: TypeAlias = tuple[float, int, QueueEntry]  # `expires_s`, number, entry
+# Later than the rank: at exactly the rank the slack is 0, and nothing lapses.
+_REFUSED_AFTER_S = 1e-3
 EntriesByRequest: TypeAlias = Map[str, tuple[QueueEntry, ...]]
+
+
+class QueueView(msgspec.Struct, frozen=True, gc=False):
+    """What a policy may look at when it chooses requests. Immutable.
+
+    `entries`: all waiting requests by rank, arrival and number. `indexes`: the prefix blocks of
+    each engine; after a change it is another object.
+    """
+
+    entries: SortedChunks[QueueEntry]
+    now: float
+    indexes: Indexes
+    lookup: PrefixLookup | None
+
+    def num_cached_tokens(self, request: Request) -> int:
+        """The tokens that the replica with most of them has cached now."""
+        if self.lookup is None or not self.indexes:
+            return request.num_cached_tokens
+        return self.lookup.looked_up(request, self.indexes).num_cached_tokens
 
 
 class RankContext(msgspec.Struct, frozen=True):
@@ -32,7 +52,7 @@ class RankContext(msgspec.Struct, frozen=True):
     orders: tuple[QueueOrder, ...]
     forecast: Forecast = Forecast()
     state: Any = None
-    indexes: Mapping[str, PrefixIndex] = {}
+    indexes: Indexes = {}
 
 
 class RequestQueue(msgspec.Struct, frozen=True):
@@ -100,11 +120,15 @@ class RequestQueue(msgspec.Struct, frozen=True):
             self.context,
         )
 
-    def without_taken(self, taken: Request, now: float) -> "RequestQueue":
-        """The queue after a request was sent downstream. No entry counts as declined any more."""
-        entry, *others = self.choices[taken.request_id]
+    def entry_of(self, request: Request) -> QueueEntry:
+        """The entry of a waiting request."""
+        entry, *others = self.choices[request.request_id]
         if others:
-            entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
+            entry = next(one for one in (entry, *others) if _is_same(one[3], request))
+        return entry
+
+    def without_taken(self, entry: QueueEntry, now: float) -> "RequestQueue":
+        """The queue after a request was sent downstream. No entry counts as declined any more."""
         # A request that passes an empty queue does not count as served: it was not held up, so it
         # tells nothing about the rate of service.
         waited = max(self.counted_until_s, now) > self.waiting_since_s
@@ -125,13 +149,13 @@ class RequestQueue(msgspec.Struct, frozen=True):
 
     def without_signalled(
         self, signal: Signal, now: float
-    ) -> tuple["RequestQueue", tuple[Request, ...]]:
-        """The queue without the requests that a signal ends, and the removed requests."""
+    ) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
+        """The queue without the requests that a signal ends, and the removed entries."""
         entries = self.choices.get(signal.request_id, ())
         return self._without_all([one for one in entries if signal.concerns(one[3].key)], now)
 
-    def without_expired(self, now: float) -> tuple["RequestQueue", tuple[Request, ...]]:
-        """The queue without the requests that have expired, and the removed requests."""
+    def without_expired(self, now: float) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
+        """The queue without the requests that have expired, and the removed entries."""
         expired: list[QueueEntry] = []
         for expires_s, _, entry in self.expiries:
             if expires_s > now:
@@ -154,14 +178,34 @@ class RequestQueue(msgspec.Struct, frozen=True):
             return self.backlog
         return replace(self.backlog, num_patient=0, num_patient_tokens=0)
 
-    def lapsed(self, order: QueueOrder, now: float) -> "RequestQueue":
-        """The queue after each request whose rank has passed moved to its later rank."""
+    def lapsed(
+        self, order: QueueOrder, now: float
+    ) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
+        """The queue after each request whose rank has passed moved to its later rank, and the
+        entries of the removed requests, if the order refuses late requests.
+        """
         if order.grace_s is None:
-            return self
-        queue = self
-        while (first := queue.entries.first) is not None and first[0] < now:
-            queue = queue._moved(first, order.later_rank(first[3], now))
-        return queue
+            return self, ()
+        queue, until_s, late = self, now + self.ahead_s(order), list[QueueEntry]()
+        while (first := queue.entries.first) is not None and first[0] < until_s:
+            rank = order.later_rank(first[3], until_s)
+            if order.refuses and rank == math.inf:
+                queue = queue._without(first, now, queue.declined)
+                late.append(first)
+            else:
+                queue = queue._moved(first, rank)
+        return queue, tuple(late)
+
+    def ahead_s(self, order: QueueOrder) -> float:
+        """The seconds by which ranks, as times, pass earlier."""
+        return 0.0 if order.ahead_s is None else order.ahead_s(self.context.forecast)
+
+    def lapses_at(self, order: QueueOrder) -> float | None:
+        """The time after which the first request is to be refused; None: never."""
+        first = self.entries.first
+        if not order.refuses or first is None or first[0] >= BEST_EFFORT:
+            return None
+        return first[0] - self.ahead_s(order) + _REFUSED_AFTER_S
 
     def _moved(self, entry: QueueEntry, rank: float) -> "RequestQueue":
         """The queue after an entry moved to another rank."""
@@ -210,11 +254,11 @@ class RequestQueue(msgspec.Struct, frozen=True):
 
     def _without_all(
         self, entries: list[QueueEntry], now: float
-    ) -> tuple["RequestQueue", tuple[Request, ...]]:
+    ) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
         queue = self
         for entry in entries:
             queue = queue._without(entry, now, queue.declined)
-        return queue, tuple(entry[3] for entry in entries)
+        return queue, tuple(entries)
 
 
 def _without_entry(choices: EntriesByRequest, entry: QueueEntry) -> EntriesByRequest:

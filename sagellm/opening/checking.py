@@ -20,7 +20,7 @@ from sagellm.opening.sources import (
     with_engine_options,
     with_outlet_names,
 )
-from sagellm.operators.policies import OWN, POLICIES
+from sagellm.operators.policies import OWN, POLICIES, UNAVAILABLE
 from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
 from sagellm.runtime.engine.kinds import KINDS, EngineDescription
@@ -89,7 +89,7 @@ def checked_graph(
         engine_kinds=KindViews(),
         executors=EXECUTORS,
         names={
-            "policies": _RegistryNames(POLICIES, OWN),
+            "policies": _RegistryNames(POLICIES, OWN, unavailable=UNAVAILABLE),
             "strategies": STRATEGIES,
             "transports": TRANSPORTS,
         },
@@ -145,14 +145,17 @@ class _RegistryNames(Collection[str]):
     """The names of a registry, and the name `more`.
 
     A set of names would read the entry points of all packages at once. A lookup here reads them
-    only for a name that is not built in.
+    only for a name that is not built in. `unavailable`: names that building refuses, with a reason.
+    They pass a lookup, and are not among the names that a message suggests.
     """
 
-    def __init__(self, known: Collection[str], more: str) -> None:
-        self._known, self._more = known, more
+    def __init__(
+        self, known: Collection[str], more: str, *, unavailable: Collection[str] = ()
+    ) -> None:
+        self._known, self._more, self._unavailable = known, more, unavailable
 
     def __contains__(self, name: object) -> bool:
-        return name == self._more or name in self._known
+        return name == self._more or name in self._unavailable or name in self._known
 
     def __iter__(self) -> Iterator[str]:
         yield from (*self._known, self._more)

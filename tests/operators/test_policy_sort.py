@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policy_sort import PolicySortOptions, build
-from sagellm.runtime.feedback import Backlog, CreditChanged, LoadReported, QueueChanged, RoomChanged
+from sagellm.runtime.feedback import (
+    Backlog,
+    CreditChanged,
+    FirstToken,
+    LoadReported,
+    QueueChanged,
+    RoomChanged,
+)
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import (
     Arrival,
@@ -153,6 +160,48 @@ def test_a_request_that_is_very_late_is_in_no_hurry_any_more(running: Any) -> No
     assert offered(sort(CREDIT, 1.9)) == ["lost", "early", "free"]
     sort(Arrival(ask("loose", 2.0, slo_ttft_s=5.0)), 2.0)
     assert drain(sort, now=2.1) == ["loose", "early", "lost", "free"]
+
+
+def slack_sort(running: Any, late: str) -> Any:
+    options = PolicySortOptions("least_slack", late=late, prefill_tokens_per_s=100.0, window=4)  # type: ignore[arg-type]
+    return running(build(options, Setup("sort")))
+
+
+def test_least_slack_demotes_what_is_late_behind_all_others(running: Any) -> None:
+    sort = slack_sort(running, "demote")
+    prompt = (1,) * 50
+    sort(Arrival(ask("late", 0.0, slo_ttft_s=1.0, prompt_token_ids=prompt)))  # must start by 0.5
+    sort(Arrival(ask("free", 0.4)), 0.4)
+    assert offered(sort(CREDIT, 0.4)) == ["late", "free"]
+    sort(Arrival(ask("tight", 0.4, slo_ttft_s=1.0, prompt_token_ids=prompt)), 0.6)
+    assert drain(sort, now=0.6) == ["tight", "free", "late"]
+
+
+def test_least_slack_counts_what_passes_between_queue_and_prefill(running: Any) -> None:
+    """Prefills of 0.5 s had their first tokens after 0.7 s: 0.2 s are queue and transfer."""
+    sort = slack_sort(running, "demote")
+    for _ in range(20):
+        sort(FirstToken(seconds=0.7, num_computed_tokens=50, computed_s=0.5))
+    sort(Arrival(ask("late", 0.0, slo_ttft_s=1.0, prompt_token_ids=(1,) * 50)))
+    sort(Arrival(ask("free")))
+    assert offered(sort(CREDIT, 0.29)) == ["late", "free"]
+    assert offered(sort(CREDIT, 0.31)) == ["free", "late"]
+
+
+def test_least_slack_refuses_what_is_late_when_it_is(running: Any) -> None:
+    sort = slack_sort(running, "refuse")
+    prompt = (1,) * 50
+    sort(Arrival(ask("late", 0.0, slo_ttft_s=1.0, prompt_token_ids=prompt)))
+    assert sort.wake_at == pytest.approx(0.5, abs=2e-3)
+    outputs = sort(Wake(), sort.wake_at)
+    (end,) = [output.event for output in outputs if isinstance(output, Terminate)]
+    assert (end.finish_reason, end.code) == ("refused", "slo_unreachable")
+    assert end.retry_after_s >= 1.0
+    assert told(outputs) == [0]
+    assert offered(outputs) == []
+    assert sort.wake_at is None
+    sort(Arrival(ask("resumed", 0.0, slo_ttft_s=1.0, emitted_token_ids=(1,))), 5.0)
+    assert drain(sort, now=5.0) == ["resumed"]  # its first token is out: it is not late
 
 
 def test_what_was_declined_can_be_taken_after_its_time_has_passed(running: Any) -> None:

@@ -10,9 +10,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sagellm.builder import RESOLVER
+from sagellm.graphs.diagnostics import GraphError
+from sagellm.graphs.text.yaml import load
+from sagellm.opening.checking import check_graph
 from sagellm.operators.policies import OWN, POLICIES, find_policy
 from sagellm.operators.policies.order import Policy, PolicySortOptions, QueueOrder
+from sagellm.runtime.feedback import FirstToken
+from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import PRIORITIES, Request, Stamps
+
+GRAPH = """\
+sagellm: 1
+name: g
+engines:
+  g: {model: "null", device: "null"}
+operators:
+  sort: {op: policy_sort, policy: NAME}
+  generate: {op: generate, engine: g}
+edges:
+  - source -> sort -> generate -> sink
+"""
+
+
+def graph_with(policy: str) -> Any:
+    return load(GRAPH.replace("NAME", policy), file="g.yaml")
+
 
 DOCS = (Path(__file__).parents[3] / "docs" / "graphs.md").read_text()
 
@@ -70,6 +93,67 @@ def test_an_objective_comes_before_an_expiry_and_none_is_the_far_future() -> Non
     assert rank(ask(1.0)) == math.inf
 
 
+def test_least_slack_is_deadline_less_prefill_and_what_is_ahead() -> None:
+    least_slack = order("least_slack", prefill_tokens_per_s=100.0)
+    request = ask(1.0, num_tokens=200, num_cached_tokens=100, slo_ttft_s=5.0)
+    assert least_slack.rank(request) == 5.0  # latest start: 1 + 5 - 100 / 100
+    forecast = Forecast()
+    for _ in range(20):
+        forecast = forecast.after(
+            FirstToken(seconds=0.7, num_computed_tokens=50, computed_s=0.5), 0.0
+        )
+    assert least_slack.ahead_s(forecast) == pytest.approx(0.2)  # 0.7 s in all, 0.5 s of prefill
+    assert least_slack.ahead_s(Forecast()) == 0.0
+
+
+def test_least_slack_has_no_grace_and_late_ones_come_after_best_effort() -> None:
+    least_slack = order("least_slack", prefill_tokens_per_s=100.0)
+    late, free = ask(1.0, num_tokens=100, slo_ttft_s=1.0), ask(1.0)
+    assert least_slack.later_rank(late, 1.0) == 1.0  # slack 0 is not late
+    assert least_slack.later_rank(late, 1.1) == math.inf
+    assert 1e9 < least_slack.rank(free) < math.inf
+    resumed = ask(1.0, slo_ttft_s=1.0, emitted_token_ids=(1,))
+    assert least_slack.rank(resumed) == least_slack.rank(free)
+
+
+def test_weighted_shortest_prefill_is_weight_per_second_when_nothing_ages() -> None:
+    rank = order("weighted_shortest_prefill", doubling_s=0.0, prefill_tokens_per_s=100.0).rank
+    critical, normal = ask(num_tokens=400, priority=0), ask(num_tokens=100)
+    assert rank(critical) == rank(normal) == 1.0  # 4 s / 4, 1 s / 1
+    assert rank(ask(num_tokens=100, cost_budget=8.0)) == 1 / 8
+    assert rank(ask(num_tokens=100, priority=4)) == 4.0
+    assert rank(ask(num_tokens=100, cost_budget=0.0)) == 1024.0  # never infinite
+
+
+def test_a_wait_of_doubling_s_doubles_the_value() -> None:
+    rank = order("weighted_shortest_prefill", doubling_s=2.0, prefill_tokens_per_s=100.0).rank
+    waited = ask(0.0, num_tokens=800)
+    assert ascend(rank, ask(5.9, num_tokens=100), waited, ask(6.1, num_tokens=100))  # 2 * log2(8)
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 5000), st.integers(0, 4)), max_size=9))
+def test_the_fixed_rank_is_the_order_of_the_aged_value_at_any_time(drawn: Any) -> None:
+    rank = order("weighted_shortest_prefill", prefill_tokens_per_s=100.0).rank
+    requests = [ask(at, num_tokens=n, priority=level) for at, n, level in drawn]
+
+    def log_value(request: Any, now: float) -> float:
+        """log2 of weight / T_prefill * 2 ** (age / doubling_s)."""
+        static = (2 - request.priority) - math.log2(request.num_uncached_tokens / 100)
+        return static + (now - request.stamps.arrived_s) / 10.0
+
+    for now in (20.0, 50.0):
+        by_value = sorted(log_value(one, now) for one in requests)
+        ranked = [log_value(one, now) for one in sorted(requests, key=rank, reverse=True)]
+        assert ranked == pytest.approx(by_value, abs=1e-6)
+
+
+def test_hybrid_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="no request of a graph asks for an embedding yet"):
+        find_policy("hybrid", PolicySortOptions(policy="hybrid"))
+    with pytest.raises(GraphError, match="no request of a graph asks for an embedding yet"):
+        check_graph(graph_with("hybrid"), RESOLVER)
+
+
 def test_cost_optimized_is_smiths_rule() -> None:
     rank = order("cost_optimized").rank
     ratios = [(8.0, 10), (3.0, 6), (None, 4), (1.0, 30), (0.0, 1)]  # value / token descends
@@ -113,7 +197,9 @@ def test_a_policy_of_one_order_has_one_level() -> None:
 
 def test_the_table_names_each_policy_and_options_that_exist() -> None:
     for name, registered in POLICIES.items():
-        assert registered.policy.__name__ == name
+        made = registered.policy
+        parts = re.findall("[A-Z][a-z]*", made.__name__) if isinstance(made, type) else []
+        assert ("_".join(parts).lower() or made.__name__) == name
         assert registered.policy.__doc__
         for option in registered.uses:
             assert hasattr(PolicySortOptions(), option)

@@ -41,7 +41,7 @@ class FairShare:
 @pytest.fixture(autouse=True)
 def fair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(POLICIES, "_registered", {})
-    sagellm.register_policy("fair", FairShare)
+    sagellm.register_policy("fair_share", FairShare)
 
 
 def ask(name: str, user_id: str) -> Request:
@@ -53,7 +53,7 @@ def order_of(sort: Any) -> list[str]:
 
 
 def test_one_user_does_not_go_before_another_again_and_again(running: Any) -> None:
-    sort = running(build(PolicySortOptions("fair"), Setup("sort")))
+    sort = running(build(PolicySortOptions("fair_share"), Setup("sort")))
     for name, user in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b")):
         sort(Arrival(ask(name, user)))
     assert order_of(sort) == ["a1", "b1", "a2", "b2", "a3"]
@@ -61,7 +61,9 @@ def test_one_user_does_not_go_before_another_again_and_again(running: Any) -> No
 
 def test_its_options_come_from_the_graph(running: Any) -> None:
     sort = running(
-        build(PolicySortOptions("fair", policy_options={"tokens_per_share": 1.0}), Setup("sort"))
+        build(
+            PolicySortOptions("fair_share", policy_options={"tokens_per_share": 1.0}), Setup("sort")
+        )
     )
     sort(Arrival(ask("a1", "a")))
     sort(Arrival(ask("a2", "a")))
@@ -69,7 +71,7 @@ def test_its_options_come_from_the_graph(running: Any) -> None:
 
 
 def test_it_hears_of_what_was_sent(running: Any) -> None:
-    sort = running(build(PolicySortOptions("fair"), Setup("sort")))
+    sort = running(build(PolicySortOptions("fair_share"), Setup("sort")))
     first = ask("a1", "a")
     sort(Arrival(first))
     sort(OfferTaken(first))
@@ -80,8 +82,8 @@ def test_it_hears_of_what_was_sent(running: Any) -> None:
 @pytest.mark.parametrize(
     ("policy", "options", "says"),
     [
-        ("fair", {"tokens_per_shar": 1.0}, "did you mean `tokens_per_share`?"),
-        ("fair", {"tokens_per_share": 0.0}, "must be at least 1.0"),
+        ("fair_share", {"tokens_per_shar": 1.0}, "did you mean `tokens_per_share`?"),
+        ("fair_share", {"tokens_per_share": 0.0}, "must be at least 1.0"),
         ("fifo", {"x": 1}, "policy `fifo` has no options of its own"),
     ],
 )
