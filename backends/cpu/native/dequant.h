@@ -13,7 +13,7 @@
 #ifdef __AVX512BF16__
 /* Store 4 codes of each of 16 columns (16 x 4 signed bytes) as two rows of pairs: k and k + 1, then
  * k + 2 and k + 3. by[h], add[h]: the factors and offsets of columns 8 h to 8 h + 7, two each. A
- * code is converted as the upper byte of a number, so `by` is 2^-24 of the scale: both are exact. */
+ * code is converted as the upper byte of a number, so `by` is 2^-24 of the scale: both exact. */
 INLINE void store_pairs(__m512i codes, const __m512 by[2], const __m512 add[2], uint16_t *to) {
     const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     const __m128i first = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0, 13);
