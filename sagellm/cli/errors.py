@@ -41,6 +41,12 @@ class Failure(Exception):
     code: int = CONFIGURATION
 
 
+def simulation_failure(error: Exception, where: str) -> Failure:
+    """The failure of something that cannot be simulated: its message has the fix behind "give"."""
+    cause, _, fix = str(error).partition(": give ")
+    return Failure(cause, f"give {fix}" if fix else "see docs/simulation.md", where)
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The fix for an unknown name: suggests the nearest known name, or else lists all."""
     names = list(known)

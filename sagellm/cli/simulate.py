@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 
-from sagellm.cli.errors import Failure
+from sagellm.cli.errors import Failure, simulation_failure
 from sagellm.cli.graph_argument import (
     Assignments,
     Imports,
@@ -284,5 +284,4 @@ def _failures(graph: str) -> Iterator[None]:
     try:
         yield
     except SimulationError as error:
-        cause, _, fix = str(error).partition(": give ")
-        raise Failure(cause, f"give {fix}" if fix else "see docs/simulation.md", graph) from None
+        raise simulation_failure(error, graph) from None

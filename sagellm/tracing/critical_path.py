@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sagellm.runtime.core.decision_log import DecisionReader, shown_effects
-from sagellm.runtime.core.events import Arrived
+from sagellm.runtime.core.decision_log import shown_effects
+from sagellm.runtime.core.events import Arrived, Event
 from sagellm.runtime.messages import ChoiceKey, Request
 
 QUEUE, ENGINE_QUEUE, PREFILL, DECODE = "queue", "engine queue", "prefill", "decode"
@@ -128,10 +128,10 @@ class RequestPath:
             self.phases.append(PathPhase(name, begun_s, end_s, self.place))
 
 
-def request_paths(reader: DecisionReader) -> Iterator[RequestPath]:
-    """The path of each choice, when it has ended. Raises LogError."""
+def request_paths(log: Iterable[tuple[float, Event, bytes]]) -> Iterator[RequestPath]:
+    """The path of each choice, when it has ended. `log`: a DecisionReader. Raises LogError."""
     opened: dict[ChoiceKey, RequestPath] = {}
-    for now, event, effects in reader:
+    for now, event, effects in log:
         if isinstance(event, Arrived):
             for request in event.requests:
                 opened[request.key] = _opened(request)
