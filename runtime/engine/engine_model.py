@@ -11,11 +11,11 @@ from sagellm.runtime.engine.block_model import BlockModel, KeptBlocks
 from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.scheduler_model import SchedulerModel
 from sagellm.runtime.engine.step_cost import (
+    CostModel,
     ModelledRun,
     ModelledSequence,
     SequenceKey,
     SequenceProgress,
-    StepCost,
     step_shape,
 )
 from sagellm.runtime.messages import NORMAL, FinishReason
@@ -44,7 +44,7 @@ class EngineModel:
     """
 
     def __init__(
-        self, cost: StepCost, limits: Limits, *, num_blocks: int, block_size: int, span: int = 0
+        self, cost: CostModel, limits: Limits, *, num_blocks: int, block_size: int, span: int = 0
     ) -> None:
         self.num_changes = 0  # of the batch, on which the running time of the model depends
         self.num_steps = 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from sagellm.runtime.engine.block_model import CachedSpan
 from sagellm.runtime.messages import FinishReason
@@ -18,12 +18,46 @@ class StepShape(NamedTuple):
     tokens count as context instead. `num_prefill_pairs`: pairs of a prefill token and a token that
     it attends to, itself included. `num_decode_rows`: sequences that compute only their last
     sampled token. `num_context_tokens`: the sum of the context lengths of all rows after the step.
+    `num_prefill_rows`: sequences that compute prefill tokens. `num_prefill_context_tokens`: their
+    part of `num_context_tokens`.
     """
 
     num_prefill_tokens: int
     num_prefill_pairs: int
     num_decode_rows: int
     num_context_tokens: int
+    num_prefill_rows: int = 0
+    num_prefill_context_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """All computed tokens of the step."""
+        return self.num_prefill_tokens + self.num_decode_rows
+
+    @property
+    def num_rows(self) -> int:
+        """The sequences of the step."""
+        return self.num_prefill_rows + self.num_decode_rows
+
+    @property
+    def num_decode_context_tokens(self) -> int:
+        """The sum of the context lengths of decodes."""
+        return self.num_context_tokens - self.num_prefill_context_tokens
+
+
+class CostModel(Protocol):
+    """The time of a step as a pure function of its shape."""
+
+    def seconds(self, shape: StepShape) -> float:
+        """The duration of a step, in seconds."""
+        ...
+
+    def run_seconds(self, first: StepShape, num_steps: int) -> float:
+        """The duration, in seconds, of `num_steps` consecutive steps in which all rows decode.
+        `first` is the shape of the first step; each later step has one more context token in each
+        row. Its own running time does not grow with `num_steps`.
+        """
+        ...
 
 
 def step_shape(rows: Iterable[StepRow]) -> StepShape:
@@ -32,7 +66,7 @@ def step_shape(rows: Iterable[StepRow]) -> StepShape:
     A row of one token is a decode only after the whole prompt. The last token of a prompt that is
     computed in chunks is a prefill token.
     """
-    tokens = pairs = decodes = contexts = 0
+    tokens = pairs = decodes = contexts = prefills = prefill_contexts = 0
     for start, count, num_prompt in rows:
         contexts += start + count
         if count == 1 and start >= num_prompt:
@@ -40,7 +74,9 @@ def step_shape(rows: Iterable[StepRow]) -> StepShape:
         else:
             tokens += count
             pairs += count * start + count * (count + 1) // 2
-    return StepShape(tokens, pairs, decodes, contexts)
+            prefills += 1
+            prefill_contexts += start + count
+    return StepShape(tokens, pairs, decodes, contexts, prefills, prefill_contexts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from sagellm.runtime.engine.drafters import draft_folder
 from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
 from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.options import LOCAL_CAPABILITIES, EngineOptionError, EngineOptions
+from sagellm.runtime.engine.runner import EngineResources
 from sagellm.runtime.engine.sizing import engine_facts, facts_view, resized, size, sizes
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import resolve_model
@@ -29,7 +30,19 @@ def open_engine(
     sharing: Sharing | None = None,
     progress: Progress = silent,
 ) -> LocalEngine:
-    """Open one replica, ready for `run`: load weights, lower the kernel graph, allocate the pool.
+    """Open one replica, ready for `run`. Raises as `open_resources` does."""
+    resources = open_resources(options, replica=replica, sharing=sharing, progress=progress)
+    return LocalEngine(resources, name=name, replica=replica)
+
+
+def open_resources(
+    options: EngineOptions,
+    *,
+    replica: int = 0,
+    sharing: Sharing | None = None,
+    progress: Progress = silent,
+) -> EngineResources:
+    """Open the parts of one replica: load weights, lower the kernel graph, allocate the pool.
 
     `sharing`: how other processes reach the pool. `progress` is called with each event of the
     start. Blocks the thread for seconds. Raises EngineOptionError, ModelError, UnsupportedModel,
@@ -38,9 +51,10 @@ def open_engine(
     folder = resolve_model(options.model)
     device = open_device(options, replica)
     facts = engine_facts(options, folder, size(options, folder.facts, device.memory_bytes))
-    open_resources = importlib.import_module(_RESOURCES).open_resources
-    resources = open_resources(options, folder, facts, device, sharing, progress)
-    return LocalEngine(resources, name=name, replica=replica)
+    resources: EngineResources = importlib.import_module(_RESOURCES).open_resources(
+        options, folder, facts, device, sharing, progress
+    )
+    return resources
 
 
 def open_device(options: EngineOptions, replica: int = 0) -> Device:

@@ -3,7 +3,8 @@ cost model gives the time of each step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 import trio
 
@@ -11,17 +12,41 @@ from sagellm.backends import Sampled, get_backend
 from sagellm.backends.null import null_tokens
 from sagellm.graphs.vocabulary import KV_TRANSFER, RESUME, TOKENS_IN, TOKENS_OUT
 from sagellm.runtime.engine.batch import Batch, rows_of
+from sagellm.runtime.engine.costs.profile import (
+    CostedModel,
+    ProfileError,
+    cost_of,
+    profile_file,
+    read_profile,
+)
 from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
 from sagellm.runtime.engine.local_engine import LocalEngine
-from sagellm.runtime.engine.options import PagedOptions
+from sagellm.runtime.engine.options import EngineOptionError, PagedOptions
 from sagellm.runtime.engine.runner import EngineResources, StepLaunch
-from sagellm.runtime.engine.sizing import Sizing, engine_facts, facts_view, resized, size, sizes
-from sagellm.runtime.engine.step_cost import StepCost, StepShape, step_shape
+from sagellm.runtime.engine.sizing import (
+    Sizing,
+    engine_dtype,
+    engine_facts,
+    facts_view,
+    kv_blocks,
+    resized,
+    size,
+    sizes,
+)
+from sagellm.runtime.engine.step_cost import CostModel, StepCost, StepShape, step_shape
 from sagellm.runtime.kv.transport import BlockLocation, BlockPairs, SharedBlocks, Storage
-from sagellm.runtime.models.folder import ModelFolder, resolve_model
+from sagellm.runtime.models.folder import ModelFolder
+from sagellm.runtime.models.shapes import resolve_shape
 from sagellm.runtime.port import EngineFacts
 
 _CAPABILITIES = frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER, RESUME})
+_COSTS = (
+    "prefill_token_s",
+    "decode_step_s",
+    "prefill_pair_s",
+    "decode_row_s",
+    "context_token_s",
+)
 _BACKEND = "null"  # its devices have memory for any pool
 
 
@@ -38,7 +63,9 @@ class ModelledOptions(PagedOptions):
     token. `prefill_pair_s`: the cost of each pair of a computed prompt token and a token that it
     attends to. `decode_row_s`: the cost of each sequence that decodes. `context_token_s`: the cost
     of each token in the contexts of the step's sequences. `kv_bytes_per_s`: the speed of copies
-    between pools, in bytes a second.
+    between pools, in bytes a second. `profile`: a shipped profile or a file, which gives the cost
+    of steps instead. `tensor_parallel_size`: the devices that split each layer, for a profile of
+    a device. Raises EngineOptionError.
     """
 
     prefill_token_s: float = _cost(1e-4)
@@ -48,8 +75,26 @@ class ModelledOptions(PagedOptions):
     context_token_s: float = _cost(0.0)
     kv_bytes_per_s: float = field(default=10e9, metadata={"min": 1})
 
+    profile: str | None = None
+    tensor_parallel_size: int = field(default=1, metadata={"min": 1})
+
+    def __post_init__(self) -> None:
+        PagedOptions.__post_init__(self)
+        if self.profile is None:
+            if self.tensor_parallel_size > 1:
+                raise EngineOptionError("tensor_parallel_size needs a profile of a device")
+            return
+        for one in fields(self):
+            if one.name in _COSTS and getattr(self, one.name) != one.default:
+                raise EngineOptionError(
+                    f"{one.name}: profile {self.profile} gives the cost of steps; give one of both"
+                )
+
     @property
-    def cost(self) -> StepCost:
+    def cost(self) -> CostModel:
+        """Raises EngineOptionError, ModelError, UnsupportedModel."""
+        if self.profile is not None:
+            return _profiled(self, _changed_at(self.profile))
         return StepCost(
             self.decode_step_s,
             self.prefill_token_s,
@@ -67,16 +112,51 @@ class ModelledOptions(PagedOptions):
         return _CAPABILITIES
 
 
+def _changed_at(profile: str) -> int:
+    """When the file of a profile was written, in nanoseconds. Raises EngineOptionError."""
+    try:
+        return profile_file(profile).stat().st_mtime_ns
+    except (ProfileError, OSError) as error:
+        raise EngineOptionError(str(error)) from None
+
+
+@lru_cache(maxsize=64)
+def _profiled(options: ModelledOptions, changed_at: int) -> CostModel:
+    """The cost that a profile gives. Raises EngineOptionError, ModelError, UnsupportedModel."""
+    assert options.profile is not None
+    facts = modelled_folder(options).facts
+    kv_bytes = kv_blocks(options, facts).block_bytes / options.block_size
+    dtype = engine_dtype(options, facts)
+    model = CostedModel(options.model, facts, dtype, kv_bytes, options.tensor_parallel_size)
+    try:
+        folder = profile_file(options.profile).parent
+        return cost_of(read_profile(options.profile), model, folder)
+    except ProfileError as error:
+        raise EngineOptionError(str(error)) from None
+
+
+def modelled_folder(options: ModelledOptions) -> ModelFolder:
+    """The model of an engine with these options. One without files has any context limit.
+
+    Raises ModelError, UnsupportedModel.
+    """
+    folder = resolve_shape(options.model)
+    longest = max(folder.facts.max_model_len, options.max_model_len or 0)
+    if folder.path is not None or longest == folder.facts.max_model_len:
+        return folder
+    return replace(folder, facts=replace(folder.facts, max_model_len=longest))
+
+
 def modelled_facts(options: ModelledOptions) -> EngineFacts:
     """The facts of an engine with these options. Raises as `open_modelled` does."""
-    folder = resolve_model(options.model)
+    folder = modelled_folder(options)
     return engine_facts(options, folder, _size(options, folder))
 
 
 def open_modelled(options: ModelledOptions, *, name: str, replica: int = 0) -> LocalEngine:
     """Open one replica, ready for `run`. Raises EngineOptionError, ModelError, UnsupportedModel."""
     facts = modelled_facts(options)
-    vocab_size = resolve_model(options.model).facts.vocab_size
+    vocab_size = modelled_folder(options).facts.vocab_size
     resources = EngineResources(
         facts,
         options.limits,
@@ -111,7 +191,7 @@ class ModelledRunner:
     """
 
     vocab_size: int
-    cost: StepCost
+    cost: CostModel
     async_scheduling: bool = False
 
     def launch(self, batch: Batch, after: StepLaunch | None = None) -> ModelledLaunch:
@@ -177,7 +257,8 @@ async def _open(options: ModelledOptions, place: ReplicaPlace) -> LocalEngine:
 
 
 def _describe(options: ModelledOptions) -> EngineDescription:
-    folder = resolve_model(options.model)
+    _ = options.cost  # a faulty profile is found before the engine is opened
+    folder = modelled_folder(options)
     sizing = _size(options, folder)
     view = facts_view(options, folder, sizing, pool_bytes=0)
     return EngineDescription(view, options.model, folder, folder.warnings, sizes(options, sizing))

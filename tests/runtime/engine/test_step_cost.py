@@ -13,13 +13,13 @@ COST = StepCost(8.0, 4.0, 2.0, 1.0, 0.5)
 
 
 def test_a_chunk_attends_to_what_is_before_it():
-    assert step_shape([(16, 4, 100)]) == StepShape(4, 4 * 16 + 10, 0, 20)
+    assert step_shape([(16, 4, 100)]) == StepShape(4, 4 * 16 + 10, 0, 20, 1, 20)
 
 
 def test_the_last_token_of_a_prompt_is_a_prefill_token():
-    assert step_shape([(39, 1, 40)]) == StepShape(1, 40, 0, 40)
+    assert step_shape([(39, 1, 40)]) == StepShape(1, 40, 0, 40, 1, 40)
     assert step_shape([(40, 1, 40)]) == StepShape(0, 0, 1, 41)
-    assert step_shape([(0, 1, 1)]) == StepShape(1, 1, 0, 1)
+    assert step_shape([(0, 1, 1)]) == StepShape(1, 1, 0, 1, 1, 1)
 
 
 def test_an_answer_that_is_computed_again_is_prefill():

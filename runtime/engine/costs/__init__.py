@@ -1,0 +1,3 @@
+"""Cost models of steps: fitted to measurements, from a device's roofline, or from tables; and the
+profiles that hold them.
+"""
