@@ -120,7 +120,7 @@ def run(
     set_
         Change an option of the graph, as sort.policy=fifo; may be repeated.
     profile
-        The cost model of engines that compute: the file that `sagellm calibrate` wrote, or a name.
+        The cost model of engines that compute: a name, or a file (docs/profiles.md).
     seeds
         Run with so many seeds, and give means with standard deviations.
     sweep

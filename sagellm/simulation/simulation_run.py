@@ -204,8 +204,8 @@ def modelled_graph(point: SimulationPoint) -> Graph:
         kind = engine_kind(graph.engines[name])
         if kind != MODELLED and not point.profile:
             raise SimulationError(
-                f"engine {name}: kind {kind} has no cost model: give --profile NAME or a file of "
-                f"`sagellm calibrate`, or --set {name}.kind=modelled and its costs"
+                f"engine {name}: kind {kind} has no cost model: give --profile NAME or "
+                f"FILE, or --set {name}.kind=modelled and its costs"
             )
         if kind != MODELLED:
             changes |= {f"{name}.kind": MODELLED, f"{name}.profile": point.profile}
