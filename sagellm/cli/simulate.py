@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,14 +19,15 @@ from sagellm.cli.graph_argument import (
     Assignments,
     Imports,
     choose_graph,
-    import_code,
     parse_assignments,
 )
 from sagellm.cli.plotting import plotter, request_progress
 from sagellm.cli.replay_options import ReplayOptions, read_requests
+from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.load.report import Objective
 from sagellm.load.traces import FORMATS_FIX
 from sagellm.opening.decisions import DecisionFile
+from sagellm.opening.sources import graph_file
 from sagellm.runtime.simulation.timeline import SimulationError
 from sagellm.simulation.figures import (
     SimulationSummary,
@@ -156,14 +156,22 @@ def run(
         if sweep:
             points = list(sweep_points(base, _axes(sweep)))
             with request_progress(len(points)) as advance:
-                prepare = partial(import_code, import_)
-                found = measure_all(points, processes, prepare, lambda: advance(None))
+                imports = _imports(graph, chosen.ir, import_)
+                found = measure_all(points, processes, imports, lambda: advance(None))
             _show_sweep(points, found, results)
             if plots is not None:
                 plots.plot_sweep(results.plot, [dict(one.values) for one in points], found)
         else:
             _run_seeds(base, seeds, results, plots)
     return 0
+
+
+def _imports(name: str, graph: FrozenGraph, given: tuple[str, ...]) -> list[tuple[str, str]]:
+    """What another process must import for a graph, each with the folder of its path."""
+    own = graph.attrs.get("imports", ())
+    folder = str(graph_file(name).parent)
+    found = [(str(one), folder) for one in own] if isinstance(own, tuple) else []
+    return found + [(one, str(Path.cwd())) for one in given]
 
 
 def _run_seeds(base: SweepPoint, seeds: int, results: SimulationResults, plots: Any) -> None:

@@ -1,18 +1,35 @@
-"""Sweeps: one simulation for each combination of values, in as many processes as asked."""
+"""Sweeps: one simulation for each combination of values, in as many processes as asked.
 
-import multiprocessing
+`python -m sagellm.simulation.sweep` is one of these processes: a point on stdin, figures on stdout.
+"""
+
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import msgspec
 from msgspec import structs
 
+from sagellm.extensions import import_named
+from sagellm.graphs.text.codec import from_msgpack, to_msgpack
+from sagellm.graphs.text.yaml import Document
 from sagellm.load.report import Objective
+from sagellm.load.traces import PlannedRequest
+from sagellm.runtime.simulation.timeline import SimulationError
 from sagellm.simulation.figures import SimulationSummary, summarise
-from sagellm.simulation.simulation_run import SimulatedRun, SimulationPoint, simulate
+from sagellm.simulation.simulation_run import (
+    ReplicaFault,
+    SimulationPoint,
+    modelled_graph,
+    simulate,
+)
 
+UserImport: TypeAlias = tuple[str, str]  # the user's module or file, and the folder of its path
 SPEEDUP = "speedup"  # the axis that is no option of the graph: how fast the workload is played
 
 
@@ -40,31 +57,87 @@ def sweep_points(base: SweepPoint, axes: Mapping[str, Sequence[Any]]) -> Iterato
 
 
 def measure(point: SweepPoint) -> SimulationSummary:
-    return summarise(run_of(point), point.objective, point.prices)
-
-
-def run_of(point: SweepPoint) -> SimulatedRun:
-    return simulate(point.point)
+    return summarise(simulate(point.point), point.objective, point.prices)
 
 
 def measure_all(
     points: Sequence[SweepPoint],
     num_processes: int,
-    prepare: Callable[[], None],
+    imports: Sequence[UserImport],
     on_end: Callable[[], None],
 ) -> list[SimulationSummary]:
-    """Measure every point, in order. `prepare` runs first in each process: it imports what graphs
-    use. `on_end` is called after each point.
+    """Measure every point, in order. `imports`: the user's code that graphs use. `on_end` is called
+    after each point. Raises the errors of `simulate`.
     """
-    if num_processes <= 1 or len(points) <= 1:
-        found = []
-        for point in points:
-            found.append(measure(point))
-            on_end()
-        return found
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads of libraries
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=prepare) as pool:
-        running = [pool.submit(measure, point) for point in points]
-        for one in running:
-            one.add_done_callback(lambda _: on_end())
-        return [one.result() for one in running]
+    for point in points:
+        modelled_graph(point.point)  # a wrong point is refused before any runs
+    if num_processes == 1:
+        return [_ended(measure(point), on_end) for point in points]
+    with ThreadPoolExecutor(num_processes) as threads:
+        running = [threads.submit(_measure_elsewhere, point, imports) for point in points]
+        return [_ended(one.result(), on_end) for one in running]
+
+
+def _ended(summary: SimulationSummary, on_end: Callable[[], None]) -> SimulationSummary:
+    on_end()
+    return summary
+
+
+class _Job(msgspec.Struct):
+    """A point for another process."""
+
+    imports: list[UserImport]
+    graph: bytes
+    workload: list[PlannedRequest]
+    overrides: dict[str, Any]
+    profile: str
+    seed: int
+    link_latency_s: float
+    faults: list[ReplicaFault]
+    objective: Objective | None
+    prices: dict[str, float]
+
+
+def _measure_elsewhere(point: SweepPoint, imports: Sequence[UserImport]) -> SimulationSummary:
+    """Measure a point in a process of its own."""
+    one = point.point
+    job = _Job(
+        list(imports),
+        to_msgpack(one.document.graph),
+        list(one.workload),
+        dict(one.overrides),
+        one.profile,
+        one.seed,
+        one.link_latency_s,
+        list(one.faults),
+        point.objective,
+        dict(point.prices),
+    )
+    command = [sys.executable, "-m", "sagellm.simulation.sweep"]
+    done = subprocess.run(
+        command, input=msgspec.msgpack.encode(job), stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        raise SimulationError(f"the process of a point ended with code {done.returncode}")
+    return msgspec.msgpack.decode(done.stdout, type=SimulationSummary)
+
+
+def _work(content: bytes) -> bytes:
+    """Measure the point of a job, and return its figures."""
+    job = msgspec.msgpack.decode(content, type=_Job)
+    for name, folder in job.imports:
+        import_named(name, Path(folder))
+    point = SimulationPoint(
+        Document(from_msgpack(job.graph), {}),
+        job.workload,
+        job.overrides,
+        job.profile,
+        job.seed,
+        job.link_latency_s,
+        tuple(job.faults),
+    )
+    return msgspec.msgpack.encode(measure(SweepPoint({}, point, job.objective, job.prices)))
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(_work(sys.stdin.buffer.read()))

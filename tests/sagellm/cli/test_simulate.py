@@ -80,6 +80,23 @@ def test_a_sweep_in_two_processes_gives_the_same(simulate):
     assert simulate(*options, "--processes", "2") == simulate(*options)
 
 
+def test_another_process_imports_what_the_graph_uses(files, simulate):
+    (files / "own.py").write_text(
+        "import sagellm\n\n@sagellm.function('swept')\ndef swept(request):\n    return request\n"
+    )
+    own = "own: {op: map, function: swept}"
+    text = GRAPH.replace("operators:", f"imports: [own.py]\noperators:\n  {own}")
+    (files / "own.yaml").write_text(text.replace("source -> sort", "source -> own -> sort"))
+    options = ("--sweep", "speedup=1,2", "--processes", "2", "--json")
+    found = json.loads(simulate(*options, graph=str(files / "own.yaml")))
+    assert [one["served"] for one in found] == [20, 20]
+
+
+def test_a_sweep_with_a_wrong_point_runs_none(simulate):
+    options = ("--sweep", "sort.policy=fifo,fiffo", "--processes", "2")
+    assert "fiffo" in simulate(*options, code=2)
+
+
 def test_a_replica_that_dies_costs_time_and_no_request(simulate):
     whole = json.loads(simulate("--json", "--speedup", "10"))
     found = json.loads(simulate("--fault", "g:0@0.5+10", "--json", "--speedup", "10"))
