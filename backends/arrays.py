@@ -21,6 +21,8 @@ def opaque(name: str, num_bytes: int) -> np.dtype[np.void]:
 
 BFLOAT16 = opaque("bfloat16", 2)
 LARGE_PAGE = 2 << 20  # bytes
+_REGION = 64 << 20  # bytes; those that are never written take no memory
+_SMALL_PAGE = 4096
 _READ_AT_ONCE = 32 << 20  # bytes of a weight
 _PART_ROWS = 64  # whole panels of the kernels of every CPU
 _CONVERTED_AT_ONCE = 1 << 20  # numbers, so that the temporaries stay small
@@ -77,6 +79,27 @@ def empty_in_large_pages(num_elements: int, dtype: np.dtype[Any]) -> Array:
     except OSError:  # a Linux without large pages
         return np.empty(num_elements, dtype=dtype)
     return np.frombuffer(memory, dtype=dtype, count=num_elements, offset=start)
+
+
+class LargePages:
+    """Allocates uninitialised vectors that live equally long, one after another in large pages.
+
+    The memory is freed once no vector of a region is left.
+    """
+
+    def __init__(self) -> None:
+        self._region = np.empty(0, dtype=np.uint8)
+        self._used = 0
+
+    def empty(self, num_elements: int, dtype: np.dtype[Any]) -> Array:
+        """Allocate a vector that begins at a small page."""
+        num_bytes = num_elements * dtype.itemsize
+        begin = -(-self._used // _SMALL_PAGE) * _SMALL_PAGE
+        if begin + num_bytes > len(self._region):
+            size = -(-max(num_bytes, _REGION) // LARGE_PAGE) * LARGE_PAGE
+            self._region, begin = empty_in_large_pages(size, np.dtype(np.uint8)), 0
+        self._used = begin + num_bytes
+        return self._region[begin : self._used].view(dtype)
 
 
 def row_parts(weight: Array, free: Callable[[], None] | None = None) -> Iterator[slice]:

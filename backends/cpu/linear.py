@@ -6,7 +6,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from sagellm.backends.arrays import BFLOAT16, Array, Floats, empty_in_large_pages
+from sagellm.backends.arrays import BFLOAT16, Array, Floats, LargePages
 from sagellm.backends.cpu.native.c_structs import NativeLinear, NativePacking
 from sagellm.backends.cpu.native.library import KINDS, NativeKernels, PanelKind
 from sagellm.backends.interface import LoweringError
@@ -82,6 +82,8 @@ class PackingQueue:
         self._kernels = kernels
         self._threads = threads
         self._files = files
+        # In vectors of their own, the ends of weights would be in small pages: a tenth of a model.
+        self._memory = LargePages()
         # With the arrays that C reads and writes.
         self._waiting: list[tuple[NativePacking, Array, Array]] = []
         self._num_stored = self._num_copied = 0  # bytes in files and in memory
@@ -95,7 +97,7 @@ class PackingQueue:
             parts = [np.concatenate(parts)]
         num_cols, (size, dtype) = sum(map(len, parts)), (parts[0].shape[1], parts[0].dtype)
         num_bytes = self._kernels.packed_bytes(num_cols, size, kind)
-        packed = empty_in_large_pages(num_bytes // dtype.itemsize, dtype)
+        packed = self._memory.empty(num_bytes // dtype.itemsize, dtype)
         begin = 0
         for part in parts:
             self._put(part, kind, packed, begin)

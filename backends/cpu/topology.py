@@ -2,14 +2,13 @@
 Needs no torch.
 """
 
+import importlib
 import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 _ROOT = Path("/")
 
@@ -60,7 +59,9 @@ def usable_cores(root: Path = _ROOT, affinity: Collection[int] | None = None) ->
     """
     if affinity is None:
         if not hasattr(os, "sched_getaffinity"):  # no Linux
-            count = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+            count = (
+                importlib.import_module("psutil").cpu_count(logical=False) or os.cpu_count() or 1
+            )
             return CpuTopology(tuple((cpu,) for cpu in range(count)))
         affinity = os.sched_getaffinity(0)
     folder = root / "sys/devices/system/cpu"

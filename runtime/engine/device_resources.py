@@ -1,8 +1,10 @@
 """The resources of an engine that computes: program, KV pool, queue, tokenizer, drafter."""
 
+import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from sagellm.backends import Device, KVLayout, Program, get_backend
@@ -12,12 +14,12 @@ from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import PlaceLayers
 from sagellm.runtime.engine.drafters import DraftLimits, ModelDrafter, NgramDrafter, draft_folder
+from sagellm.runtime.engine.grammar_queue import LateCompiler
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.output import IncrementalDetokenizer, OutputText
 from sagellm.runtime.engine.runner import DeviceQueue, DeviceRunner, EngineResources, OpenOutputText
 from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks, kv_dtype
 from sagellm.runtime.engine.speculation import Drafter, Speculation
-from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.kv.memory import DeviceStorage, PoolBytes
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transport import Sharing
@@ -27,6 +29,11 @@ from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.models.stored_weights import open_weights, weight_names
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.port import EngineFacts
+
+if TYPE_CHECKING:
+    from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
+
+_COMPILER = "sagellm.runtime.grammars.grammar_compiler"  # imported with the first grammar
 
 # Engines of one process that compute the same function share weights and program, as long as one
 # of them lives. Programs never change, so no entry can go stale.
@@ -65,7 +72,7 @@ def open_resources(
         eos_token_ids,
         _output_text_opener(tokenizer),
         _speculation(options, folder, facts, device, runner),
-        GrammarCompiler(tokenizer, folder.facts.vocab_size, eos_token_ids),
+        _grammars(tokenizer, folder.facts.vocab_size, eos_token_ids),
     )
     release_freed_memory()
     return resources
@@ -113,6 +120,16 @@ class _TokenizerBeside:
     def _read(self) -> Tokenizer | None:
         self._may_read.wait()
         return None if self._is_over else load_tokenizer(self._folder)
+
+
+def _grammars(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> LateCompiler:
+    def make() -> "GrammarCompiler":
+        compiler: GrammarCompiler = importlib.import_module(_COMPILER).GrammarCompiler(
+            tokenizer, vocab_size, eos_token_ids
+        )
+        return compiler
+
+    return LateCompiler(make)
 
 
 def _speculation(

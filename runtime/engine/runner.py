@@ -11,10 +11,10 @@ import trio
 from sagellm.backends import Device, KVStorage, Program, Queue, Sampled, Ticket
 from sagellm.runtime.containers import LogHistogram
 from sagellm.runtime.engine.batch import Batch, step_batch
+from sagellm.runtime.engine.grammar_queue import LateCompiler
 from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.output import OutputText
 from sagellm.runtime.engine.speculation import Speculation
-from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
 from sagellm.runtime.kv.transport import Storage
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import EngineFacts, EngineHealth
@@ -210,7 +210,7 @@ class EngineResources:
     eos_token_ids: frozenset[int] = frozenset()
     open_output_text: OpenOutputText | None = None
     speculation: Speculation | None = None
-    grammars: GrammarCompiler | None = None
+    grammars: LateCompiler | None = None
 
     @property
     def async_scheduling(self) -> bool:

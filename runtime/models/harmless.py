@@ -60,8 +60,11 @@ def check_decoder(name: str, tokenizer: Tokenizer) -> None:
         raise ModelError(cause, "see that it is the one that the model was published with")
 
 
+_Vocabulary: TypeAlias = dict[str, int] | list[tuple[str, float]]
+
+
 class _Model(msgspec.Struct):
-    vocab: dict[str, int] | list[tuple[str, float]] = {}
+    vocab: msgspec.Raw = msgspec.Raw(b"{}")  # a `_Vocabulary`, which takes long to decode
 
 
 class _Added(msgspec.Struct):
@@ -108,15 +111,28 @@ def read_parts(name: str, path: Path) -> TokenizerParts:
     """
     try:
         parts = msgspec.json.decode(path.read_bytes(), type=TokenizerParts)
+        tokens = _long_tokens(bytes(parts.model.vocab))
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"model {name}: {path} cannot be read: {error}") from error
-    vocab = parts.model.vocab
-    tokens = vocab if isinstance(vocab, dict) else [text for text, _ in vocab]
     longest = max(map(len, [*tokens, *(added.content for added in parts.added_tokens)]), default=0)
     if longest > MAX_TOKEN_CHARS:
         cause = f"model {name}: {path} has a token of {longest} characters"
         raise ModelError(cause, f"at most {MAX_TOKEN_CHARS} are read; download it again")
     return parts
+
+
+def _long_tokens(vocab: bytes) -> list[str]:
+    """The tokens of a vocabulary in JSON; an empty list if all tokens are surely short.
+
+    Raises msgspec.MsgspecError for a vocabulary that has to be decoded and is none.
+    """
+    # No text between two quotes is shorter than its token. A quote that ends a token after a
+    # backslash is replaced too, which only makes the text longer.
+    texts = vocab.replace(rb"\"", b"..").split(b'"')
+    if max(map(len, texts)) <= MAX_TOKEN_CHARS:
+        return []
+    found = msgspec.json.decode(vocab, type=_Vocabulary)
+    return list(found) if isinstance(found, dict) else [text for text, _ in found]
 
 
 def _state(component: Any) -> Component | None:

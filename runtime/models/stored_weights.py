@@ -73,6 +73,7 @@ class SafetensorsWeights(Mapping[str, Array]):
         self._unreturned_bytes = 0
         self._progress = progress
         self._read_bytes = self._told_bytes = 0
+        self._is_counted = False  # the caller reads files itself, and calls `count_read`
         for file, promised in shard_files(folder.name, folder.path).items():
             held = self._open(folder.path / file, file)
             missing = sorted(set(promised) - set(held))
@@ -89,7 +90,7 @@ class SafetensorsWeights(Mapping[str, Array]):
             raise ModelError(f"model {self._folder}: {cause}")
         if self._unreturned_bytes >= _HELD_BYTES:
             self.give_back()
-        if self._read_bytes - self._told_bytes >= _HELD_BYTES:
+        if not self._is_counted and self._read_bytes - self._told_bytes >= _HELD_BYTES:
             self._tell()
         self._unreturned_bytes += tensor.num_bytes
         self._read_bytes += tensor.num_bytes
@@ -109,8 +110,9 @@ class SafetensorsWeights(Mapping[str, Array]):
     def file_place(self, array: Array) -> tuple[int, int] | None:
         """The descriptor of a file, valid as long as this object, and the offset of a contiguous
         array in it. The caller reads the file, and leaves the pages of the array alone. None: the
-        array is no view of a file.
+        array is no view of a file. From the first call on, only `count_read` reports progress.
         """
+        self._is_counted = True
         begin = array.ctypes.data
         for address, num_bytes, descriptor in self._files:
             if address <= begin and begin + array.nbytes <= address + num_bytes:

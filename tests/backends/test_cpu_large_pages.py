@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sagellm.backends.arrays import LARGE_PAGE, empty_in_large_pages
+from sagellm.backends.arrays import LARGE_PAGE, LargePages, empty_in_large_pages
 
 THERE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -79,3 +79,36 @@ def test_the_memory_is_private():
             assert access == "rw-p"
             return
     raise AssertionError("no mapping has the array")
+
+
+SIZES = (1, LARGE_PAGE + 3, 5000, 70 << 20, 4096, 30 << 20, 40 << 20)
+
+
+def test_vectors_of_one_memory_keep_their_numbers():
+    memory = LargePages()
+    vectors = [memory.empty(size, np.dtype(np.uint8)) for size in SIZES]
+    for number, vector in enumerate(vectors):
+        vector[...] = number
+    for number, (vector, size) in enumerate(zip(vectors, SIZES, strict=True)):
+        assert (len(vector), vector.min(), vector.max()) == (size, number, number)
+        assert vector.ctypes.data % 4096 == 0
+
+
+def test_a_vector_keeps_the_region_that_its_memory_has_left():
+    memory = LargePages()
+    first = memory.empty(1000, np.dtype(np.float32))
+    first[...] = 7
+    memory.empty(70 << 20, np.dtype(np.uint8))
+    del memory
+    assert first.dtype == np.float32
+    assert set(first) == {7}
+
+
+@pytest.mark.skipif(not THERE.exists(), reason="a Linux without large pages")
+@pytest.mark.parametrize("size", [1000, 3 * LARGE_PAGE // 2, 70 << 20])
+def test_the_end_of_a_vector_may_be_in_a_large_page(size):
+    vector = LargePages().empty(size, np.dtype(np.uint8))
+    for address in (vector.ctypes.data, vector.ctypes.data + size - 1):
+        page = address // LARGE_PAGE * LARGE_PAGE
+        assert "hg" in mapping_at(page)["VmFlags"].split()
+        assert "hg" in mapping_at(page + LARGE_PAGE - 1)["VmFlags"].split()

@@ -56,6 +56,19 @@ def test_the_first_token_needs_no_heavy_package() -> None:
     assert sorted(loaded & NOT_NEEDED) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="psutil says what Linux has in /proc")
+def test_an_engine_loads_neither_what_grammars_need_nor_psutil() -> None:
+    code = (
+        "import sys; from sagellm.runtime.engine.kinds.local import open_engine; "
+        "from sagellm.runtime.engine.options import EngineOptions; "
+        "open_engine(EngineOptions(model='sage-tiny'), name='e'); print(*sys.modules); "
+        "import os; sys.stdout.flush(); os._exit(0)"
+    )
+    loaded = set(said(code, "").split())
+    assert "numpy" in loaded
+    assert sorted(loaded & {"llguidance", "psutil"}) == []
+
+
 @pytest.mark.parametrize("is_enabled", [True, False])
 def test_an_import_collects_garbage_once_at_most_and_leaves_the_collector_as_it_was(
     is_enabled: bool,

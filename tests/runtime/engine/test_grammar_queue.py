@@ -1,6 +1,7 @@
 """What happens while a grammar is compiled: no other sequence waits, and any sequence may end."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +14,8 @@ from sagellm.runtime.engine import grammar_queue
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.grammars import choice_grammar, grammar_compiler
+from sagellm.runtime.grammars.grammar_compiler import GrammarCompiler
+from sagellm.runtime.models.tokenizer import ByteTokenizer
 from sagellm.runtime.sampling import Grammar, Sampling
 
 PROMPTS = random_prompts((5, 17))
@@ -50,6 +53,29 @@ def held(engine):
     queue = engine._loop.grammars
     queue._compiler = HeldCompiler(queue._compiler, threading.Event(), threading.Event())
     return queue._compiler
+
+
+def test_calls_that_come_together_make_one_compiler():
+    inside, may_go_on = threading.Event(), threading.Event()
+    made = []
+
+    def make():
+        made.append(GrammarCompiler(ByteTokenizer(), 256, frozenset()))
+        inside.set()
+        assert may_go_on.wait(30)
+        return made[-1]
+
+    compiler = grammar_queue.LateCompiler(make)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(compiler.open)
+        assert inside.wait(30)
+        inside.clear()
+        second = threads.submit(compiler.open)
+        assert not inside.wait(0.2)  # the second call waits for the first
+        may_go_on.set()
+        first.result(30)
+        second.result(30)
+    assert len(made) == 1
 
 
 async def test_no_other_sequence_waits_for_a_grammar(folder):

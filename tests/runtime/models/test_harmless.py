@@ -18,6 +18,7 @@ from tokenizers import (
 
 from sagellm.runtime.models.folder import BUILT_IN, ModelError
 from sagellm.runtime.models.harmless import (
+    MAX_TOKEN_CHARS,
     TokenizerParts,
     check_decoder,
     encodes_harmlessly,
@@ -128,6 +129,31 @@ def _read(folder: Path, tokenizer: Tokenizer) -> TokenizerParts:
     file = folder / "tokenizer.json"
     file.write_text(tokenizer.to_str())
     return read_parts("m", file)
+
+
+LONGEST = MAX_TOKEN_CHARS
+CHARACTERS = ["a", "\\", '"', "\x01", "\u00e9", "\N{GRINNING FACE}"]
+
+
+@pytest.mark.parametrize("is_ascii", [True, False])
+@pytest.mark.parametrize("character", CHARACTERS)
+def test_a_token_is_measured_in_characters(tmp_path: Path, character: str, is_ascii: bool) -> None:
+    file = tmp_path / "tokenizer.json"
+    for size in (LONGEST, LONGEST + 1):
+        numbers = dict.fromkeys((*"ab\\", character * size), 0)
+        for vocab in (numbers, list(numbers.items())):
+            file.write_text(json.dumps({"model": {"vocab": vocab}}, ensure_ascii=is_ascii))
+            if size == LONGEST:
+                read_parts("m", file)
+                continue
+            with pytest.raises(ModelError, match=f"has a token of {size} characters"):
+                read_parts("m", file)
+
+
+def test_a_long_vocabulary_of_short_tokens_that_end_in_backslashes_is_read(tmp_path: Path) -> None:
+    vocab = {f"{number}\\": number for number in range(LONGEST)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    read_parts("m", tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("parts", GROWING.values(), ids=GROWING)
