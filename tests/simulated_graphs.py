@@ -131,7 +131,7 @@ class Simulation:
     def __init__(self, text, options=OPTIONS, *, replicas=2, block_len=0):
         graph = load(text, file="graph.yaml").graph
         self.timeline, hasher, self.outcome = Timeline(), TraceHasher(), Outcome()
-        self.links = Links(self.timeline, bytes_per_s=options.kv_bytes_per_s)
+        self.links = Links(self.timeline, dict.fromkeys(graph.engines, options.kv_bytes_per_s))
         self.engines = {
             name: tuple(
                 open_simulated(

@@ -140,6 +140,7 @@ def _digest(request: Request) -> bytes:
     The seed and the client are left out: a crash rarely depends on them.
     """
     sampling = msgspec.structs.replace(request.sampling, seed=None)
-    prompt = request.prompt_token_ids or (request.prompt, request.messages)
+    # The prompt of a simulation is a sequence of its own type, which msgspec does not know.
+    prompt = tuple(request.prompt_token_ids) or (request.prompt, request.messages)
     content = msgspec.msgpack.encode((prompt, sampling))
     return hashlib.blake2b(content, digest_size=16).digest()

@@ -192,6 +192,10 @@ class KeptBlocks:
         """Keep the blocks of a sequence that has ended."""
         self._kept[key] = holder
 
+    def has(self, key: tuple[str, int]) -> bool:
+        """Whether blocks are kept under a key, or will be."""
+        return key in self._kept or key in self._waiting
+
     def take(self, key: tuple[str, int]) -> BlockHolder | None:
         """The blocks that are kept under a key, which the caller now owns."""
         return self._kept.pop(key, None)

@@ -108,16 +108,13 @@ class EngineModel:
         self._catch_up(now)
         self._num_arrivals += 1
         self.kept.reserve(key, self._num_arrivals, num_tokens)
-        self._scheduler.grant()
-        self._cut_run(now)
+        self._grant(now)
 
     def release(self, key: SequenceKey, now: float) -> None:
         """Free the blocks that are held or reserved under a key; an unknown key is ignored."""
         self._catch_up(now)
         self.kept.release(key)
-        self._scheduler.grant()
-        if self._scheduler.waiting or self.kept.first_arrival is not None:
-            self._cut_run(now)
+        self._grant(now)
 
     def cancel(self, key: SequenceKey, now: float) -> None:
         """End a sequence, at once or after the step that computes it. Ignores an unknown key."""
@@ -138,11 +135,13 @@ class EngineModel:
         return progress
 
     def emptied(self, now: float) -> "EngineModel":
-        """A new model as this was at first, with this one's counters of steps and times."""
+        """A new model with an empty pool, which goes on with the counters of this one."""
         blocks, limits = self.blocks, self._scheduler.limits
         sizes = {"num_blocks": blocks.num_blocks, "block_size": blocks.block_size}
         other = EngineModel(self._cost, limits, **sizes, span=blocks.span)
         other.num_steps, other.busy_s, other.gaps = self.num_steps, self.busy_s, self.gaps
+        other.blocks.num_evicted = blocks.num_evicted
+        other._scheduler.count_on(self._scheduler)
         other._time_s = now
         return other
 
@@ -203,6 +202,17 @@ class EngineModel:
                 self._time_s = max(self._time_s, now)
                 return
 
+    def _grant(self, now: float) -> None:
+        """Grant reservations. The steps under way take their blocks first: the run is cut to them,
+        because the batch may change after it.
+        """
+        self._cut_run(now)
+        if self._run is not None:
+            for sequence, _ in self._run.rows:
+                if sequence.is_decoding:
+                    self.blocks.grow(sequence, sequence.num_known + self._run.num_steps - 1)
+        self._scheduler.grant()
+
     @property
     def _can_start(self) -> bool:
         return bool(self._sequences) and not self._is_stuck
@@ -245,18 +255,16 @@ class EngineModel:
         self._run, self._time_s = None, run.end_s
         self.num_steps += run.num_steps
         self.busy_s += run.end_s - run.begun_s
-        num_gaps = 0
+        step_s = (run.end_s - run.begun_s) / run.num_steps
         for sequence, count in run.rows:
             is_sampling = count == sequence.num_pending
-            num_gaps += run.num_steps if is_sampling and sequence.has_reported else 0
+            if is_sampling:
+                self._count_gaps(sequence, run, step_s)
             sequence.num_computed += count + run.num_steps - 1
             self.blocks.grow(sequence, sequence.num_computed)
             self.blocks.publish(sequence, sequence.num_computed)
             # A sequence that was cancelled during the step does not emit the token of the step.
             sequence.num_emitted += run.num_steps - sequence.is_cancelled if is_sampling else 0
-        if num_gaps:
-            bucket = bucket_of((run.end_s - run.begun_s) / run.num_steps)
-            self.gaps[bucket] = self.gaps.get(bucket, 0) + num_gaps
         for sequence, _ in run.rows:
             if sequence.is_cancelled:
                 self._end(sequence, run.end_s, "cancelled")
@@ -266,6 +274,23 @@ class EngineModel:
                 self._report(sequence, run.end_s)
         if not self._sequences:
             self._scheduler.grant()
+
+    def _count_gaps(self, sequence: ModelledSequence, run: ModelledRun, step_s: float) -> None:
+        """Count the times between the tokens of a sequence. The first of a run may be longer than a
+        step: the sequence was preempted, or others took its turn.
+        """
+        num_gaps = run.num_steps
+        if sequence.last_s != run.begun_s:
+            num_gaps -= 1
+            if sequence.has_reported:
+                self._count_gap(run.begun_s + step_s - sequence.last_s, 1)
+        self._count_gap(step_s, num_gaps)
+        sequence.last_s = run.end_s
+
+    def _count_gap(self, seconds: float, number: int) -> None:
+        if number:
+            bucket = bucket_of(seconds)
+            self.gaps[bucket] = self.gaps.get(bucket, 0) + number
 
     def _num_alike(self, decodes: list[ModelledSequence]) -> int:
         """The number of steps in which the same sequences decode: until one ends or the pool is

@@ -43,6 +43,8 @@ class SchedulerModel:
         decodes = self._grow_decodes()
         if self.num_preemptions == num_preemptions:
             decodes += self._admit()
+        else:  # a new sequence would take the blocks that the preemption has just freed
+            self._starved = self.waiting[0].rank[1]
         self.grant()
         leased = self.blocks.num_blocks - self.blocks.num_available
         self.peak_leased_blocks = max(self.peak_leased_blocks, leased)
@@ -50,6 +52,13 @@ class SchedulerModel:
         rows = self._rows(decodes, prefills)
         is_alike = len(rows) == len(decodes) and not prefills
         return rows, is_alike and self.num_preemptions == num_preemptions
+
+    def count_on(self, before: "SchedulerModel") -> None:
+        """Go on with the counters of the scheduler that this one replaces."""
+        self.num_preemptions = before.num_preemptions
+        self.num_queried_tokens = before.num_queried_tokens
+        self.num_hit_tokens = before.num_hit_tokens
+        self.peak_leased_blocks = before.peak_leased_blocks
 
     def queue(self, sequence: ModelledSequence) -> None:
         insort(self.waiting, sequence, key=lambda waiting: waiting.rank)

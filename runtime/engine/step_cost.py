@@ -152,6 +152,7 @@ class ModelledSequence:
     holds: bool = False
     was_admitted: bool = False
     begun_s: float | None = None  # the beginning of its first step
+    last_s: float = -1.0  # the time of its latest token; negative: none yet
 
     @property
     def num_known(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from sagellm.runtime.engine.block_model import BlockModel
 from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged
-from sagellm.runtime.simulation.prompts import sub_hash
+from sagellm.runtime.simulation.prompts import PromptHasher
 
 
 class CacheReports:
@@ -14,7 +14,8 @@ class CacheReports:
     `block_size`: the tokens of a block of the engine.
     """
 
-    def __init__(self, place: EngineReplica, block_size: int) -> None:
+    def __init__(self, place: EngineReplica, block_size: int, hasher: PromptHasher) -> None:
+        self._hasher = hasher
         self._place = place
         self._block_size = block_size
         self._tell: OnCacheChanged | None = None
@@ -60,6 +61,5 @@ class CacheReports:
         )
 
     def _packed(self, blocks: BlockModel, keys: Iterable[bytes]) -> bytes:
-        num_parts = max(1, blocks.span // self._block_size)
-        parts = range(num_parts)
-        return b"".join(sub_hash(key, part, num_parts) for key in keys for part in parts)
+        num_parts = blocks.span // self._block_size
+        return b"".join(part for key in keys for part in self._hasher.parts(key, num_parts))

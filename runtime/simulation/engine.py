@@ -94,7 +94,7 @@ class SimulatedEngine:
         self._granting: dict[ChoiceKey, SimulatedFlag] = {}
         self._due_s = float("inf")
         self._is_up = True
-        self._reports = CacheReports(place, facts.block_size)
+        self._reports = CacheReports(place, facts.block_size, hasher)
 
     # ---- the port ----------------------------------------------------------------------------
 
@@ -115,10 +115,12 @@ class SimulatedEngine:
         is_held = state.hold_kv and most > num_emitted + 1
         self._open[key] = _Open(state, num_prompt, num_emitted, is_held)
         if num_emitted >= most:
+            self.model.release(key, self._timeline.now)  # the blocks of its lease
             self._post(SequenceProgress(key, 0, self._timeline.now, "length"))
             return
-        span = self.model.blocks.span
-        keys = self._hasher.keys(prompt, span) if span and isinstance(prompt, TracePrompt) else ()
+        keys: tuple[bytes, ...] = ()
+        if self.model.blocks.span and isinstance(prompt, TracePrompt):
+            keys = self._hasher.keys(prompt, self.facts.block_size)
         self.model.submit(
             key,
             self._timeline.now,
@@ -253,6 +255,7 @@ class SimulatedEngine:
         self._held.clear()
         self._targets.clear()
         self._due_s = float("inf")
+        self._links.drop(self.place)
         for flag in self._granting.values():
             flag.set()
         for owner, events in lost.items():

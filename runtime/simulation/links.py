@@ -1,8 +1,10 @@
 """Links between pools of KV blocks: a bandwidth, a latency, and contention."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sagellm.runtime.messages import EngineReplica
+from sagellm.runtime.port import EngineLost
 from sagellm.runtime.simulation.timeline import SimulatedFlag, Timeline
 
 
@@ -13,20 +15,22 @@ class _Transfer:
     num_bytes: float  # still to be moved
     done: SimulatedFlag
     bytes_per_s: float = 0.0
+    lost: EngineReplica | None = None
 
 
 class Links:
-    """Every replica has one port, which sends and receives `bytes_per_s` each.
+    """Every replica has one port, which sends and receives at the speed of its engine.
 
     The transfers of a port share it equally: a transfer moves at the lower of its shares at the
-    sender and at the receiver. Each begins after `latency_s`.
+    sender and at the receiver. Each begins after `latency_s`. `bytes_per_s`: by engine.
     """
 
-    def __init__(self, timeline: Timeline, *, bytes_per_s: float, latency_s: float = 0.0) -> None:
+    def __init__(
+        self, timeline: Timeline, bytes_per_s: Mapping[str, float], *, latency_s: float = 0.0
+    ) -> None:
         self.num_bytes = 0.0  # moved so far
-        self.busy_s: dict[EngineReplica, float] = {}  # of the sending port of each replica
         self._timeline = timeline
-        self._bytes_per_s = bytes_per_s
+        self._bytes_per_s = dict(bytes_per_s)
         self._latency_s = latency_s
         self._transfers: list[_Transfer] = []
         self._moved_at_s = 0.0
@@ -35,7 +39,9 @@ class Links:
     async def transfer(
         self, sender: EngineReplica, receiver: EngineReplica, num_bytes: float
     ) -> None:
-        """Move bytes from one replica to another. A cancellation ends the transfer."""
+        """Move bytes from one replica to another. A cancellation ends the transfer. Raises
+        EngineLost if a replica dies meanwhile.
+        """
         if self._latency_s:
             await self._timeline.sleep(self._latency_s)
         transfer = _Transfer(sender, receiver, num_bytes, self._timeline.flag())
@@ -49,13 +55,23 @@ class Links:
                 self._move()
                 self._transfers.remove(transfer)
                 self._plan()
+        if transfer.lost is not None:
+            raise EngineLost(*transfer.lost)
+
+    def drop(self, replica: EngineReplica) -> None:
+        """End the transfers of a replica that has died."""
+        self._move()
+        for transfer in tuple(self._transfers):
+            if replica in (transfer.sender, transfer.receiver):
+                transfer.lost = replica
+                self._transfers.remove(transfer)
+                transfer.done.set()
+        self._plan()
 
     def _move(self) -> None:
         """Move what the transfers have moved since the last change."""
         seconds = self._timeline.now - self._moved_at_s
         self._moved_at_s = self._timeline.now
-        for sender in {transfer.sender for transfer in self._transfers}:
-            self.busy_s[sender] = self.busy_s.get(sender, 0.0) + seconds
         for transfer in self._transfers:
             moved = min(transfer.num_bytes, transfer.bytes_per_s * seconds)
             transfer.num_bytes -= moved
@@ -69,8 +85,11 @@ class Links:
         receivers = [transfer.receiver for transfer in self._transfers]
         first_s = float("inf")
         for transfer in self._transfers:
-            sharing = max(senders.count(transfer.sender), receivers.count(transfer.receiver))
-            transfer.bytes_per_s = self._bytes_per_s / sharing
+            sender, receiver = transfer.sender, transfer.receiver
+            transfer.bytes_per_s = min(
+                self._bytes_per_s[sender.engine] / senders.count(sender),
+                self._bytes_per_s[receiver.engine] / receivers.count(receiver),
+            )
             first_s = min(first_s, transfer.num_bytes / transfer.bytes_per_s)
         if self._transfers:
             self._timeline.at(self._timeline.now + first_s, lambda: self._end(number))
@@ -79,7 +98,8 @@ class Links:
         if number != self._number:
             return
         self._move()
-        ended = [one for one in self._transfers if one.num_bytes <= 1e-6 * self._bytes_per_s]
+        # What is left is less than a millionth of a second: an error of rounding.
+        ended = [one for one in self._transfers if one.num_bytes <= 1e-6 * one.bytes_per_s]
         for transfer in ended:
             self._transfers.remove(transfer)
             transfer.done.set()

@@ -28,7 +28,8 @@ def open_simulated(
     if block_len % facts.block_size:
         raise SimulationError(
             f"engine {place.engine}: block_size: {facts.block_size} does not divide the "
-            f"{block_len} tokens of a block of the trace; give a divisor"
+            f"{block_len} tokens of a block of the trace",
+            f"give a block_size that divides {block_len}",
         )
     limits = options.limits
     model = EngineModel(
@@ -36,6 +37,6 @@ def open_simulated(
         limits,
         num_blocks=facts.num_blocks,
         block_size=facts.block_size,
-        span=hasher.span(block_len, facts.block_size) if limits.prefix_caching else 0,
+        span=block_len if limits.prefix_caching else 0,
     )
     return SimulatedEngine(timeline, facts, model, place, links=links, hasher=hasher)

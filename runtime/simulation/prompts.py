@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 from sagellm.runtime.messages import Request
-from sagellm.runtime.prefixes import HASH_BYTES, BlockHashes, Hasher, PromptHashes, hash_secret
+from sagellm.runtime.prefixes import HASH_BYTES, BlockHashes, Hasher, PromptHashes
 
 _VOCABULARY = 256  # token ids of simulated prompts lie below: every model has these
 _NO_KEY = bytes(HASH_BYTES)
+_KEY = bytes(32)  # no secret: equal simulations have equal hashes
 _MASK = (1 << 8 * HASH_BYTES) - 1
 
 
@@ -58,19 +59,25 @@ class PromptHasher(Hasher):
     """Hashes the tokens of prompts, as engines do: a replay of the decisions finds equal hashes."""
 
     def __init__(self) -> None:
-        super().__init__(hash_secret())
+        super().__init__(_KEY)
+        self._parts: dict[bytes, tuple[bytes, ...]] = {}  # key of a block -> hashes of its parts
 
-    def span(self, block_len: int, block_size: int) -> int:
-        """The tokens of one key, in an engine with blocks of `block_size` tokens."""
-        return block_size if block_len else 0
-
-    def keys(self, prompt: TracePrompt, span: int) -> tuple[bytes, ...]:
-        """A key for each span of a prompt that others may share. Equal keys mean equal tokens up to
-        its end.
+    def keys(self, prompt: TracePrompt, block_size: int) -> tuple[bytes, ...]:
+        """A key for each block of a prompt that others may share. Equal keys mean equal tokens up
+        to the end of the block. `block_size`: the tokens of a block of the engine.
         """
-        hashes = PromptHashes(tuple(prompt), "", span, self.key)
-        num_shared = len(prompt.block_ids) * prompt.block_len // span
-        return tuple(hashes[index] for index in range(min(num_shared, hashes.num_blocks)))
+        # One token more, because the hashes of a prompt leave a block out that its last token ends.
+        hashes, found = PromptHashes((*prompt, 0), "", block_size, self.key), []
+        num_parts = prompt.block_len // block_size
+        for block in range(len(prompt.block_ids)):
+            parts = tuple(hashes[block * num_parts + part] for part in range(num_parts))
+            self._parts[parts[-1]] = parts
+            found.append(parts[-1])
+        return tuple(found)
+
+    def parts(self, key: bytes, num_parts: int) -> tuple[bytes, ...]:
+        """The hashes of the blocks of the engine that hold the block of a key."""
+        return self._parts[key]
 
 
 class TraceHasher(PromptHasher):
@@ -81,16 +88,13 @@ class TraceHasher(PromptHasher):
         self._keys: dict[tuple[bytes, int], bytes] = {}  # (key of the parent, block id) -> key
         self._latest: tuple[object, tuple[bytes, ...]] = (None, ())
 
-    def span(self, block_len: int, block_size: int) -> int:
-        return block_len
-
     def hashes(self, request: Request, block_size: int) -> BlockHashes:
         prompt = request.prompt_token_ids
         if not isinstance(prompt, TracePrompt):
             return super().hashes(request, block_size)
-        return TraceHashes(prompt, self.keys(prompt, prompt.block_len), block_size)
+        return TraceHashes(prompt, self.keys(prompt, block_size), block_size)
 
-    def keys(self, prompt: TracePrompt, span: int) -> tuple[bytes, ...]:
+    def keys(self, prompt: TracePrompt, block_size: int) -> tuple[bytes, ...]:
         if self._latest[0] is prompt:
             return self._latest[1]
         known, key, found = self._keys, _NO_KEY, []
@@ -98,7 +102,7 @@ class TraceHasher(PromptHasher):
             pair = key, block_id
             following = known.get(pair)
             if following is None:
-                content = key + block_id.to_bytes(8, "little")
+                content = key + str(block_id).encode()
                 following = hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
                 known[pair] = following
             found.append(following)
@@ -106,12 +110,15 @@ class TraceHasher(PromptHasher):
         self._latest = prompt, tuple(found)
         return self._latest[1]
 
+    def parts(self, key: bytes, num_parts: int) -> tuple[bytes, ...]:
+        return tuple(_part(key, part, num_parts) for part in range(num_parts))
 
-def sub_hash(key: bytes, index: int, num_parts: int) -> bytes:
-    """The hash of part `index` of a block of a trace that `num_parts` blocks of an engine hold."""
-    if num_parts == 1:
+
+def _part(key: bytes, index: int, num_parts: int) -> bytes:
+    """The hash of part `index` of a block of a trace; the last part has the key of the block."""
+    if index == num_parts - 1:
         return key
-    return ((int.from_bytes(key, "little") + index) & _MASK).to_bytes(HASH_BYTES, "little")
+    return ((int.from_bytes(key, "little") + index + 1) & _MASK).to_bytes(HASH_BYTES, "little")
 
 
 class TraceHashes:
@@ -130,6 +137,6 @@ class TraceHashes:
             raise IndexError(index)
         block, part = divmod(index, self._num_parts)
         if block < len(self._keys):
-            return sub_hash(self._keys[block], part, self._num_parts)
+            return _part(self._keys[block], part, self._num_parts)
         content = f"{self._number}/{index}".encode()  # nobody shares it
         return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()

@@ -17,7 +17,11 @@ import trio
 
 
 class SimulationError(Exception):
-    """A graph, or what it calls, cannot be simulated. The message has the cause and the fix."""
+    """A graph, or what it calls, cannot be simulated. `fix`: what to change."""
+
+    def __init__(self, message: str, fix: str = "see docs/simulation.md") -> None:
+        super().__init__(message)
+        self.fix = fix
 
 
 class ScopeCancelled(BaseException):

@@ -42,9 +42,8 @@ class Failure(Exception):
 
 
 def simulation_failure(error: Exception, where: str) -> Failure:
-    """The failure of something that cannot be simulated: its message has the fix behind "give"."""
-    cause, _, fix = str(error).partition(": give ")
-    return Failure(cause, f"give {fix}" if fix else "see docs/simulation.md", where)
+    """The failure of something that cannot be simulated. `error`: a SimulationError."""
+    return Failure(str(error), getattr(error, "fix", ""), where)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

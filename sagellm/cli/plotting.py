@@ -25,11 +25,13 @@ def plotter(module: str) -> ModuleType:
 
 
 @contextmanager
-def request_progress(total: int | None) -> Iterator[Callable[[object], None]]:
-    """Show a bar on stderr if it is a terminal; yield a callable that counts one request."""
+def request_progress(
+    total: int | None, what: str = "requests"
+) -> Iterator[Callable[[object], None]]:
+    """Show a bar on stderr if it is a terminal; yield a callable that counts one more."""
     console = Console(file=sys.stderr)
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
-        task = bar.add_task("requests", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda record: bar.advance(task)

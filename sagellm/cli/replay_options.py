@@ -11,7 +11,7 @@ from sagellm.cli.errors import Failure
 from sagellm.load.synthetic import PREFIX
 from sagellm.load.workload import PlannedRequest, Replay, TraceError, read_workload
 
-_COUNT, _POSITIVE = Number(gte=1), Number(gt=0)
+_COUNT, _POSITIVE = Number(gte=1), Number(gt=0, lt=1e9)
 # What each option does to a trace, for the message that there is none.
 _EFFECTS = {
     "speedup": "is of",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,16 +71,18 @@ class SimulationResults:
     """Goodput: the first token within so many seconds."""
 
     slo_itl: Annotated[float | None, Parameter(validator=_POSITIVE)] = None
-    """Goodput: a mean of so many seconds for each token behind the first."""
+    """Goodput: a mean of so many seconds for each token after the first."""
 
     price: tuple[str, ...] = ()
     """The price of a replica's hour, as ENGINE=2.5; may be repeated [default: 1]."""
 
     csv: Path | None = None
-    """A file with one line for each request."""
+    """A file with one line for each request; of several seeds, those of the first."""
 
     plot: Path | None = None
-    """A picture: distributions, requests over time and phases; of a sweep, goodput and TTFT."""
+    """A picture: distributions, requests over time and phases (of the first seed); of a sweep,
+    goodput and TTFT.
+    """
 
     decisions: Path | None = None
     """A log of every decision, for `sagellm replay`."""
@@ -105,7 +108,7 @@ def run(
     seeds: Annotated[int, Parameter(validator=_COUNT)] = 1,
     sweep: tuple[str, ...] = (),
     processes: Annotated[int, Parameter(validator=_COUNT)] = 1,
-    link_latency: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
+    link_latency: Annotated[float, Parameter(validator=Number(gte=0, lt=3600))] = 0.0,
     fault: tuple[str, ...] = (),
     results: SimulationResults = SimulationResults(),
 ) -> int:
@@ -134,8 +137,10 @@ def run(
         Let a replica die, as g:1@30+5: replica 1 of engine g, at 30 s, back 5 s later. May be
         repeated.
     """
-    _check(seeds, sweep, results)
+    _check(seeds, sweep, processes, results)
     plots = plotter(_PLOTS) if results.plot is not None else None
+    if plots is not None and results.plot is not None:
+        _check_picture(results.plot, plots.PICTURES)
     chosen, _ = choose_graph(graph, None, import_)
     try:
         workload = read_requests(load.trace, load.replay)[: load.num_requests]
@@ -155,7 +160,7 @@ def run(
     with _failures(graph):
         if sweep:
             points = list(sweep_points(base, _axes(sweep)))
-            with request_progress(len(points)) as advance:
+            with request_progress(len(points), "simulations") as advance:
                 imports = _imports(graph, chosen.ir, import_)
                 found = measure_all(points, processes, imports, lambda: advance(None))
             _show_sweep(points, found, results)
@@ -220,8 +225,13 @@ def _show_sweep(
     show_sweep(console, [one.values for one in points], summaries)
 
 
-def _check(seeds: int, sweep: tuple[str, ...], results: SimulationResults) -> None:
-    """Raise Failure for options that contradict each other."""
+def _check(seeds: int, sweep: tuple[str, ...], processes: int, results: SimulationResults) -> None:
+    """Raise Failure for options that contradict each other, or have no effect."""
+    if processes > 1 and not sweep:
+        raise Failure("--processes runs points of a sweep, and there is none", "add --sweep")
+    for path in (results.csv, results.plot, results.decisions):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise Failure("there is no such folder", "make it first", str(path.parent))
     several = "--seeds" if seeds > 1 else "--sweep" if sweep else ""
     if seeds > 1 and sweep:
         raise Failure("--seeds and --sweep both ask for several runs", "leave one out")
@@ -231,12 +241,20 @@ def _check(seeds: int, sweep: tuple[str, ...], results: SimulationResults) -> No
         raise Failure("--csv has the requests of one run, and --sweep makes several", "use --json")
 
 
+def _check_picture(path: Path, known: Sequence[str]) -> None:
+    if path.suffix.lower().lstrip(".") not in known:
+        cause = f"--plot {path}: there is no picture of this kind"
+        raise Failure(cause, f"end its name in {' or '.join(known)}")
+
+
 def _axes(sweep: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
     """The values of each axis. Raises Failure for one without values."""
     axes: dict[str, tuple[Any, ...]] = {}
     for one in sweep:
         name, _, values = one.partition("=")
         each = [value for value in values.split(",") if value]
+        if name in axes:
+            raise Failure(f"--sweep {name} is given twice", "list all its values in one")
         if not name or not each or (name != SPEEDUP and "." not in name):
             fix = "write NAME.OPTION=VALUE,VALUE or speedup=1,2"
             raise Failure(f"--sweep {one} does not say what is swept", fix)
@@ -247,28 +265,26 @@ def _axes(sweep: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
     return axes
 
 
-_FAULT = re.compile(r"(?P<engine>[^:@+]+):(?P<replica>\d+)@(?P<at_s>[\d.]+)\+(?P<for_s>[\d.]+)")
+_SECONDS = r"\d+(?:\.\d+)?"
+_FAULT = re.compile(
+    rf"(?P<engine>[^:@+]+):(?P<replica>\d+)@(?P<at_s>{_SECONDS})\+(?P<for_s>{_SECONDS})"
+)
 
 
 def _fault(text: str) -> ReplicaFault:
     """The fault that an option names. Raises Failure."""
     found = _FAULT.fullmatch(text)
-    try:
-        assert found is not None
-        times = float(found["at_s"]), float(found["for_s"])
-    except (AssertionError, ValueError):
+    if found is None:
         fix = "write ENGINE:REPLICA@SECONDS+SECONDS, as g:1@30+5"
-        raise Failure(f"--fault {text} is no fault", fix) from None
+        raise Failure(f"--fault {text} cannot be read", fix)
+    times = float(found["at_s"]), float(found["for_s"])
     return ReplicaFault(found["engine"], int(found["replica"]), *times)
 
 
 def _positive(text: str, option: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise Failure(f"--sweep {option}: {text} is no speed", "give a number above 0")
+    number = _number(text)
+    if number is None or number <= 0:
+        raise Failure(f"--sweep {option}: {text} is not a speed", "give a number above 0")
     return number
 
 
@@ -279,11 +295,20 @@ def _prices(given: tuple[str, ...], engines: Mapping[str, object]) -> Mapping[st
         engine, _, text = one.partition("=")
         if engine not in engines:
             raise Failure(f"--price {one}: no such engine", f"there are {', '.join(engines)}")
-        try:
-            prices[engine] = float(text)
-        except ValueError:
-            raise Failure(f"--price {one} is no price", "write ENGINE=NUMBER") from None
+        price = _number(text)
+        if price is None or price < 0:
+            raise Failure(f"--price {one}: {text} is not a price", "write ENGINE=NUMBER")
+        prices[engine] = price
     return prices
+
+
+def _number(text: str) -> float | None:
+    """A finite number; None for any other text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if isfinite(number) else None
 
 
 @contextmanager

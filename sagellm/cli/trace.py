@@ -47,7 +47,7 @@ def run(
     json
         Print one JSON object for each request.
     """
-    paths = _read(log)
+    paths, is_cut = _read(log)
     if request_id is not None:
         paths = [path for path in paths if path.request_id == request_id]
         if not paths:
@@ -61,6 +61,8 @@ def run(
             print(msgspec.json.encode(_object(path)).decode())
         return 0
     console = Console(highlight=False, soft_wrap=True)
+    if is_cut:
+        console.print("the log ends before its graph did")
     if request_id is None:
         _show_all(console, paths, slowest)
     else:
@@ -69,10 +71,12 @@ def run(
     return 0
 
 
-def _read(log: Path) -> list[RequestPath]:
+def _read(log: Path) -> tuple[list[RequestPath], bool]:
+    """The paths of a log, and whether the log ends before its graph did. Raises Failure."""
     try:
         with log.open("rb") as file:
-            return list(request_paths(DecisionReader(file)))
+            reader = DecisionReader(file)
+            return list(request_paths(reader)), reader.is_cut
     except OSError as error:
         raise Failure(f"{error.strerror}", _FIX, str(log)) from None
     except LogError as error:

@@ -295,7 +295,7 @@ _SWEPT: tuple[tuple[str, Callable[[SimulationSummary], str]], ...] = (
 )
 
 
-_UNTOLD = {"", "0", "1.00"}
+_UNINFORMATIVE = {"", "0", "1.00"}
 
 
 def show_sweep(
@@ -303,14 +303,14 @@ def show_sweep(
     values: Sequence[Mapping[str, Any]],
     summaries: Sequence[SimulationSummary],
 ) -> None:
-    """Print one line for each point of a sweep. Latencies are in milliseconds. Columns that tell
-    nothing are left out.
+    """Print one line for each point of a sweep. Latencies are in milliseconds. Columns without
+    information are left out.
     """
     columns = {title: [text(summary) for summary in summaries] for title, text in _SWEPT}
-    told = {title: texts for title, texts in columns.items() if set(texts) - _UNTOLD}
-    table = Table(*values[0], *told, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    shown = {title: texts for title, texts in columns.items() if set(texts) - _UNINFORMATIVE}
+    table = Table(*values[0], *shown, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for row, chosen in enumerate(values):
-        table.add_row(*map(str, chosen.values()), *(texts[row] for texts in told.values()))
+        table.add_row(*map(str, chosen.values()), *(texts[row] for texts in shown.values()))
     console.print(table)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sagellm.errors import naming_file
@@ -13,6 +14,7 @@ from sagellm.simulation.figures import SimulationSummary
 from sagellm.simulation.simulation_run import SimulatedRequest
 
 _SIZE_INCHES, _DPI = (13.0, 9.0), 110
+PICTURES = tuple(FigureCanvasAgg.filetypes)  # the suffixes that a file may have
 _MOST_BARS = 60  # requests in the Gantt chart
 _COLOURS = {
     "queue_s": "tab:gray",

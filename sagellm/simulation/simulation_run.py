@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from sagellm.extensions import RESOLVER
@@ -132,11 +133,8 @@ def simulate(
     timeline = Timeline()
     hasher = TraceHasher() if point.decisions is None else PromptHasher()
     options = {name: _options(graph, name) for name in graph.engines}
-    links = Links(
-        timeline,
-        bytes_per_s=min(one.kv_bytes_per_s for one in options.values()),
-        latency_s=point.link_latency_s,
-    )
+    speeds = {name: one.kv_bytes_per_s for name, one in options.items()}
+    links = Links(timeline, speeds, latency_s=point.link_latency_s)
     block_len = BLOCK_LEN if any(one.block_ids for one in point.workload) else 0
     engines = {
         name: tuple(
@@ -159,12 +157,15 @@ def simulate(
         hasher=hasher,
     )
     _refuse_waiting_operators(ready)
+    if point.link_latency_s and not any(node.op == "kv_transfer" for node in ready.graph.nodes):
+        raise SimulationError("--link-latency: this graph moves no KV blocks", "leave it out")
     with recording(point.decisions, ready, float("inf")) as record:
         results = Recorder(timeline, point.workload, on_end)
         executor = SimulationExecutor(
             ready, results.deliver, timeline, engines=engines, record=record
         )
         source = WorkloadSource(executor, point.workload, results)
+        _refuse_overlaps(point.faults)
         for fault in point.faults:
             _plan_fault(executor, engines, fault)
         with _few_collections():
@@ -178,6 +179,17 @@ def simulate(
     )
 
 
+def _refuse_overlaps(faults: Sequence[ReplicaFault]) -> None:
+    """Raise SimulationError for a replica that dies again before it is back."""
+    ordered = sorted(faults, key=lambda one: (one.engine, one.replica, one.at_s))
+    for before, after in pairwise(ordered):
+        is_same = (before.engine, before.replica) == (after.engine, after.replica)
+        if is_same and after.at_s <= before.at_s + before.for_s:
+            where = f"replica {after.replica} of engine {after.engine}"
+            message = f"{where} dies at {after.at_s:g} s, when it is dead already"
+            raise SimulationError(message, f"give a time after {before.at_s + before.for_s:g} s")
+
+
 def _plan_fault(
     executor: SimulationExecutor,
     engines: Mapping[str, tuple[SimulatedEngine, ...]],
@@ -185,10 +197,9 @@ def _plan_fault(
 ) -> None:
     replicas = engines.get(fault.engine, ())
     if fault.replica >= len(replicas):
-        raise SimulationError(
-            f"no replica {fault.replica} of engine {fault.engine} can die: give one of "
-            + ", ".join(f"{name}[0..{len(every) - 1}]" for name, every in engines.items())
-        )
+        known = ", ".join(f"{name}[0..{len(every) - 1}]" for name, every in engines.items())
+        message = f"no replica {fault.replica} of engine {fault.engine} can die"
+        raise SimulationError(message, f"give one of {known}")
     engine = replicas[fault.replica]
     executor.timeline.at(fault.at_s, lambda: executor.fail(engine, fault.for_s))
 
@@ -199,13 +210,17 @@ def modelled_graph(point: SimulationPoint) -> Graph:
     Raises GraphError, and SimulationError for an engine without a cost model.
     """
     graph = override(point.document.graph, point.overrides)
+    kinds = {engine_kind(engine) for engine in graph.engines.values()}
+    if point.profile and kinds == {MODELLED}:
+        message = f"--profile {point.profile}: every engine has a cost model of its own"
+        raise SimulationError(message, "leave --profile out, or set NAME.profile")
     changes = dict(point.overrides)
     for name in graph.engines:
         kind = engine_kind(graph.engines[name])
         if kind != MODELLED and not point.profile:
             raise SimulationError(
-                f"engine {name}: kind {kind} has no cost model: give --profile NAME or "
-                f"FILE, or --set {name}.kind=modelled and its costs"
+                f"engine {name}: kind {kind} has no cost model",
+                f"give --profile NAME or FILE, or --set {name}.kind=modelled and its costs",
             )
         if kind != MODELLED:
             changes |= {f"{name}.kind": MODELLED, f"{name}.profile": point.profile}
@@ -214,7 +229,7 @@ def modelled_graph(point: SimulationPoint) -> Graph:
 
 
 def _on_tasks(graph: Graph) -> Graph:
-    """The graph without the links and processes of its executor, which a simulation has not."""
+    """The graph without the links and processes of its executor."""
     before = graph.attrs.get("executor")
     known = dict(before) if isinstance(before, FrozenMap) else {}
     kept = {name: known[name] for name in ("max_prefix_blocks",) if name in known}
@@ -234,8 +249,8 @@ def _refuse_waiting_operators(ready: Plan) -> None:
         spec = ready.spec(name)
         if not spec.engine and spec.name != "kv_transfer":
             raise SimulationError(
-                f"operator {name}: {spec.name} waits for an async function, whose time is not "
-                "known: give it a plain function, or leave it out"
+                f"operator {name}: {spec.name} waits for an async function, whose time is unknown",
+                "give it a plain function, or leave it out",
             )
 
 

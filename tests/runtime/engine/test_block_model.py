@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sagellm.runtime.containers import value_of
 from sagellm.runtime.engine.block_model import BlockModel, KeptBlocks
 from sagellm.runtime.engine.engine_model import EngineModel
 from sagellm.runtime.engine.options import Limits
@@ -178,3 +179,71 @@ def test_a_sequence_waits_for_blocks_that_are_kept():
     assert run(engine) == []
     engine.release(("s", 0), 9.0)
     assert [one.at_s for one in run(engine)] == [10.0]
+
+
+def test_a_reservation_in_the_middle_of_a_run_leaves_the_run_its_blocks():
+    engine = model(num_blocks=12)
+    engine.submit(("r", 0), 0.0, num_prompt=4, num_output=36)
+    for at_s in (0.0, 1.0, 20.5, 24.5):  # the sequence has taken ever more blocks by then
+        engine.advance(at_s)
+    engine.reserve(("s", 0), 24.6, num_tokens=16)
+    run(engine)
+    engine.release(("s", 0), 90.0)
+    run(engine)
+    assert engine.load.num_leased_blocks == 0
+
+
+CALLS = st.lists(
+    st.tuples(st.sampled_from(["submit", "reserve", "release", "cancel"]), st.integers(0, 6)),
+    max_size=40,
+)
+
+
+@given(CALLS, st.integers(8, 30))
+def test_no_calls_lose_a_block_or_take_one_too_many(calls, num_blocks):
+    engine, now, begun = model(num_blocks=num_blocks), 0.0, set()
+    for what, number in calls:
+        now += 1.7
+        key = (f"r{number}", 0)
+        engine.advance(now)
+        if what == "submit" and key not in begun:
+            begun.add(key)
+            engine.submit(key, now, num_prompt=3 + number, num_output=12, holds=number == 1)
+        elif what == "reserve" and not engine.kept.has(key):
+            engine.reserve(key, now, num_tokens=3 + number)
+        elif what == "release":
+            engine.release(key, now)
+        elif what == "cancel":
+            engine.cancel(key, now)
+        assert 0 <= engine.blocks.num_free <= num_blocks
+    for later_s in (0.0, 1e6, 2e6):
+        for number in range(7):
+            engine.release((f"r{number}", 0), now + later_s)
+        run(engine)
+    assert engine.load.num_leased_blocks == 0
+
+
+def gap_seconds(engine):
+    return sum(value_of(bucket) * count for bucket, count in engine.gaps.items())
+
+
+def test_gaps_between_tokens_include_the_wait_of_a_preempted_sequence():
+    engine, times = model(num_blocks=12), {}
+    for name in "ab":
+        engine.submit((name, 0), 0.0, num_prompt=16, num_output=20)
+    for one in run(engine):
+        times.setdefault(one.key, []).append(one.at_s)
+    assert engine.num_preemptions > 0
+    waited_s = sum(each[-1] - each[0] for each in times.values())
+    assert gap_seconds(engine) == pytest.approx(waited_s, rel=0.02)
+
+
+def test_an_engine_that_died_keeps_its_counters():
+    engine = model(num_blocks=12)
+    for name in "ab":
+        engine.submit((name, 0), 0.0, num_prompt=16, num_output=20)
+    run(engine)
+    before, after = engine.load, engine.emptied(99.0).load
+    assert after.num_preemptions == before.num_preemptions > 0
+    assert after.peak_leased_blocks == before.peak_leased_blocks > 0
+    assert after.num_leased_blocks == 0

@@ -9,6 +9,7 @@ from simulated_graphs import JOINT, OPTIONS, PD, Planned, Simulation, live, rand
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.decision_log import encode_effects
 from sagellm.runtime.core.effects import Send
+from sagellm.runtime.operator import Signal
 from sagellm.runtime.simulation.timeline import SimulationError
 
 WORKLOAD = random_workload(150, 8.0)
@@ -128,3 +129,47 @@ def test_a_replica_that_dies_loses_no_request(text, engine):
     ]
     assert while_down
     assert {effect.replica for effect in while_down} == {0}
+
+
+def test_a_sender_that_dies_in_a_transfer_loses_no_request():
+    simulation = Simulation(PD, replace(OPTIONS, kv_bytes_per_s=1e5))
+    sender = simulation.engines["p"][0]
+    simulation.timeline.at(0.5, lambda: simulation.executor.fail(sender, for_s=2.0))
+    outcome = simulation.run([Planned(0.0, 500, 5), Planned(0.1, 500, 5)])
+    assert {seen.end for seen in outcome.seen.values()} == {"length"}
+    again = {
+        effect.item.request_id
+        for _, _, effects in outcome.events
+        for effect in effects
+        if isinstance(effect, Send) and getattr(effect.item, "epoch", 0)
+    }
+    assert again
+
+
+def test_a_receiver_that_dies_while_prefills_wait_for_it_loses_no_request():
+    simulation = Simulation(PD, replace(OPTIONS, num_blocks=80, max_model_len=1200))
+    receiver = simulation.engines["d"][0]
+    simulation.timeline.at(0.4, lambda: simulation.executor.fail(receiver, for_s=1.0))
+    outcome = simulation.run([Planned(0.001 * number, 400, 40) for number in range(40)])
+    assert {seen.end for seen in outcome.seen.values()} == {"length"}
+
+
+@pytest.mark.parametrize("text", [JOINT, PD])
+@pytest.mark.parametrize("at_s", [0.001, 0.05, 0.2, 0.3, 0.6, 1.0])
+def test_a_cancel_ends_a_request_wherever_it_is(text, at_s):
+    simulation = Simulation(text, replicas=1)
+    cancel = Signal("cancel", "r0")
+    simulation.timeline.at(at_s, lambda: simulation.executor.signal(cancel))
+    outcome = simulation.run([Planned(0.0, 1500, 100), Planned(0.0, 1500, 100)])
+    assert outcome.seen["r0"].end == "cancelled"
+    assert outcome.seen["r0"].last_s < at_s + 0.1
+    assert outcome.seen["r1"].end == "length"
+
+
+def test_engines_die_again_and_again():
+    simulation = Simulation(JOINT)
+    for number, at_s in enumerate((0.3, 0.6, 1.2, 1.8)):
+        replica = simulation.engines["g"][number % 2]
+        simulation.timeline.at(at_s, lambda one=replica: simulation.executor.fail(one, for_s=0.1))
+    outcome = simulation.run([Planned(0.01 * number, 900, 200) for number in range(20)])
+    assert {seen.end for seen in outcome.seen.values()} <= {"length", "failed"}

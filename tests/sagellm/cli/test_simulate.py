@@ -130,12 +130,16 @@ def test_decisions_by_cached_prefixes_replay(files, simulate, capsys):
     trace, log = files / "shared.jsonl", files / "decisions"
     trace.write_text("\n".join(map(json.dumps, shared)))
     options = ("--set", "route.strategy=prefix_aware", "--set", "g.block_size=64", "--json")
+    options += ("--set", "g.num_blocks=60", "--set", "g.max_model_len=1400")
     one = json.loads(simulate(*options, trace=trace))
     other = json.loads(simulate(*options, "--decisions", str(log), trace=trace))
     assert one == other
     assert one["prefix_hit_rate"] > 0.5
     assert main(["replay", str(log)]) == 0
     assert "identical" in capsys.readouterr().out
+    again = files / "again"
+    simulate(*options, "--decisions", str(again), trace=trace)
+    assert again.read_bytes() == log.read_bytes()
 
 
 def test_requests_and_pictures_are_written(simulate, files):
@@ -151,12 +155,20 @@ def test_requests_and_pictures_are_written(simulate, files):
     [
         (("--set", "g.kind=local"), "engine g: kind local has no cost model", "give --profile"),
         (("--sweep", "policy=fifo"), "does not say what is swept", "NAME.OPTION=VALUE"),
-        (("--sweep", "speedup=fast"), "fast is no speed", "above 0"),
+        (("--sweep", "speedup=fast"), "fast is not a speed", "above 0"),
         (("--sweep", "speedup=1,2", "--seeds", "2"), "both ask for several", "leave one out"),
-        (("--fault", "g@3"), "is no fault", "as g:1@30+5"),
+        (("--fault", "g@3"), "cannot be read", "as g:1@30+5"),
         (("--fault", "g:7@3+1"), "no replica 7 of engine g can die", "give one of g[0..1]"),
+        (("--fault", "g:0@3+4", "--fault", "g:0@5+1"), "dead already", "after 7 s"),
+        (("--sweep", "sort.policy=fifo", "--sweep", "sort.policy=priority"), "twice", "in one"),
+        (("--processes", "2"), "there is none", "add --sweep"),
+        (("--profile", "h200"), "a cost model of its own", "leave --profile out"),
+        (("--link-latency", "0.1"), "moves no KV blocks", "leave it out"),
+        (("--price", "g=-1"), "-1 is not a price", "ENGINE=NUMBER"),
+        (("--plot", "run.xyz"), "no picture of this kind", "png"),
+        (("--csv", "/absent/out.csv"), "no such folder", "make it first"),
         (("--price", "h=2"), "no such engine", "there are g"),
-        (("--price", "g=cheap"), "is no price", "ENGINE=NUMBER"),
+        (("--price", "g=cheap"), "cheap is not a price", "ENGINE=NUMBER"),
         (("--seeds", "2", "--decisions", "d"), "--decisions is of one run", "leave one out"),
     ],
 )
