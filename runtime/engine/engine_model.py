@@ -103,7 +103,7 @@ class EngineModel:
 
     def reserve(self, key: SequenceKey, now: float, *, num_tokens: int) -> None:
         """Queue a reservation of blocks for `num_tokens`. `kept.granted` has the key once they are
-        there, which may be at once.
+        there, which may be at once. No sequence of the key is in this engine.
         """
         self._catch_up(now)
         self._num_arrivals += 1

@@ -209,7 +209,7 @@ def test_no_calls_lose_a_block_or_take_one_too_many(calls, num_blocks):
         if what == "submit" and key not in begun:
             begun.add(key)
             engine.submit(key, now, num_prompt=3 + number, num_output=12, holds=number == 1)
-        elif what == "reserve" and not engine.kept.has(key):
+        elif what == "reserve" and key not in begun and not engine.kept.has(key):
             engine.reserve(key, now, num_tokens=3 + number)
         elif what == "release":
             engine.release(key, now)
