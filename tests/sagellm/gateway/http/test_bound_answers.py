@@ -269,6 +269,6 @@ def test_a_grammar_that_takes_too_long_is_refused(run, monkeypatch):
 
 
 def _spin(grammar: Grammar) -> None:
-    """Use a third of a second of CPU time, and give the loop its turns."""
-    for _ in range(3_000_000):
+    """Use about a second of CPU time, and give the loop its turns: it may wait for a core."""
+    for _ in range(12_000_000):
         grammar.text.upper()
