@@ -24,7 +24,7 @@ EntriesByRequest: TypeAlias = Map[str, tuple[QueueEntry, ...]]
 
 
 class QueueView(msgspec.Struct, frozen=True, gc=False):
-    """What a policy may look at when it chooses requests. Immutable.
+    """The queue, as a policy may look at it when it chooses requests. Immutable.
 
     `entries`: all waiting requests by rank, arrival and number. `indexes`: the prefix blocks of
     each engine; after a change it is another object.

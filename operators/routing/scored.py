@@ -79,7 +79,7 @@ class LeastResponseTime:
 
 
 class _Prediction(NamedTuple):
-    """What a request would meet at a replica, in seconds."""
+    """The predicted latencies of a request at a replica, in seconds."""
 
     ttft_s: float
     tpot_s: float

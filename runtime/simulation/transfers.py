@@ -7,7 +7,7 @@ from sagellm.runtime.port import KVSource, StaleLease
 
 
 class TransferringEngine(Protocol):
-    """What the ends of a transfer use of their engines."""
+    """The part of an engine that the ends of a transfer use."""
 
     @property
     def place(self) -> EngineReplica: ...

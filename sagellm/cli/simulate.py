@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import msgspec
@@ -26,7 +27,7 @@ from sagellm.cli.plotting import plotter, request_progress
 from sagellm.cli.replay_options import ReplayOptions, read_requests
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.load.report import Objective
-from sagellm.load.traces import FORMATS_FIX
+from sagellm.load.traces import FORMATS_FIX, PlannedRequest
 from sagellm.opening.decisions import DecisionFile
 from sagellm.opening.sources import graph_file
 from sagellm.runtime.simulation.timeline import SimulationError
@@ -39,7 +40,7 @@ from sagellm.simulation.figures import (
     write_csv,
 )
 from sagellm.simulation.simulation_run import ReplicaFault, SimulationPoint, simulate
-from sagellm.simulation.sweep import SPEEDUP, SweepPoint, measure_all, sweep_points
+from sagellm.simulation.sweep import SPEEDUP, SweepPoint, UserImport, measure_all, sweep_points
 
 _POSITIVE, _COUNT = Number(gt=0), Number(gte=1)
 _WIDTH = 200
@@ -138,14 +139,9 @@ def run(
         repeated.
     """
     _check(seeds, sweep, processes, results)
-    plots = plotter(_PLOTS) if results.plot is not None else None
-    if plots is not None and results.plot is not None:
-        _check_picture(results.plot, plots.PICTURES)
+    plots = None if results.plot is None else _plotter(results.plot)
     chosen, _ = choose_graph(graph, None, import_)
-    try:
-        workload = read_requests(load.trace, load.replay)[: load.num_requests]
-    except OSError as error:
-        raise Failure(f"{error.strerror}", FORMATS_FIX, load.trace) from None
+    workload = _read(load)
     decisions = None if results.decisions is None else DecisionFile(results.decisions)
     point = SimulationPoint(
         chosen.document,
@@ -160,19 +156,36 @@ def run(
     with _failures(graph):
         if sweep:
             points = list(sweep_points(base, _axes(sweep)))
-            with request_progress(len(points), "simulations") as advance:
-                imports = _imports(graph, chosen.ir, import_)
-                found = measure_all(points, processes, imports, lambda: advance(None))
-            _show_sweep(points, found, results)
-            if plots is not None:
-                plots.plot_sweep(results.plot, [dict(one.values) for one in points], found)
+            imports = _imports(graph, chosen.ir, import_)
+            _run_sweep(points, processes, imports, results, plots)
         else:
             _run_seeds(base, seeds, results, plots)
     return 0
 
 
-def _imports(name: str, graph: FrozenGraph, given: tuple[str, ...]) -> list[tuple[str, str]]:
-    """What another process must import for a graph, each with the folder of its path."""
+def _read(load: SimulatedLoad) -> list[PlannedRequest]:
+    try:
+        return read_requests(load.trace, load.replay)[: load.num_requests]
+    except OSError as error:
+        raise Failure(f"{error.strerror}", FORMATS_FIX, load.trace) from None
+
+
+def _run_sweep(
+    points: list[SweepPoint],
+    processes: int,
+    imports: list[UserImport],
+    results: SimulationResults,
+    plots: Any,
+) -> None:
+    with request_progress(len(points), "simulations") as advance:
+        found = measure_all(points, processes, imports, lambda: advance(None))
+    _show_sweep(points, found, results)
+    if plots is not None:
+        plots.plot_sweep(results.plot, [dict(one.values) for one in points], found)
+
+
+def _imports(name: str, graph: FrozenGraph, given: tuple[str, ...]) -> list[UserImport]:
+    """The imports of a graph, for another process, each with the folder of its path."""
     own = graph.attrs.get("imports", ())
     folder = str(graph_file(name).parent)
     found = [(str(one), folder) for one in own] if isinstance(own, tuple) else []
@@ -241,10 +254,13 @@ def _check(seeds: int, sweep: tuple[str, ...], processes: int, results: Simulati
         raise Failure("--csv has the requests of one run, and --sweep makes several", "use --json")
 
 
-def _check_picture(path: Path, known: Sequence[str]) -> None:
-    if path.suffix.lower().lstrip(".") not in known:
+def _plotter(path: Path) -> ModuleType:
+    """The module that draws. Raises Failure without matplotlib, and for an unknown suffix."""
+    plots = plotter(_PLOTS)
+    if path.suffix.lower().lstrip(".") not in plots.PICTURES:
         cause = f"--plot {path}: there is no picture of this kind"
-        raise Failure(cause, f"end its name in {' or '.join(known)}")
+        raise Failure(cause, f"end its name in {' or '.join(plots.PICTURES)}")
+    return plots
 
 
 def _axes(sweep: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:

@@ -117,8 +117,6 @@ class SimulatedRun:
     requests: Sequence[SimulatedRequest]
     engines: Mapping[str, tuple[SimulatedEngine, ...]]
     links: Links
-    plan: Plan
-    num_events: int
     elapsed_s: float
 
 
@@ -129,9 +127,42 @@ def simulate(
 
     Raises GraphError, SimulationError, and OSError for a decision log that cannot be written.
     """
-    graph = modelled_graph(point)
-    timeline = Timeline()
+    graph, timeline = modelled_graph(point), Timeline()
     hasher = TraceHasher() if point.decisions is None else PromptHasher()
+    engines, links = _open_engines(graph, point, timeline, hasher)
+    facts = {name: every[0].facts for name, every in engines.items()}
+    counts = {name: len(every) for name, every in engines.items()}
+    ready = plan(
+        graph,
+        RESOLVER,
+        counts,
+        functions=FUNCTIONS,
+        seed=point.seed,
+        facts=facts,
+        hasher=hasher,
+    )
+    _refuse_unmodelled(ready, point)
+    with recording(point.decisions, ready, float("inf")) as record:
+        results = Recorder(timeline, on_end)
+        executor = SimulationExecutor(
+            ready, results.deliver, timeline, engines=engines, record=record
+        )
+        source = WorkloadSource(executor, point.workload, results)
+        for fault in point.faults:
+            _plan_fault(executor, engines, fault)
+        with _few_collections():
+            source.start()
+            timeline.run()
+    executor.core.ledger.check()
+    last_s = max((one.ended_s for one in results.requests), default=0.0)
+    first_s = point.workload[0].at_s if point.workload else 0.0
+    return SimulatedRun(results.requests, engines, links, last_s - first_s)
+
+
+def _open_engines(
+    graph: Graph, point: SimulationPoint, timeline: Timeline, hasher: PromptHasher
+) -> tuple[dict[str, tuple[SimulatedEngine, ...]], Links]:
+    """The replicas of all engines, and the links between them."""
     options = {name: _options(graph, name) for name in graph.engines}
     speeds = {name: one.kv_bytes_per_s for name, one in options.items()}
     links = Links(timeline, speeds, latency_s=point.link_latency_s)
@@ -145,38 +176,7 @@ def simulate(
         )
         for name, one in options.items()
     }
-    facts = {name: every[0].facts for name, every in engines.items()}
-    counts = {name: len(every) for name, every in engines.items()}
-    ready = plan(
-        graph,
-        RESOLVER,
-        counts,
-        functions=FUNCTIONS,
-        seed=point.seed,
-        facts=facts,
-        hasher=hasher,
-    )
-    _refuse_waiting_operators(ready)
-    if point.link_latency_s and not any(node.op == "kv_transfer" for node in ready.graph.nodes):
-        raise SimulationError("--link-latency: this graph moves no KV blocks", "leave it out")
-    with recording(point.decisions, ready, float("inf")) as record:
-        results = Recorder(timeline, point.workload, on_end)
-        executor = SimulationExecutor(
-            ready, results.deliver, timeline, engines=engines, record=record
-        )
-        source = WorkloadSource(executor, point.workload, results)
-        _refuse_overlaps(point.faults)
-        for fault in point.faults:
-            _plan_fault(executor, engines, fault)
-        with _few_collections():
-            source.start()
-            timeline.run()
-    executor.core.ledger.check()
-    last_s = max((one.ended_s for one in results.requests), default=0.0)
-    first_s = point.workload[0].at_s if point.workload else 0.0
-    return SimulatedRun(
-        results.requests, engines, links, ready, source.num_arrived, last_s - first_s
-    )
+    return engines, links
 
 
 def _refuse_overlaps(faults: Sequence[ReplicaFault]) -> None:
@@ -243,8 +243,13 @@ def _options(graph: Graph, name: str) -> ModelledOptions:
     return options
 
 
-def _refuse_waiting_operators(ready: Plan) -> None:
-    """Raise SimulationError for an operator that waits for something without a model."""
+def _refuse_unmodelled(ready: Plan, point: SimulationPoint) -> None:
+    """Raise SimulationError for an operator that waits for something without a model, and for what
+    a point asks of a graph that cannot have it.
+    """
+    _refuse_overlaps(point.faults)
+    if point.link_latency_s and not any(node.op == "kv_transfer" for node in ready.graph.nodes):
+        raise SimulationError("--link-latency: this graph moves no KV blocks", "leave it out")
     for name in ready.services:
         spec = ready.spec(name)
         if not spec.engine and spec.name != "kv_transfer":
@@ -305,7 +310,6 @@ class Recorder:
     def __init__(
         self,
         timeline: Timeline,
-        workload: Sequence[PlannedRequest],
         on_end: Callable[[SimulatedRequest], None],
     ) -> None:
         self.requests: list[SimulatedRequest] = []

@@ -49,7 +49,7 @@ class PiecewiseLinear:
         return self.at[index], self.values[index], rise / width
 
     def _end(self, x: float) -> float | None:
-        """Where the segment of `x` ends; None: never."""
+        """The end of the segment of `x`; None: it has none."""
         index = bisect_right(self.at, x)
         return self.at[index] if index < len(self.at) and len(self.at) > 1 else None
 
