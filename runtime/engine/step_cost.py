@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from sagellm.runtime.engine.block_model import CachedSpan
+from sagellm.runtime.engine.costs.spread import NO_VARIATION, Variation
 from sagellm.runtime.messages import FinishReason
 
 # One sequence of a step: position of the first token to compute, number of tokens, prompt length.
@@ -38,6 +39,11 @@ class StepShape(NamedTuple):
     def num_rows(self) -> int:
         """The sequences of the step."""
         return self.num_prefill_rows + self.num_decode_rows
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some sequences decode, and others compute prefill tokens."""
+        return self.num_decode_rows > 0 and self.num_prefill_tokens > 0
 
     @property
     def num_decode_context_tokens(self) -> int:
@@ -179,3 +185,4 @@ class ModelledRun:
     shape: StepShape
     num_steps: int
     end_s: float = 0.0
+    variation: Variation = NO_VARIATION

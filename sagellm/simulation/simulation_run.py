@@ -167,11 +167,10 @@ def _open_engines(
     speeds = {name: one.kv_bytes_per_s for name, one in options.items()}
     links = Links(timeline, speeds, latency_s=point.link_latency_s)
     block_len = BLOCK_LEN if any(one.block_ids for one in point.workload) else 0
+    shared = {"block_len": block_len, "seed": point.seed}
     engines = {
         name: tuple(
-            open_simulated(
-                one, EngineReplica(name, number), timeline, links, hasher, block_len=block_len
-            )
+            open_simulated(one, EngineReplica(name, number), timeline, links, hasher, **shared)
             for number in range(num_replicas(graph, name))
         )
         for name, one in options.items()
