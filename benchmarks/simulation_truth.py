@@ -1,4 +1,4 @@
-"""Simulated against measured: `python -m benchmarks.simulation_truth`."""
+"""Simulated against measured: `python -m benchmarks.simulation_truth measure | compare`."""
 
 import gc
 import json
@@ -7,13 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
+import msgspec
 import trio
 from cyclopts import App, Parameter
 from msgspec import structs
@@ -27,135 +28,177 @@ from sagellm.calibration.measuring import others_cpu_s
 from sagellm.graphs.text.yaml import load_file
 from sagellm.load.report import percentile
 from sagellm.load.workload import BLOCK_LEN, PlannedRequest, Prompts, Replay, read_workload
-from sagellm.runtime.engine.costs.profile import read_profile
-from sagellm.runtime.models.folder import resolve_model
 from sagellm.session import Session
 from sagellm.simulation.simulation_run import SimulationPoint, simulate
 
 HERE = Path(__file__).parent
 GRAPHS = {file.stem: file for file in sorted((HERE / "simulation" / "live").glob("*.yaml"))}
+TRUTH = HERE / "results" / "simulation-truth.json"
 LOADS = (0.3, 0.6, 0.9)
 # How a trace is scaled to a model of 15M parameters on one core.
+_CLIPPED = Replay(max_input_len=LLAMA15M.max_len - 256, max_output_len=200)
 SCALES = {
-    "azure": Replay(scale_input_len=0.25, scale_output_len=0.25, max_output_len=200),
-    "mooncake": Replay(scale_input_len=0.1, scale_output_len=0.2, max_output_len=200),
+    "azure": replace(_CLIPPED, scale_input_len=0.25, scale_output_len=0.25),
+    "mooncake": replace(_CLIPPED, scale_input_len=0.1, scale_output_len=0.2),
 }
-MOST_OTHERS = 0.08  # CPUs: above, a live run is repeated
-OURS = LLAMA15M.name
+BACKLOG = 300  # requests
 APP = App(name="python -m benchmarks.simulation_truth", help=__doc__)
+
+Figures: TypeAlias = dict[str, float]
 
 
 class Times(NamedTuple):
-    """One request, in seconds after the first arrival: planned, first token and last token."""
+    """The latencies of one request in seconds, from its arrival."""
 
     at_s: float
-    first_s: float
-    ended_s: float
+    ttft_s: float
+    e2e_s: float
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """What was measured. `others_cpus`: the CPUs that other programs used meanwhile. `requests`:
+    arrival in seconds, tokens of prompt and answer, ids of shared blocks. `times`: TTFT and
+    end-to-end time of each request in milliseconds; `again`: those of a second run.
+    """
+
+    graph: str
+    trace: str
+    load: float
+    requests_per_s: float
+    others_cpus: list[float]
+    requests: list[tuple[float, int, int, list[int]]]
+    times: list[tuple[float, float]]
+    again: list[tuple[float, float]] = []
 
     @property
-    def ttft_s(self) -> float:
-        return self.first_s - self.at_s
+    def key(self) -> tuple[str, str, float]:
+        return self.graph, self.trace, self.load
 
     @property
-    def e2e_s(self) -> float:
-        return self.ended_s - self.at_s
+    def workload(self) -> list[PlannedRequest]:
+        return [PlannedRequest(*one[:3], block_ids=tuple(one[3])) for one in self.requests]
+
+    def measured(self, times: Sequence[tuple[float, float]]) -> list[Times]:
+        pairs = zip(self.requests, times, strict=True)
+        return [Times(one[0], ttft / 1e3, e2e / 1e3) for one, (ttft, e2e) in pairs]
 
 
-class Live(NamedTuple):
-    """A live run. `others`: the CPUs that other programs used meanwhile."""
+class Truth(msgspec.Struct):
+    """Measured cells, and how they were measured."""
 
-    times: list[Times]
-    others: float
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What is equal in all cells. `tries`: the most live runs, until other programs are quiet."""
-
-    model: str
-    profile: str
-    seconds: float
-    seeds: int
-    repeats: int
-    tries: int
+    command: str
+    date: str
+    machine: dict[str, Any]
+    cells: list[Cell]
 
 
-@APP.default
-def truth(
+@APP.command
+def measure(
     traces: tuple[Path, ...],
     /,
     *,
     profile: str,
-    model: str = OURS,
     graphs: Annotated[tuple[str, ...], Parameter(negative=())] = tuple(GRAPHS),
     loads: Annotated[tuple[float, ...], Parameter(negative=())] = LOADS,
-    seconds: float = 30.0,
-    seeds: int = 5,
+    seconds: float = 20.0,
     repeats: int = 1,
-    tries: int = 2,
-    output: Path | None = None,
+    output: Path = TRUTH,
 ) -> None:
-    """Play traces into a real session, simulate them, and compare each request.
+    """Play traces into a real session of the random 15M model, and keep the times of each request.
 
-    Cells that the output has already are replaced, others are kept: a run may measure a part.
+    A cell replaces the one that the output has, if other programs used less of the CPUs meanwhile.
 
     Parameters
     ----------
     traces
         Azure's CSV or Mooncake's JSON lines: the name says how lengths are scaled.
     profile
-        Of this machine and model, as `sagellm calibrate` writes it.
-    model
-        llama15m, or a model as `sagellm run` takes it.
+        Of this machine and model, which tells the rate of load 1.
     graphs
         Of benchmarks/simulation/live; all unless given.
     loads
-        Shares of the rate at which the simulation serves a backlog.
+        Shares of the rate at which a simulation serves a backlog.
     seconds
         How long requests arrive.
-    seeds
-        Simulations of each cell, for the intervals.
     repeats
-        Live runs of each cell; of two, the difference is the floor of all errors.
-    tries
-        Further live runs, while other programs use the CPUs; the quietest counts.
+        1, or 2: the difference of two live runs is the floor of all errors.
     output
         A JSON file.
     """
-    name = str(model_folder(LLAMA15M)) if model == OURS else model
-    setting = Setting(name, profile, seconds, seeds, repeats, tries)
     for graph in graphs:
         for trace in traces:
             for load in loads:
-                found = compare(setting, graph, trace, load)
-                print(line(found), flush=True)
-                if output is not None:
-                    keep(output, setting, found)
+                cell = measured_cell(graph, trace, load, profile, seconds, repeats)
+                print(*cell.key, len(cell.requests), "requests, others", cell.others_cpus)
+                keep(output, cell)
 
 
-def compare(setting: Setting, graph: str, trace: Path, load: float) -> dict[str, Any]:
-    """One cell: measured, simulated, and their differences."""
-    planned = scaled(setting, trace)
-    capacity = capacity_rps(setting, graph, planned)
-    workload = at_rate(planned, load * capacity, setting.seconds)
-    runs = [simulated(setting, graph, workload, seed) for seed in range(setting.seeds)]
-    played = [quietest(setting, graph, workload) for _ in range(setting.repeats)]
-    lives = [one.times for one in played]
-    found = {
-        "graph": graph,
-        "trace": kind_of(trace),
-        "load": load,
-        "requests": len(workload),
-        "requests_per_s": round(load * capacity, 2),
-        "others_cpus": [round(one.others, 3) for one in played],
-        "measured": figures(lives[0]),
-        "simulated": figures(runs[0]),
-        "over_seeds": intervals([figures(run) for run in runs]),
-        "errors": errors(lives[0], runs[0]),
+@APP.command
+def compare(
+    *, profile: str, truth: Path = TRUTH, seeds: int = 5, output: Path | None = None
+) -> None:
+    """Simulate every measured cell, and print the errors.
+
+    Parameters
+    ----------
+    profile
+        A name or a file.
+    truth
+        What `measure` has written.
+    seeds
+        Simulations of each cell, for the intervals; the first counts for the errors.
+    output
+        A JSON file for the figures.
+    """
+    found = [compared(cell, profile, seeds) for cell in read_truth(truth).cells]
+    print("\n".join(table(found)))
+    if output is not None:
+        output.write_text(json.dumps({"profile": profile, "cells": found}, indent=2) + "\n")
+
+
+def compared(cell: Cell, profile: str, seeds: int) -> dict[str, Any]:
+    """One cell: measured, simulated, and the differences."""
+    live = cell.measured(cell.times)
+    runs = [simulated(cell.graph, cell.workload, profile, seed) for seed in range(seeds)]
+    every = [figures(run) for run in runs]
+    found: dict[str, Any] = {
+        "graph": cell.graph,
+        "trace": cell.trace,
+        "load": cell.load,
+        "requests": len(live),
+        "measured": figures(live),
+        "simulated": every[0],
+        "over_seeds": {
+            name: [min(one[name] for one in every), max(one[name] for one in every)]
+            for name in every[0]
+        },
+        "errors": errors(live, runs[0]),
     }
-    if setting.repeats > 1:
-        found["floor"] = errors(lives[0], lives[1])
+    if cell.again:
+        found["floor"] = errors(live, cell.measured(cell.again))
     return found
+
+
+def measured_cell(
+    graph: str, trace: Path, load: float, profile: str, seconds: float, repeats: int
+) -> Cell:
+    planned = scaled(trace)
+    rate = load * capacity_rps(graph, planned, profile)
+    workload = at_rate(planned, rate, seconds)
+    runs = [trio.run(live_run, graph, workload) for _ in range(repeats)]
+    return Cell(
+        graph,
+        kind_of(trace),
+        load,
+        round(rate, 3),
+        [round(others, 3) for _, others in runs],
+        [(one.at_s, one.input_len, one.output_len, list(one.block_ids)) for one in workload],
+        *([in_ms(one) for one in times] for times, _ in runs),
+    )
+
+
+def in_ms(times: Times) -> tuple[float, float]:
+    return round(1e3 * times.ttft_s, 2), round(1e3 * times.e2e_s, 2)
 
 
 def kind_of(trace: Path) -> str:
@@ -165,60 +208,48 @@ def kind_of(trace: Path) -> str:
     raise SystemExit(f"{trace.name}: no scale is known; there are {', '.join(SCALES)}")
 
 
-def quietest(setting: Setting, graph: str, workload: Sequence[PlannedRequest]) -> Live:
-    """The live run that other programs disturbed least; further runs only if they did."""
-    found: list[Live] = []
-    while not found or (found[-1].others > MOST_OTHERS and len(found) < setting.tries):
-        found.append(trio.run(measured, setting, graph, workload))
-    return min(found, key=lambda live: live.others)
-
-
-def scaled(setting: Setting, trace: Path) -> list[PlannedRequest]:
+def scaled(trace: Path) -> list[PlannedRequest]:
     """The requests of a trace with lengths that fit the model. Only whole blocks are shared."""
-    longest = resolve_model(setting.model).facts.max_model_len
-    changes = replace(SCALES[kind_of(trace)], max_input_len=longest - 256)
-    return list(changes.apply(read_workload(str(trace))))
+    return [
+        structs.replace(one, block_ids=one.block_ids[: one.input_len // BLOCK_LEN])
+        for one in SCALES[kind_of(trace)].apply(read_workload(str(trace)))
+    ]
 
 
-def capacity_rps(setting: Setting, graph: str, planned: Sequence[PlannedRequest]) -> float:
-    """The rate at which a backlog of 300 requests is served."""
-    backlog = [structs.replace(one, at_s=0.0) for one in planned[:300]]
-    ended = [one.ended_s for one in simulated(setting, graph, backlog, 0)]
-    return len(backlog) / max(ended)
+def capacity_rps(graph: str, planned: Sequence[PlannedRequest], profile: str) -> float:
+    """The rate at which a backlog is served."""
+    backlog = [structs.replace(one, at_s=0.0) for one in planned[:BACKLOG]]
+    return len(backlog) / max(one.e2e_s for one in simulated(graph, backlog, profile, 0))
 
 
 def at_rate(planned: Sequence[PlannedRequest], rate: float, seconds: float) -> list[PlannedRequest]:
     """The first requests, with the gaps of the trace, at a mean rate for some seconds."""
     num = max(10, round(rate * seconds))
-    chosen = planned[:num]
-    speed = chosen[-1].at_s / (num / rate)
-    return [structs.replace(one, at_s=one.at_s / speed) for one in chosen]
+    speed = planned[num - 1].at_s * rate / num
+    return [structs.replace(one, at_s=round(one.at_s / speed, 5)) for one in planned[:num]]
 
 
 def simulated(
-    setting: Setting, graph: str, workload: Sequence[PlannedRequest], seed: int
+    graph: str, workload: Sequence[PlannedRequest], profile: str, seed: int
 ) -> list[Times]:
+    """The simulated requests. No file of the model is needed."""
     document = load_file(GRAPHS[graph])
-    overrides = {f"{name}.model": setting.model for name in document.graph.engines}
-    point = SimulationPoint(document, workload, overrides, setting.profile, seed=seed)
-    run = simulate(point)
-    found = []
-    for one in run.requests:
-        assert one.first_s is not None
-        found.append(Times(one.arrived_s, one.first_s, one.ended_s))
-    return found
+    names = document.graph.engines
+    overrides = {f"{name}.model": "null" for name in names}
+    overrides |= {f"{name}.max_model_len": LLAMA15M.max_len for name in names}
+    run = simulate(SimulationPoint(document, workload, overrides, profile, seed=seed))
+    return [Times(one.arrived_s, one.ttft_s or 0.0, one.e2e_s) for one in run.requests]
 
 
-async def measured(setting: Setting, graph: str, workload: Sequence[PlannedRequest]) -> Live:
-    """Play a workload into a session, in an open loop."""
-    vocab_size = resolve_model(setting.model).facts.vocab_size
-    prompts = Prompts("ids", seed=1, vocab_size=vocab_size)
-    found: list[Times] = [Times(0.0, 0.0, 0.0)] * len(workload)
-    with models_of(setting, graph) as models:
+async def live_run(graph: str, workload: Sequence[PlannedRequest]) -> tuple[list[Times], float]:
+    """Play a workload into a session, in an open loop. Also return the CPUs of other programs."""
+    prompts = Prompts("ids", seed=1, vocab_size=LLAMA15M.vocab_size)
+    found: dict[int, Times] = {}
+    with models_of(graph) as models:
         async with Graph.load(GRAPHS[graph]).open(set=models) as session:
-            await warm_up(session, vocab_size)
+            await warm_up(session)
             tokens = [
-                prompts.make(number, one.input_len, one.block_ids[: one.input_len // BLOCK_LEN])
+                prompts.make(number, one.input_len, one.block_ids)
                 for number, one in enumerate(workload)
             ]
             gc.collect()
@@ -226,10 +257,11 @@ async def measured(setting: Setting, graph: str, workload: Sequence[PlannedReque
             began_s, others_s = trio.current_time() + 0.2, others_cpu_s()
 
             async def ask(number: int) -> None:
-                output_len = workload[number].output_len
-                first_s, ended_s = await times_of(session, tokens[number], output_len)
-                at_s = workload[number].at_s
-                found[number] = Times(at_s, first_s - began_s, ended_s - began_s)
+                planned = workload[number]
+                times = await times_of(session, tokens[number], planned.output_len)
+                found[number] = Times(
+                    planned.at_s, *(one - began_s - planned.at_s for one in times)
+                )
 
             async with trio.open_nursery() as nursery:
                 token = trio.lowlevel.current_trio_token()
@@ -241,7 +273,7 @@ async def measured(setting: Setting, graph: str, workload: Sequence[PlannedReque
                 arrivals = [offset_s + one.at_s for one in workload]
                 await trio.to_thread.run_sync(feed, arrivals, send)
             others = (others_cpu_s() - others_s) / (trio.current_time() - began_s)
-    return Live(found, others)
+    return [found[number] for number in range(len(workload))], others
 
 
 def feed(arrivals: Sequence[float], send: Callable[[int], None]) -> None:
@@ -254,17 +286,16 @@ def feed(arrivals: Sequence[float], send: Callable[[int], None]) -> None:
 
 
 @contextmanager
-def models_of(setting: Setting, graph: str) -> Iterator[dict[str, Any]]:
+def models_of(graph: str) -> Iterator[dict[str, Any]]:
     """The models of the engines of a graph. Each has a folder of its own: engines of one folder
     in one process share a program, and take turns.
     """
-    folder = resolve_model(setting.model).path
-    assert folder is not None
+    folder = model_folder(LLAMA15M)
     with tempfile.TemporaryDirectory() as place:
         found = {}
         for name in load_file(GRAPHS[graph]).graph.engines:
-            (Path(place) / name).mkdir()
             own = Path(place) / name / folder.name
+            own.parent.mkdir()
             own.symlink_to(folder)
             found[f"{name}.model"] = str(own)
         yield found
@@ -281,29 +312,29 @@ async def times_of(session: Session, prompt: Any, output_len: int) -> tuple[floa
     return first_s, trio.current_time()
 
 
-async def warm_up(session: Session, vocab_size: int) -> None:
+async def warm_up(session: Session) -> None:
     """Write every block of every pool: memory is slow when first written."""
     draw = Random("warm up")
     engines = [one for every in session.executor.engines.values() for one in every]
     num_tokens = max(one.facts.num_blocks * one.facts.block_size for one in engines)
     length = session.max_model_len - 2
     for _ in range(num_tokens // length + 1):
-        await times_of(session, draw.choices(range(vocab_size), k=length), 2)
+        await times_of(session, draw.choices(range(LLAMA15M.vocab_size), k=length), 2)
 
 
-def figures(times: Sequence[Times]) -> dict[str, float]:
+def figures(times: Sequence[Times]) -> Figures:
     """Latencies in milliseconds, and requests a second."""
     found = {}
     for name in ("ttft", "e2e"):
         ordered = sorted(1e3 * getattr(one, f"{name}_s") for one in times)
         for share in (0.5, 0.99):
             found[f"{name}_p{round(100 * share)}_ms"] = round(percentile(ordered, share), 2)
-    elapsed_s = max(one.ended_s for one in times) - times[0].at_s
+    elapsed_s = max(one.at_s + one.e2e_s for one in times) - times[0].at_s
     found["throughput_rps"] = round(len(times) / elapsed_s, 3)
     return found
 
 
-def errors(real: Sequence[Times], other: Sequence[Times]) -> dict[str, float]:
+def errors(real: Sequence[Times], other: Sequence[Times]) -> Figures:
     """The relative errors of the figures, and the medians of those of single requests."""
     before, after = figures(real), figures(other)
     found = {name: round(after[name] / before[name] - 1, 4) for name in before}
@@ -313,40 +344,36 @@ def errors(real: Sequence[Times], other: Sequence[Times]) -> dict[str, float]:
     return found
 
 
-def intervals(every: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """The least and the largest of each figure over the seeds."""
-    return {
-        name: [min(one[name] for one in every), max(one[name] for one in every)]
-        for name in every[0]
-    }
+def table(cells: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The errors in Markdown; below each cell that was measured twice, the floor."""
+    names = list(cells[0]["errors"]) if cells else []
+    yield f"| graph | trace | load | requests | {' | '.join(names)} |"
+    yield "|---" * (len(names) + 4) + "|"
+    for cell in cells:
+        shown = " | ".join(f"{cell['errors'][name]:+.1%}" for name in names)
+        head = " | ".join(str(cell[name]) for name in ("graph", "trace", "load", "requests"))
+        yield f"| {head} | {shown} |"
+        if "floor" in cell:
+            shown = " | ".join(f"{cell['floor'][name]:+.1%}" for name in names)
+            yield f"| | | | live again | {shown} |"
 
 
-def line(cell: dict[str, Any]) -> str:
-    """A cell as a line of text."""
-    shown = [f"{name} {value:+.1%}" for name, value in cell["errors"].items()]
-    floor = [f"{name} {value:+.1%}" for name, value in cell.get("floor", {}).items()]
-    name = f"{cell['graph']} {cell['trace']} {cell['load']} ({cell['requests']} requests)"
-    text = f"{name}, others {cell['others_cpus']}: {', '.join(shown)}"
-    return text + (f"\n    live again: {', '.join(floor)}" if floor else "")
+def read_truth(file: Path) -> Truth:
+    return msgspec.json.decode(file.read_bytes(), type=Truth)
 
 
-def keep(output: Path, setting: Setting, found: dict[str, Any]) -> None:
-    """Write a cell to a file, beside the other cells that it has."""
-    before = json.loads(output.read_text())["cells"] if output.exists() else []
-    kept = [one for one in before if key_of(one) != key_of(found)]
-    profile = read_profile(setting.profile)
-    record = {
-        "command": " ".join(["python -m benchmarks.simulation_truth", *map(short, sys.argv[1:])]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe(),
-        "profile": {"name": profile.name, "machine": profile.machine, "made_on": profile.made_on},
-        "cells": sorted([*kept, found], key=key_of),
-    }
-    output.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def key_of(cell: dict[str, Any]) -> tuple[str, str, float]:
-    return cell["graph"], cell["trace"], cell["load"]
+def keep(output: Path, cell: Cell) -> None:
+    """Write a cell beside the others of a file; one that was disturbed more is replaced."""
+    cells = read_truth(output).cells if output.exists() else []
+    before = {one.key: one for one in cells}
+    old = before.get(cell.key)
+    if old is None or max(cell.others_cpus) <= max(old.others_cpus):
+        before[cell.key] = cell
+    command = ["python -m benchmarks.simulation_truth", *map(short, sys.argv[1:])]
+    ordered = [before[key] for key in sorted(before)]
+    date = datetime.now(UTC).date().isoformat()
+    truth = Truth(" ".join(command), date, describe(), ordered)
+    output.write_bytes(msgspec.json.encode(truth) + b"\n")
 
 
 def short(argument: str) -> str:

@@ -18,20 +18,22 @@ from sagellm.session import Session
 _LOADS = (0.3, 0.6, 0.9)  # of what the engine served in the first mixed load
 _NUM_MIXED = 40  # requests of one mixed load
 _MOST_OUTPUT = 64  # tokens
-_NUM_DECODED = 16  # tokens of each sequence of a batch
+_NUM_DECODED = 16  # steps in which all sequences of a batch decode
 _WINDOW_S = 0.5  # the clocks of CPUs tick every 10 ms
 _MOST_OTHERS = 0.08  # CPUs
+_FEWEST = 0.25  # of the windows: with fewer, some sizes would be missing
 _MOST_TRIES = 3  # times the asked time, while other programs disturb
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What an engine takes. `longest`: the tokens of a prompt with its answer. `num_tokens`: of the
-    pool.
+    pool. `step_tokens`: the most tokens of a step.
     """
 
     longest: int
     num_tokens: int
+    step_tokens: int
     max_num_seqs: int
     vocab_size: int
 
@@ -81,9 +83,9 @@ class Measurement:
 
     @property
     def quiet(self) -> list[Window]:
-        """The windows that other programs did not disturb; all of them if these are few."""
+        """The windows that other programs did not disturb; all windows if these are few."""
         found = [window for window in self.windows if window.others <= _MOST_OTHERS]
-        return found if 2 * len(found) >= len(self.windows) else self.windows
+        return found if len(found) >= _FEWEST * len(self.windows) else self.windows
 
     @property
     def steps(self) -> list[Measured]:
@@ -119,6 +121,15 @@ class Cells:
         self._draw.shuffle(cells)
         return cells
 
+    def burst(self) -> list[Planned]:
+        """More requests at once than the engine has slots, which the pool can hold."""
+        most = self._sizes.max_num_seqs
+        longest = max(1, self._sizes.num_tokens // most - 2 * _MOST_OUTPUT)
+        return [
+            self._planned(self._length(1, 2 * longest), self._length(8, 2 * _MOST_OUTPUT))
+            for _ in range(most + most // 2)
+        ]
+
     def mixed(self, gap_s: float) -> list[Planned]:
         """Random lengths at the times of a Poisson process; a third continues an earlier prompt."""
         found: list[Planned] = []
@@ -140,11 +151,14 @@ class Cells:
                 yield [self._planned(length + self._draw.randrange(length // 2 + 1), 1)]
 
     def _batches(self) -> Iterator[list[Planned]]:
-        longest = (self._sizes.longest - _NUM_DECODED) // 2
+        """Sequences that decode together: answers are longer than the prompts take to compute."""
+        longest = self._sizes.longest // 2
         for batch in powers(1, self._sizes.max_num_seqs):
             for context in powers(16, max(16, longest), 4):
-                if batch * (context + _NUM_DECODED) <= self._sizes.num_tokens // 2:
-                    yield [self._planned(context, _NUM_DECODED) for _ in range(batch)]
+                output_len = _NUM_DECODED + batch * context // self._sizes.step_tokens
+                is_fitting = batch * (context + output_len) <= self._sizes.num_tokens * 3 // 4
+                if is_fitting and context + output_len <= self._sizes.longest:
+                    yield [self._planned(context, output_len) for _ in range(batch)]
 
     def _planned(self, length: int, output_len: int, at_s: float = 0.0) -> Planned:
         length = max(1, min(length, self._sizes.longest - output_len))
@@ -153,7 +167,8 @@ class Cells:
 
     def _length(self, low: int, high: int) -> int:
         """A length whose logarithm is uniform."""
-        return round(low * (max(low, high) / low) ** self._draw.random())
+        ratio: float = (max(low, high) / low) ** self._draw.random()
+        return round(low * ratio)
 
 
 def powers(low: int, high: int, factor: int = 2) -> Iterator[int]:
@@ -185,7 +200,7 @@ async def measure(
     player.take()
     while not is_over:
         loads = [cells.mixed(busy_s / _NUM_MIXED / load) for load in _LOADS]
-        for cell in (*cells.round(), *loads):
+        for cell in (*cells.round(), *loads, cells.burst()):
             await player.play(cell)
             if player.window_s >= _WINDOW_S:
                 found.windows.append(player.take())

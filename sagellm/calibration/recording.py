@@ -109,7 +109,7 @@ class RecordedEngine(LocalEngine):
 
     def __init__(self, resources: EngineResources, *, name: str, replica: int = 0) -> None:
         self.log = StepLog()
-        self.max_num_seqs = resources.limits.max_num_seqs
+        self.limits = resources.limits
         runner = RecordingRunner(resources.runner, self.log)
         super().__init__(replace(resources, runner=runner), name=name, replica=replica)
 

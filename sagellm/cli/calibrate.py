@@ -153,7 +153,8 @@ async def _measure(
         sizes = Sizes(
             facts.max_model_len,
             facts.num_blocks * facts.block_size,
-            engine.max_num_seqs,
+            engine.limits.max_num_batched_tokens,
+            engine.limits.max_num_seqs,
             folder.facts.vocab_size,
         )
         with _share_progress() as progress:
