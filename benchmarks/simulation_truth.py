@@ -234,10 +234,15 @@ def simulated(
 ) -> list[Times]:
     """The simulated requests. No file of the model is needed."""
     document = load_file(GRAPHS[graph])
+    options = {
+        "kind": "modelled",
+        "model": "null",
+        "profile": profile,
+        "max_model_len": LLAMA15M.max_len,
+    }
     names = document.graph.engines
-    overrides = {f"{name}.model": "null" for name in names}
-    overrides |= {f"{name}.max_model_len": LLAMA15M.max_len for name in names}
-    run = simulate(SimulationPoint(document, workload, overrides, profile, seed=seed))
+    overrides = {f"{name}.{key}": value for name in names for key, value in options.items()}
+    run = simulate(SimulationPoint(document, workload, overrides, seed=seed))
     return [Times(one.arrived_s, one.ttft_s or 0.0, one.e2e_s) for one in run.requests]
 
 
@@ -372,7 +377,8 @@ def keep(output: Path, cell: Cell) -> None:
     command = ["python -m benchmarks.simulation_truth", *map(short, sys.argv[1:])]
     ordered = [before[key] for key in sorted(before)]
     date = datetime.now(UTC).date().isoformat()
-    truth = Truth(" ".join(command), date, describe(), ordered)
+    machine = json.loads(json.dumps(describe()))  # texts of a class of torch become texts
+    truth = Truth(" ".join(command), date, machine, ordered)
     output.write_bytes(msgspec.json.encode(truth) + b"\n")
 
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from statistics import fmean
 from typing import NamedTuple
 
 import psutil
@@ -21,7 +20,7 @@ _MOST_OUTPUT = 64  # tokens
 _NUM_DECODED = 16  # steps in which all sequences of a batch decode
 _WINDOW_S = 0.5  # the clocks of CPUs tick every 10 ms
 _MOST_OTHERS = 0.08  # CPUs
-_FEWEST = 0.25  # of the windows: with fewer, some sizes would be missing
+_FEWEST = 0.25  # of the time: with less, some sizes would be missing
 _MOST_TRIES = 3  # times the asked time, while other programs disturb
 
 
@@ -84,8 +83,10 @@ class Measurement:
     @property
     def quiet(self) -> list[Window]:
         """The windows that other programs did not disturb; all windows if these are few."""
-        found = [window for window in self.windows if window.others <= _MOST_OTHERS]
-        return found if len(found) >= _FEWEST * len(self.windows) else self.windows
+        total_s = sum(window.seconds for window in self.windows)
+        if self.quiet_s < _FEWEST * total_s:
+            return self.windows
+        return [window for window in self.windows if window.others <= _MOST_OTHERS]
 
     @property
     def steps(self) -> list[Measured]:
@@ -100,7 +101,8 @@ class Measurement:
     @property
     def others(self) -> float:
         """The CPUs that other programs used in the windows that count."""
-        return fmean(window.others for window in self.quiet)
+        counted = self.quiet
+        return sum(one.others * one.seconds for one in counted) / sum(one.seconds for one in counted)
 
 
 class Cells:
@@ -125,8 +127,9 @@ class Cells:
         """More requests at once than the engine has slots, which the pool can hold."""
         most = self._sizes.max_num_seqs
         longest = max(1, self._sizes.num_tokens // most - 2 * _MOST_OUTPUT)
+        longest_output = max(1, min(2 * _MOST_OUTPUT, self._sizes.longest // 2))
         return [
-            self._planned(self._length(1, 2 * longest), self._length(8, 2 * _MOST_OUTPUT))
+            self._planned(self._length(1, 2 * longest), self._length(1, longest_output))
             for _ in range(most + most // 2)
         ]
 
@@ -136,11 +139,11 @@ class Cells:
         at_s = 0.0
         for _ in range(_NUM_MIXED):
             at_s += self._draw.expovariate(1 / gap_s) if gap_s else 0.0
-            output_len = self._length(1, min(_MOST_OUTPUT, self._sizes.longest // 4))
+            output_len = self._length(1, max(1, min(_MOST_OUTPUT, self._sizes.longest // 4)))
             planned = self._planned(self._length(1, self._sizes.longest // 2), output_len, at_s)
             if found and self._draw.random() < 1 / 3:
-                prefix = self._draw.choice(found).prompt[: self._sizes.longest // 4]
-                prompt = prefix + planned.prompt[: self._sizes.longest // 4]
+                most = max(1, self._sizes.longest // 4)
+                prompt = self._draw.choice(found).prompt[: most - 1] + planned.prompt[:most]
                 planned = planned._replace(prompt=prompt)
             found.append(planned)
         return found

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import trio
 
 from sagellm.backends import Sampled
+from sagellm.extensions import register_engine_kind
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.kinds import EngineKind, ReplicaPlace, local
 from sagellm.runtime.engine.kinds.local import open_resources
@@ -129,4 +130,10 @@ def _load(options: EngineOptions, place: ReplicaPlace) -> RecordedEngine:
     return RecordedEngine(resources, name=place.engine, replica=place.replica)
 
 
-RECORDED = EngineKind(EngineOptions, LOCAL_CAPABILITIES, _open, local.KIND.describe)
+RECORDED = "recorded"  # the name of the kind
+_KIND = EngineKind(EngineOptions, LOCAL_CAPABILITIES, _open, local.KIND.describe)
+
+
+def register_recorded() -> None:
+    """Make `kind: recorded` mean a local engine with a log of its steps."""
+    register_engine_kind(RECORDED, _KIND)

@@ -18,7 +18,7 @@ from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.builder import Graph
 from sagellm.calibration.fitting import fit, line, spread
 from sagellm.calibration.measuring import Measurement, Sizes, measure
-from sagellm.calibration.recording import RECORDED, RecordedEngine
+from sagellm.calibration.recording import RECORDED, RecordedEngine, register_recorded
 from sagellm.cli.doctor import cpu_name
 from sagellm.cli.errors import Failure
 from sagellm.cli.graph_argument import (
@@ -31,14 +31,13 @@ from sagellm.cli.plotting import request_progress
 from sagellm.cli.terminal import show_start_progress
 from sagellm.cli.tune import warn_of_load
 from sagellm.errors import naming_file
-from sagellm.extensions import register_engine_kind
 from sagellm.opening.open_graph import OpenGraph
 from sagellm.runtime.engine.costs.fitted import FittedCost, FittedForm
 from sagellm.runtime.engine.costs.profile import HostCost, Profile, write_profile
 from sagellm.runtime.engine.costs.spread import SHARES
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
 
-_GRAPH, _ENGINE, _KIND = "joint", "g", "recorded"
+_GRAPH, _ENGINE = "joint", "g"
 _LONGEST = 4096  # tokens: a longer context takes long to measure
 _NUM_TOKENS = 32_768  # of the pool
 _BLOCK_SIZE = 16
@@ -123,7 +122,7 @@ class _Opened:
 
 
 def _measured(calibration: Calibration) -> tuple[Measurement, _Opened]:
-    register_engine_kind(_KIND, RECORDED)
+    register_recorded()
     folder = resolve_model(calibration.model)
     graph = Graph.load(_GRAPH)
     opening = graph.open(set=_overrides(calibration, folder), model=calibration.model)
@@ -137,7 +136,7 @@ def _overrides(calibration: Calibration, folder: ModelFolder) -> dict[str, Any]:
     longest = min(folder.facts.max_model_len, _LONGEST)
     longest = int(calibration.option("max_model_len", longest))
     num_tokens = max(_NUM_TOKENS, 2 * longest)
-    found: dict[str, Any] = {"kind": _KIND, "max_model_len": longest}
+    found: dict[str, Any] = {"kind": RECORDED, "max_model_len": longest}
     if calibration.option("kv_memory", None) is None:
         found["num_blocks"] = -(-num_tokens // int(calibration.option("block_size", _BLOCK_SIZE)))
     return {f"{_ENGINE}.{name}": value for name, value in found.items()} | dict(calibration.options)

@@ -68,9 +68,7 @@ def test_steps_of_a_run_that_vary_for_themselves_are_near_their_mean_together():
     assert apart.factor(100) == pytest.approx(1.05)
 
 
-@given(
-    st.floats(0.1, 3.0), st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(1, 500)
-)
+@given(st.floats(0.1, 3.0), st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(1, 500))
 def test_a_longer_run_takes_longer(mean, share, correlation, num_steps):
     """A run is cut where it was planned longer: its shorter time must come first."""
     one = Variation(mean, -share * mean, correlation)

@@ -48,7 +48,7 @@ def test_nothing_comes_after_a_flush(called):
 
 
 def test_without_a_cost_everything_is_done_at_once(called):
-    timeline, times, note = host(called, None)
+    _, times, note = host(called, None)
     times.enter(100, note("a"))
     times.deliver(100, note("b"))
     assert called == [("a", 0.0), ("b", 0.0)]

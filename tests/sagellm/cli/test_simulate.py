@@ -249,4 +249,3 @@ def test_the_table_shows_the_interval_over_the_seeds(simulate, one_way):
 def test_a_faulty_spread_is_refused(simulate, one_way):
     graph, options = one_way(spread=[{"from_s": 0.0, "ratios": [1.0]}])
     assert "1 ratios, but 9 quantiles" in simulate(*options, graph=graph, code=2)
-
