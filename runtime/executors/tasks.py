@@ -47,7 +47,7 @@ from sagellm.runtime.executors.waits import Waits
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
-from sagellm.runtime.port import Engine
+from sagellm.runtime.port import Engine, ReportsAvailability
 
 RecordDecision: TypeAlias = Callable[[float, Event, list[Effect]], None]
 
@@ -114,8 +114,16 @@ class Shell:
     def start_hosts(self, spawner: Spawner) -> None:
         """Start the tasks of all service operators."""
         self._spawner = spawner
+        for name, replicas in self.engines.items():
+            for number, engine in enumerate(replicas):
+                self._follow(name, number, engine)
         for host in self._hosts.values():
             host.start(spawner)
+
+    def _follow(self, name: str, replica: int, engine: Engine) -> None:
+        """Mark a replica whenever its engine goes down or comes up by itself."""
+        if isinstance(engine, ReportsAvailability):
+            engine.report_availability(lambda is_up: self.mark(name, replica, is_up=is_up))
 
     @property
     def plan(self) -> Plan:
@@ -147,6 +155,7 @@ class Shell:
                 self, node, replica, self.plan.services[node]
             )
             host.start(self._spawner)
+        self._follow(name, replica, engine)
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """Record that a replica of an engine is up, or was lost."""
