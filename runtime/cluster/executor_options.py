@@ -130,7 +130,9 @@ def executor_options(graph: Graph) -> TasksOptions | ProcessesOptions:
     executor = graph.attrs.get("executor")
     options = dict(executor) if isinstance(executor, FrozenMap) else {}
     kind = options.pop("kind", "tasks")
-    return read_options(TasksOptions if kind == "tasks" else ProcessesOptions, options)
+    if kind == "tasks":
+        return read_options(TasksOptions, options)
+    return read_options(ProcessesOptions, options)
 
 
 def processes_options(graph: Graph) -> ProcessesOptions | None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import inf
 from typing import TypeAlias
 
@@ -34,6 +35,7 @@ from sagellm.runtime.core.events import (
     TimeCame,
 )
 from sagellm.runtime.executors.context import Emissions, TrioWaits
+from sagellm.runtime.executors.engine_reader import follow_availability
 from sagellm.runtime.executors.host import (
     ServiceHost,
     Spawner,
@@ -47,7 +49,7 @@ from sagellm.runtime.executors.waits import Waits
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
-from sagellm.runtime.port import Engine, ReportsAvailability
+from sagellm.runtime.port import Engine
 
 RecordDecision: TypeAlias = Callable[[float, Event, list[Effect]], None]
 
@@ -116,14 +118,9 @@ class Shell:
         self._spawner = spawner
         for name, replicas in self.engines.items():
             for number, engine in enumerate(replicas):
-                self._follow(name, number, engine)
+                follow_availability(engine, partial(self.mark, name, number))
         for host in self._hosts.values():
             host.start(spawner)
-
-    def _follow(self, name: str, replica: int, engine: Engine) -> None:
-        """Mark a replica whenever its engine goes down or comes up by itself."""
-        if isinstance(engine, ReportsAvailability):
-            engine.report_availability(lambda is_up: self.mark(name, replica, is_up=is_up))
 
     @property
     def plan(self) -> Plan:
@@ -155,7 +152,7 @@ class Shell:
                 self, node, replica, self.plan.services[node]
             )
             host.start(self._spawner)
-        self._follow(name, replica, engine)
+        follow_availability(engine, partial(self.mark, name, replica))
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """Record that a replica of an engine is up, or was lost."""

@@ -9,8 +9,8 @@ import trio
 
 from sagellm.client.http_calls import read_url
 from sagellm.client.responses import ClientError
-from sagellm.foreign.engine import ForeignEngine
-from sagellm.foreign.upstream import Upstream, UpstreamModel
+from sagellm.foreign.foreign_engine import ForeignEngine
+from sagellm.foreign.foreign_server import ForeignModel, ForeignServer
 from sagellm.graphs.rules.rule import EngineFactsView
 from sagellm.graphs.vocabulary import GRAMMARS, RESUME, TEXT_IN, TEXT_OUT, TOKENS_IN, TOKENS_OUT
 from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
@@ -96,12 +96,12 @@ class OpenAIOptions:
 async def open_openai(options: OpenAIOptions, place: ReplicaPlace) -> ForeignEngine:
     """Ask a server for its model, and return its engine. Raises EngineOptionError."""
     url = read_url(options.urls[place.replica])
-    upstream = Upstream(url, options.api_key, connect_s=options.connect_s, read_s=options.read_s)
+    server = ForeignServer(url, options.api_key, connect_s=options.connect_s, read_s=options.read_s)
     try:
-        model = await _asked(upstream, options)
+        model = await _asked(server, options)
     except BaseException:
         with trio.CancelScope(shield=True):
-            await upstream.aclose()
+            await server.aclose()
         raise
     facts = EngineFacts(
         model=model.name,
@@ -111,7 +111,7 @@ async def open_openai(options: OpenAIOptions, place: ReplicaPlace) -> ForeignEng
     )
     replica = EngineReplica(place.engine, place.replica)
     return ForeignEngine(
-        upstream,
+        server,
         facts,
         replica,
         probe_s=options.probe_s,
@@ -119,15 +119,15 @@ async def open_openai(options: OpenAIOptions, place: ReplicaPlace) -> ForeignEng
     )
 
 
-async def _asked(upstream: Upstream, options: OpenAIOptions) -> UpstreamModel:
+async def _asked(server: ForeignServer, options: OpenAIOptions) -> ForeignModel:
     """The model of a server. Asks again until `start_s` while the server is not up."""
     begun_s = trio.current_time()
     for _ in count():
         try:
-            model = await upstream.model(options.model)
-            if options.tokenizer and not await upstream.gives_token_ids(model.name):
+            model = await server.model(options.model)
+            if options.tokenizer and not await server.gives_token_ids(model.name):
                 raise EngineOptionError(
-                    f"tokenizer: {upstream.url} answers without token ids; leave tokenizer out"
+                    f"tokenizer: {server.url} answers without token ids; leave tokenizer out"
                 )
             return model
         except ClientError as error:

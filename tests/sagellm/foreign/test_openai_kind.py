@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import openai
 import pytest
 import trio
+from foreign_graph import graph, upstream
 from gateway_session import ServedSession, served_session
-from scripted_server import Call, Script, Server, text
+from scripted_server import Call, text
 from waiting import until
 
 from sagellm import Graph, Sampling, ops
@@ -22,12 +24,6 @@ PROMPT = "the quick brown fox"
 GREEDY = Sampling(max_tokens=12, ignore_eos=True)
 
 
-def graph(*urls: str, **options: Any) -> Graph:
-    chain = Graph("door").engine("far", kind="openai", urls=list(urls), **options)
-    chain = chain >> ops.policy_sort() >> ops.route() >> ops.generate(engine="far")
-    return chain >> ops.metrics_sink()
-
-
 def token(event: TokenEvent) -> dict[str, Any]:
     """A chunk with the text and the id of one token."""
     chunk = text(event.text)
@@ -35,14 +31,9 @@ def token(event: TokenEvent) -> dict[str, Any]:
     return chunk
 
 
-@asynccontextmanager
-async def upstream(script: Script) -> AsyncIterator[Server]:
-    """A scripted server in this loop."""
-    server = Server(script)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.run)
-        yield server
-        nursery.cancel_scope.cancel()
+async def tokens(session: Session, prompt: Any, sampling: Sampling) -> list[TokenEvent]:
+    stream = session.stream(prompt, sampling=sampling)
+    return [event async for event in stream if isinstance(event, TokenEvent)]
 
 
 def url_of(served: ServedSession) -> str:
@@ -79,7 +70,7 @@ async def test_a_stream_is_the_whole_and_messages_reach_the_server() -> None:
     messages = [{"role": "user", "content": "say something"}]
     async with far() as (served, session):
         wanted = await alone(served, messages, GREEDY)
-        events = [event async for event in session.stream(messages, sampling=GREEDY)]
+        events = await tokens(session, messages, GREEDY)
     assert "".join(event.text for event in events) == wanted.text
     assert [event.position for event in events if event.num_tokens] == sorted(
         {event.position for event in events if event.num_tokens}
@@ -129,7 +120,7 @@ async def test_an_answer_goes_on_at_another_server_where_its_own_is_lost(
 ) -> None:
     sampling = Sampling(max_tokens=40, ignore_eos=True)
     async with served_session("hypercorn", "joint", {"g.model": "sage-tiny"}) as served:
-        events = [event async for event in served.session.stream(PROMPT, sampling=sampling)]
+        events = await tokens(served.session, PROMPT, sampling)
         begun = [token(event) for event in events[:5]]
 
         async def script(call: Call) -> None:
@@ -173,3 +164,31 @@ async def test_a_server_that_is_not_there_is_named() -> None:
     ):
         async with graph("http://127.0.0.1:9", start_s=0.0).open():
             raise AssertionError
+
+
+def asked_by_openai(url: str) -> list[Any]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
+        stream = client.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": "hello"}],
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        return list(stream)
+
+
+async def test_the_gateway_serves_what_a_server_answers() -> None:
+    """openai-python through our gateway, before a server that is another sagellm."""
+    async with served_session("hypercorn", "joint", {"g.model": "sage-tiny"}) as served:
+        wanted = await alone(served, [{"role": "user", "content": "hello"}], GREEDY)
+        far_options = {"g.kind": "openai", "g.model": "m", "g.urls": [url_of(served)]}
+        async with served_session("hypercorn", "joint", far_options) as door:
+            chunks = await trio.to_thread.run_sync(asked_by_openai, url_of(door))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == wanted.text
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert (usage.completion_tokens, usage.prompt_tokens) == (12, wanted.num_prompt_tokens)

@@ -1,6 +1,6 @@
 """A server that speaks the OpenAI API, as an engine sees it: its models, its health, its calls."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ _PROBE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class UpstreamModel:
+class ForeignModel:
     """The model of a server. `max_model_len`: its context limit in tokens; None: not published.
 
     `can_resume_chats`: the server knows `continue_final_message`.
@@ -44,7 +44,7 @@ class UpstreamModel:
     can_resume_chats: bool
 
 
-class Upstream:
+class ForeignServer:
     """Calls one server. `first_byte_s`: the longest wait for the beginning of an answer, and for
     each of its next parts.
     """
@@ -58,7 +58,7 @@ class Upstream:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def model(self, name: str) -> UpstreamModel:
+    async def model(self, name: str) -> ForeignModel:
         """The model `name`, or with an empty name the first one. Raises ClientError."""
         listed = _listed(await self._get(MODELS))
         if not listed:
@@ -67,7 +67,7 @@ class Upstream:
         if name and name not in names:
             raise ClientError(f"{self.url} has no model {name!r}; it has {', '.join(names)}")
         entry = listed[names.index(name)] if name else listed[0]
-        return UpstreamModel(
+        return ForeignModel(
             name or names[0], _max_model_len(entry), entry.get("owned_by") in _RESUMING
         )
 
@@ -100,7 +100,7 @@ class Upstream:
 
     async def stream(
         self, path: str, body: Mapping[str, Any]
-    ) -> AsyncIterator[tuple[ResponseBody, ...]]:
+    ) -> AsyncGenerator[tuple[ResponseBody, ...], None]:
         """The chunks of a streamed answer, those that arrived together as one tuple.
 
         Ends after a whole answer. Raises ClientError, and for an answer that ends early CUT_OFF.
@@ -132,7 +132,9 @@ class Upstream:
     async def _get(self, path: str) -> bytes:
         return (await self._request("GET", path)).content
 
-    async def _request(self, method: str, path: str, content: bytes | None = None) -> Any:
+    async def _request(
+        self, method: str, path: str, content: bytes | None = None
+    ) -> httpx2.Response:
         headers = {"Content-Type": "application/json"} if content else {}
         try:
             response = await self._client.request(method, path, content=content, headers=headers)

@@ -8,7 +8,7 @@ import trio
 
 from sagellm.client.responses import CUT_OFF, TIMED_OUT, UNREACHABLE, ClientError
 from sagellm.foreign.calls import AnswerReader, call_of
-from sagellm.foreign.upstream import Upstream
+from sagellm.foreign.foreign_server import ForeignServer
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.messages import ENGINE_FAILED, EngineReplica, SequenceState
@@ -45,7 +45,7 @@ class _Call:
 
 
 class ForeignEngine:
-    """Implements the engine port over an `Upstream`.
+    """Implements the engine port over an `ForeignServer`.
 
     A call that fails before its first byte is tried again. Where the server cannot be reached, or
     an answer breaks off, the sequence is lost, and the graph resumes it elsewhere. A server counts
@@ -55,7 +55,7 @@ class ForeignEngine:
 
     def __init__(
         self,
-        upstream: Upstream,
+        server: ForeignServer,
         facts: EngineFacts,
         place: EngineReplica,
         *,
@@ -64,7 +64,7 @@ class ForeignEngine:
     ) -> None:
         self.facts = facts
         self.is_up = True
-        self._upstream = upstream
+        self._server = server
         self._place = place
         self._probe_s = probe_s
         self._can_resume_chats = can_resume_chats
@@ -134,7 +134,7 @@ class ForeignEngine:
             for mailbox in self._mailboxes.values():
                 mailbox.close()
             with trio.CancelScope(shield=True):
-                await self._upstream.aclose()
+                await self._server.aclose()
 
     # ---- one call ----------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class ForeignEngine:
         """Post the events of one call. Raises ClientError if the answer does not come whole."""
         reader, mailbox = call.reader, self.events(call.state.owner)
         reader.started_s = trio.current_time()
-        async with aclosing(self._upstream.stream(path, body)) as stream:
+        async with aclosing(self._server.stream(path, body)) as stream:
             async for chunks in stream:
                 while mailbox.is_full:  # a slow reader slows its own calls down, through TCP
                     await self._has_room.wait()
@@ -180,7 +180,7 @@ class ForeignEngine:
         log.warning(
             "upstream_failed",
             engine=f"{self._place.engine}[{self._place.number}]",
-            url=self._upstream.url,
+            url=self._server.url,
             request_id=call.state.request_id,
             status=error.status,
             why=error.message,
@@ -236,7 +236,7 @@ class ForeignEngine:
         log.warning(
             "upstream_up" if is_up else "upstream_down",
             engine=f"{self._place.engine}[{self._place.number}]",
-            url=self._upstream.url,
+            url=self._server.url,
         )
         if is_up:
             self._num_faults = 0
@@ -250,7 +250,7 @@ class ForeignEngine:
             await self._went_down.wait()
             while not self.is_up:
                 await trio.sleep(self._probe_s)
-                if await self._upstream.is_healthy():
+                if await self._server.is_healthy():
                     self._went_down = trio.Event()
                     self._set_up(True)
 
