@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import NamedTuple, Protocol
 
 from sagellm.runtime.engine.block_model import CachedSpan
-from sagellm.runtime.engine.costs.spread import NO_VARIATION, Variation
 from sagellm.runtime.messages import FinishReason
 
 # One sequence of a step: position of the first token to compute, number of tokens, prompt length.
@@ -172,6 +172,24 @@ class ModelledSequence:
     def is_decoding(self) -> bool:
         """Whether the token sampled last is the only pending token."""
         return self.num_pending == 1 and self.num_computed >= self.num_prompt
+
+
+class Variation(NamedTuple):
+    """How the steps of one run vary: the mean of measured over expected seconds, the distance of a
+    single step from the mean, and the correlation of two steps.
+    """
+
+    mean: float = 1.0
+    distance: float = 0.0
+    correlation: float = 0.0
+
+    def factor(self, num_steps: int) -> float:
+        """Measured over expected seconds of a run. The seconds of a run grow with its steps."""
+        apart = (1 - self.correlation) / num_steps
+        return self.mean + self.distance * sqrt(self.correlation + apart)
+
+
+NO_VARIATION = Variation()
 
 
 @dataclass(slots=True)

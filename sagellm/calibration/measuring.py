@@ -18,7 +18,7 @@ _LOADS = (0.3, 0.6, 0.9)  # of what the engine served in the first mixed load
 _NUM_MIXED = 40  # requests of one mixed load
 _MOST_OUTPUT = 64  # tokens
 _NUM_DECODED = 16  # steps in which all sequences of a batch decode
-_WINDOW_S = 0.5  # the clocks of CPUs tick every 10 ms
+_PERIOD_S = 0.5  # the clocks of CPUs tick every 10 ms
 _MOST_OTHERS = 0.08  # CPUs
 _FEWEST = 0.25  # of the time: with less, some sizes would be missing
 _MOST_TRIES = 3  # times the asked time, while other programs disturb
@@ -60,7 +60,7 @@ class MeasuredRequest(NamedTuple):
     is_alone: bool
 
 
-class Window(NamedTuple):
+class MeasuredPeriod(NamedTuple):
     """Consecutive cells. `others`: the CPUs that other programs used meanwhile."""
 
     steps: list[MeasuredStep]
@@ -73,36 +73,38 @@ class Window(NamedTuple):
 class Measurement:
     """What was measured, in order."""
 
-    windows: list[Window] = field(default_factory=list)
+    periods: list[MeasuredPeriod] = field(default_factory=list)
 
     @property
     def quiet_s(self) -> float:
-        """The seconds of the windows that other programs did not disturb."""
-        return sum(one.seconds for one in self.windows if one.others <= _MOST_OTHERS)
+        """The seconds of the periods that other programs did not disturb."""
+        return sum(one.seconds for one in self.periods if one.others <= _MOST_OTHERS)
 
     @property
-    def quiet(self) -> list[Window]:
-        """The windows that other programs did not disturb; all windows if these are few."""
-        total_s = sum(window.seconds for window in self.windows)
+    def quiet(self) -> list[MeasuredPeriod]:
+        """The periods that other programs did not disturb; all periods if these are few."""
+        total_s = sum(period.seconds for period in self.periods)
         if self.quiet_s < _FEWEST * total_s:
-            return self.windows
-        return [window for window in self.windows if window.others <= _MOST_OTHERS]
+            return self.periods
+        return [period for period in self.periods if period.others <= _MOST_OTHERS]
 
     @property
     def steps(self) -> list[Measured]:
-        """The steps of quiet windows, and their seconds."""
-        return [(step.shape, step.seconds) for window in self.quiet for step in window.steps]
+        """The steps of quiet periods, and their seconds."""
+        return [(step.shape, step.seconds) for period in self.quiet for step in period.steps]
 
     @property
     def requests(self) -> list[MeasuredRequest]:
-        """The requests of quiet windows."""
-        return [request for window in self.quiet for request in window.requests]
+        """The requests of quiet periods."""
+        return [request for period in self.quiet for request in period.requests]
 
     @property
     def others(self) -> float:
-        """The CPUs that other programs used in the windows that count."""
+        """The CPUs that other programs used in the periods that count."""
         counted = self.quiet
-        return sum(one.others * one.seconds for one in counted) / sum(one.seconds for one in counted)
+        return sum(one.others * one.seconds for one in counted) / sum(
+            one.seconds for one in counted
+        )
 
 
 class Cells:
@@ -194,7 +196,7 @@ async def measure(
     """Measure for about `spend_s` seconds, at least one round of all cells; longer while other
     programs use the CPUs. `progress` is called with the share of the time that is over.
     """
-    cells, player = Cells(sizes, seed), Player(session, engine.log)
+    cells, player = Cells(sizes, seed), CellPlayer(session, engine.log)
     for cell in cells.warm_up():
         await player.play(cell)
     busy_s = await player.play(cells.mixed(0.0))
@@ -205,12 +207,12 @@ async def measure(
         loads = [cells.mixed(busy_s / _NUM_MIXED / load) for load in _LOADS]
         for cell in (*cells.round(), *loads, cells.burst()):
             await player.play(cell)
-            if player.window_s >= _WINDOW_S:
-                found.windows.append(player.take())
+            if player.period_s >= _PERIOD_S:
+                found.periods.append(player.take())
             share = max(found.quiet_s, (trio.current_time() - began_s) / _MOST_TRIES) / spend_s
             progress(min(share, 1.0))
         is_over = share >= 1.0
-    found.windows.append(player.take())
+    found.periods.append(player.take())
     return found
 
 
@@ -223,8 +225,8 @@ def others_cpu_s() -> float:
     return float(sum(times) - idle_s - guest_s - own.user - own.system)
 
 
-class Player:
-    """Sends cells into a session, and records their steps and requests in windows."""
+class CellPlayer:
+    """Sends cells into a session, and records their steps and requests in periods."""
 
     def __init__(self, session: Session, log: StepLog) -> None:
         self._session = session
@@ -234,17 +236,17 @@ class Player:
         self._others_s = others_cpu_s()
 
     @property
-    def window_s(self) -> float:
-        """The age of the window in seconds."""
+    def period_s(self) -> float:
+        """The age of the period in seconds."""
         return trio.current_time() - self._began_s
 
-    def take(self) -> Window:
-        """The window until now. The next one begins."""
-        window_s, others_s = self.window_s, others_cpu_s()
-        others = max(0.0, others_s - self._others_s) / window_s
-        window = Window(self._log.take(), self._requests, others, window_s)
+    def take(self) -> MeasuredPeriod:
+        """The period until now. The next one begins."""
+        period_s, others_s = self.period_s, others_cpu_s()
+        others = max(0.0, others_s - self._others_s) / period_s
+        period = MeasuredPeriod(self._log.take(), self._requests, others, period_s)
         self._requests, self._began_s, self._others_s = [], trio.current_time(), others_s
-        return window
+        return period
 
     async def play(self, cell: Sequence[Planned]) -> float:
         """Send the requests of a cell, each at its time; return the seconds until all ended."""

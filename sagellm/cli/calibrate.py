@@ -225,7 +225,7 @@ def _lines(profile: Profile, found: Measurement) -> Iterator[tuple[str, str]]:
     cost, steps = FittedCost.of(profile.cost), found.steps
     errors = [abs(seconds / cost.seconds(shape) - 1) for shape, seconds in steps]
     yield "measured", f"{len(steps)} steps of {len(found.requests)} requests, {profile.machine}"
-    counted = f"{len(found.quiet)} of {len(found.windows)} periods count"
+    counted = f"{len(found.quiet)} of {len(found.periods)} periods count"
     yield "other programs", f"{found.others:.2f} CPUs; {counted}"
     yield "error of a step", f"{median(errors):.1%} (median)"
     middle = SHARES.index(0.5)

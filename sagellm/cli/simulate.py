@@ -221,7 +221,9 @@ def _show(summaries: list[SimulationSummary], took_s: float, results: Simulation
         if name in estimates:
             one = estimates[name]
             interval = f"{one.low:.2f} to {one.high:.2f}"
-            console.print(f"{name}: {one.mean:.2f} +- {one.deviation:.2f}, {interval} over the seeds")
+            console.print(
+                f"{name}: {one.mean:.2f} +- {one.deviation:.2f}, {interval} over the seeds"
+            )
 
 
 def _show_sweep(

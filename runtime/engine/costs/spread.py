@@ -4,12 +4,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
-from typing import NamedTuple
 
 import msgspec
 
 from sagellm.runtime.engine.costs.piecewise import PiecewiseLinear
+from sagellm.runtime.engine.step_cost import Variation
 from sagellm.runtime.operator import Draw
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -25,24 +24,6 @@ class StepSpread(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     from_s: float
     ratios: tuple[float, ...]
     correlation: float = 0.0
-
-
-class Variation(NamedTuple):
-    """How the steps of one run vary: the mean of measured over expected seconds, the distance of a
-    single step from the mean, and the correlation of two steps.
-    """
-
-    mean: float = 1.0
-    distance: float = 0.0
-    correlation: float = 0.0
-
-    def factor(self, num_steps: int) -> float:
-        """Measured over expected seconds of a run. The seconds of a run grow with its steps."""
-        apart = (1 - self.correlation) / num_steps
-        return self.mean + self.distance * sqrt(self.correlation + apart)
-
-
-NO_VARIATION = Variation()
 
 
 def check_spread(spread: Sequence[StepSpread]) -> None:

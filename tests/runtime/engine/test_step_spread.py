@@ -10,12 +10,11 @@ from sagellm.runtime.engine.costs.spread import (
     SHARES,
     StepSpread,
     StepVariation,
-    Variation,
     check_spread,
 )
 from sagellm.runtime.engine.engine_model import EngineModel
 from sagellm.runtime.engine.options import Limits
-from sagellm.runtime.engine.step_cost import StepCost
+from sagellm.runtime.engine.step_cost import StepCost, Variation
 
 RATIOS = (0.5, 0.8, 0.9, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0)
 SPREAD = (StepSpread(0.0, RATIOS), StepSpread(0.1, tuple(0.9 + 0.1 * one for one in RATIOS)))

@@ -1,8 +1,8 @@
-"""The cells of a calibration, and which of their windows count."""
+"""The cells of a calibration, and which of their periods count."""
 
 import pytest
 
-from sagellm.calibration.measuring import Cells, Measurement, Sizes, Window, powers
+from sagellm.calibration.measuring import Cells, MeasuredPeriod, Measurement, Sizes, powers
 
 SIZES = Sizes(longest=256, num_tokens=2048, step_tokens=64, max_num_seqs=8, vocab_size=50)
 
@@ -59,18 +59,18 @@ def test_powers_end_with_the_largest():
     assert list(powers(16, 300, 4)) == [16, 64, 256, 300]
 
 
-def window(others, seconds=1.0):
-    return Window([], [], others, seconds)
+def period(others, seconds=1.0):
+    return MeasuredPeriod([], [], others, seconds)
 
 
-def test_disturbed_windows_do_not_count():
-    found = Measurement([window(0.01), window(0.5), window(0.02)])
-    assert found.quiet == [window(0.01), window(0.02)]
+def test_disturbed_periods_do_not_count():
+    found = Measurement([period(0.01), period(0.5), period(0.02)])
+    assert found.quiet == [period(0.01), period(0.02)]
     assert found.quiet_s == 2.0
     assert found.others == pytest.approx(0.015)
 
 
-def test_all_windows_count_where_hardly_any_is_quiet():
-    windows = [window(0.01), window(0.5, seconds=9.0)]
-    assert Measurement(windows).quiet == windows
-    assert Measurement(windows).quiet_s == 1.0
+def test_all_periods_count_where_hardly_any_is_quiet():
+    periods = [period(0.01), period(0.5, seconds=9.0)]
+    assert Measurement(periods).quiet == periods
+    assert Measurement(periods).quiet_s == 1.0

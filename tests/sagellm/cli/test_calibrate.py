@@ -5,7 +5,7 @@ import json
 import pytest
 from models_on_the_fly import make_model
 
-from sagellm.calibration.measuring import MeasuredRequest, Measurement, Window
+from sagellm.calibration.measuring import MeasuredPeriod, MeasuredRequest, Measurement
 from sagellm.cli import main
 from sagellm.cli.calibrate import host_cost
 from sagellm.runtime.engine.costs.profile import read_profile
@@ -93,7 +93,7 @@ def test_the_host_costs_what_requests_wait_outside_of_steps():
         for length in (10, 100, 1000)
         for rows in (1, 4, 16)
     ]
-    found = host_cost(Measurement([Window([], requests, 0.0, 1.0)]))
+    found = host_cost(Measurement([MeasuredPeriod([], requests, 0.0, 1.0)]))
     assert found.submit_s == pytest.approx(1e-3, rel=0.02)
     assert found.submit_token_s == pytest.approx(2e-6, rel=0.02)
     assert found.deliver_s == pytest.approx(3e-3, rel=0.02)
