@@ -133,8 +133,21 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     feedback: Feedback
 
 
+class ScaleEngine(msgspec.Struct, frozen=True, gc=False):
+    """Change the number of replicas of an engine from `num_before` to `num_replicas`.
+
+    The executor reports the end of the change by `ScaleEnded`. `reason`: a word for logs and
+    metrics.
+    """
+
+    engine: str
+    num_replicas: int
+    num_before: int
+    reason: str
+
+
 OperatorOutput: TypeAlias = (
-    Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report
+    Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report | ScaleEngine
 )
 
 S = TypeVar("S")
