@@ -197,7 +197,8 @@ class Target:
     """An operator with an engine downstream of a router, which chooses one of its replicas.
 
     `is_next`: whether requests enter the target without passing another service operator.
-    `outlets`: the outlets of the router that lead to the target.
+    `outlets`: the outlets of the router that lead to the target. `prefills_only`: another operator
+    decodes what the target has prefilled.
     """
 
     node: str
@@ -205,6 +206,7 @@ class Target:
     engine: str = ""
     is_next: bool = False
     outlets: frozenset[str] = frozenset()
+    prefills_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import count, islice
-from math import inf
 from typing import Protocol
 
 import msgspec
@@ -12,14 +11,13 @@ import trio
 
 from sagellm.runtime.core.accounting import Clock
 from sagellm.runtime.core.core import Core
-from sagellm.runtime.core.effects import Parked, Resumed, WakeAt
+from sagellm.runtime.core.effects import Parked, Resumed
 from sagellm.runtime.core.events import (
     Emitted,
     Ended,
     Event,
     Released,
     Reported,
-    TimeCame,
     Transferred,
     Withdrawn,
 )
@@ -50,28 +48,6 @@ class TrioWaits:
 
     async def checkpoint_if_cancelled(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-
-
-class Timer:
-    """Dispatches `TimeCame` at the time of the latest `WakeAt`."""
-
-    def __init__(self, dispatch: Callable[[Event], None]) -> None:
-        self._dispatch = dispatch
-        self._at_s = inf
-        self._moved = trio.Event()
-
-    def set(self, effect: WakeAt) -> None:
-        self._at_s = effect.at_s
-        self._moved.set()
-
-    async def run(self) -> None:
-        """Run until cancelled."""
-        while True:
-            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
-            with trio.move_on_at(self._at_s):
-                await self._moved.wait()
-                continue
-            self._dispatch(TimeCame())
 
 
 class _Emission:

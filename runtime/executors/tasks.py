@@ -34,7 +34,7 @@ from sagellm.runtime.core.events import (
     Signalled,
     Stopped,
 )
-from sagellm.runtime.executors.context import Emissions, Timer, TrioWaits
+from sagellm.runtime.executors.context import Emissions, TrioWaits
 from sagellm.runtime.executors.host import (
     ServiceHost,
     Spawner,
@@ -45,7 +45,7 @@ from sagellm.runtime.executors.host import (
     log_scaling,
 )
 from sagellm.runtime.executors.reading import Reading, read
-from sagellm.runtime.executors.waits import Waits
+from sagellm.runtime.executors.waits import Timer, Waits
 from sagellm.runtime.feedback import ScaleEnded
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal

@@ -11,7 +11,15 @@ from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.models import family as families
-from sagellm.graphs.sections import KIND, ROUTE_MODEL, ServedModel, engine_kind, served_models
+from sagellm.graphs.sections import (
+    KIND,
+    ROUTE_MODEL,
+    ServedModel,
+    engine_kind,
+    scaled_engines,
+    served_models,
+    with_most_replicas,
+)
 from sagellm.graphs.text.yaml import Document
 from sagellm.opening.graph_engines import KindViews, describe_engine
 from sagellm.opening.sources import (
@@ -43,9 +51,13 @@ def check_graph(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
+    *,
+    is_simulated: bool = False,
 ) -> Graph:
     """Check a graph, and return it with its overrides. Raises the errors of `checked_graph`."""
-    return checked_graph(document, resolver, functions, overrides, model).graph
+    return checked_graph(
+        document, resolver, functions, overrides, model, is_simulated=is_simulated
+    ).graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +88,12 @@ def checked_graph(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
+    *,
+    is_simulated: bool = False,
 ) -> CheckedGraph:
     """Check a graph with its overrides. Raises GraphError with every mistake found.
+
+    `is_simulated`: no executor of the graph will run it, so it needs none that can add replicas.
 
     `functions` None skips the check of function names: functions may be registered later. The check
     imports no module of `imports`. Models are looked up, and downloaded if necessary, only after
@@ -100,8 +116,9 @@ def checked_graph(
     found = check(graph, resolver.vocabulary, facts)
     if not found:  # describing an engine may download its model, so wrong graphs end here
         given = _given_models(graph, overrides or {}, model)
+        widest = with_most_replicas(graph)  # the pools of all replicas must fit into the memory
         looked = {
-            name: _describe_or_diagnose(name, graph, given.get(name, "")) for name in graph.engines
+            name: _describe_or_diagnose(name, widest, given.get(name, "")) for name in graph.engines
         }
         engines = {name: one for name, one in looked.items() if isinstance(one, EngineDescription)}
         mistaken = [one for one in looked.values() if isinstance(one, Diagnostic)]
@@ -112,7 +129,7 @@ def checked_graph(
         found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
-        found = _mistaken_executor(graph)
+        found = _mistaken_executor(graph) + (() if is_simulated else _fixed_replicas(graph))
         found += _kinds_of_this_process(graph) + _backends_of_this_process(graph)
         found += _families_of_this_process(graph, engines)
     if not found:
@@ -184,6 +201,21 @@ def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
     return tuple(
         Diagnostic("bad-options", ("executor", option), f"{option}: {message}", hint)
         for option, message, hint in (options.mistakes() if options is not None else ())
+    )
+
+
+def _fixed_replicas(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Diagnostics for operators that scale engines, on an executor whose replicas are fixed."""
+    if processes_options(graph) is not None:
+        return ()
+    return tuple(
+        Diagnostic(
+            "fixed-replicas",
+            ("operators", name, "op", VALUE),
+            f"`{name}` scales engines, and executor `tasks` adds no replicas",
+            "write `executor: {kind: processes}`, or leave the operator out",
+        )
+        for name in dict.fromkeys(owner for owner, _ in scaled_engines(graph).values())
     )
 
 
