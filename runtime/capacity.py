@@ -70,12 +70,14 @@ class PoolWork(msgspec.Struct, frozen=True):
     `residence`: the time of a sequence in the engine, by sequences open in its replica: by Little's
     law, replicas with N open sequences each serve N / residence(N) requests a second. `steps`: the
     time of a step, and `first_tokens` the time from the queue to the first token, by the same.
+    `num_begun`: open sequences at the begin of the interval.
     `share`: leased blocks of a sequence, as a share of a replica's. `num_served`: in this interval.
     `served_per_s`: a moving mean. `credit`: the most requests of a replica, by operator.
     """
 
     replicas: Map[int, ReplicaWork] = Map()
     begun_s: float = 0.0
+    num_begun: int = 0
     num_served: int = 0
     served_per_s: float = 0.0
     mean_open: float = 0.0  # open sequences of all replicas, in the last interval
@@ -147,15 +149,18 @@ class PoolWork(msgspec.Struct, frozen=True):
         sequence_s = sum(one.sequence_s + one.num_open * (now - one.at_s) for _, one in works)
         residence, num_up = self.residence, max(self.num_up, 1)
         mean_open, num_served = sequence_s / seconds, self.num_served
-        if num_served:
+        # The mean of the sequences that came and went: their number may have risen or fallen.
+        num_passed = num_served + (self.num_open - self.num_begun) / 2
+        if num_served and num_passed > 0:
             kept = math.exp(-seconds / _MEMORY_S)
-            each = mean_open / num_up * num_served
-            residence = residence.with_samples(each, sequence_s, count=num_served, kept=kept)
+            each = mean_open / num_up * num_passed
+            residence = residence.with_samples(each, sequence_s, count=num_passed, kept=kept)
         per_s = self.served_per_s + _RATE_WEIGHT * (num_served / seconds - self.served_per_s)
         return replace(
             self,
             replicas=replicas,
             begun_s=now,
+            num_begun=self.num_open,
             num_served=0,
             served_per_s=per_s,
             mean_open=mean_open,
@@ -166,7 +171,8 @@ class PoolWork(msgspec.Struct, frozen=True):
         """The work with an interval that begins now, after a time without work."""
         works = self.replicas.items()
         replicas = Map({number: one.closed(now) for number, one in works})
-        return replace(self, replicas=replicas, begun_s=now, num_served=0)
+        num_begun = self.num_open
+        return replace(self, replicas=replicas, begun_s=now, num_begun=num_begun, num_served=0)
 
     # ---- what follows from it ----------------------------------------------------------------
 
