@@ -247,7 +247,7 @@ class Autoscale:
         if slo_s is None or wait_s + pace.first_token_s <= slo_s:
             return wait_s, False
         start_s = max(scaling.start_s for scaling in state.scalings.values())
-        return wait_s, wait_s > start_s or wait_s >= state.wait_s
+        return wait_s, wait_s > start_s or 0 < state.wait_s <= wait_s
 
     def _load(self, pool: PoolWork) -> float:
         """The open sequences of an engine, as a share of the most that it may have."""

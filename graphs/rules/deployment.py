@@ -115,7 +115,7 @@ def autoscaled(context: CheckContext) -> Iterator[Diagnostic]:
 def _bounds(graph: Graph, path: Path, engine: str, values: FrozenMap) -> Iterator[Diagnostic]:
     """The contradictions between the bounds of one engine, and with its number of replicas."""
     least, most = values.get("min", 1), values.get("max")
-    if not isinstance(least, int) or not isinstance(most, int):
+    if not isinstance(least, int) or not isinstance(most, int) or min(least, most) < 1:
         return
     count = num_replicas(graph.engines[engine])
     if least > most:
