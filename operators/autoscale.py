@@ -215,7 +215,9 @@ class Autoscale:
         for engine, bounds in self.bounds.items():
             pool, scaling = pools[engine], state.scalings[engine]
             per_s = self._demand_of(state, engine, scaling.start_s)
-            signs = Signs(per_s, wait_s, is_late and engine == bottleneck)
+            waiting = state.forecast.pace.backlog.num_requests * self._share(state, engine)
+            blamed = is_late and engine == bottleneck
+            signs = Signs(per_s, wait_s, blamed, waiting, scaling.start_s)
             need = need_of(pool, signs, bounds, self.rule)
             scalings[engine], change = scaling.decide(pool, need, bounds, self.rule, now)
             if change is not None:
@@ -228,10 +230,14 @@ class Autoscale:
 
     def _demand_of(self, state: AutoscaleState, engine: str, start_s: float) -> float:
         """The predicted requests a second that reach an engine, in requests of usual length."""
-        most = max(pool.served_per_s for pool in state.pools.values())
-        share = state.pools[engine].served_per_s / most if most > 0 else 1.0
         per_s = state.demand.peak(start_s / self.rule.interval_s + 1)
-        return share * per_s * state.demand.stretch(counts_outputs=engine not in self.prefills)
+        stretch = state.demand.stretch(counts_outputs=engine not in self.prefills)
+        return self._share(state, engine) * per_s * stretch
+
+    def _share(self, state: AutoscaleState, engine: str) -> float:
+        """The share of requests that reach an engine, as far as is known."""
+        most = max(pool.served_per_s for pool in state.pools.values())
+        return state.pools[engine].served_per_s / most if most > 0 else 1.0
 
     def _waits(self, state: AutoscaleState, now: float) -> tuple[float, bool]:
         """The predicted time until the requests that wait have left the queue; and whether first

@@ -15,6 +15,7 @@ _MIN_SERVED = 8.0  # served requests before the first estimate
 _STEP_WEIGHT = 1 / 8  # weight of the latest steps in the moving mean of a replica
 _RATE_WEIGHT = 1 / 8  # weight of the latest interval in the rate of served requests
 _FADE = 1 - 1 / 256  # factor on the weight of earlier steps and first tokens, with each new one
+_MUCH = 0.5  # the share of leased blocks from which on those of a sequence are measured
 FULL = 0.95  # the share of leased blocks at which a pool counts as full
 
 
@@ -106,7 +107,8 @@ class PoolWork(msgspec.Struct, frozen=True):
         if num_steps > 0 and seconds > 0 and before.num_open:
             num_rows = num_steps * before.num_open
             steps = steps.with_samples(num_rows, seconds, count=num_steps, kept=_FADE**num_steps)
-        if after.num_open and after.leased:
+        # While blocks are plenty, reserved ones may be more than those of the open sequences.
+        if after.num_open and after.leased >= _MUCH:
             each = after.leased / after.num_open
             share = each if not share else share + _STEP_WEIGHT * (each - share)
         return replace(self, replicas=self.replicas.set(number, after), steps=steps, share=share)

@@ -1,5 +1,6 @@
 """Forecasts of demand: how many requests will come each second, and how long they will be."""
 
+import math
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -9,6 +10,7 @@ ForecastMethod: TypeAlias = Literal["constant", "ewma", "holt"]
 
 _LEVEL_WEIGHT = 0.4  # weight of the latest interval in the level
 _TREND_WEIGHT = 0.2  # weight of the latest change of the level in the trend
+_DEVIATIONS = 3.0  # standard deviations by which a rate exceeds the expected one at a new level
 _DAMPING = 0.9  # how much of the trend is left after each interval
 _MAX_GAP = 64  # intervals without a request that are counted; after them the level is near zero
 _NUM_RECENT = 50  # requests in the moving means of recent lengths
@@ -27,25 +29,32 @@ class RateForecast(msgspec.Struct, frozen=True):
     level: float | None = None
     trend: float = 0.0
 
-    def after(self, rate: float) -> "RateForecast":
-        """The forecast with the rate of one more interval."""
+    def after(self, rate: float, seconds: float) -> "RateForecast":
+        """The forecast with the rate of one more interval, which lasted `seconds`.
+
+        A rate that is too high to be chance is a new level, and not the begin of a trend: a Poisson
+        process would exceed three standard deviations once in a thousand intervals.
+        """
         before = self.level
         if before is None or self.method == "constant":
             return replace(self, level=rate)
         drift = _DAMPING * self.trend
+        expected = max(before + drift, 1 / seconds)
+        if rate > expected + _DEVIATIONS * math.sqrt(expected / seconds):
+            return replace(self, level=rate, trend=0.0)
         level = before + drift + _LEVEL_WEIGHT * (rate - before - drift)
         if self.method == "ewma":
             return replace(self, level=level)
         trend = drift + _TREND_WEIGHT * (level - before - drift)
         return replace(self, level=level, trend=trend)
 
-    def after_gap(self, num_intervals: int) -> "RateForecast":
+    def after_gap(self, num_intervals: int, seconds: float) -> "RateForecast":
         """The forecast after intervals in which nothing came."""
         if self.level is None:
             return self
         forecast = self
         for _ in range(min(num_intervals, _MAX_GAP)):
-            forecast = forecast.after(0.0)
+            forecast = forecast.after(0.0, seconds)
         return forecast
 
     def at(self, num_intervals: float) -> float:
@@ -93,13 +102,14 @@ class Demand(msgspec.Struct, frozen=True):
 
     def closed(self, now: float) -> "Demand":
         """The demand with a new interval, which begins now. The one before must have lasted."""
-        rate = self.rate.after(self.num_arrived / (now - self.begun_s))
+        seconds = now - self.begun_s
+        rate = self.rate.after(self.num_arrived / seconds, seconds)
         return replace(self, rate=rate, begun_s=now, num_arrived=0)
 
     def resumed(self, now: float, interval_s: float) -> "Demand":
         """The demand with an interval that begins now, after a time without requests."""
         num_empty = int((now - self.begun_s) / interval_s)
-        return replace(self, rate=self.rate.after_gap(num_empty), begun_s=now)
+        return replace(self, rate=self.rate.after_gap(num_empty, interval_s), begun_s=now)
 
     def peak(self, num_intervals: float) -> float:
         """The higher of the rates now and after so many intervals, in requests a second."""

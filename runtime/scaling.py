@@ -52,12 +52,15 @@ class Need(NamedTuple):
 
 class Signs(NamedTuple):
     """What an engine shows: the predicted requests a second; the predicted time until requests
-    that wait have left the queue; whether first tokens come too late because of this engine.
+    that wait have left the queue; whether first tokens come too late because of this engine; the
+    number of requests that wait; and how long a replica takes to start.
     """
 
     per_s: float
     wait_s: float
     is_late: bool
+    num_waiting: float = 0.0
+    start_s: float = 0.0
 
 
 def need_of(pool: PoolWork, signs: Signs, bounds: ReplicaBounds, rule: ScalingRule) -> Need:
@@ -67,7 +70,8 @@ def need_of(pool: PoolWork, signs: Signs, bounds: ReplicaBounds, rule: ScalingRu
     num_up = max(pool.num_up, 1)
     up, reason, keep = 1, "demand", 1
     if per_replica:
-        up = _fitting(signs.per_s, per_replica * rule.target_load)
+        late_per_s = _left_per_s(signs, num_up * per_replica, rule)
+        up = _fitting(signs.per_s + late_per_s, per_replica * rule.target_load)
         keep = _fitting(signs.per_s, per_replica * rule.removal_load)
     if math.isfinite(most_open):
         num_open = max(pool.mean_open, pool.num_open)
@@ -79,6 +83,16 @@ def need_of(pool: PoolWork, signs: Signs, bounds: ReplicaBounds, rule: ScalingRu
     if _would_be_late(signs.wait_s, num_up, rule):
         keep = max(keep, num_up)
     return Need(up, reason, max(keep, up))
+
+
+def _left_per_s(signs: Signs, served_per_s: float, rule: ScalingRule) -> float:
+    """The rate at which to serve those that still wait when a new replica is ready, in requests a
+    second: within `cool_down_s`, for which that replica stays in any case.
+    """
+    if not signs.num_waiting:
+        return 0.0
+    num_left = signs.num_waiting + (signs.per_s - served_per_s) * signs.start_s
+    return max(num_left, 0.0) / max(rule.cool_down_s, rule.interval_s)
 
 
 def _fitting(amount: float, each: float) -> int:

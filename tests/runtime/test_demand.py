@@ -5,10 +5,11 @@ import pytest
 from sagellm.runtime.demand import Demand, MeanLength, RateForecast
 
 
-def after(method, *rates):
+def after(method, *rates, seconds=0.1):
+    """The forecast after these rates; in a tenth of a second, all of them may be chance."""
     forecast = RateForecast(method)
     for rate in rates:
-        forecast = forecast.after(rate)
+        forecast = forecast.after(rate, seconds)
     return forecast
 
 
@@ -28,9 +29,21 @@ def test_the_damped_trend_of_holt():
     # One interval ahead, the trend adds 0.9 of itself, and then 0.81.
     assert found.at(1) == pytest.approx(14 + 0.9 * 0.8)
     assert found.at(2) == pytest.approx(14 + (0.9 + 0.81) * 0.8)
-    third = found.after(14 + 0.9 * 0.8)  # as predicted: the trend fades, and nothing else
+    third = found.after(14 + 0.9 * 0.8, 0.1)  # as predicted: the trend fades, and nothing else
     assert third.level == pytest.approx(14 + 0.9 * 0.8)
     assert third.trend == pytest.approx(0.9 * 0.8)
+
+
+@pytest.mark.parametrize(("rate", "is_new"), [(5.8, False), (6.0, True)])
+def test_a_rate_that_is_no_chance_is_the_new_level(rate, is_new):
+    # Of 40 expected requests in 10 s, 59 are three standard deviations more.
+    found = after("holt", 4.0, rate, seconds=10.0)
+    assert (found.level == rate) == is_new
+    assert (found.trend == 0.0) == is_new
+
+
+def test_a_fall_is_never_a_new_level():
+    assert after("holt", 4.0, 0.0, seconds=1000.0).level == pytest.approx(2.4)
 
 
 def test_a_trend_leads_a_steady_rise_and_no_forecast_is_negative():
@@ -43,8 +56,8 @@ def test_a_trend_leads_a_steady_rise_and_no_forecast_is_negative():
 @pytest.mark.parametrize("method", ["constant", "ewma", "holt"])
 def test_nothing_known_and_nothing_coming_are_zero(method):
     assert RateForecast(method).at(3) == 0.0
-    assert RateForecast(method).after_gap(9).level is None
-    assert after(method, 50.0).after_gap(10**9).at(5) == pytest.approx(0.0, abs=1e-3)
+    assert RateForecast(method).after_gap(9, 1.0).level is None
+    assert after(method, 50.0).after_gap(10**9, 1.0).at(5) == pytest.approx(0.0, abs=1e-3)
 
 
 def test_an_interval_gives_its_rate():

@@ -40,6 +40,14 @@ def test_replicas_for_a_demand(per_s, up, keep):
     assert need_of(pool_of(2), CALM._replace(per_s=per_s), BOUNDS, RULE) == (up, "demand", keep)
 
 
+def test_those_that_will_wait_are_served_within_the_cool_down():
+    signs = Signs(4.0, 9.0, is_late=False, num_waiting=60.0, start_s=30.0)
+    # One replica serves 2 a second: after 30 s, 120 wait. So 2 a second more for 60 s.
+    assert need_of(pool_of(1), signs, BOUNDS, RULE).up == 4  # 6 / 1.6
+    assert need_of(pool_of(4), signs, BOUNDS, RULE).up == 3  # none will wait any more
+    assert need_of(pool_of(1), signs._replace(num_waiting=0.0), BOUNDS, RULE).up == 3
+
+
 def test_an_unknown_capacity_asks_for_nothing():
     bounds = replace(BOUNDS, requests_per_s=None)
     assert need_of(pool_of(1), CALM._replace(per_s=99.0), bounds, RULE) == (1, "demand", 1)
