@@ -24,7 +24,7 @@ engines:
 operators:
   autoscale:
     op: autoscale
-    engines: {g: {min: 1, max: 3, start_s: 1, drain_s: DRAIN}}
+    engines: {g: {min: 1, max: MOST, start_s: 1, drain_s: DRAIN}}
     interval_s: 0.25
     cool_down_s: 1.5
     slo_ttft_s: 0.5
@@ -40,13 +40,15 @@ executor: {kind: processes, ping_s: 0.05, num_spares: 0}
 # Four sequences at a time, of 40 tokens and 0.8 s each: five requests a second.
 MODELLED = """{kind: modelled, model: "null", max_num_seqs: 4, num_blocks: 256, max_model_len: 512,
       decode_step_s: 0.02}"""
-TINY = "{model: sage-tiny, deterministic: true, max_num_seqs: 2, num_blocks: 128, threads: 1}"
+TINY = "{model: sage-tiny, deterministic: true, max_num_seqs: 1, num_blocks: 128, threads: 1}"
 NUM_TOKENS = 40
 
 
-def written(folder: Path, engine: str, *, drain: float = 5.0, retry: float = 30.0) -> Path:
+def written(
+    folder: Path, engine: str, *, most: int = 3, drain: float = 5.0, retry: float = 30.0
+) -> Path:
     path = folder / "elastic.yaml"
-    text = GRAPH.replace("ENGINE", engine).replace("DRAIN", f"{drain:g}")
+    text = GRAPH.replace("ENGINE", engine).replace("DRAIN", f"{drain:g}").replace("MOST", str(most))
     path.write_text(text.replace("RETRY", f"{retry:g}"))
     return path
 
@@ -102,25 +104,31 @@ async def one_process_answers(folder: Path, engine: str, numbers: int) -> dict[i
 
 
 @pytest.mark.parametrize(
-    ("engine", "gap_s", "drain"), [(MODELLED, 0.08, 5.0), (MODELLED, 0.08, 0.0), (TINY, 0.02, 5.0)]
+    ("engine", "gap_s", "drain", "most"),
+    [(MODELLED, 0.08, 5.0, 3), (MODELLED, 0.08, 0.0, 3), (TINY, 0.05, 5.0, 2)],
+    ids=["drained", "moved", "computed"],
 )
 async def test_replicas_come_with_the_load_and_go_with_it(
-    tmp_path: Path, engine: str, gap_s: float, drain: float
+    tmp_path: Path, engine: str, gap_s: float, drain: float, most: int
 ) -> None:
-    path, log, seen = written(tmp_path, engine, drain=drain), tmp_path / "log", set[int]()
+    path, log, seen = (
+        written(tmp_path, engine, most=most, drain=drain),
+        tmp_path / "log",
+        set[int](),
+    )
     graph = Graph.load(str(path)).open()
     graph.record_to(DecisionFile(log))
     with trio.fail_after(60):
         async with graph as session:
             load, meters = Load(session), metered(session)
             async with trio.open_nursery() as nursery:
-                await load.run(nursery, gap_s, lambda: num_ready(session) >= 3)
+                await load.run(nursery, gap_s, lambda: num_ready(session) >= most)
                 seen |= pids(session)
                 shown = (await meters.exposition())[0].decode()
                 await load.run(nursery, 0.5, lambda: num_ready(session) <= 1)
             await until(lambda: num_ready(session) == 1 and len(pids(session)) == 1)
             gone = seen - pids(session)
-            assert len(gone) == 2
+            assert len(gone) == most - 1
             await until(lambda: not any(psutil.pid_exists(pid) for pid in gone))
             await session.idle()
             session.executor.core.ledger.check()
@@ -128,8 +136,9 @@ async def test_replicas_come_with_the_load_and_go_with_it(
     assert not any(psutil.pid_exists(pid) for pid in seen)
     assert len(load.answers) == load.num_asked
     assert load.answers == await one_process_answers(tmp_path, engine, load.num_asked)
-    assert 'sagellm_autoscale_ready_replicas{engine="g",graph="elastic"} 3.0' in shown
-    assert 'sagellm_autoscale_wanted_replicas{engine="g",graph="elastic"} 3.0' in shown
+    labels = '{engine="g",graph="elastic"}'
+    assert f"sagellm_autoscale_ready_replicas{labels} {most}.0" in shown
+    assert f"sagellm_autoscale_wanted_replicas{labels} {most}.0" in shown
     assert "sagellm_autoscale_changes_total" in shown
     assert replay(log, functions={}).difference is None
 
