@@ -80,7 +80,7 @@ class AutoscaleOptions:
     forecast: ForecastMethod = "holt"
     interval_s: float = field(default=10.0, metadata={"min": 0.01})
     target_load: float = field(default=0.8, metadata={"min": 0.01, "max": 1.0})
-    removal_load: float = field(default=0.6, metadata={"min": 0.01, "max": 1.0})
+    removal_load: float = field(default=0.7, metadata={"min": 0.01, "max": 1.0})
     cool_down_s: float = field(default=60.0, metadata={"min": 0.0})
     retry_s: float = field(default=30.0, metadata={"min": 0.1})
 

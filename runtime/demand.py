@@ -11,6 +11,7 @@ ForecastMethod: TypeAlias = Literal["constant", "ewma", "holt"]
 _LEVEL_WEIGHT = 0.4  # weight of the latest interval in the level
 _TREND_WEIGHT = 0.2  # weight of the latest change of the level in the trend
 _DEVIATIONS = 3.0  # standard deviations by which a rate exceeds the expected one at a new level
+_NOISE_WEIGHT = 0.1  # weight of the latest interval in the noise
 _DAMPING = 0.9  # how much of the trend is left after each interval
 _MAX_GAP = 64  # intervals without a request that are counted; after them the level is near zero
 _NUM_RECENT = 50  # requests in the moving means of recent lengths
@@ -22,31 +23,34 @@ class RateForecast(msgspec.Struct, frozen=True):
 
     `method` "constant": the rate stays as in the latest interval. "ewma": it stays at the
     exponentially weighted mean. "holt": Holt's linear method with a damped trend (Gardner and
-    McKenzie 1985). `trend`: the change of the level in an interval.
+    McKenzie 1985). `trend`: the change of the level in an interval. `noise`: the moving mean of the
+    squared difference between a rate and the expected one.
     """
 
     method: ForecastMethod = "holt"
     level: float | None = None
     trend: float = 0.0
+    noise: float = 0.0
 
     def after(self, rate: float, seconds: float) -> "RateForecast":
         """The forecast with the rate of one more interval, which lasted `seconds`.
 
-        A rate that is too high to be chance is a new level, and not the begin of a trend: a Poisson
-        process would exceed three standard deviations once in a thousand intervals.
+        A rate that is too high to be chance is a new level, and not the begin of a trend: it is
+        three standard deviations above the expected rate, of a Poisson process or as measured.
         """
         before = self.level
         if before is None or self.method == "constant":
             return replace(self, level=rate)
         drift = _DAMPING * self.trend
-        expected = max(before + drift, 1 / seconds)
-        if rate > expected + _DEVIATIONS * math.sqrt(expected / seconds):
-            return replace(self, level=rate, trend=0.0)
-        level = before + drift + _LEVEL_WEIGHT * (rate - before - drift)
+        expected, excess = max(before + drift, 1 / seconds), rate - before - drift
+        noise = self.noise + _NOISE_WEIGHT * (excess * excess - self.noise)
+        if excess > _DEVIATIONS * math.sqrt(max(self.noise, expected / seconds)):
+            return replace(self, level=rate, trend=0.0, noise=noise)
+        level = before + drift + _LEVEL_WEIGHT * excess
         if self.method == "ewma":
-            return replace(self, level=level)
+            return replace(self, level=level, noise=noise)
         trend = drift + _TREND_WEIGHT * (level - before - drift)
-        return replace(self, level=level, trend=trend)
+        return replace(self, level=level, trend=trend, noise=noise)
 
     def after_gap(self, num_intervals: int, seconds: float) -> "RateForecast":
         """The forecast after intervals in which nothing came."""

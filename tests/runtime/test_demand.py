@@ -42,6 +42,13 @@ def test_a_rate_that_is_no_chance_is_the_new_level(rate, is_new):
     assert (found.trend == 0.0) == is_new
 
 
+def test_what_is_usual_in_bursts_is_no_new_level():
+    forecast = after("holt", *(4.0, 12.0) * 20, seconds=10.0)
+    found = forecast.after(18.0, 10.0)
+    assert 6.0 < forecast.level < found.level < 14.0
+    assert forecast.after(40.0, 10.0).level == 40.0
+
+
 def test_a_fall_is_never_a_new_level():
     assert after("holt", 4.0, 0.0, seconds=1000.0).level == pytest.approx(2.4)
 
