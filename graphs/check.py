@@ -48,6 +48,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         dataflow.matching_engines,
         dataflow.transferred_kv,
         deployment.routed_replicas,
+        deployment.fixed_replicas,
         deployment.scaled_paths,
         deployment.scaled_models,
     ),

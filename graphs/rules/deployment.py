@@ -15,6 +15,7 @@ from sagellm.graphs.sections import (
     ModelEntryOptions,
     ReplicaBounds,
     engine_kind,
+    executor_kind,
     model_engines,
     model_outlets,
     model_routers,
@@ -164,6 +165,17 @@ def scaled_models(context: CheckContext) -> Iterator[Diagnostic]:
             message = f"`{name}` scales engines of several models: {', '.join(models)}"
             hint = f"give each model an `{AUTOSCALE}` of its own, behind its outlet"
             yield Diagnostic("scaled-models", ("operators", name), message, hint)
+
+
+def fixed_replicas(context: CheckContext) -> Iterator[Diagnostic]:
+    """The executor must be able to add replicas to scaled engines."""
+    graph = context.graph
+    if context.facts.is_simulated or executor_kind(graph) != "tasks":
+        return
+    for name in dict.fromkeys(owner for owner, _ in scaled_engines(graph).values()):
+        message = f"`{name}` scales engines, and executor `tasks` adds no replicas"
+        hint = "write `executor: {kind: processes}`, or leave the operator out"
+        yield Diagnostic("fixed-replicas", ("operators", name, "op", VALUE), message, hint)
 
 
 def memory(context: CheckContext) -> Iterator[Diagnostic]:

@@ -16,7 +16,6 @@ from sagellm.graphs.sections import (
     ROUTE_MODEL,
     ServedModel,
     engine_kind,
-    scaled_engines,
     served_models,
     with_most_replicas,
 )
@@ -109,6 +108,7 @@ def checked_graph(
             "strategies": STRATEGIES,
             "transports": TRANSPORTS,
         },
+        is_simulated=is_simulated,
     )
     engines: dict[str, EngineDescription] = {}
     _load_operators(document, graph, resolver)
@@ -129,7 +129,7 @@ def checked_graph(
         found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
-        found = _mistaken_executor(graph) + (() if is_simulated else _fixed_replicas(graph))
+        found = _mistaken_executor(graph)
         found += _kinds_of_this_process(graph) + _backends_of_this_process(graph)
         found += _families_of_this_process(graph, engines)
     if not found:
@@ -201,21 +201,6 @@ def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
     return tuple(
         Diagnostic("bad-options", ("executor", option), f"{option}: {message}", hint)
         for option, message, hint in (options.mistakes() if options is not None else ())
-    )
-
-
-def _fixed_replicas(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Diagnostics for operators that scale engines, on an executor whose replicas are fixed."""
-    if processes_options(graph) is not None:
-        return ()
-    return tuple(
-        Diagnostic(
-            "fixed-replicas",
-            ("operators", name, "op", VALUE),
-            f"`{name}` scales engines, and executor `tasks` adds no replicas",
-            "write `executor: {kind: processes}`, or leave the operator out",
-        )
-        for name in dict.fromkeys(owner for owner, _ in scaled_engines(graph).values())
     )
 
 
