@@ -113,25 +113,25 @@ class AutoscaleState(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Autoscale:
-    """Scales the engines of `bounds`. `by_node`: the engine of each of their operators, `entries`
-    the operators whose requests count as served.
+    """Scales the engines of `bounds`. `by_node`: the engine of each of their operators. `last`: the
+    operators whose requests count as served. `prefills`: the engines that only prefill.
     """
 
     initial: AutoscaleState
     bounds: Mapping[str, ReplicaBounds]
     rule: ScalingRule
     by_node: Mapping[str, str]
-    entries: frozenset[str]
-    prefills: frozenset[str]  # the engines that only prefill
+    last: frozenset[str]
+    prefills: frozenset[str]
 
     def on(
         self, state: AutoscaleState, happened: Input, now: float, draw: Draw
     ) -> Step[AutoscaleState]:
         if isinstance(happened, Wake):
             return self._decide(state, now)
+        if state.next_s is None:
+            state = self._awake(state, now)
         after = self._after(state, happened, now)
-        if after.next_s is None:
-            after = self._awake(after, now)
         if after.num_quiet:
             after = replace(after, num_quiet=0)
         outputs = (Emit(happened.item),) if isinstance(happened, Arrival) else ()
@@ -175,7 +175,7 @@ class Autoscale:
             case CreditChanged(request_id=""):
                 pool = pool.with_credit(happened.node, happened.num_left)
             case CreditChanged():
-                pool = pool.with_served() if happened.node in self.entries else pool
+                pool = pool.with_served() if happened.node in self.last else pool
             case FirstToken():
                 pool = pool.with_first_token(number, happened.seconds)
             case LoadReported():
@@ -301,13 +301,19 @@ def build(options: AutoscaleOptions, setup: Setup) -> Autoscale:
         bounds,
         _rule(options),
         {target.node: target.engine for target in used},
-        frozenset(targets[0].node for targets in by_engine.values() if targets),
+        frozenset(node for targets in by_engine.values() for node in _last_nodes(targets)),
         frozenset(
             engine
             for engine, targets in by_engine.items()
             if all(one.prefills_only for one in targets)
         ),
     )
+
+
+def _last_nodes(targets: list[Target]) -> list[str]:
+    """The operators of an engine that end its work on a request: if it decodes, not `prefill`."""
+    last = [one for one in targets if not one.prefills_only] or targets
+    return [one.node for one in last]
 
 
 def _rule(options: AutoscaleOptions) -> ScalingRule:

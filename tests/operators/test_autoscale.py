@@ -163,6 +163,37 @@ def test_an_engine_that_few_requests_reach_is_scaled_by_their_share(fed):
     assert wanted == {"p": 2, "d": 5}
 
 
+@pytest.mark.parametrize(
+    ("targets", "num_served"),
+    [
+        ((Target("prefill", 1, "g", True, prefills_only=True), Target("decode", 1, "g")), 1),
+        ((Target("generate", 1, "g", True), Target("decode", 1, "g")), 2),
+        ((Target("prefill", 1, "g", True, prefills_only=True),), 1),
+    ],
+)
+def test_a_request_is_served_once_by_each_engine(running, targets, num_served):
+    run = running(made(targets))
+    for target in targets:
+        run(CreditChanged(node=target.node, num_left=1.0, request_id="r"), 0.0)
+    assert run.state.pools["g"].num_served == num_served
+
+
+def test_longer_requests_than_usual_need_more_replicas(fed):
+    found = {}
+    for factor in (1, 3):
+        bounds = {"g": {"max": 9, "requests_per_s": 1.0}}
+        one, now = fed(made(engines=bounds, forecast="ewma")), 0.0
+        for number in range(1400):
+            now = number / 4
+            num_tokens = 50 * (factor if number > 1200 else 1)
+            one.give(Arrival(request(number, num_tokens)), now)
+            one.give(ScaleEnded(node="generate", engine="g"), now)
+            last = one.asked[-1].num_replicas if one.asked else 0
+        found[factor] = last
+    assert found[1] == 5  # four a second, at 0.8 of one
+    assert found[3] > 6
+
+
 def test_replicas_that_are_not_needed_go_after_the_cool_down(fed):
     one = fed(made((Target("generate", 3, "g", True),)))
     one.give(report(1), 0.0)
@@ -187,9 +218,10 @@ def test_an_idle_operator_sleeps_and_wakes_with_the_next_request(fed):
 
 
 def test_an_operator_with_a_queue_does_not_sleep(fed):
-    one = fed(made())
+    one = fed(made(slo_ttft_s=None))
     one.give(queued(3), 0.0)
     one.until(500.0)
+    assert one.asked == []
     assert one.run.wake_at == 510.0
 
 

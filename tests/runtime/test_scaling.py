@@ -65,6 +65,11 @@ def test_late_first_tokens_ask_for_one_more(num_up):
     assert found == (num_up + 1, "ttft", num_up + 1)
 
 
+def test_a_demand_for_more_comes_before_one_more():
+    signs = Signs(8.0, 5.0, is_late=True)
+    assert need_of(pool_of(2), signs, BOUNDS, RULE)[:2] == (5, "demand")
+
+
 def test_slow_steps_and_full_pools_ask_for_one_more():
     pool = pool_of(1, open_each=2)
     slow = pool.with_load(0, EngineLoad(num_running=2, num_steps=10), 1.0)

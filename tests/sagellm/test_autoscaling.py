@@ -1,6 +1,8 @@
 """Real worker processes come with the load and go with it, and no token is lost."""
 
 import os
+import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,18 @@ from process_streams import num_leased
 from waiting import until
 
 from sagellm import Graph, Sampling
+from sagellm.builder import RESOLVER
 from sagellm.gateway.metrics.exposition import GatewayMeters
+from sagellm.graphs.sections import ReplicaBounds
+from sagellm.graphs.text.yaml import dump, load, load_file
+from sagellm.load.workload import read_workload
+from sagellm.opening.checking import check_graph
 from sagellm.opening.decisions import DecisionFile, replay
+from sagellm.operators.autoscale import AutoscaleOptions
 from sagellm.session import Session
+from sagellm.simulation.simulation_run import SimulationPoint, simulate
 
+ROOT = Path(__file__).resolve().parents[2]
 GRAPH = """
 sagellm: 1
 name: elastic
@@ -145,6 +155,43 @@ async def test_replicas_come_with_the_load_and_go_with_it(
 
 def metered(session: Session) -> GatewayMeters:
     return GatewayMeters(session, models=(CARD,), endpoints=("/v1/completions",), compat=())
+
+
+async def test_the_example_serves() -> None:
+    async with Graph.load(str(ROOT / "examples" / "autoscaled.yaml")).open() as session:
+        answer = await session.generate("Once", sampling=Sampling(max_tokens=5, ignore_eos=True))
+        assert len(answer.token_ids) == 5
+        assert num_ready(session) == 1
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks/simulation"])
+def test_the_graphs_of_the_documents_are_right(folder: str) -> None:
+    document = load_file(ROOT / folder / "autoscaled.yaml")
+    graph = check_graph(document, RESOLVER)
+    assert load(dump(graph), file="again").graph == graph
+    found = simulate(
+        SimulationPoint(
+            document,
+            read_workload("synthetic:rate=40,arrivals=constant,output=400,requests=1600"),
+            {"g.kind": "modelled", "g.profile": "h100-sxm", "g.model": "llama-3-8b"},
+        )
+    )
+    assert max(count for _, count in found.counts["g"]) > found.counts["g"][0][1]
+
+
+def test_the_yaml_in_the_document_is_right() -> None:
+    text = (ROOT / "docs" / "autoscaling.md").read_text().split("```yaml")[1].split("```")[0]
+    assert check_graph(load(text, file="docs"), RESOLVER).name == "elastic"
+
+
+def test_the_document_has_every_option_with_its_default() -> None:
+    text = (ROOT / "docs" / "autoscaling.md").read_text()
+    for options in (AutoscaleOptions, ReplicaBounds):
+        for option in fields(options):
+            default = "" if option.default is MISSING else option.default
+            shown = {None: r"none|learned", "holt": "`holt`"}.get(default, f"{default}")
+            shown = shown.removesuffix(".0") if option.name != "slo_ttft_s" else shown
+            assert re.search(rf"\| `{option.name}` \| ({shown}) ?\|", text), option.name
 
 
 async def test_a_replica_that_cannot_start_is_tried_again_after_pauses(

@@ -193,6 +193,19 @@ def test_the_role_that_is_the_bottleneck_gets_the_replicas(cost, busy, idle):
     assert {request.end for request in run.requests} == {"length"}
 
 
+def test_a_replica_that_was_removed_cannot_die_and_come_back():
+    planned = steps((4.0, 60), (0.2, 400))
+    faults = (ReplicaFault("g", 1, 300.0, 5.0),)
+    text = SCALED.replace("replicas: 1", "replicas: 2")
+    run = simulate(SimulationPoint(load(text, file="g"), planned, faults=faults))
+    assert counts(run)[-1][1] == 1
+    assert counts(run)[-1][0] < 300.0
+    idle = run.engines["g"][1].model
+    assert idle.load.num_steps == 0 or idle.busy_s < 300.0
+    late = simulate(SimulationPoint(load(text, file="g"), planned))
+    assert [one.ended_s for one in run.requests] == [one.ended_s for one in late.requests]
+
+
 def test_a_replica_that_dies_again_and_again_does_not_fill_the_pool():
     faults = tuple(ReplicaFault("g", 0, 100.0 + 20 * n, 19.0) for n in range(40))
     planned = steps((1.0, 900))
