@@ -65,7 +65,7 @@ class ForeignEngine:
         self.facts = facts
         self.is_up = True
         self._server = server
-        self._place = place
+        self.place = place
         self._probe_s = probe_s
         self._can_resume_chats = can_resume_chats
         self._calls: dict[_Key, _Call] = {}
@@ -117,6 +117,17 @@ class ForeignEngine:
     def report_availability(self, report: Callable[[bool], None]) -> None:
         """Call `report` whenever the server goes down or comes up."""
         self._on_availability = report
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    def stop(self) -> None:
+        """End the engine. Its sequences are lost, and the graph resumes them elsewhere."""
+        for call in tuple(self._calls.values()):
+            self._lose(call, "none")
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
 
     async def idle(self) -> None:
         """Return at once: the server frees what its sequences hold."""
@@ -179,7 +190,7 @@ class ForeignEngine:
         """End a call that failed: refuse its request, or give it back to the graph."""
         log.warning(
             "upstream_failed",
-            engine=f"{self._place.engine}[{self._place.number}]",
+            engine=f"{self.place.engine}[{self.place.number}]",
             url=self._server.url,
             request_id=call.state.request_id,
             status=error.status,
@@ -235,7 +246,7 @@ class ForeignEngine:
         self.is_up = is_up
         log.warning(
             "upstream_up" if is_up else "upstream_down",
-            engine=f"{self._place.engine}[{self._place.number}]",
+            engine=f"{self.place.engine}[{self.place.number}]",
             url=self._server.url,
         )
         if is_up:
