@@ -6,8 +6,9 @@ from sagellm.graphs.vocabulary import OpSpec
 from sagellm.runtime.resolver import Resolver, UnknownOperator
 
 SHIPPED = {
-    "admission", "autoscale", "policy_sort", "pd_split", "route", "prefill", "kv_transfer", "decode",
+    "admission", "policy_sort", "pd_split", "route", "prefill", "kv_transfer", "decode",
     "generate", "metrics_sink", "map", "filter", "flat_map", "key_by", "collect", "route_model",
+    "autoscale",
 }  # fmt: skip
 
 
