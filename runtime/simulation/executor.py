@@ -108,7 +108,8 @@ class SimulatedScaling:
 
     def begin(self, effect: ScaleTo) -> None:
         """Begin a change. Its end is reported to the operators."""
-        name, bounds = effect.engine, self._bounds[effect.engine]
+        name = effect.engine  # operators of a user may scale an engine without bounds
+        bounds = self._bounds.get(name) or ReplicaBounds(max=effect.num_replicas)
         present = self._numbers(name, are_removed=False)
         missing = effect.num_replicas - len(present)
         if missing > 0:

@@ -1,16 +1,21 @@
 """Replicas that come and go in simulated time: no oscillation, no lost token, equal decisions."""
 
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
+from simulated_graphs import JOINT, OPTIONS, Simulation, random_workload
 
 from sagellm.graphs.text.yaml import load
 from sagellm.load.report import Objective
 from sagellm.load.workload import PlannedRequest, read_workload
 from sagellm.opening.decisions import DecisionFile, replay
+from sagellm.runtime.core.effects import ScaleTo
+from sagellm.runtime.simulation.executor import SimulatedScaling
+from sagellm.runtime.simulation.opening import open_simulated
+from sagellm.runtime.simulation.prompts import TraceHasher
 from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.figures import summarise
 from sagellm.simulation.simulation_run import SimulationPoint, simulate
@@ -156,6 +161,26 @@ def test_a_drain_that_takes_too_long_moves_the_rest_without_losing_a_token():
     assert found.served == found.requests
     assert all(request.num_tokens == 200 for request in run.requests)
     assert any(count < before for (_, before), (_, count) in pairwise(counts(run)))
+
+
+def test_an_operator_of_a_user_may_scale_an_engine_without_bounds():
+    simulation = Simulation(JOINT)
+    links, hasher = simulation.links, TraceHasher()
+    scaling = SimulatedScaling(
+        simulation.executor,
+        {},
+        lambda place: open_simulated(OPTIONS, place, simulation.timeline, links, hasher),
+    )
+    simulation.executor.scale = scaling.begin
+    for at_s, count, before in ((1.0, 3, 2), (40.0, 1, 3), (80.0, 2, 1)):
+        asked = ScaleTo("g", count, before, "own")
+        simulation.timeline.at(at_s, partial(scaling.begin, asked))
+    outcome = simulation.run(random_workload(300, 4.0))
+    assert {seen.end for seen in outcome.seen.values()} == {"length"}
+    assert [count for _, count in scaling.counts["g"]] == [2, 3, 1, 2]
+    assert len(simulation.executor.engines["g"]) == 3  # the number of a removed one is used again
+    steps_of = [engine.load.num_steps for engine in simulation.executor.engines["g"]]
+    assert all(steps_of)
 
 
 SPLIT = """
