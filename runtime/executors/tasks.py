@@ -17,6 +17,7 @@ from sagellm.runtime.core.effects import (
     FailedOn,
     Faulted,
     Interrupt,
+    Noted,
     Parked,
     QueryCache,
     Resumed,
@@ -79,6 +80,7 @@ class Shell:
         self.clock = clock
         self.now = now
         self.waits = waits
+        self.on_note: Callable[[Noted], None] = lambda effect: None  # the core counts all notes
         self.core = Core(plan, max_hold_s=max_hold_s, clock=clock)
         self._deliver = deliver
         self._record = record
@@ -100,6 +102,7 @@ class Shell:
             WakeAt: set_timer,
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
             FailedOn: log_failure,
+            Noted: lambda effect: self.on_note(effect),
             Ejected: log_ejection,
             QueryCache: lambda effect: ask_cache(
                 self.engines[effect.engine][effect.replica], dispatch=self.dispatch
