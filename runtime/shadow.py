@@ -1,7 +1,7 @@
 """`Shadowed`: a live operator with a shadow, a second operator with other options.
 
-A shadow is a second operator with other options. It gets the inputs of the live operator, and what
-it would have decided is compared with what the live operator decided. It never acts.
+The shadow gets the inputs of the live operator, and what it would have decided is compared with
+what the live operator decided. It never acts.
 
 An operator may have these members for a shadow, all optional:
 
@@ -14,10 +14,11 @@ An operator may have these members for a shadow, all optional:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -70,7 +71,6 @@ class ShadowedState(msgspec.Struct, frozen=True):
     fault: Exception | None = None
 
     def with_live(self, step: Step[Any]) -> "ShadowedState":
-        """The state after an answer of the live operator."""
         number = self.num_inputs + 1
         return replace(self, live=step.state, num_inputs=number, live_wake_s=step.wake_at)
 
@@ -78,6 +78,10 @@ class ShadowedState(msgspec.Struct, frozen=True):
         """The state after one more decision was compared."""
         noted = self.noted if found is None else (*self.noted, found)
         return replace(self, num_decisions=self.num_decisions + 1, noted=noted)
+
+
+# (state, an answer of the live operator) -> the state after the comparison with the shadow's answer
+_Judge: TypeAlias = Callable[[ShadowedState, OperatorOutput], ShadowedState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ class Shadowed:
 
     @property
     def options(self) -> Any:
-        """The options of the live operator, which readers of its bounds look up."""
+        """Those of the live operator, for readers of its bounds."""
         return getattr(self.live, "options", None)
 
     @property
@@ -111,8 +115,12 @@ class Shadowed:
         return self.live_subscribes | _subscribes(self.shadow, self.spec)
 
     def keeps(self, state: ShadowedState, request_id: str) -> bool:
-        mine = _keeps(self.live, state.live, request_id)
-        return mine or (state.fault is None and _keeps(self.shadow, state.shadow, request_id))
+        if _keeps(self.live, state.live, request_id):
+            return True
+        try:
+            return state.fault is None and _keeps(self.shadow, state.shadow, request_id)
+        except (Exception, *LEAVING):
+            return True  # the shadow raises again on the signal, and is switched off
 
     def on(
         self, state: ShadowedState, happened: Input, now: float, draw: Draw
@@ -128,11 +136,14 @@ class Shadowed:
             if type(happened) is Arrival and not outputs and is_same:
                 return Step(state)  # the item was lost, which the core reports
             after = state.with_live(step)
+        judge: _Judge | None = None
         if after.fault is None:
             try:
-                after, outputs = self._compared(state, after, outputs, happened, now, draw)
+                after, judge = self._compared(state, after, outputs, happened, now, draw)
             except (Exception, *LEAVING) as error:
                 after = _switched_off(after, error)
+        if any(type(one) is EmitFirst for one in outputs):
+            outputs = tuple(_wrapped(one, after, judge) for one in outputs)
         return Step(after, outputs, _wake_at(after, now))
 
     def _live_step(
@@ -154,64 +165,41 @@ class Shadowed:
         happened: Input,
         now: float,
         draw: Draw,
-    ) -> tuple[ShadowedState, tuple[OperatorOutput, ...]]:
-        """Give the shadow its input, and compare. Returns the state, and the outputs to carry out:
-        those of the live operator.
+    ) -> tuple[ShadowedState, _Judge | None]:
+        """Give the shadow its input, and compare. Returns the state; and if the core has yet to try
+        the placements of the live operator, what compares the one that it takes.
         """
         if type(happened) is OfferTaken:
             after, key = self._departed(before, after, happened.item), happened.item.key
             if key in after.missing:
-                return replace(after, missing=after.missing - {key}), outputs
+                return replace(after, missing=after.missing - {key}), None
         if not _is_for(self.shadow, self.spec, after.shadow, happened, after.shadow_wake_s, now):
-            return after, outputs
+            return after, None
         draw.number, draw.count = before.num_inputs, 0  # the random numbers that the live one had
         own = self.shadow.on(after.shadow, happened, now, draw)
         wake_s = None if own.wake_at is None else float(own.wake_at)
         after = replace(after, shadow=own.state, shadow_wake_s=wake_s)
         if self.spec.queues:
-            return self._synchronised(before, after, outputs, own.outputs, now, draw), outputs
+            return self._synchronised(before, after, outputs, own.outputs, now, draw), None
         if type(happened) is not Arrival or not outputs or type(outputs[0]) is Wait:
-            return after, outputs
+            return after, None
         if not own.outputs:
             raise WrongResult("the shadow kept a request that it had to answer")
-        return self._answered(before, after, outputs, own.outputs[0], happened.item, now)
-
-    def _answered(
-        self,
-        before: ShadowedState,
-        after: ShadowedState,
-        outputs: tuple[OperatorOutput, ...],
-        wanted: OperatorOutput,
-        arrived: Any,
-        now: float,
-    ) -> tuple[ShadowedState, tuple[OperatorOutput, ...]]:
-        """Compare the answers to an item that arrived. `wanted`: that of the shadow."""
-        first = outputs[0]
+        first, wanted = outputs[0], own.outputs[0]
         if type(wanted) is EmitFirst:
             item, own_state = next(iter(wanted.choices))
             wanted, after = Emit(item, wanted.outlet), replace(after, shadow=own_state)
-        if type(first) is not EmitFirst:
-            return self._judged(before, after, first, wanted, arrived, now), outputs
-
-        def choices() -> Iterator[tuple[Any, ShadowedState]]:
-            for sent, state in first.choices:
-                chosen, live = replace(after, live=state), Emit(sent, first.outlet)
-                try:
-                    chosen = self._judged(before, chosen, live, wanted, arrived, now)
-                except (Exception, *LEAVING) as error:
-                    chosen = _switched_off(chosen, error)
-                yield sent, chosen
-
-        return after, (EmitFirst(choices(), first.outlet, first.hold_s), *outputs[1:])
+        judge = partial(self._judged, before, wanted, happened.item, now)
+        return (after, judge) if type(first) is EmitFirst else (judge(after, first), None)
 
     def _judged(
         self,
         before: ShadowedState,
-        after: ShadowedState,
-        live: OperatorOutput,
         shadow: OperatorOutput,
         arrived: Any,
         now: float,
+        after: ShadowedState,
+        live: OperatorOutput,
     ) -> ShadowedState:
         """The state after the comparison of two answers to the item `arrived`."""
         sent = live.item if type(live) is Emit else None
@@ -296,6 +284,24 @@ class Shadowed:
         return after if missing == after.missing else replace(after, missing=missing)
 
 
+def _wrapped(output: OperatorOutput, after: ShadowedState, judge: _Judge | None) -> OperatorOutput:
+    """An output of the live operator; its placements come with the states of both operators."""
+    if type(output) is not EmitFirst:
+        return output
+
+    def choices() -> Iterator[tuple[Any, ShadowedState]]:
+        for sent, state in output.choices:
+            chosen = replace(after, live=state)
+            if judge is not None:
+                try:
+                    chosen = judge(chosen, Emit(sent, output.outlet))
+                except (Exception, *LEAVING) as error:
+                    chosen = _switched_off(chosen, error)
+            yield sent, chosen
+
+    return EmitFirst(choices(), output.outlet, output.hold_s)
+
+
 def _switched_off(state: ShadowedState, error: BaseException) -> ShadowedState:
     return replace(
         state, shadow=None, shadow_wake_s=None, missing=frozenset(), fault=as_error(error)
@@ -311,8 +317,7 @@ def _wake_at(state: ShadowedState, now: float) -> float | None:
 
 
 def _subscribes(operator: Any, spec: OpSpec) -> frozenset[str]:
-    kinds: frozenset[str] = getattr(operator, "subscribes", spec.subscribes)
-    return kinds
+    return frozenset(getattr(operator, "subscribes", spec.subscribes))
 
 
 def _keeps(operator: Any, state: Any, request_id: str) -> bool:

@@ -135,27 +135,27 @@ class Experiments:
 
     def settle(self, reaction: Reaction) -> None:
         """Add the effects of new notes, and count the outcomes that the event has shown."""
-        delivered = [one.item for one in reaction.effects if type(one) is Deliver]
-        noted: list[Note] = []
+        noted: list[Noted | Faulted] = []
         for node, cell in self._cells.items():
             state = cell.state
             if state.noted:
                 cell.state = replace(state, noted=())
                 for note in state.noted:
-                    reaction.effects.append(Noted(node, note))
+                    noted.append(Noted(node, note))
                     self._watch(node, note)
-                noted += state.noted
             fault = getattr(state, "fault", None)
             if fault is not None and self._faulty.get(node) is not fault:
                 self._faulty[node] = fault
-                reaction.effects.append(Faulted(OperatorFault(f"{node}.shadow", fault), ""))
+                noted.append(Faulted(OperatorFault(f"{node}.shadow", fault), ""))
         if self._watched:
-            for item in delivered:
-                if isinstance(item, TokenEvent | Answer):
-                    self._delivered(item, reaction.now)
-            for note in noted:  # what has ended in this event gets no further item
-                if note.key[0] not in self._entries:
-                    self._watched.pop(note.key, None)
+            for effect in reaction.effects:
+                if type(effect) is Deliver and isinstance(effect.item, TokenEvent | Answer):
+                    self._delivered(effect.item, reaction.now)
+        for one in noted:
+            # A request that has ended in this event gets no further item.
+            if isinstance(one, Noted) and one.note.key[0] not in self._entries:
+                self._watched.pop(one.note.key, None)
+        reaction.effects += noted
 
     def _watch(self, node: str, note: Note) -> None:
         tally = self.tallies.get((node, note.label))

@@ -279,6 +279,31 @@ def test_an_error_of_the_shadow_is_reported_once_and_switches_it_off():
     assert core.meter.logic["gate"].errors.count == 0
 
 
+@pytest.mark.parametrize("method", ["followed", "predicted", "_placements", "keeps"])
+def test_a_router_whose_shadow_fails_goes_on_alone(method, monkeypatch):
+    """The shadow fails before its answer, or after the core has taken a placement."""
+    alone = run(JOINT)
+    text = shadowed(JOINT, "strategy: load_balanced", "strategy: random")
+    simulation = Simulation(text)
+    shadow = simulation.executor.plan.logic["route"].shadow
+    kind, working = type(shadow), getattr(type(shadow), method)
+
+    def broken(router, state, *arguments):
+        if router is shadow and simulation.timeline.now > 1.0:
+            raise SystemExit
+        return working(router, state, *arguments)
+
+    monkeypatch.setattr(kind, method, broken)
+    simulation.run(random_workload(300, RATE))
+    assert decided(simulation.outcome) == decided(alone.outcome)
+    experiments = simulation.executor.core.experiments
+    faults = [one for _, _, effects in simulation.outcome.events for one in effects]
+    faults = [one.fault.node for one in faults if isinstance(one, Faulted)]
+    assert faults == ["route.shadow"]
+    assert experiments.fault("route") is not None
+    assert 0 < experiments.num_decisions("route") < 300
+
+
 def test_a_shadow_that_never_sleeps_is_woken_a_thousand_times_a_second_at_most():
 
     core, (gate, shadow) = own_gate("nap_s: -1.0")
