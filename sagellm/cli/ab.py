@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sagellm.cli.errors import Failure
-from sagellm.experiments.arms import ArmsComparison, NoArms, compare_arms, read_arms
+from sagellm.experiments.arms import BLOCK_S, ArmsComparison, NoArms, compare_arms, read_arms
 from sagellm.experiments.confidence import EQUAL, MIN_UNITS, OPEN, ABTest
 from sagellm.runtime.core.decision_log import LogError
 
@@ -27,6 +27,7 @@ def run(
     operator: str | None = None,
     alpha: Annotated[float, Parameter(validator=Number(gt=0, lt=0.5))] = 0.05,
     planned: Annotated[int, Parameter(validator=Number(gte=1))] = 1000,
+    block: Annotated[float, Parameter(validator=_POSITIVE)] = BLOCK_S,
     margin: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
     slo_ttft: Annotated[float | None, Parameter(validator=_POSITIVE)] = None,
     json: bool = False,
@@ -48,6 +49,9 @@ def run(
         The probability of a false alarm.
     planned
         The number of requests for which the intervals are made as short as possible.
+    block
+        Seconds. Requests that arrive in one block share queues, and count as one observation; it
+        should be several times as long as a burst.
     margin
         Stop, too, once the arms differ by less than this share of arm a.
     slo_ttft
@@ -64,7 +68,7 @@ def run(
     except NoArms as error:
         raise Failure(str(error), error.fix, str(log)) from None
     test = ABTest(alpha, planned)
-    found = compare_arms(requests, test, margin=margin, slo_ttft_s=slo_ttft)
+    found = compare_arms(requests, test, block_s=block, margin=margin, slo_ttft_s=slo_ttft)
     if json:
         for one in found:
             print(msgspec.json.encode(_object(one, is_primary=one.metric.name == metric)).decode())
@@ -85,6 +89,8 @@ def _object(one: ArmsComparison, *, is_primary: bool) -> dict[str, Any]:
         "decides": is_primary,
         "a": {"mean": found.mean_a, "requests": one.num_a, "units": one.units_a},
         "b": {"mean": found.mean_b, "requests": one.num_b, "units": one.units_b},
+        "blocks": one.num_blocks,
+        "block_correlation": one.correlation,
         "difference": found.difference,
         **intervals,
         "verdict": one.verdict,
@@ -117,17 +123,22 @@ def _show(found: Sequence[ArmsComparison], metric: str, alpha: float) -> None:
 
 def _counts(one: ArmsComparison) -> str:
     a, b = f"{one.num_a} requests of {one.units_a}", f"{one.num_b} of {one.units_b}"
-    return f"a: {a} units; b: {b}"
+    return f"a: {a} units; b: {b}; {one.num_blocks} blocks of time"
 
 
 def _advice(one: ArmsComparison) -> str:
     """What to do, by the metric that decides."""
+    if one.is_dependent:
+        return (
+            f"a block of time tells of the next (correlation {one.correlation:.2f}), so the "
+            "intervals are too narrow: take longer blocks with --block"
+        )
     if one.verdict == EQUAL:
         return f"stop: no difference beyond the margin, after {one.decided_at} requests"
     if one.verdict != OPEN:
         return f"stop: {one.verdict}, after {one.decided_at} of {one.num_a + one.num_b} requests"
-    if min(one.units_a, one.units_b) < MIN_UNITS:
-        return f"keep going: each arm needs {MIN_UNITS} units"
+    if min(one.units_a, one.units_b, one.num_blocks) < MIN_UNITS:
+        return f"keep going: each arm needs {MIN_UNITS} units, and the test {MIN_UNITS} blocks"
     if one.num_more is None:
         return "keep going: no difference so far"
     more = f"about {one.num_more} more requests would decide, if the difference stays"

@@ -48,7 +48,7 @@ def _cells(
     node: NodeReport, tally: ExperimentTally | None, differences: Sequence[Difference]
 ) -> Iterable[str]:
     if tally is None:
-        return ("agrees", "", "", "", "")
+        return ("agrees" if node.num_decisions else "", "", "", "", "")
     share = tally.num_notes / node.num_decisions if node.num_decisions else 0.0
     gain = ""
     if tally.num_predicted:

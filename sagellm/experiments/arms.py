@@ -11,12 +11,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sagellm.experiments.confidence import OPEN, ABTest, ArmSums, Comparison
-from sagellm.operators.ab_split import A, B
+from sagellm.experiments.confidence import OPEN, ABTest, Comparison, Sums
+from sagellm.operators.ab_split import B
 from sagellm.runtime.core.decision_log import MAGIC, DecisionReader, shown_effects
 from sagellm.runtime.core.events import Event
 from sagellm.runtime.messages import SERVED, ChoiceKey
 from sagellm.tracing.critical_path import RequestPath, request_paths
+
+BLOCK_S = 60.0
+MAX_CORRELATION = 0.3  # of independent blocks, 30 have a greater one in 5 % of cases
 
 
 class NoArms(ValueError):
@@ -90,8 +93,9 @@ class ArmsComparison:
     """One metric of both arms, at the end of the data.
 
     `verdict`: that of the sequential rule, after the request number `decided_at` of those that have
-    the metric; None: it is still open.
-    `num_more`: the requests that would decide it if all stays alike; None: unknown, or too many.
+    the metric; None: it is still open. `num_more`: the requests that would decide it if all stays
+    alike; None: unknown, or too many. `correlation`: of the difference, from one block of time to
+    the next; None: few blocks.
     """
 
     metric: Metric
@@ -99,45 +103,51 @@ class ArmsComparison:
     num_b: int
     units_a: int
     units_b: int
+    num_blocks: int
+    correlation: float | None
     found: Comparison
     verdict: str
     decided_at: int | None
     num_more: int | None
 
+    @property
+    def is_dependent(self) -> bool:
+        """Whether the blocks of time are too short: the intervals are then too narrow."""
+        return self.correlation is not None and self.correlation > MAX_CORRELATION
+
 
 @dataclass(slots=True)
 class _Progress:
-    """One metric, while requests end. The rule is applied after each."""
+    """One metric, while requests come. The rule is applied after each."""
 
     metric: Metric
     test: ABTest
     margin: float
-    arms: dict[str, ArmSums] = field(default_factory=lambda: {A: ArmSums(), B: ArmSums()})
+    sums: Sums = field(default_factory=Sums)
     verdict: str = OPEN
     decided_at: int | None = None
 
-    def add(self, one: ArmRequest, slo_ttft_s: float | None) -> None:
+    def add(self, one: ArmRequest, block: int, slo_ttft_s: float | None) -> None:
         value = self.metric.value(one, slo_ttft_s)
         if value is None:
             return
-        self.arms[one.arm].add(one.unit, value)
-        a, b = self.arms[A], self.arms[B]
-        if self.decided_at is None and a.num and b.num:
-            found = self.test.compare(a, b)
+        self.sums.add(one.unit, block, value, is_b=one.arm == B)
+        if self.decided_at is None and self.sums.is_enough:
+            found = self.test.compare(self.sums)
             self.verdict = self.test.verdict(
                 found,
                 lower_is_better=self.metric.lower_is_better,
                 margin=self.margin * abs(found.mean_a),
             )
             if self.verdict != OPEN:
-                self.decided_at = a.num + b.num
+                self.decided_at = self.sums.num
 
     def result(self) -> ArmsComparison | None:
         """The comparison; None if an arm has no request with the metric."""
-        a, b = self.arms[A], self.arms[B]
+        sums, a, b = self.sums, self.sums.a, self.sums.b
         if not a.num or not b.num:
             return None
-        found, num = self.test.compare(a, b), a.num + b.num
+        found = self.test.compare(sums)
         growth = None if self.decided_at else self.test.growth_needed(found)
         return ArmsComparison(
             self.metric,
@@ -145,10 +155,12 @@ class _Progress:
             b.num,
             a.num_units,
             b.num_units,
+            sums.blocks.num_blocks,
+            sums.blocks.correlation,
             found,
             self.verdict,
             self.decided_at,
-            None if growth is None else round(num * (growth - 1)),
+            None if growth is None else round(sums.num * (growth - 1)),
         )
 
 
@@ -156,17 +168,19 @@ def compare_arms(
     requests: Iterable[ArmRequest],
     test: ABTest,
     *,
+    block_s: float = BLOCK_S,
     margin: float = 0.0,
     slo_ttft_s: float | None = None,
 ) -> list[ArmsComparison]:
     """Compare the arms by each metric.
 
-    `margin`: a difference of this share of arm a's mean does not matter.
+    `block_s`: requests that arrive within so many seconds share queues; it should be several times
+    as long as a burst. `margin`: a difference of this share of arm a's mean does not matter.
     """
     progress = [_Progress(metric, test, margin) for metric in METRICS.values()]
     for one in takewhile(lambda one: one.end, sorted(requests, key=lambda one: one.arrived_s)):
         for each in progress:
-            each.add(one, slo_ttft_s)
+            each.add(one, int(one.arrived_s // block_s), slo_ttft_s)
     return [found for each in progress if (found := each.result()) is not None]
 
 

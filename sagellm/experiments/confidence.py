@@ -1,7 +1,9 @@
 """The difference of two arms, with confidence intervals that also hold if they are looked at often.
 
-The arms are compared by their means over requests. The requests of one unit, such as a user, are
-not independent, so variances are those of clusters (Liang and Zeger 1986; G / (G - 1) for G units).
+The arms are compared by their means over requests. Requests are not independent: those of one unit,
+such as a user, are alike, and those of one time share queues and bursts. So the variance is that of
+clusters (Liang and Zeger 1986; G / (G - 1) for G clusters), by units or by blocks of time,
+whichever is larger. A block has the requests of both arms: what slows both does not count.
 
 Two intervals. The one of a fixed sample, normal, holds at one moment that was chosen beforehand.
 The other holds at all moments at once, so a test may be looked at after every request and stopped
@@ -21,9 +23,9 @@ information of clustered requests is their number over the design effect (Kish 1
 
 import math
 from dataclasses import dataclass, field
-from statistics import NormalDist
+from statistics import NormalDist, correlation
 
-MIN_UNITS = 30  # in each arm, before an estimated variance is trusted
+MIN_UNITS = 30  # in each arm, and blocks of time, before an estimated variance is trusted
 BETTER_A, BETTER_B, EQUAL, OPEN = "a is better", "b is better", "no difference", "open"
 
 
@@ -76,6 +78,86 @@ class ArmSums:
         return max(spread, 0.0) / (self.num * (self.num - 1))
 
 
+@dataclass(slots=True)
+class BlockSums:
+    """The sums of one metric over blocks of time, which come in order. `add` takes constant time.
+
+    A block is x = (sum, number) of arm a and of arm b. `_products` is the sum of x x' over the
+    blocks before the current one.
+    """
+
+    num_blocks: int = 0
+    _shift: float = 0.0
+    _number: int | None = None  # of the current block
+    _block: list[float] = field(default_factory=lambda: [0.0] * 4)
+    _products: list[float] = field(default_factory=lambda: [0.0] * 16)
+    # Of the difference of means, from block to block: for their correlation.
+    _steps: list[float] = field(default_factory=list)
+
+    def add(self, number: int, value: float, *, is_b: bool) -> None:
+        """Add a value of the block `number`."""
+        if self._number is None:
+            self._shift = value
+        if number != self._number:
+            self._close()
+            self._number = number
+            self.num_blocks += 1
+        place = 2 if is_b else 0
+        self._block[place] += value - self._shift
+        self._block[place + 1] += 1
+
+    def _close(self) -> None:
+        total_a, num_a, total_b, num_b = block = self._block
+        for place, product in enumerate(one * other for one in block for other in block):
+            self._products[place] += product
+        if num_a and num_b:
+            self._steps.append(total_b / num_b - total_a / num_a)
+        self._block = [0.0] * 4
+
+    def variance(self, a: ArmSums, b: ArmSums) -> float:
+        """The variance of the difference of means, where only blocks are independent."""
+        weights = (
+            -1 / a.num,
+            (a.mean - self._shift) / a.num,
+            1 / b.num,
+            (self._shift - b.mean) / b.num,
+        )
+        pairs = [one * other for one in weights for other in weights]
+        open_one = sum(one * other for one, other in zip(weights, self._block, strict=True)) ** 2
+        spread = sum(one * other for one, other in zip(pairs, self._products, strict=True))
+        return max(spread + open_one, 0.0) * self.num_blocks / (self.num_blocks - 1)
+
+    @property
+    def correlation(self) -> float | None:
+        """The correlation of the difference between a block and the next; None: few blocks."""
+        steps = self._steps
+        if len(steps) < MIN_UNITS or not any(one != steps[0] for one in steps):
+            return None
+        return correlation(steps[:-1], steps[1:])
+
+
+@dataclass(slots=True)
+class Sums:
+    """One metric of both arms, as requests come in the order of time."""
+
+    a: ArmSums = field(default_factory=ArmSums)
+    b: ArmSums = field(default_factory=ArmSums)
+    blocks: BlockSums = field(default_factory=BlockSums)
+
+    def add(self, unit: str, block: int, value: float, *, is_b: bool) -> None:
+        (self.b if is_b else self.a).add(unit, value)
+        self.blocks.add(block, value, is_b=is_b)
+
+    @property
+    def num(self) -> int:
+        return self.a.num + self.b.num
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the variance can be estimated."""
+        return min(self.a.num_units, self.b.num_units, self.blocks.num_blocks) >= MIN_UNITS
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Two arms at one moment. `fixed`, `always`: half the widths of the two intervals of the
@@ -112,16 +194,18 @@ class ABTest:
         weight = -2 * math.log(self.alpha)
         return (weight + math.log(weight) + 1) / self.planned
 
-    def compare(self, a: ArmSums, b: ArmSums) -> Comparison:
+    def compare(self, sums: Sums) -> Comparison:
         """The arms as they are now. Each needs one request."""
+        a, b = sums.a, sums.b
         unknown = Comparison(a.mean, b.mean)
-        if min(a.num_units, b.num_units) < MIN_UNITS:
+        if not sums.is_enough:
             return unknown
-        variance = _variance(a.variance_of_mean, b.variance_of_mean, a.num, b.num)
+        by_units = _variance(a.variance_of_mean, b.variance_of_mean, a.num, b.num)
+        variance = max(by_units, sums.blocks.variance(a, b))
         plain = _variance(a.plain_variance_of_mean, b.plain_variance_of_mean, a.num, b.num)
         if not variance or not plain:  # all values are equal: the variance is unknown
             return unknown
-        deviation, information = math.sqrt(variance), (a.num + b.num) * min(plain / variance, 1.0)
+        deviation, information = math.sqrt(variance), sums.num * min(plain / variance, 1.0)
         fixed = NormalDist().inv_cdf(1 - self.alpha / 2) * deviation
         always = self._bound(information) * deviation
         return Comparison(a.mean, b.mean, fixed, always, deviation, information)

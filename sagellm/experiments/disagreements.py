@@ -67,7 +67,7 @@ class Difference:
         if path is None:
             return ", ".join((*parts, "not ended in the log"))
         if path.ttft_s is not None:
-            parts.append(f"TTFT {path.ttft_s * 1e3:.0f} ms{_judged(path)}")
+            parts.append(f"TTFT {path.ttft_s * 1e3:.0f} ms{_judged(path.ttft_s, note.slo_ttft_s)}")
         if path.end not in SERVED:
             parts.append(path.end)
         if note.label == "would refuse":
@@ -80,9 +80,8 @@ def shown_gain(seconds: float) -> str:
     return f"{abs(seconds) * 1e3:.0f} ms {'earlier' if seconds >= 0 else 'later'}"
 
 
-def _judged(path: RequestPath) -> str:
-    slack_s = path.ttft_slack_s
-    return "" if slack_s is None else ", in time" if slack_s >= 0 else ", late"
+def _judged(ttft_s: float, slo_ttft_s: float | None) -> str:
+    return "" if slo_ttft_s is None else ", in time" if ttft_s <= slo_ttft_s else ", late"
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,9 @@ def test_log_and_table_have_the_same_requests(files):
 
 
 def test_the_faster_arm_wins_by_each_metric(files):
-    found = {one.metric.name: one for one in compare_arms(read_arms(files[0]), ABTest())}
+    found = {
+        one.metric.name: one for one in compare_arms(read_arms(files[0]), ABTest(), block_s=1.0)
+    }
     assert {name: one.verdict for name, one in found.items()} == {
         "ttft": BETTER_B,
         "tpot": BETTER_B,
@@ -105,9 +107,11 @@ def test_the_order_is_that_of_arrivals():
         for n in range(200)
     ]
     spread = [replace(one, ttft_s=one.ttft_s + 0.1 * (n % 3)) for n, one in enumerate(late)]
-    forwards, backwards = (compare_arms(one, ABTest()) for one in (spread, spread[::-1]))
+    forwards, backwards = (
+        compare_arms(one, ABTest(), block_s=4.0) for one in (spread, spread[::-1])
+    )
     assert forwards == backwards
-    assert forwards[0].decided_at == 60
+    assert 117 <= forwards[0].decided_at <= 120  # thirty blocks of four requests
 
 
 def test_refused_requests_have_no_latency_and_miss_their_objective():
@@ -123,15 +127,15 @@ def test_refused_requests_have_no_latency_and_miss_their_objective():
 
 
 def test_the_command_says_to_stop(files, capsys):
-    assert main(["ab", str(files[0])]) == 0
+    assert main(["ab", str(files[0]), "--block", "1"]) == 0
     shown = capsys.readouterr().out
     assert "TTFT: stop: b is better, after" in shown
-    assert main(["ab", str(files[1]), "--metric", "unserved"]) == 0
+    assert main(["ab", str(files[1]), "--metric", "unserved", "--block", "1"]) == 0
     assert "not served: keep going: no difference so far" in capsys.readouterr().out
 
 
 def test_the_command_prints_json(files, capsys):
-    assert main(["ab", str(files[1]), "--json", "--metric", "e2e"]) == 0
+    assert main(["ab", str(files[1]), "--json", "--metric", "e2e", "--block", "1"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["metric"] for one in found if one["decides"]] == ["e2e"]
     first = found[0]
@@ -139,6 +143,8 @@ def test_the_command_prints_json(files, capsys):
     assert low < first["interval"][0] < first["difference"] < first["interval"][1] < high < 0
     assert first["verdict"] == BETTER_B
     assert first["requests_needed"] is None
+    assert first["blocks"] == 48
+    assert abs(first["block_correlation"]) < 0.3
 
 
 def test_few_units_keep_a_test_going(tmp_path, capsys):
@@ -146,7 +152,21 @@ def test_few_units_keep_a_test_going(tmp_path, capsys):
     point = SimulationPoint(load(GRAPH, file="two.yaml"), workload(20), decisions=DecisionFile(log))
     simulate(point)
     assert main(["ab", str(log)]) == 0
-    assert "keep going: each arm needs 30 units" in capsys.readouterr().out
+    assert "keep going: each arm needs 30 units, and the test 30 blocks" in capsys.readouterr().out
+
+
+def test_blocks_that_are_too_short_are_named(tmp_path, capsys):
+    """Waits that drift slowly, the arms apart."""
+    table = tmp_path / "requests.csv"
+    names = "number,arrived_s,ended_s,arm,user_id,end,ttft_s,tpot_s,e2e_s,slo_ttft_s"
+    rows = [
+        f"{n},{n},{n + 1},{'ab'[n % 2]},,stop,{2 + (n % 2) * (n // 50 % 2)},,3," for n in range(400)
+    ]
+    table.write_text("\n".join([names, *rows]))
+    assert main(["ab", str(table), "--block", "4"]) == 0
+    assert "a block of time tells of the next (correlation 0.89)" in capsys.readouterr().out
+    assert main(["ab", str(table), "--block", "100"]) == 0
+    assert "keep going: each arm needs" in capsys.readouterr().out
 
 
 def test_equal_arms_stop_within_the_margin():
@@ -155,12 +175,12 @@ def test_equal_arms_stop_within_the_margin():
         ArmRequest("ab"[n % 2], f"{n}", float(n), "stop", source.uniform(1, 1.2), None, 2.0, None)
         for n in range(400)
     ]
-    (ttft, *_) = compare_arms(requests, ABTest(), margin=0.02)
+    (ttft, *_) = compare_arms(requests, ABTest(), block_s=4.0, margin=0.02)
     assert ttft.verdict == EQUAL
-    (ttft, *_) = compare_arms(requests, ABTest(), margin=0.001)
+    (ttft, *_) = compare_arms(requests, ABTest(), block_s=4.0, margin=0.001)
     assert ttft.verdict == OPEN
     worse = [replace(one, ttft_s=one.ttft_s + 0.3 * (one.arm == "b")) for one in requests]
-    assert compare_arms(worse, ABTest(), margin=0.02)[0].verdict == BETTER_A
+    assert compare_arms(worse, ABTest(), block_s=4.0, margin=0.02)[0].verdict == BETTER_A
 
 
 PLAIN = GRAPH.replace("ab_split}", "pd_split}").replace("ab.a", "ab.aggregated")
