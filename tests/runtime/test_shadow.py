@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 from dataclasses import replace as replace_field
+from functools import partial
+from random import Random
 
 import pytest
 from msgspec.structs import replace
@@ -25,7 +27,7 @@ from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import Deliver, Faulted, Interrupt, Noted, Send
 from sagellm.runtime.core.events import Arrived, TimeCame
 from sagellm.runtime.messages import Request
-from sagellm.runtime.operator import Arrival, Emit, Setup, Step, Wake
+from sagellm.runtime.operator import Arrival, Emit, Setup, Signal, Step, Wake
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
 
@@ -119,6 +121,52 @@ def test_an_equal_shadow_never_disagrees(text, option, shadow):
     experiments = found.executor.core.experiments
     assert experiments.tallies == {}
     assert all(experiments.num_decisions(node) > 0 for node in experiments.shadows)
+
+
+EVERYWHERE = (
+    ("max_queued: 100000", "max_queued: 20"),
+    ("policy: fifo", "policy: least_slack, late: refuse"),
+    ("min_uncached_tokens: 32", "min_uncached_tokens: 2000"),
+    ("strategy: load_balanced", "strategy: prefix_aware"),
+)
+
+
+def troubled(text, seed):
+    """A run in which requests are cancelled, expire and are late, and replicas die."""
+    simulation, source = Simulation(text, **SHARING), Random(seed)
+    for number, planned in enumerate(prompts_that_share(300)):
+        request = replace(
+            request_of(number, planned),
+            slo_ttft_s=source.choice((None, 0.5, 5.0)),
+            expires_s=planned.at_s + 3.0 if source.random() < 0.2 else None,
+            user_id=f"u{number % 5}",
+        )
+        arrive = partial(simulation.executor.arrive, request)
+        simulation.timeline.at(planned.at_s, arrive)
+        if source.random() < 0.2:
+            cancel = partial(simulation.executor.signal, Signal("cancel", request.request_id))
+            simulation.timeline.at(planned.at_s + source.random() * 4, cancel)
+    for engines in simulation.engines.values():
+        fail = partial(simulation.executor.fail, engines[seed % 2], 1.0)
+        simulation.timeline.at(1.0 + source.random() * 4, fail)
+    simulation.timeline.run()
+    simulation.executor.core.ledger.check()
+    return simulation
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("graph", [JOINT, PD])
+def test_shadows_everywhere_change_nothing_in_times_of_trouble(graph, seed):
+    text = graph
+    for option, shadow in EVERYWHERE:
+        text = text.replace(option, f"{option}, shadow: {{{shadow}}}")
+    alone, shadows = troubled(graph, seed), troubled(text, seed)
+    assert decided(shadows.outcome) == decided(alone.outcome)
+    experiments = shadows.executor.core.experiments
+    assert not any(experiments.fault(node) for node in experiments.shadows)
+    assert experiments._watched == {}
+    state = shadows.executor.core.logic_graph.cells["sort"].state
+    assert len(state.live.entries) == len(state.shadow.entries) == len(state.missing) == 0
 
 
 def test_admission_notes_what_the_shadow_would_refuse_and_what_became_of_it():
