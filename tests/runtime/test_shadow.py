@@ -69,7 +69,8 @@ CASES = [
     (JOINT, "policy: fifo", "policy: weighted_shortest_prefill", "sort"),
     (JOINT, "policy: fifo", "policy: longest_prefix_match", "sort"),
     (JOINT, "strategy: load_balanced", "strategy: random", "route"),
-    (JOINT, "strategy: random", "strategy: load_balanced", "route"),
+    # The shadow gets feedback that the live strategy does not get.
+    (JOINT, "strategy: random", "strategy: predicted_latency", "route"),
     (JOINT, "strategy: power_of_two", "strategy: prefix_aware", "route"),
     (JOINT, "max_queued: 100000", "max_queued: 20", "admission"),
     (JOINT, "max_queued: 20", "max_queued: 100000", "admission"),
