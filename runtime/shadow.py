@@ -88,9 +88,9 @@ _Judge: TypeAlias = Callable[[ShadowedState, OperatorOutput], ShadowedState]
 class Shadowed:
     """A live operator and its shadow, which decides on the same inputs with the same randomness.
 
-    The live operator gets exactly the inputs that it would get without a shadow, so it decides the
-    same. An exception of the shadow switches the shadow off. The shadow's loads are those of the
-    live decisions; what its policy or strategy remembers of its own decisions stays its own.
+    The live operator gets the inputs that it would get without a shadow. An exception of the shadow
+    switches it off. Its loads are those of the live decisions; its policy or strategy remembers its
+    own decisions.
     """
 
     spec: OpSpec
@@ -140,6 +140,7 @@ class Shadowed:
         if after.fault is None:
             try:
                 after, judge = self._compared(state, after, outputs, happened, now, draw)
+                math.isnan(after.shadow_wake_s or 0.0)  # raises if it is no time
             except (Exception, *LEAVING) as error:
                 after = _switched_off(after, error)
         if any(type(one) is EmitFirst for one in outputs):
@@ -166,21 +167,24 @@ class Shadowed:
         now: float,
         draw: Draw,
     ) -> tuple[ShadowedState, _Judge | None]:
-        """Give the shadow its input, and compare. Returns the state; and if the core has yet to try
-        the placements of the live operator, what compares the one that it takes.
+        """Give the shadow its input, and compare. Returns the state, and what compares the placement
+        that the core takes, if it has yet to try some.
         """
+        own, taken, wake_s = None, None, after.shadow_wake_s
         if type(happened) is OfferTaken:
-            after, key = self._departed(before, after, happened.item), happened.item.key
-            if key in after.missing:
-                return replace(after, missing=after.missing - {key}), None
-        if not _is_for(self.shadow, self.spec, after.shadow, happened, after.shadow_wake_s, now):
-            return after, None
-        draw.number, draw.count = before.num_inputs, 0  # the random numbers that the live one had
-        own = self.shadow.on(after.shadow, happened, now, draw)
-        wake_s = None if own.wake_at is None else float(own.wake_at)
-        after = replace(after, shadow=own.state, shadow_wake_s=wake_s)
+            taken = happened.item.key
+            after = self._departed(before, after, happened.item)
+        if taken in after.missing:
+            after = replace(after, missing=after.missing - {taken})
+        elif _is_for(self.shadow, self.spec, after.shadow, happened, wake_s, now):
+            draw.number, draw.count = before.num_inputs, 0  # the same random numbers again
+            own = self.shadow.on(after.shadow, happened, now, draw)
+            after = replace(after, shadow=own.state, shadow_wake_s=own.wake_at)
         if self.spec.queues:
-            return self._synchronised(before, after, outputs, own.outputs, now, draw), None
+            dropped = () if own is None else own.outputs
+            return self._synchronised(after, outputs, dropped, now, draw), None
+        if own is None:
+            return after, None
         if type(happened) is not Arrival or not outputs or type(outputs[0]) is Wait:
             return after, None
         if not own.outputs:
@@ -236,9 +240,7 @@ class Shadowed:
         return gain_s, gain_tokens
 
     def _departed(self, before: ShadowedState, after: ShadowedState, taken: Any) -> ShadowedState:
-        """Compare which request leaves a queue next. Requests that were offered before `taken`, and
-        that nobody had credit for, are left out.
-        """
+        """Compare which request leaves a queue next, of those that there was credit for."""
         live, shadow = self.live, self.shadow
         if not hasattr(live, "offered") or not hasattr(shadow, "offered"):
             return after
@@ -256,7 +258,6 @@ class Shadowed:
 
     def _synchronised(
         self,
-        before: ShadowedState,
         after: ShadowedState,
         outputs: tuple[OperatorOutput, ...],
         own: tuple[OperatorOutput, ...],
@@ -272,15 +273,14 @@ class Shadowed:
                 continue
             missing |= {key}
             if event.finish_reason == "refused":
-                waiting = getattr(self.live, "waiting", lambda state, key: None)(after.live, key)
-                about = event if waiting is None else waiting
+                waiting = getattr(self.live, "waiting", lambda state, key: None)
+                about = waiting(after.live, key) or event
                 decisions = WAITS, event.code or event.finish_reason
                 note = disagreement(key, decisions, about, "would refuse")
                 after = replace(after, noted=(*after.noted, note))
         for request_id, choice in sorted(ended - dropped.keys() - after.missing):
             told = self.shadow.on(after.shadow, Signal("cancel", request_id, choice), now, draw)
-            wake_s = None if told.wake_at is None else float(told.wake_at)
-            after = replace(after, shadow=told.state, shadow_wake_s=wake_s)
+            after = replace(after, shadow=told.state, shadow_wake_s=told.wake_at)
         return after if missing == after.missing else replace(after, missing=missing)
 
 

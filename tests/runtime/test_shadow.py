@@ -208,22 +208,25 @@ def test_the_shadow_of_an_order_names_the_request_that_it_would_send():
         assert note.watched == (note.shadow, 0)
 
 
-def test_a_queue_whose_shadow_refuses_late_requests_stays_in_step():
-    text = JOINT.replace("max_queued: 100000", "slo_ttft_s: 0.5")
-    text = text.replace("policy: fifo", "policy: least_slack, shadow: {late: refuse}")
-    text = text.replace("  admission: {op: admission, slo_ttft_s: 0.5}\n", "")
-    text = text.replace("source -> admission -> sort", "source -> sort")
-    workload = random_workload(300, RATE)
-    simulation = Simulation(text)
-    for number, planned in enumerate(workload):
+@pytest.mark.parametrize(("live_late", "shadow_late"), [("demote", "refuse"), ("refuse", "demote")])
+def test_two_queues_of_which_one_refuses_late_requests_stay_in_step(live_late, shadow_late):
+    options = f"policy: least_slack, late: {live_late}, shadow: {{late: {shadow_late}}}"
+    text = JOINT.replace("policy: fifo", options)
+    text = text.replace("  admission: {op: admission, max_queued: 100000}\n", "")
+    simulation = Simulation(text.replace("source -> admission -> sort", "source -> sort"))
+    for number, planned in enumerate(random_workload(300, RATE)):
         simulation.timeline.at(planned.at_s, late_arrival(simulation, number, planned))
     simulation.timeline.run()
     state = simulation.executor.core.logic_graph.cells["sort"].state
     assert state.fault is None
     assert len(state.live.entries) == len(state.shadow.entries) == len(state.missing) == 0
-    tally = simulation.executor.core.experiments.tallies["sort", "would refuse"]
-    assert tally.num_notes > 20
-    assert tally.outcomes["missed"] > 20
+    refused = simulation.executor.core.experiments.tallies.get(("sort", "would refuse"))
+    if shadow_late == "refuse":
+        assert refused.num_notes > 20
+        assert refused.outcomes["missed"] > 20
+    else:
+        assert refused is None
+        assert simulation.executor.core.ledger.ended["refused"] > 20
 
 
 def late_arrival(simulation, number, planned):
