@@ -167,8 +167,8 @@ class Shadowed:
         now: float,
         draw: Draw,
     ) -> tuple[ShadowedState, _Judge | None]:
-        """Give the shadow its input, and compare. Returns the state, and what compares the placement
-        that the core takes, if it has yet to try some.
+        """Give the shadow its input, and compare. Returns the state, and what has to compare the
+        placement that the core takes, if any.
         """
         own, taken, wake_s = None, None, after.shadow_wake_s
         if type(happened) is OfferTaken:

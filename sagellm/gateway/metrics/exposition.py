@@ -23,6 +23,7 @@ from sagellm.gateway.metrics.snapshot import (
     ModelReading,
     Snapshot,
     read_engines,
+    read_scalings,
     read_shadows,
     read_tallies,
 )
@@ -152,6 +153,7 @@ class GatewayMeters(HttpMeters):
             migration_gaps=executor.core.recovery.gaps_s.copy(),
             shadows=read_shadows(executor.core),
             tallies=read_tallies(executor.core),
+            scalings=read_scalings(executor, engines),
         )
 
     def _read_models(
