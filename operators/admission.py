@@ -1,10 +1,13 @@
 """admission: accepts a request if it can be served in time, and refuses it otherwise.
 
+The docstring of `AdmissionOptions` has the further limits that options set.
+
 A request with several choices is judged once, when its first choice arrives; the verdict counts all
 of its choices. If no request waits and an engine has room, every request is accepted: a refusal
 would gain nothing, and served requests keep the measurements fresh. Otherwise a request may be
-refused at once, with the time after which to try again, for one of two reasons:
+refused at once, with the time after which to try again, for one of these reasons:
 
+    would_wait        it asked not to wait (`no_queue`)
     queue_full        others wait, and with the request more than `max_queued` requests, or more
                       than `max_queued_tokens` tokens, would wait
     slo_unreachable   the objective is shorter than the predicted time to first token:
@@ -49,11 +52,20 @@ from dataclasses import dataclass, field
 
 import msgspec
 from immutables import Map
+from msgspec.structs import replace
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.runtime.feedback import Backlog, FirstToken, PrefixesChanged, QueueChanged
+from sagellm.runtime.feedback import (
+    Backlog,
+    FirstToken,
+    HealthChanged,
+    LoadReported,
+    PrefixesChanged,
+    QueueChanged,
+    Topology,
+)
 from sagellm.runtime.forecast import Forecast
-from sagellm.runtime.messages import Request, refusal
+from sagellm.runtime.messages import WOULD_WAIT, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
@@ -66,24 +78,32 @@ from sagellm.runtime.operator import (
     Terminate,
 )
 from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
+from sagellm.runtime.service_limits import (
+    ACCEPTED,
+    Asked,
+    InService,
+    ServiceOptions,
+    service_of,
+)
 
 SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
 _RETRY_S = 1.0  # the `retry_after_s` of refusals before the queue's rate is known
 
 
 @dataclass(frozen=True, slots=True)
-class AdmissionOptions:
+class AdmissionOptions(ServiceOptions):
     """`max_queued`: the number of requests that may wait in `policy_sort`; further requests are
     refused.
 
     `max_queued_tokens`: the same bound in tokens, counting the uncached prompt and `max_tokens` of
     each choice; None: no bound. `slo_ttft_s`: the TTFT objective of requests that have none, for
     this operator and later operators; None: such requests have no objective.
+
+    `ServiceOptions` has the limits of the requests in service.
     """
 
     max_queued: int = field(default=4096, metadata={"min": 1})
     max_queued_tokens: int | None = field(default=None, metadata={"min": 1})
-    slo_ttft_s: float | None = field(default=None, metadata={"min": 1e-3})
 
 
 SPEC = OpSpec(
@@ -91,7 +111,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=AdmissionOptions,
-    subscribes=frozenset({"cache", "queue", "first_token"}),
+    subscribes=frozenset({"cache", "first_token", "health", "load", "queue", "topology"}),
     signals=frozenset({"forget"}),
 )
 
@@ -110,11 +130,14 @@ class AdmissionVerdict(msgspec.Struct, frozen=True):
 class AdmissionState(msgspec.Struct, frozen=True):
     """The state of the operator. `verdicts`: by request id, while choices of the request are still
     to arrive. `indexes`: the prefix blocks of each engine.
+
+    `service`: the requests in service, if an option limits them or the load of decode engines.
     """
 
     forecast: Forecast = Forecast()
     verdicts: Map[str, AdmissionVerdict] = Map()
     indexes: Mapping[str, PrefixIndex] = {}
+    service: InService | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +154,24 @@ class Admission:
     name: str
     options: AdmissionOptions
     lookup: PrefixLookup | None = None
+    service: InService | None = None  # before any request; None: no option limits it
 
     @property
     def initial(self) -> AdmissionState:
-        return AdmissionState(Forecast(objective_s=self.options.slo_ttft_s))
+        forecast = Forecast(objective_s=self.options.slo_ttft_s)
+        return AdmissionState(forecast, service=self.service)
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """The feedback to subscribe to: prefix blocks ("cache") only if an option needs the number
-        of uncached tokens of every request.
+        """The feedback to subscribe to: only what the options need. Prefix blocks ("cache"): if an
+        option needs the number of uncached tokens of every request.
         """
-        counts = self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None
-        return SPEC.subscribes if counts else SPEC.subscribes - {"cache"}
+        wanted = {"first_token", "queue"}
+        if self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None:
+            wanted.add("cache")
+        if self.options.limits_decode:
+            wanted |= {"health", "load", "topology"}
+        return frozenset(wanted)
 
     def on(
         self, state: AdmissionState, happened: Input, now: float, draw: Draw
@@ -152,26 +181,30 @@ class Admission:
                 if state.indexes and self.lookup is not None:
                     request = self.lookup.looked_up(request, state.indexes)
                 return self._arrive(state, request, now)
-            case QueueChanged() | FirstToken():
-                forecast = state.forecast.after(happened, now)
-                return Step(AdmissionState(forecast, state.verdicts, state.indexes))
+            case QueueChanged():
+                return Step(replace(state, forecast=state.forecast.after(happened, now)))
+            case FirstToken():
+                state = replace(state, forecast=state.forecast.after(happened, now))
+                return Step(_served(state, happened, now))
+            case LoadReported() | HealthChanged() | Topology():
+                return Step(_served(state, happened, now))
             case PrefixesChanged(engine=engine, index=index):
-                indexes = {**state.indexes, engine: index}
-                return Step(AdmissionState(state.forecast, state.verdicts, indexes))
+                return Step(replace(state, indexes={**state.indexes, engine: index}))
             case Signal(kind="forget", request_id=request_id):
-                return Step(_with_verdicts(state, _without(state.verdicts, request_id)))
+                return Step(_forgotten(state, request_id, now))
         return Step(state)
 
     def keeps(self, state: AdmissionState, request_id: str) -> bool:
-        return request_id in state.verdicts
+        service = state.service
+        return request_id in state.verdicts or (service is not None and service.holds(request_id))
 
     def _arrive(self, state: AdmissionState, request: Request, now: float) -> Step[AdmissionState]:
         if request.expires_s is not None and request.expires_s <= now:
             late = f"{self.name}: it expired before it was admitted: allow it more time"
             return Step(state, (Terminate(refusal(request, "expired", now=now, error=late)),))
-        verdict = state.verdicts.get(request.request_id) or self._judge(
-            state.forecast, request, now
-        )
+        verdict = state.verdicts.get(request.request_id)
+        if verdict is None:
+            state, verdict = self._judge(state, request, now)
         verdicts = _counted_down(state.verdicts, request.request_id, verdict)
         return Step(_with_verdicts(state, verdicts), (self._answer(request, verdict, now),))
 
@@ -187,18 +220,37 @@ class Admission:
             )
             return Terminate(event)
         if request.slo_ttft_s is None and self.options.slo_ttft_s is not None:
-            request = msgspec.structs.replace(request, slo_ttft_s=self.options.slo_ttft_s)
+            request = replace(request, slo_ttft_s=self.options.slo_ttft_s)
         return Emit(request)
 
-    def _judge(self, forecast: Forecast, request: Request, now: float) -> AdmissionVerdict:
-        num_choices, pace = max(request.sampling.n, 1), forecast.pace
-        code, error = ("", "") if pace.backlog.is_open else self._refusal(forecast, request, now)
+    def _judge(
+        self, state: AdmissionState, request: Request, now: float
+    ) -> tuple[AdmissionState, AdmissionVerdict]:
+        """The verdict on a request, and the state in which an accepted request is in service."""
+        num_choices, pace = max(request.sampling.n, 1), state.forecast.pace
+        code, error = ACCEPTED
+        first_s = 0.0
+        # A request that enters again, after the loss of an engine, is in service already.
+        service = None if request.epoch else state.service
+        if service is not None:
+            first_s = now + (pace.wait_s(now) or 0.0) + state.forecast.first_token_s(request)
+            code, error = service.refusal(Asked(num_choices, _share(request), now, first_s))
+            error = error and f"{error}{_says_share(request)}: try again later"
+        if not code and not pace.backlog.is_open:
+            code, error = self._refusal(state.forecast, request, now)
+        if service is not None and not code:
+            state = replace(state, service=service.admitted(request, first_s))
         retry_after_s = (pace.wait_s(now) or _RETRY_S) if code else None
-        return AdmissionVerdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
+        error = error and f"{self.name}: {error}"
+        return state, AdmissionVerdict(code, error, retry_after_s, num_choices)
 
     def _refusal(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
-        """The code and the reason of a refusal; two empty texts if the request is accepted."""
+        """The code and the reason of a refusal by the queue; two empty texts if the request is
+        accepted.
+        """
         backlog = forecast.pace.backlog
+        if request.no_queue and not request.epoch:
+            return "would_wait", WOULD_WAIT
         # If nothing waits, a request may exceed the bound in tokens: a long prompt could otherwise
         # never be served.
         full = self._overflow(backlog, request) if backlog.num_requests else ""
@@ -254,7 +306,7 @@ def _counted_down(
     """
     if verdict.num_left <= 1:
         return _without(verdicts, request_id)
-    rest = msgspec.structs.replace(verdict, num_left=verdict.num_left - 1)
+    rest = replace(verdict, num_left=verdict.num_left - 1)
     return verdicts.set(request_id, rest)
 
 
@@ -263,10 +315,27 @@ def _without(verdicts: Map[str, AdmissionVerdict], request_id: str) -> Map[str, 
 
 
 def _with_verdicts(state: AdmissionState, verdicts: Map[str, AdmissionVerdict]) -> AdmissionState:
-    if verdicts is state.verdicts:
-        return state
-    return AdmissionState(state.forecast, verdicts, state.indexes)
+    return state if verdicts is state.verdicts else replace(state, verdicts=verdicts)
+
+
+def _forgotten(state: AdmissionState, request_id: str, now: float) -> AdmissionState:
+    """The state after a request has ended."""
+    if state.service is not None:
+        state = replace(state, service=state.service.ended(request_id, now))
+    return _with_verdicts(state, _without(state.verdicts, request_id))
+
+
+def _served(
+    state: AdmissionState,
+    happened: FirstToken | LoadReported | HealthChanged | Topology,
+    now: float,
+) -> AdmissionState:
+    """The state after a report that limits may depend on."""
+    service = state.service
+    return state if service is None else replace(state, service=service.after(happened, now))
 
 
 def build(options: AdmissionOptions, setup: Setup) -> Admission:
-    return Admission(setup.name, options, PrefixLookup.of(setup))
+    """Make the operator. Raises ValueError for options that contradict each other."""
+    service = service_of(options, setup)
+    return Admission(setup.name, options, PrefixLookup.of(setup), service)

@@ -72,7 +72,7 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
 
     `num_computed_tokens`, `computed_s`: the prompt tokens that the engine computed, and the time
     that it took; 0 if unknown. `since_arrival_s`: the TTFT, in seconds from the arrival; None for a
-    request that resumes. `slo_ttft_s`: the TTFT objective of the request.
+    request that resumes. `slo_ttft_s`: the TTFT objective of the request, whose id is `request_id`.
     """
 
     seconds: float
@@ -80,6 +80,14 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
     computed_s: float = 0.0
     since_arrival_s: float | None = None
     slo_ttft_s: float | None = None
+    request_id: str = ""
+
+
+class Transferred(_Report, frozen=True, tag="transfer"):
+    """The KV blocks of `num_tokens` tokens were moved to the decode pool, in `seconds`."""
+
+    num_tokens: int
+    seconds: float
 
 
 class RoomChanged(_Report, frozen=True, tag="room"):
@@ -98,7 +106,13 @@ class HealthChanged(_Report, frozen=True, tag="health"):
 
 
 Feedback: TypeAlias = (
-    CreditChanged | LoadReported | QueueChanged | FirstToken | RoomChanged | HealthChanged
+    CreditChanged
+    | LoadReported
+    | QueueChanged
+    | FirstToken
+    | Transferred
+    | RoomChanged
+    | HealthChanged
 )
 # Struct -> the name by which operators subscribe.
 KINDS: dict[type, str] = {kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__}

@@ -75,6 +75,19 @@ class LineFit(msgspec.Struct, frozen=True):
         slope = self._slope(mean, mean_s, through_origin)
         return count * (mean_s - slope * mean) + slope * num_tokens
 
+    def tokens_within(self, seconds: float) -> float:
+        """The most tokens of a request that takes at most `seconds`. Needs at least one sample.
+
+        Infinite if the time does not grow with the tokens, and 0 if each request takes longer. If
+        all samples have about the same number of tokens, the line goes through the origin, so that
+        the answer is cautious.
+        """
+        mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
+        slope = self._slope(mean, mean_s, through_origin=True)
+        if slope <= 0:
+            return math.inf if mean_s <= seconds else 0.0
+        return max(mean + (seconds - mean_s) / slope, 0.0)
+
     def _slope(self, mean: float, mean_s: float, through_origin: bool) -> float:
         if mean <= 0:
             return 0.0

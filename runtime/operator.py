@@ -184,7 +184,8 @@ class Target:
     """An operator with an engine downstream of a router, which chooses one of its replicas.
 
     `is_next`: whether requests enter the target without passing another service operator.
-    `outlets`: the outlets of the router that lead to the target.
+    `outlets`: the outlets of the router that lead to the target. `op`: the kind of the operator,
+    such as "decode".
     """
 
     node: str
@@ -192,6 +193,7 @@ class Target:
     engine: str = ""
     is_next: bool = False
     outlets: frozenset[str] = frozenset()
+    op: str = ""
 
 
 @dataclass(frozen=True, slots=True)
