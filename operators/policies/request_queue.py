@@ -103,8 +103,8 @@ class RequestQueue(msgspec.Struct, frozen=True):
         entry = (rank, request.stamps.arrived_s, number, request)
         choices = (*self.choices.get(request_id, ()), entry)
         expiries = self.expiries
-        if request.expires_s is not None:
-            expiries = expiries.inserted((request.expires_s, number, entry))
+        if (ends_s := _ends_s(request)) is not None:
+            expiries = expiries.inserted((ends_s, number, entry))
         return RequestQueue(
             self.entries.inserted(entry),
             expiries,
@@ -154,14 +154,19 @@ class RequestQueue(msgspec.Struct, frozen=True):
         entries = self.choices.get(signal.request_id, ())
         return self._without_all([one for one in entries if signal.concerns(one[3].key)], now)
 
-    def without_expired(self, now: float) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
-        """The queue without the requests that have expired, and the removed entries."""
-        expired: list[QueueEntry] = []
-        for expires_s, _, entry in self.expiries:
-            if expires_s > now:
+    def without_expired(
+        self, now: float, num_offered: int
+    ) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
+        """The queue without the requests that have expired, and those that do not want to wait; and
+        the removed entries. `num_offered`: later requests have not been offered downstream yet.
+        """
+        ended: list[QueueEntry] = []
+        for ends_s, number, entry in self.expiries:
+            if ends_s > now:
                 break
-            expired.append(entry)
-        return self._without_all(expired, now)
+            if number < num_offered or has_expired(entry[3], now):
+                ended.append(entry)
+        return self._without_all(ended, now)
 
     def at_level(self, level: int, order: QueueOrder) -> "RequestQueue":
         """The queue sorted by `order`, the order of another level of load."""
@@ -212,9 +217,9 @@ class RequestQueue(msgspec.Struct, frozen=True):
         moved = (rank, *entry[1:])
         request = entry[3]
         expiries = self.expiries
-        if request.expires_s is not None:
-            expiries = expiries.removed((request.expires_s, entry[2], entry))
-            expiries = expiries.inserted((request.expires_s, entry[2], moved))
+        if (ends_s := _ends_s(request)) is not None:
+            expiries = expiries.removed((ends_s, entry[2], entry))
+            expiries = expiries.inserted((ends_s, entry[2], moved))
         choices = self.choices[request.request_id]
         return replace(
             self,
@@ -235,8 +240,8 @@ class RequestQueue(msgspec.Struct, frozen=True):
     ) -> "RequestQueue":
         request, expiries = entry[3], self.expiries
         num_tokens, busy_s = request.num_uncached_tokens, self.busy_s(now)
-        if request.expires_s is not None:
-            expiries = expiries.removed((request.expires_s, entry[2], entry))
+        if (ends_s := _ends_s(request)) is not None:
+            expiries = expiries.removed((ends_s, entry[2], entry))
         return RequestQueue(
             self.entries.removed(entry),
             expiries,
@@ -259,6 +264,17 @@ class RequestQueue(msgspec.Struct, frozen=True):
         for entry in entries:
             queue = queue._without(entry, now, queue.declined)
         return queue, tuple(entries)
+
+
+def _ends_s(request: Request) -> float | None:
+    """When a waiting request ends: with `no_queue` as soon as it was offered, unless it resumes."""
+    if request.no_queue and not request.epoch and not request.num_emitted:
+        return request.stamps.arrived_s
+    return request.expires_s
+
+
+def has_expired(request: Request, now: float) -> bool:
+    return request.expires_s is not None and request.expires_s <= now
 
 
 def _without_entry(choices: EntriesByRequest, entry: QueueEntry) -> EntriesByRequest:

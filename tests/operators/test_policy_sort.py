@@ -338,3 +338,52 @@ def test_a_queue_counts_the_time_in_which_engines_are_full(sort: Any) -> None:
     sort(RoomChanged(node="sort", has_room=False), 9.0)
     waiting = backlog_of(sort(Arrival(ask("b")), 10.0))
     assert waiting.busy_s == 4.0
+
+
+# ---- requests that do not want to wait -----------------------------------------------------------
+
+
+def impatient(sort: Any, name: str, now: float, **fields: Any) -> tuple[Any, ...]:
+    return sort(Arrival(ask(name, now, no_queue=True, **fields)), now)
+
+
+def test_a_request_that_will_not_wait_is_offered_once_and_then_refused(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    assert offered(impatient(sort, "r", 5.0)) == ["r"]
+    assert sort.wake_at == 5.0
+    outputs = sort(Wake(), 5.0)
+    (end,) = [output.event for output in outputs if isinstance(output, Terminate)]
+    assert (end.finish_reason, end.code, end.retry_after_s) == ("refused", "would_wait", 1.0)
+    assert told(outputs) == [0]
+    assert sort.wake_at is None
+
+
+def test_a_request_that_will_not_wait_is_sent_where_there_is_room(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    (offer,) = [one for one in impatient(sort, "r", 5.0) if isinstance(one, Offer)]
+    sort(OfferTaken(offer.items[0]), 5.0)
+    assert sort.wake_at is None
+    assert not any(isinstance(one, Terminate) for one in sort(Wake(), 5.0))
+
+
+def test_others_wait_on_beside_it(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    sort(Arrival(ask("patient", 1.0)), 1.0)
+    impatient(sort, "r", 5.0)
+    outputs = sort(Wake(), 5.0)
+    assert [one.event.request_id for one in outputs if isinstance(one, Terminate)] == ["r"]
+    assert offered(sort(CREDIT, 6.0)) == ["patient"]
+
+
+@pytest.mark.parametrize("again", [{"epoch": 1}, {"emitted_token_ids": (7,)}])
+def test_a_request_that_resumes_may_wait(running: Any, again: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    impatient(sort, "r", 5.0, **again)
+    assert sort.wake_at is None
+
+
+def test_an_expired_request_is_expired_also_if_it_would_not_wait(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    outputs = impatient(sort, "r", 5.0, expires_s=4.0)
+    (end,) = [output.event for output in outputs if isinstance(output, Terminate)]
+    assert end.finish_reason == "expired"
