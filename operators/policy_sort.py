@@ -208,7 +208,7 @@ class PolicySort:
         order = after.context.orders[level]
         if level != after.level:
             after, anew = after.at_level(level, order), True
-        after, late = after.lapsed(order, now)
+        after, late = after.lapsed(order, now, self.options.window)
         if late:
             outputs += tuple(self._refuse_late(after, entry[3], now) for entry in late)
         if backlogs_differ(after.backlog, before.backlog):

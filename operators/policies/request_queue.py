@@ -184,11 +184,15 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return replace(self.backlog, num_patient=0, num_patient_tokens=0)
 
     def lapsed(
-        self, order: QueueOrder, now: float
+        self, order: QueueOrder, now: float, window: int
     ) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
         """The queue after each request whose rank has passed moved to its later rank, and the
         entries of the removed requests, if the order refuses late requests.
+
+        `window`: late requests are moved from as many places at the head, if ranks are no times.
         """
+        if order.starts_by_s is not None:
+            return self._without_late(order, now, window), ()
         if order.grace_s is None:
             return self, ()
         queue, until_s, late = self, now + self.ahead_s(order), list[QueueEntry]()
@@ -200,6 +204,17 @@ class RequestQueue(msgspec.Struct, frozen=True):
             else:
                 queue = queue._moved(first, rank)
         return queue, tuple(late)
+
+    def _without_late(self, order: QueueOrder, now: float, window: int) -> "RequestQueue":
+        """The queue after late requests among the first `window` went behind all others."""
+        queue, until_s = self, now + self.ahead_s(order)
+        while True:
+            head = queue.entries.head(window)
+            late = [one for one in head if one[0] < math.inf and order.is_late(one[3], until_s)]
+            if not late:
+                return queue
+            for entry in late:
+                queue = queue._moved(entry, math.inf)
 
     def ahead_s(self, order: QueueOrder) -> float:
         """The seconds by which ranks, as times, pass earlier."""

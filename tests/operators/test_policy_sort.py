@@ -222,6 +222,19 @@ def test_adaptive_changes_the_order_of_those_that_wait(running: Any) -> None:
     assert sort.state.level == 0
 
 
+def test_adaptive_lets_those_pass_that_are_still_in_time(running: Any) -> None:
+    options = PolicySortOptions(policy="adaptive", busy_queued=2, overloaded_queued=9, window=2)
+    sort = running(build(options, Setup("sort")))
+    for name, num_tokens, slo_ttft_s in (("a", 100, 1.0), ("b", 200, 1.0), ("c", 300, 9.0)):
+        prompt = (1,) * num_tokens
+        sort(Arrival(ask(name, 0.0, prompt_token_ids=prompt, slo_ttft_s=slo_ttft_s)))
+    sort(Arrival(ask("free", 0.0)))
+    assert sort.state.level == 1
+    assert offered(sort(CREDIT, 0.1)) == ["a", "b"]
+    assert offered(sort(CREDIT, 0.85)) == ["a", "c"]  # b would need 0.2 s of 0.15 s
+    assert drain(sort, now=0.95) == ["c", "free", "a", "b"]
+
+
 def test_a_users_order(running: Any) -> None:
     functions = {"longest": lambda request: -len(request.prompt)}
     options = PolicySortOptions(policy="own", function="longest")
