@@ -29,8 +29,9 @@ prefills this time is corrected by the difference between the request's predicte
 mean prefill. If first tokens still come later than `slo_ttft_s`, waits are multiplied by a
 correction from 1 to 4, which grows by 25 % after each late first token and falls by 0.5 % after
 each first token in time. Requests with an objective of their own do not change the correction.
-Nothing is predicted before eight requests have waited and been served. The prediction is `Forecast`
-of `runtime/forecast.py`, which other operators may use, too.
+Before eight requests have waited and been served, waiting prompts are predicted to take the time of
+their prefills, and before eight measured prefills nothing is predicted. The prediction is
+`Forecast` of `runtime/forecast.py`, which other operators may use, too.
 
 A prompt counts with the tokens that must be computed. If engines report their prefix blocks, the
 longest prefix that any replica has cached is subtracted, and the request carries its length to
@@ -43,7 +44,10 @@ request may use a share that depends on its priority:
     critical 100 %   high 90 %   normal 80 %   low 60 %   background 40 %
 
 The rest of each bound is kept for more urgent requests. A critical request is refused only at the
-full bound, after all other priorities are refused.
+full bound, after all other priorities are refused. Predictions fluctuate, so for two seconds after
+such a refusal the less urgent requests whose share is used up without the prompt of the refused
+request are refused, too, even if engines have room. A refusal for an objective of the request's own
+has no such effect.
 """
 
 import math
@@ -83,10 +87,12 @@ from sagellm.runtime.service_limits import (
     Asked,
     InService,
     ServiceOptions,
+    Shedding,
+    says_share,
     service_of,
+    share_of,
 )
 
-SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
 _RETRY_S = 1.0  # the `retry_after_s` of refusals before the queue's rate is known
 
 
@@ -132,12 +138,14 @@ class AdmissionState(msgspec.Struct, frozen=True):
     to arrive. `indexes`: the prefix blocks of each engine.
 
     `service`: the requests in service, if an option limits them or the load of decode engines.
+    `shedding`: whether less urgent requests are refused because a more urgent one was.
     """
 
     forecast: Forecast = Forecast()
     verdicts: Map[str, AdmissionVerdict] = Map()
     indexes: Mapping[str, PrefixIndex] = {}
     service: InService | None = None
+    shedding: Shedding = Shedding()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +163,12 @@ class Admission:
     options: AdmissionOptions
     lookup: PrefixLookup | None = None
     service: InService | None = None  # before any request; None: no option limits it
+    num_engines: int = 1  # replicas that requests enter next
 
     @property
     def initial(self) -> AdmissionState:
-        forecast = Forecast(objective_s=self.options.slo_ttft_s)
+        objective_s, num_engines = self.options.slo_ttft_s, max(self.num_engines, 1)
+        forecast = Forecast(objective_s=objective_s, num_engines=num_engines)
         return AdmissionState(forecast, service=self.service)
 
     @property
@@ -234,68 +244,68 @@ class Admission:
         service = None if request.epoch else state.service
         if service is not None:
             first_s = now + (pace.wait_s(now) or 0.0) + state.forecast.first_token_s(request)
-            code, error = service.refusal(Asked(num_choices, _share(request), now, first_s))
-            error = error and f"{error}{_says_share(request)}: try again later"
-        if not code and not pace.backlog.is_open:
-            code, error = self._refusal(state.forecast, request, now)
+            code, error = service.refusal(Asked(num_choices, share_of(request), now, first_s))
+            error = error and f"{error}{says_share(request)}: try again later"
+        if not code and state.shedding.refuses(request.priority, now):
+            code, error = "queue_full", "more urgent requests are refused: try again later"
+        elif not code and not pace.backlog.is_open:
+            code, error, share = self._refusal(state, request, now)
+            if share is not None:
+                shedding = state.shedding.refused(request.priority, share, now)
+                state = replace(state, shedding=shedding)
         if service is not None and not code:
             state = replace(state, service=service.admitted(request, first_s))
         retry_after_s = (pace.wait_s(now) or _RETRY_S) if code else None
         error = error and f"{self.name}: {error}"
         return state, AdmissionVerdict(code, error, retry_after_s, num_choices)
 
-    def _refusal(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
+    def _refusal(
+        self, state: AdmissionState, request: Request, now: float
+    ) -> tuple[str, str, float | None]:
         """The code and the reason of a refusal by the queue; two empty texts if the request is
-        accepted.
+        accepted. Last, the part of the bound that waiting requests use up, if others are to be
+        refused, too.
         """
-        backlog = forecast.pace.backlog
+        forecast, options = state.forecast, self.options
         if request.no_queue and not request.epoch:
-            return "would_wait", WOULD_WAIT
+            return "would_wait", WOULD_WAIT, None
         # If nothing waits, a request may exceed the bound in tokens: a long prompt could otherwise
         # never be served.
+        backlog = forecast.pace.backlog
         full = self._overflow(backlog, request) if backlog.num_requests else ""
         if full:
-            return "queue_full", full
-        objective_s = request.slo_ttft_s or self.options.slo_ttft_s
+            return "queue_full", full, share_of(request)
+        objective_s = request.slo_ttft_s or options.slo_ttft_s
         predicted_s = forecast.ttft_s(request, now) if objective_s is not None else None
         if objective_s is None or predicted_s is None:
-            return "", ""
-        if predicted_s <= _share(request) * objective_s:
-            return "", ""
-        return "slo_unreachable", (
+            return "", "", None
+        if predicted_s <= share_of(request) * objective_s:
+            return "", "", None
+        own_s = forecast.prefill_s(request.num_uncached_tokens) or 0.0
+        used = (predicted_s - own_s) / objective_s if objective_s == options.slo_ttft_s else None
+        error = (
             f"its first token might take {predicted_s:.1f} s, and the objective is "
-            f"{objective_s:g} s{_says_share(request)}: try again later"
+            f"{objective_s:g} s{says_share(request)}: try again later"
         )
+        return "slo_unreachable", error, used
 
     def _overflow(self, backlog: Backlog, request: Request) -> str:
-        options, share = self.options, _share(request)
+        options, share = self.options, share_of(request)
         num_choices = max(request.sampling.n, 1)
         if backlog.num_requests + num_choices > math.ceil(share * options.max_queued):
             return (
                 f"{backlog.num_requests} requests wait already (max_queued={options.max_queued}"
-                f"{_says_share(request)}): try again later, or raise max_queued"
+                f"{says_share(request)}): try again later, or raise max_queued"
             )
         most = options.max_queued_tokens
         num_tokens = num_choices * (request.num_uncached_tokens + request.sampling.max_tokens)
         if most is not None and backlog.num_tokens + num_tokens > share * most:
             return (
                 f"requests of {backlog.num_tokens} tokens wait already, and this one has "
-                f"{num_tokens} (max_queued_tokens={most}{_says_share(request)}): "
+                f"{num_tokens} (max_queued_tokens={most}{says_share(request)}): "
                 "try again later, or raise max_queued_tokens"
             )
         return ""
-
-
-def _share(request: Request) -> float:
-    """The share of each bound that the request may use. A priority outside 0 to 4 counts as the
-    nearest one.
-    """
-    return SHARES[min(max(request.priority, 0), len(SHARES) - 1)]
-
-
-def _says_share(request: Request) -> str:
-    share = _share(request)
-    return "" if share == 1 else f", of which priority {request.priority} may use {share:.0%}"
 
 
 def _counted_down(
@@ -338,4 +348,6 @@ def _served(
 def build(options: AdmissionOptions, setup: Setup) -> Admission:
     """Make the operator. Raises ValueError for options that contradict each other."""
     service = service_of(options, setup)
-    return Admission(setup.name, options, PrefixLookup.of(setup), service)
+    entered = {one.engine or one.node: one.num_replicas for one in setup.targets if one.is_next}
+    lookup = PrefixLookup.of(setup)
+    return Admission(setup.name, options, lookup, service, sum(entered.values()))

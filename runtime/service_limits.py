@@ -17,9 +17,47 @@ LoadTime: TypeAlias = Literal["prefill_end", "arrival"]
 Refusal: TypeAlias = tuple[str, str]  # code and reason
 DECODING = frozenset({"decode", "generate"})  # the kinds of operators whose engines decode
 ACCEPTED: Refusal = ("", "")
+SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
+_SHED_S = 2.0  # after a refusal, less urgent requests are refused for this time
 _CONCURRENCY = ("min_concurrency", "max_concurrency")
 _BACKOFF = 0.9  # factor on the concurrency after a late first token
 _USED = 0.5  # the concurrency grows only while at least this share of it is in use
+
+
+def share_of(request: Request) -> float:
+    """The share of each bound that the request may use. A priority outside 0 to 4 counts as the
+    nearest one.
+    """
+    return SHARES[min(max(request.priority, 0), len(SHARES) - 1)]
+
+
+def says_share(request: Request) -> str:
+    share = share_of(request)
+    return "" if share == 1 else f", of which priority {request.priority} may use {share:.0%}"
+
+
+class Shedding(msgspec.Struct, frozen=True):
+    """Requests of `priority` and less urgent ones are refused until `until_s`, because a more
+    urgent request was.
+    """
+
+    priority: int = len(SHARES)
+    until_s: float = 0.0
+
+    def refuses(self, priority: int, now: float) -> bool:
+        return priority >= self.priority and now < self.until_s
+
+    def refused(self, priority: int, used: float, now: float) -> "Shedding":
+        """The state after a refusal of `priority`, while waiting requests use up the part `used` of
+        a bound.
+        """
+        kept_out = (
+            level for level, share in enumerate(SHARES) if level > priority and share < used
+        )
+        lowest = min(kept_out, default=len(SHARES))
+        if now < self.until_s and self.priority < lowest:
+            return self
+        return Shedding(lowest, now + _SHED_S)
 
 
 @dataclass(frozen=True, slots=True)

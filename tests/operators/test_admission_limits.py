@@ -6,7 +6,7 @@ import pytest
 
 from sagellm.operators.admission import AdmissionOptions, build
 from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
-from sagellm.runtime.messages import Request
+from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import Arrival, Setup, Signal, Target, Terminate
 from sagellm.runtime.port import EngineFacts, EngineLoad
 from sagellm.runtime.sampling import Sampling
@@ -146,3 +146,44 @@ def test_only_the_needed_feedback_is_subscribed_to() -> None:
     assert wanted(slo_tpot_s=0.1) == {"first_token", "queue", "load", "health", "topology"}
     adaptive = {"concurrency": "adaptive", "slo_ttft_s": 1.0}
     assert wanted(**adaptive) == {"first_token", "queue", "cache"}
+
+
+def busy(num_prompt_tokens: int) -> Any:
+    """A queue that serves 1,000 prompt tokens a second, in which so many wait."""
+    counts = {"num_served": 400, "num_served_tokens": 40_000, "busy_s": 40.0}
+    backlog = Backlog(num_requests=400, num_prompt_tokens=num_prompt_tokens, **counts)
+    return QueueChanged(node="sort", backlog=backlog)
+
+
+def test_after_a_refusal_the_less_urgent_are_refused_for_two_seconds(running: Any) -> None:
+    admission = running(build(AdmissionOptions(slo_ttft_s=1.0), SETUP))
+    admission(busy(1200), 50.0)
+    assert refusal(admission(asked(0), 50.0)).code == "slo_unreachable"
+    admission(QueueChanged(node="sort", backlog=Backlog()), 50.1)
+    end = refusal(admission(asked(1, priority=4), 51.9))
+    assert (end.code, end.retry_after_s) == ("queue_full", 1.0)
+    assert "more urgent requests are refused" in end.error
+    assert refusal(admission(asked(2), 51.9)) is None
+    assert refusal(admission(asked(3, priority=4), 52.1)) is None
+
+
+def test_only_those_are_refused_whose_share_is_used_up_without_its_prompt(running: Any) -> None:
+    """The waiting requests take half a second, and the prompt of the refused request takes 0.7 s."""
+    admission = running(build(AdmissionOptions(slo_ttft_s=1.0), SETUP))
+    for _ in range(10):
+        first = FirstToken(seconds=0.1, num_computed_tokens=100, computed_s=0.1)
+        admission(first)
+    admission(busy(450), 50.0)
+    long = {"prompt_token_ids": (1,) * 700, "stamps": Stamps(arrived_s=50.0)}
+    assert refusal(admission(asked(0, **long), 50.0)).code == "slo_unreachable"
+    admission(QueueChanged(node="sort", backlog=Backlog()), 50.1)
+    ends = [refusal(admission(asked(n, priority=n), 50.5)) for n in range(1, 5)]
+    assert [end is None for end in ends] == [True, True, True, False]
+
+
+def test_an_objective_of_its_own_sheds_nobody(running: Any) -> None:
+    admission = running(build(AdmissionOptions(slo_ttft_s=1.0), SETUP))
+    admission(busy(500), 50.0)
+    assert refusal(admission(asked(0, slo_ttft_s=0.1), 50.0)).code == "slo_unreachable"
+    admission(QueueChanged(node="sort", backlog=Backlog()), 50.1)
+    assert refusal(admission(asked(1, priority=4), 50.2)) is None
