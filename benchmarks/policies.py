@@ -6,11 +6,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from msgspec.structs import replace
 
 from sagellm import Graph, ops
+from sagellm.graphs.text.yaml import load
 from sagellm.load.synthetic import parse_synthetic
 from sagellm.runtime.messages import PRIORITIES
 from sagellm.simulation.simulation_run import SimulatedRequest, SimulationPoint, simulate
@@ -28,6 +31,7 @@ LENGTHS = {
     "different": "input=lognormal:1000:1,output=lognormal:100:0.7",
     "alike": "input=lognormal:1000:0.2,output=exponential:100",
 }
+LONG_PREFILL = Path(__file__).parent / "simulation" / "long_prefill.yaml"
 CAPACITY = 6.0  # requests a second of these lengths
 CALM_S = 10.0  # at the capacity, before an overload: then admission knows how fast requests leave
 PRICE = 2.0  # of an hour of a replica
@@ -91,7 +95,8 @@ def attainments(
 class Price:
     """What a policy costs at the highest rate at which it serves a share of the value in time.
 
-    `per_value`: of a thousand units of `cost_budget` that were served in time.
+    `per_value`: of a thousand units of `cost_budget` that were served in time, for the hours in
+    which requests arrive.
     """
 
     rate: float
@@ -116,7 +121,7 @@ def price(policy: str, share: float, rates: Sequence[float], *, number: int = 70
         attainment = good / sum(map(budget, requests))
         if attainment < share:
             break
-        hours = max(one.ended_s for one in requests) / 3600
+        hours = requests[-1].arrived_s / 3600
         found = Price(rate, attainment, 1e3 * hours * PRICE / good)
     return found
 
@@ -155,12 +160,12 @@ class Shedding:
     num_out_of_turn: int
 
 
-def shedding(*, seconds: float = 60.0, **admission: Any) -> Shedding:
+def shedding(*, seconds: float = 60.0, seed: int = 1, **admission: Any) -> Shedding:
     """Critical and background requests, half each, at 3 times the capacity."""
     options = {"slo_ttft_s": 4.0, "max_queued": 200, **admission}
     text = f"slo_ttft_s=4,priorities=critical:1+background:1,{LENGTHS['alike']}"
     calm = f"rate={CAPACITY},seconds={CALM_S},{text}"
-    busy = f"rate={3 * CAPACITY},seconds={seconds},seed=1,{text}"
+    busy = f"rate={3 * CAPACITY},seconds={seconds},seed={seed},{text}"
     requests = [one for one in played(graph(**options), calm, busy) if one.arrived_s >= CALM_S]
     refused_s = [one.arrived_s for one in requests if one.code and one.priority == CRITICAL]
     out_of_turn = [
@@ -176,6 +181,37 @@ def shedding(*, seconds: float = 60.0, **admission: Any) -> Shedding:
         return {level: chosen.count(level) for level in (CRITICAL, BACKGROUND)}
 
     return Shedding(count(is_refused=False), count(is_refused=True), len(out_of_turn))
+
+
+# ---- the load at the end of a prefill ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecodeSwing:
+    """The sequences that decode, each second: mean, least and most; and the requests whose tokens
+    came within 50 ms each, of all that were served.
+    """
+
+    mean: float
+    least: int
+    most: int
+    num_good: int
+    num_served: int
+
+
+def swing(load_at: str, *, seconds: int = 200) -> DecodeSwing:
+    """Twice the load that decoding can take within its TPOT objective, behind prefills of 4 s."""
+    text = f"rate=6,seconds={seconds},input=lognormal:8000:0.2,output=lognormal:200:0.4"
+    document = load(LONG_PREFILL.read_text(), file=str(LONG_PREFILL))
+    planned = list(parse_synthetic(text).generate())
+    run = simulate(SimulationPoint(document, planned, {"admission.load_at": load_at}))
+    served = [(one.first_s, one.ended_s, one.tpot_s or 0.0) for one in run.requests if one.is_ok]
+    counts = [
+        sum(first_s is not None and first_s <= second < end_s for first_s, end_s, _ in served)
+        for second in range(seconds // 4, seconds)
+    ]
+    num_good = sum(tpot_s <= 0.05 for _, _, tpot_s in served)
+    return DecodeSwing(fmean(counts), min(counts), max(counts), num_good, len(served))
 
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -212,4 +248,7 @@ if __name__ == "__main__":
     show_orders()
     show_prices()
     show_overload()
-    print(shedding())
+    for seed in (1, 2, 3):
+        print(shedding(seed=seed))
+    for load_at in ("arrival", "prefill_end"):
+        print(load_at, swing(load_at))

@@ -40,7 +40,7 @@ class PolicySortOptions:
     function: str | None = None
     aging_s: float = field(default=10.0, metadata={"min": 0.0})
     prefill_tokens_per_s: float | None = field(default=None, metadata={"min": 1e-3})
-    busy_queued: int = field(default=16, metadata={"min": 1})
+    busy_queued: int = field(default=8, metadata={"min": 1})
     overloaded_queued: int = field(default=128, metadata={"min": 2})
     late: Literal["demote", "refuse"] = "demote"
     doubling_s: float = field(default=10.0, metadata={"min": 0.0})

@@ -168,7 +168,7 @@ def test_after_a_refusal_the_less_urgent_are_refused_for_two_seconds(running: An
 
 
 def test_only_those_are_refused_whose_share_is_used_up_without_its_prompt(running: Any) -> None:
-    """The waiting requests take half a second, and the prompt of the refused request takes 0.7 s."""
+    """The waiting requests take half a second, the prompt of the refused request 0.7 s."""
     admission = running(build(AdmissionOptions(slo_ttft_s=1.0), SETUP))
     for _ in range(10):
         first = FirstToken(seconds=0.1, num_computed_tokens=100, computed_s=0.1)
