@@ -138,14 +138,14 @@ class AdmissionState(msgspec.Struct, frozen=True):
     to arrive. `indexes`: the prefix blocks of each engine.
 
     `service`: the requests in service, if an option limits them or the load of decode engines.
-    `shedding`: whether less urgent requests are refused because a more urgent one was.
+    `shedding`: which less urgent requests are refused because a more urgent one was.
     """
 
     forecast: Forecast = Forecast()
     verdicts: Map[str, AdmissionVerdict] = Map()
     indexes: Mapping[str, PrefixIndex] = {}
     service: InService | None = None
-    shedding: Shedding = Shedding()
+    shedding: Shedding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,12 +246,13 @@ class Admission:
             first_s = now + (pace.wait_s(now) or 0.0) + state.forecast.first_token_s(request)
             code, error = service.refusal(Asked(num_choices, share_of(request), now, first_s))
             error = error and f"{error}{says_share(request)}: try again later"
-        if not code and state.shedding.refuses(request.priority, now):
+        shedding = state.shedding
+        if not code and shedding is not None and shedding.refuses(request.priority, now):
             code, error = "queue_full", "more urgent requests are refused: try again later"
         elif not code and not pace.backlog.is_open:
             code, error, share = self._refusal(state, request, now)
             if share is not None:
-                shedding = state.shedding.refused(request.priority, share, now)
+                shedding = (shedding or Shedding()).refused(request.priority, share, now)
                 state = replace(state, shedding=shedding)
         if service is not None and not code:
             state = replace(state, service=service.admitted(request, first_s))

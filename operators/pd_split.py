@@ -18,10 +18,10 @@ from sagellm.runtime.decode_load import UpReplicas
 from sagellm.runtime.feedback import (
     FirstToken,
     HealthChanged,
+    KVMoved,
     LoadReported,
     PrefixesChanged,
     Topology,
-    Transferred,
 )
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Signal, Step, Target
@@ -141,7 +141,7 @@ class PDSplit:
         match happened:
             case Arrival(item=Request() as request):
                 return self._sent(state, request)
-            case FirstToken() | LoadReported() | Transferred() if state.forecast is not None:
+            case FirstToken() | LoadReported() | KVMoved() if state.forecast is not None:
                 forecast = self._informed(state.forecast, happened, now)
                 return Step(msgspec.structs.replace(state, forecast=forecast))
             case Signal(kind="forget", request_id=request_id) if state.forecast is not None:
@@ -187,12 +187,12 @@ class PDSplit:
     def _informed(
         self,
         forecast: SplitForecast,
-        happened: FirstToken | LoadReported | Transferred,
+        happened: FirstToken | LoadReported | KVMoved,
         now: float,
     ) -> SplitForecast:
         """The forecast with one more measurement."""
         assert self.gain is not None
-        if isinstance(happened, Transferred):
+        if isinstance(happened, KVMoved):
             return forecast.transferred(happened)
         for way, side in self.gain.sides.items():
             if happened.node not in side.nodes:

@@ -16,7 +16,7 @@ _MIN_ANSWERS = 8  # answers that have ended before their duration is predicted
 _FADE = 1 - 1 / 64  # factor on the weight of earlier samples, with each new sample
 
 
-class StepTimes(msgspec.Struct, frozen=True):
+class MeasuredSteps(msgspec.Struct, frozen=True):
     """The time of a step by the number of running sequences, measured over several replicas.
 
     `latest`: by (operator, replica), the number of the latest reported step, the time of the
@@ -26,7 +26,7 @@ class StepTimes(msgspec.Struct, frozen=True):
     fit: LineFit = LineFit()
     latest: Map[tuple[str, int], tuple[int, float, int]] = Map()
 
-    def after(self, reported: LoadReported, now: float) -> "StepTimes":
+    def after(self, reported: LoadReported, now: float) -> "MeasuredSteps":
         """The times with one more report of an engine's load."""
         load, place = reported.load, (reported.node, reported.replica)
         num_before, before_s, _ = self.latest.get(place, (0, math.inf, 0))
@@ -36,7 +36,7 @@ class StepTimes(msgspec.Struct, frozen=True):
         if num_steps > 0 and now > before_s:
             num_rows = num_steps * max(load.num_running, 1)
             fit = fit.with_samples(num_rows, now - before_s, count=num_steps, kept=_FADE)
-        return StepTimes(fit, self.latest.set(place, seen))
+        return MeasuredSteps(fit, self.latest.set(place, seen))
 
     def step_s(self, num_running: float) -> float | None:
         """The time of a step with `num_running` sequences; None if no step was measured."""
@@ -53,7 +53,7 @@ class StepTimes(msgspec.Struct, frozen=True):
         return sum(one[2] for (node, _), one in self.latest.items() if node in nodes)
 
 
-class OpenRequest(msgspec.Struct, frozen=True, gc=False):
+class AdmittedRequest(msgspec.Struct, frozen=True, gc=False):
     """A request that was admitted and has not ended.
 
     `first_s`: the time of its first token, predicted until `has_begun`.
@@ -86,15 +86,15 @@ class DecodeLoad(msgspec.Struct, frozen=True):
     for all answers.
     """
 
-    requests: Map[str, OpenRequest] = Map()
+    requests: Map[str, AdmittedRequest] = Map()
     num_open: int = 0  # sequences of these requests
     answers: LineFit = LineFit()
     num_answers: int = 0
-    steps: StepTimes = StepTimes()
+    steps: MeasuredSteps = MeasuredSteps()
 
     def admitted(self, request: Request, first_s: float) -> "DecodeLoad":
         """The load with one more request, whose first token is predicted for `first_s`."""
-        opened = OpenRequest(
+        opened = AdmittedRequest(
             max(request.sampling.n, 1),
             len(request.prompt_token_ids),
             request.sampling.max_tokens,

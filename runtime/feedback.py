@@ -83,7 +83,7 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
     request_id: str = ""
 
 
-class Transferred(_Report, frozen=True, tag="transfer"):
+class KVMoved(_Report, frozen=True, tag="transfer"):
     """The KV blocks of `num_tokens` tokens were moved to the decode pool, in `seconds`."""
 
     num_tokens: int
@@ -106,13 +106,7 @@ class HealthChanged(_Report, frozen=True, tag="health"):
 
 
 Feedback: TypeAlias = (
-    CreditChanged
-    | LoadReported
-    | QueueChanged
-    | FirstToken
-    | Transferred
-    | RoomChanged
-    | HealthChanged
+    CreditChanged | LoadReported | QueueChanged | FirstToken | KVMoved | RoomChanged | HealthChanged
 )
 # Struct -> the name by which operators subscribe.
 KINDS: dict[type, str] = {kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__}

@@ -7,16 +7,16 @@ from typing import Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from sagellm.runtime.decode_load import DecodeLoad, PredictedLoad, StepTimes, UpReplicas
+from sagellm.runtime.decode_load import DecodeLoad, MeasuredSteps, PredictedLoad, UpReplicas
 from sagellm.runtime.feedback import FirstToken, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Setup, Target
 from sagellm.runtime.port import EngineFacts
 
 LoadTime: TypeAlias = Literal["prefill_end", "arrival"]
-Refusal: TypeAlias = tuple[str, str]  # code and reason
+LimitRefusal: TypeAlias = tuple[str, str]  # code and reason
 DECODING = frozenset({"decode", "generate"})  # the kinds of operators whose engines decode
-ACCEPTED: Refusal = ("", "")
+ACCEPTED: LimitRefusal = ("", "")
 SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
 _SHED_S = 2.0  # after a refusal, less urgent requests are refused for this time
 _CONCURRENCY = ("min_concurrency", "max_concurrency")
@@ -180,7 +180,7 @@ class DecodeLimit:
         nodes = frozenset(one.node for one in decoding)
         return cls(max_load, slo_tpot_s, load_at, targets, nodes, setup.facts)
 
-    def refusal(self, load: DecodeLoad, up: UpReplicas, asked: Asked) -> Refusal:
+    def refusal(self, load: DecodeLoad, up: UpReplicas, asked: Asked) -> LimitRefusal:
         """The refusal of a request, or ACCEPTED. While no request is in service, each is accepted:
         a limit below one request would otherwise refuse all.
         """
@@ -199,7 +199,7 @@ class DecodeLimit:
             )
         return self._late(load.steps, num_sequences / num_up, asked.share)
 
-    def _late(self, steps: StepTimes, num_each: float, share: float) -> Refusal:
+    def _late(self, steps: MeasuredSteps, num_each: float, share: float) -> LimitRefusal:
         """The refusal if `num_each` sequences of a replica break the TPOT objective."""
         if self.slo_tpot_s is None:
             return ACCEPTED
@@ -266,7 +266,7 @@ class InService(msgspec.Struct, frozen=True):
     def holds(self, request_id: str) -> bool:
         return request_id in self.load.requests
 
-    def refusal(self, asked: Asked) -> Refusal:
+    def refusal(self, asked: Asked) -> LimitRefusal:
         """The refusal of a request by any limit, or ACCEPTED."""
         num_open = self.load.num_open
         limit = None if self.limit is None else max(asked.share * self.limit.limit, 1.0)

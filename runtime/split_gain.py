@@ -7,8 +7,8 @@ import msgspec
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.runtime.decode_load import StepTimes
-from sagellm.runtime.feedback import FirstToken, LoadReported, Transferred
+from sagellm.runtime.decode_load import MeasuredSteps
+from sagellm.runtime.feedback import FirstToken, KVMoved, LoadReported
 from sagellm.runtime.forecast import LineFit
 from sagellm.runtime.messages import Request
 
@@ -68,7 +68,7 @@ class SplitForecast(msgspec.Struct, frozen=True):
 
     sides: Mapping[str, SideForecast]
     pending: Map[str, tuple[tuple[str, int], ...]] = Map()
-    steps: Mapping[str, StepTimes] = {}
+    steps: Mapping[str, MeasuredSteps] = {}
     transfers: LineFit = LineFit()
 
     def sent(self, request: Request, way: str) -> "SplitForecast":
@@ -94,13 +94,13 @@ class SplitForecast(msgspec.Struct, frozen=True):
             after = after._without(request_id, place)
         return after
 
-    def transferred(self, happened: Transferred) -> "SplitForecast":
+    def transferred(self, happened: KVMoved) -> "SplitForecast":
         fit = self.transfers.with_samples(happened.num_tokens, happened.seconds, kept=_FADE)
         return replace(self, transfers=fit)
 
     def reported(self, happened: LoadReported, engine: str, now: float) -> "SplitForecast":
         """The forecast with one more report of the load of `engine`, by any of its operators."""
-        known = self.steps.get(engine, StepTimes())
+        known = self.steps.get(engine, MeasuredSteps())
         report = replace(happened, node=engine)
         return replace(self, steps={**self.steps, engine: known.after(report, now)})
 
@@ -176,7 +176,7 @@ class SplitGain:
     def _num_running(
         self, forecast: SplitForecast, engine: str, counts: Mapping[str, int]
     ) -> float:
-        steps = forecast.steps.get(engine, StepTimes())
+        steps = forecast.steps.get(engine, MeasuredSteps())
         return steps.num_running(frozenset({engine})) / max(counts.get(engine, 1), 1)
 
     def _delay_s(
@@ -195,7 +195,7 @@ class SplitGain:
         if engines[0] == engines[1]:
             return 0.0
         together, apart = (
-            forecast.steps.get(engine, StepTimes()).step_s(
+            forecast.steps.get(engine, MeasuredSteps()).step_s(
                 self._num_running(forecast, engine, counts) + 1
             )
             for engine in engines

@@ -8,9 +8,9 @@ from sagellm.operators.pd_split import PDSplitOptions, build
 from sagellm.runtime.feedback import (
     FirstToken,
     HealthChanged,
+    KVMoved,
     LoadReported,
     Topology,
-    Transferred,
 )
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Setup, Signal, Target
@@ -59,7 +59,7 @@ def split(running: Any) -> Any:
     made = running(build(ADAPTIVE, Setup("split", targets=SHARED)))
     measured(made, "decode", 0.1)
     measured(made, "generate", 0.1)
-    made(Transferred(num_tokens=1000, seconds=0.1))
+    made(KVMoved(num_tokens=1000, seconds=0.1))
     return made
 
 
@@ -76,7 +76,7 @@ def test_a_prefill_beside_others_delays_them(split: Any) -> None:
 def test_a_transfer_that_takes_longer_than_the_gain_is_not_worth_it(split: Any) -> None:
     runs(split, "decode", 1)
     for _ in range(200):
-        split(Transferred(num_tokens=1000, seconds=2.0))
+        split(KVMoved(num_tokens=1000, seconds=2.0))
     assert way(split, "r", 500) == "aggregated"
     runs(split, "decode", 3)  # 3 * 0.5 s are more than the 1.0 s of the transfer
     assert way(split, "s", 500) == "disaggregated"
@@ -133,7 +133,7 @@ def test_the_time_of_a_token_counts_where_answers_have_engines_of_their_own(runn
         made = running(build(ADAPTIVE, Setup("split", targets=THREE)))
         measured(made, "decode", 0.1)
         measured(made, "generate", 0.1)
-        made(Transferred(num_tokens=1000, seconds=1.0))
+        made(KVMoved(num_tokens=1000, seconds=1.0))
         runs(made, "decode", 1, step_s)
         runs(made, "generate", 0, 0.02)
         load = EngineLoad(num_running=1, num_steps=30)
@@ -163,7 +163,7 @@ def test_a_given_bandwidth_counts_until_a_transfer_was_measured(running: Any) ->
     measured(split, "decode", 0.05)
     runs(split, "decode", 1)
     assert way(split, "r", 500) == "aggregated"
-    split(Transferred(num_tokens=1000, seconds=0.1))
+    split(KVMoved(num_tokens=1000, seconds=0.1))
     assert way(split, "r", 500) == "disaggregated"
 
 

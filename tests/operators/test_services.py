@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock
 
 from sagellm.operators import decode, generate, kv_transfer, prefill
-from sagellm.runtime.feedback import Transferred
+from sagellm.runtime.feedback import KVMoved
 from sagellm.runtime.messages import LeaseRef, Prefilled, Request, Stamps, TokenEvent
 from sagellm.runtime.operator import Setup, Signal, Target
 from sagellm.runtime.port import (
@@ -211,7 +211,7 @@ async def test_a_transfer_frees_the_source_once_the_destination_has_all() -> Non
         lease("d"),
         9.0,
     )
-    assert ctx.reported == [Transferred(num_tokens=4, seconds=0.0)]
+    assert ctx.reported == [KVMoved(num_tokens=4, seconds=0.0)]
 
 
 async def test_a_broken_transfer_frees_the_source() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sagellm.runtime.decode_load import DecodeLoad, StepTimes, UpReplicas
+from sagellm.runtime.decode_load import DecodeLoad, MeasuredSteps, UpReplicas
 from sagellm.runtime.feedback import HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import EngineReplica, Request
 from sagellm.runtime.operator import Target
@@ -105,7 +105,7 @@ def test_unknown_requests_change_nothing():
 
 def reports(numbers, *, base_s=0.01, row_s=0.001):
     """Ten steps with each number of running sequences."""
-    times, now, num_steps = StepTimes(), 0.0, 0
+    times, now, num_steps = MeasuredSteps(), 0.0, 0
     for number in numbers:
         num_steps, now = num_steps + 10, now + 10 * (base_s + row_s * number)
         load = EngineLoad(num_running=number, num_steps=num_steps)
