@@ -268,7 +268,7 @@ class Admission:
         refused, too.
         """
         forecast, options = state.forecast, self.options
-        if request.no_queue and not request.epoch:
+        if request.is_impatient:
             return "would_wait", WOULD_WAIT, None
         # If nothing waits, a request may exceed the bound in tokens: a long prompt could otherwise
         # never be served.

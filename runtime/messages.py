@@ -97,6 +97,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
         return len(self.emitted_token_ids) + self.num_emitted_without_ids
 
     @property
+    def is_impatient(self) -> bool:
+        """Whether the request ends where it would have to wait: it asked not to wait, and does not
+        resume.
+        """
+        return self.no_queue and not self.epoch and not self.num_emitted
+
+    @property
     def num_uncached_tokens(self) -> int:
         """Tokens that a prefill has to compute."""
         known = len(self.prompt_token_ids) + len(self.emitted_token_ids)

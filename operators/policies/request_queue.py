@@ -283,9 +283,7 @@ class RequestQueue(msgspec.Struct, frozen=True):
 
 def _ends_s(request: Request) -> float | None:
     """When a waiting request ends: with `no_queue` as soon as it was offered, unless it resumes."""
-    if request.no_queue and not request.epoch and not request.num_emitted:
-        return request.stamps.arrived_s
-    return request.expires_s
+    return request.stamps.arrived_s if request.is_impatient else request.expires_s
 
 
 def has_expired(request: Request, now: float) -> bool:

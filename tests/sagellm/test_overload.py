@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
+from typing import Any
 
 import pytest
 import trio
@@ -284,14 +285,16 @@ async def test_requests_that_can_wait_are_not_in_the_way_of_those_that_cannot(
                 assert (answer.finish_reason, answer.code) == ("refused", "slo_unreachable")
 
 
-@pytest.mark.parametrize("has_admission", [True, False])
+@pytest.mark.parametrize(
+    "before", [(ops.admission(), ops.policy_sort("fifo")), (ops.policy_sort("fifo"),), ()]
+)
 async def test_a_request_that_will_not_wait_is_refused_at_once(
-    has_admission: bool, autojump_clock: MockClock
+    before: tuple[Any, ...], autojump_clock: MockClock
 ) -> None:
     graph = Graph("g").engine("g", model="null", device="null", decode_step_s=0.1)
-    if has_admission:
-        graph = graph >> ops.admission()
-    graph = graph >> ops.policy_sort("fifo") >> ops.generate(engine="g", max_inflight=1)
+    for operator in before:
+        graph = graph >> operator
+    graph = graph >> ops.generate(engine="g", max_inflight=1)
 
     async with graph.open() as session, trio.open_nursery() as nursery:
         sampling = Sampling(max_tokens=8, ignore_eos=True)
