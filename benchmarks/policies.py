@@ -31,6 +31,7 @@ LENGTHS = {
     "different": "input=lognormal:1000:1,output=lognormal:100:0.7",
     "alike": "input=lognormal:1000:0.2,output=exponential:100",
 }
+ROLES = Path(__file__).parent / "simulation" / "roles.yaml"
 LONG_PREFILL = Path(__file__).parent / "simulation" / "long_prefill.yaml"
 CAPACITY = 6.0  # requests a second of these lengths
 CALM_S = 10.0  # at the capacity, before an overload: then admission knows how fast requests leave
@@ -214,6 +215,32 @@ def swing(load_at: str, *, seconds: int = 200) -> DecodeSwing:
     return DecodeSwing(fmean(counts), min(counts), max(counts), num_good, len(served))
 
 
+# ---- roles ---------------------------------------------------------------------------------------
+
+PROMPTS = "rate=15,seconds=120,input=lognormal:6000:0.5,output=exponential:40"
+ANSWERS = "rate=22,seconds=120,seed=2,input=lognormal:300:0.5,output=exponential:900"
+
+
+def flipped(**overrides: Any) -> float:
+    """The share of requests with a first token within 2 s and 30 ms a token: two minutes of long
+    prompts, two of long answers, and two of long prompts again. `overrides`: options of `roles`.
+    """
+    planned = [
+        replace(one, at_s=one.at_s + 120.0 * number)
+        for number, text in enumerate((PROMPTS, ANSWERS, f"{PROMPTS},seed=3"))
+        for one in parse_synthetic(text).generate()
+    ]
+    document = load(ROLES.read_text(), file=str(ROLES))
+    options = {f"roles.{name}": value for name, value in overrides.items()}
+    served = simulate(SimulationPoint(document, planned, options)).requests
+    good = [
+        one
+        for one in served
+        if one.is_ok and (one.ttft_s or 0.0) <= 2.0 and (one.tpot_s or 0.0) <= 0.03
+    ]
+    return len(good) / len(served)
+
+
 # ---- the tables ----------------------------------------------------------------------------------
 
 
@@ -252,3 +279,6 @@ if __name__ == "__main__":
         print(shedding(seed=seed))
     for load_at in ("arrival", "prefill_end"):
         print(load_at, swing(load_at))
+    print(f"roles that follow the load: {flipped():.1%}")
+    for number in (2, 3, 4):
+        print(f"{number} + {6 - number}: {flipped(prefill_replicas=number, high=1000.0):.1%}")

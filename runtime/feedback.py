@@ -90,6 +90,18 @@ class KVMoved(_Report, frozen=True, tag="transfer"):
     seconds: float
 
 
+class RoleAssigned(_Report, frozen=True, tag="role"):
+    """Replica `number` takes requests of the operator `operator`, or no more (`is_on` False).
+
+    The core opens or closes the gate, and reports the health of the operator's replica. Requests
+    that the replica has, or that are on their way there, are served to their end.
+    """
+
+    operator: str
+    number: int
+    is_on: bool
+
+
 class RoomChanged(_Report, frozen=True, tag="room"):
     """Whether any service operator that requests from `node` enter next has credit for a request.
 
@@ -106,7 +118,14 @@ class HealthChanged(_Report, frozen=True, tag="health"):
 
 
 Feedback: TypeAlias = (
-    CreditChanged | LoadReported | QueueChanged | FirstToken | KVMoved | RoomChanged | HealthChanged
+    CreditChanged
+    | LoadReported
+    | QueueChanged
+    | FirstToken
+    | KVMoved
+    | RoleAssigned
+    | RoomChanged
+    | HealthChanged
 )
 # Struct -> the name by which operators subscribe.
 KINDS: dict[type, str] = {kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__}

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault
+from sagellm.runtime.core.effects import Assigned, Ejected, FailedOn, OperatorFault
 from sagellm.runtime.core.events import (
     CacheReported,
     Ended,
@@ -57,6 +57,17 @@ def log_ejection(effect: Ejected) -> None:
         log.warning("replica_ejected", **where, for_s=effect.for_s)
     else:
         log.info("replica_readmitted", **where)
+
+
+def log_assignment(effect: Assigned) -> None:
+    """Log that a replica takes requests of an operator, or no more."""
+    happened = "role_assigned" if effect.is_on else "role_withdrawn"
+    log.info(happened, node=effect.node, replica=effect.replica)
+
+
+# The effects that are only logged.
+LOGGED: dict[type, Callable[..., None]] = {FailedOn: log_failure, Ejected: log_ejection}
+LOGGED[Assigned] = log_assignment
 
 
 def ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:

@@ -14,8 +14,6 @@ from sagellm.runtime.core.effects import (
     Deliver,
     Discard,
     Effect,
-    Ejected,
-    FailedOn,
     Faulted,
     Interrupt,
     Parked,
@@ -36,14 +34,7 @@ from sagellm.runtime.core.events import (
 )
 from sagellm.runtime.executors.context import Emissions, TrioWaits
 from sagellm.runtime.executors.engine_reader import follow_availability
-from sagellm.runtime.executors.host import (
-    ServiceHost,
-    Spawner,
-    ask_cache,
-    log_ejection,
-    log_failure,
-    log_fault,
-)
+from sagellm.runtime.executors.host import LOGGED, ServiceHost, Spawner, ask_cache, log_fault
 from sagellm.runtime.executors.reading import Reading, read
 from sagellm.runtime.executors.waits import Waits
 from sagellm.runtime.messages import Forked, Item, Request
@@ -101,8 +92,7 @@ class Shell:
             Resumed: self.emissions.advance,
             WakeAt: set_timer,
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
-            FailedOn: log_failure,
-            Ejected: log_ejection,
+            **LOGGED,
             QueryCache: lambda effect: ask_cache(
                 self.engines[effect.engine][effect.replica], dispatch=self.dispatch
             ),
