@@ -1,8 +1,8 @@
 """The control socket of a running graph, and the folder that holds its sockets.
 
-The socket serves `sagellm ps`, `restart`, `drain`, `scale` and `engine`. A request and a reply are one line
-of JSON each. Any process that can connect may send any request, so only this user can access the
-folder.
+The socket serves `sagellm ps`, `restart`, `drain`, `scale` and `engine`. A request and a reply are
+one line of JSON each. Any process that can connect may send any request, so only this user can
+access the folder.
 """
 
 import fcntl

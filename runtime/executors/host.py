@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.effects import Assigned, Ejected, FailedOn, OperatorFault
+from sagellm.runtime.core.effects import Assigned, Ejected, FailedOn, OperatorFault, ScaleTo
 from sagellm.runtime.core.events import (
     CacheReported,
     Ended,
@@ -59,15 +59,16 @@ def log_ejection(effect: Ejected) -> None:
         log.info("replica_readmitted", **where)
 
 
+def log_scaling(effect: ScaleTo) -> None:
+    """Log that an operator changes the number of replicas of an engine."""
+    counts = {"replicas": effect.num_before, "wanted": effect.num_replicas}
+    log.info("autoscaling", engine=effect.engine, **counts, reason=effect.reason)
+
+
 def log_assignment(effect: Assigned) -> None:
     """Log that a replica takes requests of an operator, or no more."""
     happened = "role_assigned" if effect.is_on else "role_withdrawn"
     log.info(happened, node=effect.node, replica=effect.replica)
-
-
-# The effects that are only logged.
-LOGGED: dict[type, Callable[..., None]] = {FailedOn: log_failure, Ejected: log_ejection}
-LOGGED[Assigned] = log_assignment
 
 
 def ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:

@@ -29,8 +29,6 @@ from sagellm.runtime.executors.tasks import TasksExecutor
 
 log = get_logger("sagellm.foreign")
 
-_DRAIN_POLL_S = 0.1
-
 
 class ServerError(ValueError):
     """A server that cannot be registered, drained or removed."""
@@ -132,8 +130,7 @@ class Servers:
         server.engine.report_availability(lambda is_up: None)
         self.executor.mark(engine, replica, is_up=False)
         if not force:
-            while server.engine.load.num_running:
-                await trio.sleep(_DRAIN_POLL_S)
+            await server.engine.drained()
         server.is_stopped = True
         server.engine.stop()
         self.executor.remove(engine, replica)

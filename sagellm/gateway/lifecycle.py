@@ -100,7 +100,7 @@ async def serve_session(
         if session.supervisor is None:  # a supervisor opens a control socket itself
             await nursery.start(serve_control, _commands(session))
         nursery.start_soon(meters.run)
-        nursery.start_soon(_watch, readiness, session, settings.streaming)
+        nursery.start_soon(watch_readiness, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: announce(said))
         nursery.cancel_scope.cancel()  # ends the app's tasks, the meters, the control and the watch
 
@@ -209,7 +209,7 @@ def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
         return (0,)
 
 
-async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
+async def watch_readiness(readiness: Readiness, session: Session, streaming: Streaming) -> None:
     """Probe and watch the graph until cancelled. The probes use a bridge on this loop."""
     probes = []
     for model in session.models.all:

@@ -13,8 +13,8 @@ from sagellm.runtime.sampling import Sampling
 
 FACTS = {"d": EngineFacts("m", 4096, 10, num_blocks=100, block_size=16)}
 TARGETS = (
-    Target("prefill", 4, "p", True, frozenset({"out"}), "prefill"),
-    Target("decode", 1, "d", False, frozenset({"out"}), "decode"),
+    Target("prefill", 4, "p", True, frozenset({"out"}), op="prefill"),
+    Target("decode", 1, "d", False, frozenset({"out"}), op="decode"),
 )
 SETUP = Setup("door", targets=TARGETS, facts=FACTS)
 

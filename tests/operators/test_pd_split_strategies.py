@@ -19,11 +19,11 @@ from sagellm.runtime.sampling import Sampling
 
 APART, TOGETHER = frozenset({"disaggregated"}), frozenset({"aggregated"})
 SHARED = (
-    Target("prefill", 1, "p", True, APART, "prefill"),
-    Target("decode", 1, "d", False, APART, "decode"),
-    Target("generate", 1, "d", True, TOGETHER, "generate"),
+    Target("prefill", 1, "p", True, APART, op="prefill"),
+    Target("decode", 1, "d", False, APART, op="decode"),
+    Target("generate", 1, "d", True, TOGETHER, op="generate"),
 )
-THREE = (*SHARED[:2], Target("generate", 1, "g", True, TOGETHER, "generate"))
+THREE = (*SHARED[:2], Target("generate", 1, "g", True, TOGETHER, op="generate"))
 ADAPTIVE = PDSplitOptions(strategy="adaptive", min_uncached_tokens=1000)
 
 

@@ -13,8 +13,8 @@ from sagellm.runtime.port import EngineLoad
 
 OUT = frozenset({"out"})
 TARGETS = (
-    Target("prefill", 4, "g", True, OUT, "prefill"),
-    Target("decode", 4, "g", False, OUT, "decode"),
+    Target("prefill", 4, "g", True, OUT, op="prefill"),
+    Target("decode", 4, "g", False, OUT, op="decode"),
 )
 OPTIONS = RolesOptions(interval_s=1.0, max_decode_seqs=10)
 
@@ -90,7 +90,7 @@ def test_the_least_busy_replica_changes(roles: Any) -> None:
 
 
 def test_the_last_replica_of_a_role_stays(running: Any) -> None:
-    targets = tuple(Target(one.node, 2, "g", one.is_next, OUT, one.op) for one in TARGETS)
+    targets = tuple(Target(one.node, 2, "g", one.is_next, OUT, op=one.op) for one in TARGETS)
     made = running(build(OPTIONS, Setup("roles", targets=targets)))
     for node in ("prefill", "decode"):
         for number in range(2):
@@ -129,12 +129,12 @@ def test_a_replica_that_is_lost_while_it_drains_has_its_new_role(roles: Any) -> 
 
 
 def test_too_few_replicas_have_both_roles(running: Any) -> None:
-    targets = tuple(Target(one.node, 1, "g", one.is_next, OUT, one.op) for one in TARGETS)
+    targets = tuple(Target(one.node, 1, "g", one.is_next, OUT, op=one.op) for one in TARGETS)
     made = running(build(OPTIONS, Setup("roles", targets=targets)))
     assert made(CreditChanged(node="decode", replica=0, num_left=8.0)) == ()
 
 
 def test_an_engine_must_have_both_roles() -> None:
-    targets = (TARGETS[0], Target("decode", 4, "d", False, OUT, "decode"))
+    targets = (TARGETS[0], Target("decode", 4, "d", False, OUT, op="decode"))
     with pytest.raises(ValueError, match="name one engine in both"):
         build(OPTIONS, Setup("roles", targets=targets))
