@@ -265,7 +265,8 @@ def show_prices() -> None:
 
 def show_overload() -> None:
     factors = (0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 10.0)
-    for name, options in {"plain": {}, "adaptive": {"concurrency": "adaptive"}}.items():
+    variants: dict[str, dict[str, Any]] = {"plain": {}, "adaptive": {"concurrency": "adaptive"}}
+    for name, options in variants.items():
         found = overload(factors, **options)
         shares = ", ".join(f"{f:g}x {one:.0f}" for f, one in zip(factors, found, strict=True))
         print(f"{name}: {shares}; 10x / peak {found[-1] / max(found):.3f}")

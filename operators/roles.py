@@ -135,7 +135,7 @@ class Roles:
             case HealthChanged(node=node, replica=number, is_up=False):
                 return self._lost(state, node, number, now)
             case Topology(removed=removed):
-                gone = (one.number for one in removed if one.engine == self.target.engine)
+                gone = (number for engine, number in removed if engine == self.target.engine)
                 return Step(replace(state, removed=frozenset(gone)))
         return Step(state)
 

@@ -113,7 +113,7 @@ class Router:
             case Topology(num_replicas=sizes, removed=removed):
                 for pool in self.pools:
                     name, engine = pool.name, pool.engine_name
-                    gone = frozenset((name, one.number) for one in removed if one.engine == engine)
+                    gone = frozenset((name, number) for other, number in removed if other == engine)
                     state = state.resize(name, sizes.get(engine, 1), gone)
                 return Step(state)
             case PrefixesChanged(engine=engine, index=index):

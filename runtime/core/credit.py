@@ -259,14 +259,14 @@ class Gates:
     def _is_closed_to(self, gate: CreditGate, item: Item) -> bool:
         if gate.node in self.blocked and gate not in self.removed:
             return True
-        return self._is_shut(gate) and not isinstance(item, Prefilled)
-
-    def _is_shut(self, gate: CreditGate) -> bool:
+        if isinstance(item, Prefilled):
+            return False
         return gate in self.closed or gate in self.unassigned
 
     def _note_room(self, gate: CreditGate) -> None:
         node, replica = gate
         rooms = self._rooms[node]
-        rooms[replica] = math.inf if self._is_shut(gate) else -self.accounts[gate].room
+        is_shut = gate in self.closed or gate in self.unassigned
+        rooms[replica] = math.inf if is_shut else -self.accounts[gate].room
         if (rooms.minimum > -1) != (node in self.full):
             (self.full.discard if node in self.full else self.full.add)(node)

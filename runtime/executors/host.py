@@ -67,8 +67,7 @@ def log_scaling(effect: ScaleTo) -> None:
 
 def log_assignment(effect: Assigned) -> None:
     """Log that a replica takes requests of an operator, or no more."""
-    happened = "role_assigned" if effect.is_on else "role_withdrawn"
-    log.info(happened, node=effect.node, replica=effect.replica)
+    log.info("role", node=effect.node, replica=effect.replica, is_on=effect.is_on)
 
 
 def ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:
