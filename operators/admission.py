@@ -119,6 +119,7 @@ SPEC = OpSpec(
     options=AdmissionOptions,
     subscribes=frozenset({"cache", "first_token", "health", "load", "queue", "topology"}),
     signals=frozenset({"forget"}),
+    decides="admission",
 )
 
 

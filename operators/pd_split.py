@@ -65,6 +65,7 @@ SPEC = OpSpec(
     options=PDSplitOptions,
     subscribes=frozenset({"cache", "first_token", "health", "load", "topology", "transfer"}),
     signals=frozenset({"forget"}),
+    decides="split",
 )
 _MIN_RATIO = 4.0  # of `ratio` by default: prefilling_threshold_ratio of the published API
 
