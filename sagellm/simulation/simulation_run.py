@@ -4,8 +4,8 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from sagellm.extensions import RESOLVER
 from sagellm.graphs.ir import FrozenMap, Graph
@@ -17,6 +17,7 @@ from sagellm.opening.decisions import DecisionFile, recording
 from sagellm.opening.graph_engines import engine_options, num_replicas
 from sagellm.opening.sources import override
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions
+from sagellm.runtime.engine.step_cost import StepShape
 from sagellm.runtime.handover import Phases, phases_of
 from sagellm.runtime.messages import (
     NORMAL,
@@ -37,24 +38,18 @@ from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import SimulationError, Timeline
+from sagellm.simulation.faults import ReplicaFault, plan_fault, refuse_overlaps
 
+# A replica, the shape of the first of its consecutive steps, their number and their seconds.
+OnEngineRun: TypeAlias = Callable[[EngineReplica, StepShape, int, float], None]
 _COLLECT_EVERY = 20_000  # requests between two collections of garbage, which take long each
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaFault:
-    """A replica dies `at_s` seconds after the beginning, and is back `for_s` seconds later."""
-
-    engine: str
-    replica: int
-    at_s: float
-    for_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationPoint:
     """One simulation. `overrides`: options of the graph. `profile`: the profile of engines that
     are not modelled; empty: such engines are refused. `link_latency_s`: of a transfer of KV blocks.
+    `on_run`: is called with the steps of each engine.
     """
 
     document: Document
@@ -65,6 +60,7 @@ class SimulationPoint:
     link_latency_s: float = 0.0
     faults: tuple[ReplicaFault, ...] = ()
     decisions: DecisionFile | None = None
+    on_run: OnEngineRun | None = None
 
 
 @dataclass(slots=True)
@@ -130,6 +126,9 @@ def simulate(
     graph, timeline = modelled_graph(point), Timeline()
     hasher = TraceHasher() if point.decisions is None else PromptHasher()
     engines, links = _open_engines(graph, point, timeline, hasher)
+    if point.on_run is not None:
+        for engine in (one for every in engines.values() for one in every):
+            engine.model.on_run = partial(point.on_run, engine.place)
     facts = {name: every[0].facts for name, every in engines.items()}
     counts = {name: len(every) for name, every in engines.items()}
     ready = plan(
@@ -149,7 +148,7 @@ def simulate(
         )
         source = WorkloadSource(executor, point.workload, results)
         for fault in point.faults:
-            _plan_fault(executor, engines, fault)
+            plan_fault(executor, engines, fault)
         with _few_collections():
             source.start()
             timeline.run()
@@ -177,31 +176,6 @@ def _open_engines(
         for name, one in options.items()
     }
     return engines, links
-
-
-def _refuse_overlaps(faults: Sequence[ReplicaFault]) -> None:
-    """Raise SimulationError for a replica that dies again before it is back."""
-    ordered = sorted(faults, key=lambda one: (one.engine, one.replica, one.at_s))
-    for before, after in pairwise(ordered):
-        is_same = (before.engine, before.replica) == (after.engine, after.replica)
-        if is_same and after.at_s <= before.at_s + before.for_s:
-            where = f"replica {after.replica} of engine {after.engine}"
-            message = f"{where} dies at {after.at_s:g} s, when it is dead already"
-            raise SimulationError(message, f"give a time after {before.at_s + before.for_s:g} s")
-
-
-def _plan_fault(
-    executor: SimulationExecutor,
-    engines: Mapping[str, tuple[SimulatedEngine, ...]],
-    fault: ReplicaFault,
-) -> None:
-    replicas = engines.get(fault.engine, ())
-    if fault.replica >= len(replicas):
-        known = ", ".join(f"{name}[0..{len(every) - 1}]" for name, every in engines.items())
-        message = f"no replica {fault.replica} of engine {fault.engine} can die"
-        raise SimulationError(message, f"give one of {known}")
-    engine = replicas[fault.replica]
-    executor.timeline.at(fault.at_s, lambda: executor.fail(engine, fault.for_s))
 
 
 def modelled_graph(point: SimulationPoint) -> Graph:
@@ -247,7 +221,7 @@ def _refuse_unmodelled(ready: Plan, point: SimulationPoint) -> None:
     """Raise SimulationError for an operator that waits for something without a model, and for what
     a point asks of a graph that cannot have it.
     """
-    _refuse_overlaps(point.faults)
+    refuse_overlaps(point.faults)
     if point.link_latency_s and not any(node.op == "kv_transfer" for node in ready.graph.nodes):
         raise SimulationError("--link-latency: this graph moves no KV blocks", "leave it out")
     for name in ready.services:

@@ -51,6 +51,9 @@ class Parallelism:
             yield f"EP{self.expert} does not divide {facts.experts.num_experts} experts"
 
 
+ALONE = Parallelism()
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """The links of a device: `bytes_per_s` in one direction, and the latency of an exchange."""

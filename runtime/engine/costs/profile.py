@@ -9,7 +9,7 @@ import msgspec
 from sagellm.graphs.models import ModelFacts
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.costs.fitted import FittedCost, FittedForm
-from sagellm.runtime.engine.costs.parallel import Parallelism
+from sagellm.runtime.engine.costs.parallel import ALONE, Parallelism
 from sagellm.runtime.engine.costs.roofline import RooflineCost, RooflineForm, RooflineModel
 from sagellm.runtime.engine.costs.table import (
     KernelShape,
@@ -59,7 +59,7 @@ class CostedModel:
     facts: ModelFacts
     dtype: str
     kv_bytes: float
-    group: Parallelism = Parallelism()
+    group: Parallelism = ALONE
 
 
 def shipped_profiles() -> list[str]:

@@ -7,7 +7,7 @@ import msgspec
 
 from sagellm.graphs.kernels.memory_layout import ITEM_BYTES
 from sagellm.graphs.models import ExpertFacts, ModelFacts
-from sagellm.runtime.engine.costs.parallel import Exchange, Parallelism, num_passes
+from sagellm.runtime.engine.costs.parallel import ALONE, Exchange, Parallelism, num_passes
 from sagellm.runtime.engine.step_cost import StepShape
 
 
@@ -104,7 +104,7 @@ class RooflineCost:
 
     device: RooflineForm
     model: RooflineModel
-    group: Parallelism = Parallelism()
+    group: Parallelism = ALONE
 
     def seconds(self, shape: StepShape) -> float:
         """The duration of a step, in seconds."""

@@ -142,20 +142,6 @@ def test_expert_parallel_devices_read_dense_weights_each_and_send_tokens_there_a
     assert terms.exchange_s == pytest.approx(2 * 2 * (0.1 + sent / 2 / 5))
 
 
-@given(
-    tokens=st.integers(0, 5000),
-    rows=st.integers(0, 200),
-    context=st.integers(0, 10**5),
-    group=st.sampled_from([Parallelism(), Parallelism(2), Parallelism(1, 4), Parallelism(2, 2)]),
-)
-def test_more_work_takes_no_less_time(tokens, rows, context, group):
-    """What the search for placements relies on when it prunes."""
-    cost = RooflineCost(DEVICE, ROOFLINE.model, group)
-    shape = StepShape(tokens, tokens**2, rows, context + rows, min(tokens, 1), 0)
-    more = StepShape(tokens + 1, (tokens + 1) ** 2, rows, context + rows + 1, 1, 0)
-    assert cost.seconds(more) >= cost.seconds(shape) * (1 - 1e-12)
-
-
 def test_a_table_is_interpolated(table):
     assert table.seconds(step_shape([(50, 6, 100)])) == pytest.approx((1.5 + 3.0) / 2)
     assert table.seconds(StepShape(0, 0, 4, 200)) == pytest.approx(4.0)
@@ -220,7 +206,15 @@ def test_the_kernels_of_a_public_model():
     assert linears == ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 
 
-COSTS = {"fitted": FITTED, "roofline": ROOFLINE, "kernels": KERNEL_COST}
+MIXTURE = replace(ROOFLINE.model, experts=ExpertFacts(4, 2, 80))
+COSTS = {
+    "fitted": FITTED,
+    "roofline": ROOFLINE,
+    "tensor": RooflineCost(DEVICE, ROOFLINE.model, Parallelism(4)),
+    "pipeline": RooflineCost(DEVICE, ROOFLINE.model, Parallelism(2, 4)),
+    "experts": RooflineCost(DEVICE, MIXTURE, Parallelism(2, 1, 2)),
+    "kernels": KERNEL_COST,
+}
 
 
 @pytest.mark.parametrize("name", [*COSTS, "table"])

@@ -1,0 +1,176 @@
+"""The most that a placement can attain, without simulating it: bounds that no schedule beats."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from sagellm.load.traces import BLOCK_LEN, PlannedRequest
+from sagellm.planning.deployment import Deployment
+from sagellm.planning.placement import Placement
+from sagellm.runtime.engine.costs.roofline import RooflineCost
+from sagellm.runtime.engine.step_cost import CostModel, StepShape, step_shape
+
+_MANY = 1_000_000  # tokens of a step in which arithmetic takes longer than reading weights
+
+
+@dataclass(frozen=True, slots=True)
+class LeastWork:
+    """What one request needs at least. `uncached`: prompt tokens that no earlier request has, in a
+    cache without bounds. `context`: the mean context of its decodes.
+    """
+
+    uncached: int
+    output_len: int
+    context: int
+    slo_ttft_s: float | None
+
+
+def least_work(workload: Sequence[PlannedRequest]) -> list[LeastWork]:
+    """The least work of each request, in the order of arrival."""
+    known: set[int] = set()
+    found = []
+    for one in workload:
+        num_cached = next(
+            (n for n, block in enumerate(one.block_ids) if block not in known), len(one.block_ids)
+        )
+        known.update(one.block_ids)
+        uncached = max(1, one.input_len - num_cached * BLOCK_LEN)
+        context = one.input_len + (one.output_len - 1) // 2
+        found.append(LeastWork(uncached, one.output_len, context, one.slo_ttft_s))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The highest share of requests that can be in time, and what bounds it."""
+
+    share: float
+    bound: str
+
+
+class Pruner:
+    """The ceilings of placements. Costs must not fall with more work: of a measured profile, which
+    may not hold that, every ceiling is 1.
+    """
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._work = least_work(deployment.workload)
+        self._span_s = deployment.workload[-1].at_s - deployment.workload[0].at_s
+
+    def ceiling(self, placement: Placement) -> Ceiling:
+        """The lowest of the bounds of a placement: each request alone, and all together."""
+        if not self._deployment.is_roofline:
+            return Ceiling(1.0, "")
+        prefill, decode = self._costs(placement)
+        pools = placement.pools
+        num_prefill, num_decode = pools[0].replicas, pools[-1].replicas
+        return min(
+            self._alone(prefill, decode, placement.max_num_batched_tokens),
+            self._prompts(prefill, num_prefill),
+            self._answers(prefill, decode, num_decode, is_split=placement.is_split),
+            key=lambda one: one.share,
+        )
+
+    def _costs(self, placement: Placement) -> tuple[RooflineCost, RooflineCost]:
+        """The costs of prompts and of answers."""
+        seqs, tokens = placement.max_num_seqs, placement.max_num_batched_tokens
+        first, last = (
+            self._deployment.cost(pool, seqs, tokens)
+            for pool in (placement.pools[0], placement.pools[-1])
+        )
+        assert isinstance(first, RooflineCost)
+        assert isinstance(last, RooflineCost)
+        return first, last
+
+    def _alone(self, prefill: CostModel, decode: CostModel, budget: int) -> Ceiling:
+        """Of requests that have an engine to themselves."""
+        level = self._deployment.level
+        longest = max(one.uncached for one in self._work)
+        bounds = {one.slo_ttft_s or level.ttft_s for one in self._work}
+        lengths = {
+            bound: longest
+            if bound is None
+            else _most(longest, bound, lambda length: prompt_seconds(prefill, length, budget))
+            for bound in bounds
+        }
+        highest = max(one.context for one in self._work)
+        context = highest
+        if level.tpot_s is not None:
+            context = _most(
+                highest, level.tpot_s, lambda length: decode.seconds(StepShape(0, 0, 1, length))
+            )
+        num_prompts = num_both = 0
+        for one in self._work:
+            if one.uncached <= lengths[one.slo_ttft_s or level.ttft_s]:
+                num_prompts += 1
+                num_both += one.output_len < 2 or one.context <= context
+        total = len(self._work)
+        name = "TTFT" if num_prompts / total < level.attainment else "TPOT"
+        return Ceiling(num_both / total, f"{name} of requests alone")
+
+    def _prompts(self, prefill: RooflineCost, num_replicas: int) -> Ceiling:
+        """Prompts in time are computed until the last objective is over."""
+        ttft_s = self._ttft_s
+        if ttft_s is None:
+            return Ceiling(1.0, "")
+        token_s, pair_s, _ = _rates(prefill)
+        seconds = [one.uncached * token_s + one.uncached**2 / 2 * pair_s for one in self._work]
+        share = _share(seconds, num_replicas * (self._span_s + ttft_s))
+        return Ceiling(share, "compute of prompts")
+
+    def _answers(
+        self, prefill: RooflineCost, decode: RooflineCost, num_replicas: int, *, is_split: bool
+    ) -> Ceiling:
+        """The same of answers, and of prompts where they share devices."""
+        ttft_s, tpot_s = self._ttft_s, self._deployment.level.tpot_s
+        if ttft_s is None or tpot_s is None:
+            return Ceiling(1.0, "")
+        token_s, _, context_s = _rates(decode)
+        prompt_s, pair_s, _ = _rates(prefill)
+        seconds = []
+        for one in self._work:
+            each_s = (one.output_len - 1) * (token_s + one.context * context_s)
+            if not is_split:
+                each_s += one.uncached * prompt_s + one.uncached**2 / 2 * pair_s
+            seconds.append(each_s)
+        longest = max(one.output_len for one in self._work)
+        horizon_s = self._span_s + ttft_s + tpot_s * longest
+        share = _share(seconds, num_replicas * horizon_s)
+        return Ceiling(share, "memory bandwidth and compute of answers")
+
+    @property
+    def _ttft_s(self) -> float | None:
+        """The latest objective of any request; None: some request has none."""
+        bounds = [one.slo_ttft_s or self._deployment.level.ttft_s for one in self._work]
+        return None if None in bounds else max(bound for bound in bounds if bound is not None)
+
+
+def prompt_seconds(cost: CostModel, length: int, budget: int) -> float:
+    """The time of the prompt of a request that is alone, in steps of at most `budget` tokens."""
+    return sum(
+        cost.seconds(step_shape([(start, min(budget, length - start), length)]))
+        for start in range(0, length, budget)
+    )
+
+
+def _most(highest: int, bound_s: float, seconds: Callable[[int], float]) -> int:
+    """The most tokens that take at most `bound_s`; 0: none do."""
+    return bisect_right(range(1, highest + 1), bound_s, key=seconds)
+
+
+def _rates(cost: RooflineCost) -> tuple[float, float, float]:
+    """The least seconds of a token's linears, of a pair in prefill, and of a token in the context
+    of a decode, in batches of any size.
+    """
+    alone = cost.terms(StepShape(_MANY, 0, 0, 0, 1, 0)).compute_s
+    paired = cost.terms(StepShape(_MANY, _MANY, 0, 0, 1, 0)).compute_s
+    read_s = cost.terms(StepShape(0, 0, _MANY, _MANY)).kv_s
+    return alone / _MANY, (paired - alone) / _MANY, read_s / _MANY
+
+
+def _share(seconds: Sequence[float], available_s: float) -> float:
+    """The highest share of requests whose seconds fit the available ones."""
+    sums = list(accumulate(sorted(seconds)))
+    return bisect_right(sums, available_s * (1 + 1e-9)) / len(sums)
