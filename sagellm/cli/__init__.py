@@ -30,6 +30,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "drain": ("sagellm.cli.workers:drain", "Give a worker nothing new."),
     "scale": ("sagellm.cli.workers:scale", "Have more or fewer replicas."),
     "simulate": ("sagellm.cli.simulate:run", "Run a graph in simulated time."),
+    "plan": ("sagellm.cli.plan:run", "The cheapest placement of a model."),
+    "explain": ("sagellm.cli.explain:run", "What bounds a graph, in simulation."),
     "trace": ("sagellm.cli.trace:run", "Where the time of requests went."),
     "replay": ("sagellm.cli.replay:run", "Decide again what a log says."),
     "keys": ("sagellm.cli.keys:keys", "Make keys for links over a network."),
