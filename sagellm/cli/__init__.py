@@ -11,7 +11,8 @@ from typing import Literal
 import msgspec
 from cyclopts import App, Parameter
 
-from sagellm.cli.errors import explain, show_failure
+from sagellm.cli.errors import explain as failure_of
+from sagellm.cli.errors import show_failure
 from sagellm.logs import command_logs
 
 HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command_logs():
             code = APP(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
-        failure = explain(error)
+        failure = failure_of(error)  # `explain` is a command, too
         if failure is None:
             raise
         show_failure(failure)

@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -24,11 +24,11 @@ from sagellm.cli.graph_argument import (
 )
 from sagellm.cli.plotting import request_progress
 from sagellm.cli.simulate import SimulatedLoad, read_load, simulation_failures, user_imports
-from sagellm.planning.bottlenecks import Effect, Explanation, explain
+from sagellm.planning.bottlenecks import Explanation, ResourceGain, explain
 from sagellm.planning.service_level import PlanError, ServiceLevel, parse_service_level
 from sagellm.simulation.figures import SimulationSummary
 from sagellm.simulation.simulation_run import SimulationPoint
-from sagellm.simulation.sweep import SweepPoint, UserImport, measure_all
+from sagellm.simulation.sweep import MeasurePoints, SweepPoint, UserImport, measure_all
 
 _WIDTH = 200
 
@@ -103,9 +103,7 @@ def explained(
         return explain(point, level, measurer(processes, imports), Path(folder))
 
 
-def measurer(
-    processes: int, imports: Sequence[UserImport] = ()
-) -> Callable[[Sequence[SweepPoint]], list[SimulationSummary]]:
+def measurer(processes: int, imports: Sequence[UserImport] = ()) -> MeasurePoints:
     """A function that simulates points, and shows its progress on stderr."""
 
     def measure(points: Sequence[SweepPoint]) -> list[SimulationSummary]:
@@ -150,7 +148,7 @@ def verdict(found: Explanation) -> str:
     )
 
 
-def _row(one: Effect) -> Iterable[str]:
+def _row(one: ResourceGain) -> Iterable[str]:
     change, attained = one.change, one.summary.slo_attainment or 0.0
     gains = f"{one.gain:+.1%}", f"{attained:.1%}", f"{-one.relief:+.1%}"
     return change.resource, change.change, *gains, change.evidence

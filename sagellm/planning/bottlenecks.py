@@ -2,7 +2,7 @@
 of it would gain.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from msgspec import structs
 
 from sagellm.graphs.ir import Graph
+from sagellm.graphs.rules.deployment import unrouted_nodes
 from sagellm.graphs.text.yaml import Document
 from sagellm.planning.service_level import ServiceLevel
 from sagellm.planning.step_use import EngineSteps, StepUse
@@ -20,9 +21,8 @@ from sagellm.runtime.engine.costs.roofline import RooflineForm
 from sagellm.runtime.engine.costs.table import TableForm
 from sagellm.simulation.figures import SimulationSummary, summarise
 from sagellm.simulation.simulation_run import SimulatedRun, modelled_graph, simulate
-from sagellm.simulation.sweep import SweepPoint
+from sagellm.simulation.sweep import MeasurePoints, SweepPoint
 
-Measure: TypeAlias = Callable[[Sequence[SweepPoint]], list[SimulationSummary]]
 _LEAST_GAIN = 0.01  # of goodput or of latency: less is no bound
 
 
@@ -37,7 +37,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Effect:
+class ResourceGain:
     """What a change gains: `gain` of goodput, and `relief` of the worst latency over its bound,
     both as shares of what was.
     """
@@ -60,16 +60,18 @@ class Explanation:
 
     summary: SimulationSummary
     missed: Mapping[str, float]
-    effects: Sequence[Effect]
+    effects: Sequence[ResourceGain]
 
     @property
-    def bound(self) -> Effect | None:
+    def bound(self) -> ResourceGain | None:
         """What bounds the graph; None: no single resource does."""
         first = self.effects[0] if self.effects else None
         return first if first is not None and first.bounds else None
 
 
-def explain(point: SweepPoint, level: ServiceLevel, measure: Measure, folder: Path) -> Explanation:
+def explain(
+    point: SweepPoint, level: ServiceLevel, measure: MeasurePoints, folder: Path
+) -> Explanation:
     """Simulate a graph, and again with each of its resources doubled. Changed profiles are written
     to `folder`. Raises GraphError, SimulationError, EngineOptionError.
     """
@@ -101,21 +103,24 @@ def _missed(run: SimulatedRun, level: ServiceLevel) -> dict[str, float]:
 
 def _effect(
     change: Change, before: SimulationSummary, after: SimulationSummary, level: ServiceLevel
-) -> Effect:
+) -> ResourceGain:
     # Of equal requests: a run that ends later has a lower rate for the same attainment.
     goods = before.slo_attainment or 0.0, after.slo_attainment or 0.0
     gain = (goods[1] - goods[0]) / goods[0] if goods[0] else float(goods[1] > 0)
     uses = level.use(before), level.use(after)
-    return Effect(change, after, gain, 1 - uses[1] / uses[0] if uses[0] else 0.0)
+    return ResourceGain(change, after, gain, 1 - uses[1] / uses[0] if uses[0] else 0.0)
 
 
 def _changes(
     graph: Graph, use: StepUse, run: SimulatedRun, summary: SimulationSummary, folder: Path
 ) -> Iterator[Change]:
+    names = unrouted_nodes(graph)  # which have one replica
+    unrouted = [node for node in graph.nodes if node.name in names]
     for name, steps in use.engines.items():
         yield from _of_costs(name, steps, folder)
         yield from _of_limits(name, steps, run, summary)
-        yield _of_replicas(name, steps, run, summary)
+        if not any(one.attrs.get("engine") == name for one in unrouted):
+            yield _of_replicas(name, steps, run, summary)
     yield from _of_transfers(graph, use, run)
     refused = summary.refusals.get("queue_full", 0)
     for node in graph.nodes:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from sagellm.load.traces import BLOCK_LEN, PlannedRequest
-from sagellm.planning.deployment import Deployment
-from sagellm.planning.placement import Placement
+from sagellm.planning.layouts import Placement
+from sagellm.planning.plan_task import PlanTask
 from sagellm.runtime.engine.costs.roofline import RooflineCost
 from sagellm.runtime.engine.step_cost import CostModel, StepShape, step_shape
 
@@ -54,14 +54,14 @@ class Pruner:
     may not hold that, every ceiling is 1.
     """
 
-    def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
-        self._work = least_work(deployment.workload)
-        self._span_s = deployment.workload[-1].at_s - deployment.workload[0].at_s
+    def __init__(self, task: PlanTask) -> None:
+        self._task = task
+        self._work = least_work(task.workload)
+        self._span_s = task.workload[-1].at_s - task.workload[0].at_s
 
     def ceiling(self, placement: Placement) -> Ceiling:
         """The lowest of the bounds of a placement: each request alone, and all together."""
-        if not self._deployment.is_roofline:
+        if not self._task.is_roofline:
             return Ceiling(1.0, "")
         prefill, decode = self._costs(placement)
         pools = placement.pools
@@ -77,7 +77,7 @@ class Pruner:
         """The costs of prompts and of answers."""
         seqs, tokens = placement.max_num_seqs, placement.max_num_batched_tokens
         first, last = (
-            self._deployment.cost(pool, seqs, tokens)
+            self._task.cost(pool, seqs, tokens)
             for pool in (placement.pools[0], placement.pools[-1])
         )
         assert isinstance(first, RooflineCost)
@@ -86,7 +86,7 @@ class Pruner:
 
     def _alone(self, prefill: CostModel, decode: CostModel, budget: int) -> Ceiling:
         """Of requests that have an engine to themselves."""
-        level = self._deployment.level
+        level = self._task.level
         longest = max(one.uncached for one in self._work)
         bounds = {one.slo_ttft_s or level.ttft_s for one in self._work}
         lengths = {
@@ -124,7 +124,7 @@ class Pruner:
         self, prefill: RooflineCost, decode: RooflineCost, num_replicas: int, *, is_split: bool
     ) -> Ceiling:
         """The same of answers, and of prompts where they share devices."""
-        ttft_s, tpot_s = self._ttft_s, self._deployment.level.tpot_s
+        ttft_s, tpot_s = self._ttft_s, self._task.level.tpot_s
         if ttft_s is None or tpot_s is None:
             return Ceiling(1.0, "")
         token_s, _, context_s = _rates(decode)
@@ -143,7 +143,7 @@ class Pruner:
     @property
     def _ttft_s(self) -> float | None:
         """The latest objective of any request; None: some request has none."""
-        bounds = [one.slo_ttft_s or self._deployment.level.ttft_s for one in self._work]
+        bounds = [one.slo_ttft_s or self._task.level.ttft_s for one in self._work]
         return None if None in bounds else max(bound for bound in bounds if bound is not None)
 
 

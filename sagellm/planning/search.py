@@ -2,18 +2,16 @@
 ever longer parts of the trace (successive halving: Jamieson and Talwalkar, 2016).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from random import Random
 from statistics import fmean, stdev
-from typing import TypeAlias
 
 from msgspec import structs
 
 from sagellm.load.traces import PlannedRequest
-from sagellm.planning.deployment import Deployment
-from sagellm.planning.placement import (
+from sagellm.planning.layouts import (
     Placement,
     Pool,
     SearchAxes,
@@ -21,12 +19,12 @@ from sagellm.planning.placement import (
     groups,
     layouts,
 )
+from sagellm.planning.plan_task import PlanTask
 from sagellm.planning.pruning import Pruner
 from sagellm.runtime.engine.costs.parallel import Parallelism
 from sagellm.simulation.figures import SimulationSummary
-from sagellm.simulation.sweep import SweepPoint
+from sagellm.simulation.sweep import MeasurePoints
 
-Measure: TypeAlias = Callable[[Sequence[SweepPoint]], list[SimulationSummary]]
 _FIRST_RUNG, _RUNG_FACTOR = (
     256,
     4,
@@ -96,7 +94,7 @@ class PlanResult:
 
 
 class Search:
-    """Finds the cheapest placement of a deployment. Equal arguments give equal results.
+    """Finds the cheapest placement of a task. Equal arguments give equal results.
 
     `num_gpus`: the devices there are. `measure`: simulates points, in order. Placements of few
     devices are tried first: one of more devices cannot cost less than all its devices from the
@@ -104,13 +102,13 @@ class Search:
     """
 
     def __init__(
-        self, deployment: Deployment, num_gpus: int, axes: SearchAxes, measure: Measure
+        self, task: PlanTask, num_gpus: int, axes: SearchAxes, measure: MeasurePoints
     ) -> None:
-        self._deployment = deployment
+        self._task = task
         self._num_gpus = num_gpus
         self._axes = axes
         self._measure = measure
-        self._pruner = Pruner(deployment)
+        self._pruner = Pruner(task)
         self._found: list[Candidate] = []
         self.result = PlanResult()
 
@@ -135,18 +133,18 @@ class Search:
 
     @property
     def _num_parameters(self) -> int:
-        return self._deployment.facts.num_parameters
+        return self._task.facts.num_parameters
 
     def _usable(self) -> tuple[Parallelism, ...]:
         """The groups that the model fits."""
         found = []
-        for group in groups(self._num_gpus, self._deployment.facts):
-            misfit = self._deployment.fit(group).misfit
+        for group in groups(self._num_gpus, self._task.facts):
+            misfit = self._task.fit(group).misfit
             if misfit:
                 self.result.misfits[group.name] = misfit
             else:
                 found.append(group)
-        if self._deployment.facts.experts is None:
+        if self._task.facts.experts is None:
             self.result.misfits["EP"] = "needs a mixture of experts, and the model is dense"
         return tuple(found)
 
@@ -161,7 +159,7 @@ class Search:
         kept = []
         for placement in level:
             ceiling = self._pruner.ceiling(placement)
-            if ceiling.share < self._deployment.level.attainment:
+            if ceiling.share < self._task.level.attainment:
                 number = self.result.pruned.get(ceiling.bound, 0)
                 self.result.pruned[ceiling.bound] = number + 1
             else:
@@ -172,7 +170,7 @@ class Search:
         """Simulate the placements on ever longer parts of the trace, and keep the better half each
         time. The first part has the first policy alone: on it, queues are short.
         """
-        lengths = list(_rungs(len(self._deployment.workload)))
+        lengths = list(_rungs(len(self._task.workload)))
         policies = self._axes.policies
         if len(lengths) > 1:
             level = [one for one in level if one.policy == policies[0]]
@@ -188,7 +186,7 @@ class Search:
         return []
 
     def _better_half(self, found: list[Candidate]) -> list[Placement]:
-        level = self._deployment.level
+        level = self._task.level
         ranked = sorted(found, key=self._merit)
         near = [one for one in ranked if one.attained >= level.attainment - _SLACK]
         kept = near[: max(_LEAST_KEPT, len(near) // 2)] or ranked[:1]
@@ -196,17 +194,17 @@ class Search:
 
     def _merit(self, one: Candidate) -> tuple[float, float, str]:
         """Sorts the best placement first: in time more often, then with more room, then by name."""
-        return -one.attained, self._deployment.level.use(one.summary), one.placement.name
+        return -one.attained, self._task.level.use(one.summary), one.placement.name
 
     def _simulate(self, level: Sequence[Placement], length: int) -> list[Candidate]:
         """The figures of placements on the middle `length` requests of the trace."""
-        whole = self._deployment.workload
+        whole = self._task.workload
         first = (len(whole) - length) // 2
         is_whole = length == len(whole)  # exactly as `sagellm simulate` plays it
         part = whole if is_whole else _from_zero(whole[first : first + length])
         self.result.num_simulations += len(level)
-        summaries = self._measure([self._deployment.point(one, part) for one in level])
-        is_met = self._deployment.level.is_met
+        summaries = self._measure([self._task.point(one, part) for one in level])
+        is_met = self._task.level.is_met
         return [
             Candidate(one, summary, is_met(summary))
             for one, summary in zip(level, summaries, strict=True)
@@ -214,9 +212,9 @@ class Search:
 
     def _least_cost(self, num_gpus: int) -> float:
         """The cost of so many devices from the first arrival to the last."""
-        workload = self._deployment.workload
+        workload = self._task.workload
         span_s = workload[-1].at_s - workload[0].at_s
-        price = self._deployment.price
+        price = self._task.price
         return num_gpus * span_s * (1.0 if price is None else price / 3600)
 
     def _rank(self) -> None:
@@ -236,26 +234,26 @@ class Search:
     def _advice(self, group: Parallelism) -> Advice:
         """The advice on as many replicas as there is room for, with the limits that are usual."""
         num_replicas = self._num_gpus // group.num_devices
-        fit = self._deployment.fit(group)
+        fit = self._task.fit(group)
         if not num_replicas:
             return Advice(group.name, None, f"needs {group.num_devices} devices")
         placement = Placement((Pool(group, num_replicas),))
         if fit.misfit:
             return Advice(placement.layout, None, fit.misfit)
-        (found,) = self._simulate([placement], len(self._deployment.workload))
+        (found,) = self._simulate([placement], len(self._task.workload))
         return Advice(placement.layout, found)
 
     def _resample(self, placement: Placement, num_seeds: int) -> Certainty:
         """The attainments on traces that have windows of this one, drawn with replacement."""
-        workload = self._deployment.workload
+        workload = self._task.workload
         points = [
-            self._deployment.point(placement, resampled(workload, seed), seed)
+            self._task.point(placement, resampled(workload, seed), seed)
             for seed in range(1, num_seeds + 1)
         ]
         self.result.num_simulations += num_seeds
         summaries = self._measure(points)
         attained = tuple(one.slo_attainment or 0.0 for one in summaries)
-        return Certainty(attained, sum(map(self._deployment.level.is_met, summaries)))
+        return Certainty(attained, sum(map(self._task.level.is_met, summaries)))
 
 
 def resampled(workload: Sequence[PlannedRequest], seed: int) -> list[PlannedRequest]:

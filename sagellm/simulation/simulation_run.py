@@ -33,12 +33,11 @@ from sagellm.runtime.plan import Plan, plan
 from sagellm.runtime.registry import FUNCTIONS
 from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.simulation.engine import SimulatedEngine
-from sagellm.runtime.simulation.executor import SimulationExecutor
+from sagellm.runtime.simulation.executor import ReplicaFault, SimulationExecutor
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import SimulationError, Timeline
-from sagellm.simulation.faults import ReplicaFault, plan_fault, refuse_overlaps
 
 # A replica, the shape of the first of its consecutive steps, their number and their seconds.
 OnEngineRun: TypeAlias = Callable[[EngineReplica, StepShape, int, float], None]
@@ -147,8 +146,7 @@ def simulate(
             ready, results.deliver, timeline, engines=engines, record=record
         )
         source = WorkloadSource(executor, point.workload, results)
-        for fault in point.faults:
-            plan_fault(executor, engines, fault)
+        executor.plan_faults(point.faults)
         with _few_collections():
             source.start()
             timeline.run()
@@ -221,7 +219,6 @@ def _refuse_unmodelled(ready: Plan, point: SimulationPoint) -> None:
     """Raise SimulationError for an operator that waits for something without a model, and for what
     a point asks of a graph that cannot have it.
     """
-    refuse_overlaps(point.faults)
     if point.link_latency_s and not any(node.op == "kv_transfer" for node in ready.graph.nodes):
         raise SimulationError("--link-latency: this graph moves no KV blocks", "leave it out")
     for name in ready.services:

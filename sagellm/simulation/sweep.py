@@ -21,8 +21,8 @@ from sagellm.graphs.text.codec import from_msgpack, to_msgpack
 from sagellm.graphs.text.yaml import Document
 from sagellm.load.report import Objective
 from sagellm.load.traces import PlannedRequest
+from sagellm.runtime.simulation.executor import ReplicaFault
 from sagellm.runtime.simulation.timeline import SimulationError
-from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.figures import SimulationSummary, summarise
 from sagellm.simulation.simulation_run import (
     SimulationPoint,
@@ -43,6 +43,10 @@ class SweepPoint:
     point: SimulationPoint
     objective: Objective | None = None
     prices: Mapping[str, float] = field(default_factory=dict)
+
+
+# Simulates points, in order.
+MeasurePoints: TypeAlias = Callable[[Sequence[SweepPoint]], list[SimulationSummary]]
 
 
 def sweep_points(base: SweepPoint, axes: Mapping[str, Sequence[Any]]) -> Iterator[SweepPoint]:
@@ -112,7 +116,7 @@ class _Job(msgspec.Struct):
 def _measure_elsewhere(
     points: Sequence[SweepPoint], imports: Sequence[UserImport]
 ) -> list[SimulationSummary]:
-    """Measure points in a process of its own."""
+    """MeasurePoints points in a process of its own."""
     jobs = [_job(one, imports) for one in points]
     command = [sys.executable, "-m", "sagellm.simulation.sweep"]
     done = subprocess.run(
@@ -140,7 +144,7 @@ def _job(point: SweepPoint, imports: Sequence[UserImport]) -> _Job:
 
 
 def _work(content: bytes) -> bytes:
-    """Measure the points of jobs, and return their figures."""
+    """MeasurePoints the points of jobs, and return their figures."""
     jobs = msgspec.msgpack.decode(content, type=list[_Job])
     return msgspec.msgpack.encode([measure(_point(job)) for job in jobs])
 

@@ -76,7 +76,8 @@ def profile_file(name: str) -> Path:
         return path
     if name.endswith(_SUFFIX) or os.sep in name:
         raise ProfileError(f"profile: there is no file {name}; check the path")
-    close = nearest(name, shipped_profiles())
+    begun = (one for one in shipped_profiles() if name and one.startswith(name))
+    close = next(begun, nearest(name, shipped_profiles()))
     fix = f"did you mean {close}?" if close else f"there are {', '.join(shipped_profiles())}"
     raise ProfileError(f"profile: {name!r} is unknown; {fix}")
 

@@ -7,7 +7,7 @@ from typing import Any
 from sagellm.builder import Graph
 from sagellm.graphs.models import ModelFacts
 from sagellm.load.traces import BLOCK_LEN, PlannedRequest
-from sagellm.planning.placement import Placement, Pool, graph_of
+from sagellm.planning.layouts import Placement, Pool, graph_of
 from sagellm.planning.service_level import PlanError, ServiceLevel
 from sagellm.runtime.engine.costs.parallel import Parallelism
 from sagellm.runtime.engine.costs.profile import Profile
@@ -39,7 +39,7 @@ class MemoryFit:
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
+class PlanTask:
     """A model on devices of one type, with the requests of a trace and a service level.
 
     `profile_name`: a shipped profile or a file, of which `profile` is the content. `memory_bytes`:
@@ -187,14 +187,14 @@ class Deployment:
         return token_bytes * share / group.num_kv_parts(facts.num_kv_heads)
 
 
-def check_lengths(deployment: Deployment, longest: int | None) -> None:
+def check_lengths(task: PlanTask, longest: int | None) -> None:
     """Raise PlanError for requests that no placement serves. `longest`: the limit of the model."""
-    if longest is not None and deployment.max_model_len > longest:
-        cause = f"{deployment.model} has a context of {longest} tokens, and the trace has requests"
+    if longest is not None and task.max_model_len > longest:
+        cause = f"{task.model} has a context of {longest} tokens, and the trace has requests"
         fix = "clip them with --max-input-len and --max-output-len"
-        raise PlanError(f"{cause} of up to {deployment.max_model_len}", fix)
-    blocks = deployment.block_size
-    if deployment.shares_prefixes and BLOCK_LEN % blocks:
+        raise PlanError(f"{cause} of up to {task.max_model_len}", fix)
+    blocks = task.block_size
+    if task.shares_prefixes and BLOCK_LEN % blocks:
         raise AssertionError(f"blocks of {blocks} tokens do not divide those of the trace")
 
 
