@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sagellm.builder import Graph
@@ -38,7 +39,7 @@ class MemoryFit:
     misfit: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlanTask:
     """A model on devices of one type, with the requests of a trace and a service level.
 
@@ -63,7 +64,7 @@ class PlanTask:
     def is_roofline(self) -> bool:
         return isinstance(self.profile.cost, RooflineForm)
 
-    @property
+    @cached_property
     def shares_prefixes(self) -> bool:
         return any(one.block_ids for one in self.workload)
 
@@ -71,7 +72,7 @@ class PlanTask:
     def block_size(self) -> int:
         return _SHARED_BLOCK if self.shares_prefixes else _BLOCK
 
-    @property
+    @cached_property
     def max_model_len(self) -> int:
         """Tokens of the longest request, in whole blocks."""
         longest = max(one.input_len + one.output_len for one in self.workload)
@@ -157,7 +158,7 @@ class PlanTask:
             )
         return MemoryFit(budget, weights, num_tokens, num_blocks, misfit)
 
-    @property
+    @cached_property
     def _sized(self) -> ModelledOptions:
         dtype = "bfloat16" if self.facts.dtype == "float16" else None
         return ModelledOptions(model=self.model, dtype=dtype, block_size=self.block_size)

@@ -1,13 +1,15 @@
 """The most that a placement can attain, without simulating it: bounds that no schedule beats."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import accumulate
 
 from sagellm.load.traces import BLOCK_LEN, PlannedRequest
-from sagellm.planning.layouts import Placement
+from sagellm.planning.layouts import Placement, Pool
 from sagellm.planning.plan_task import PlanTask
+from sagellm.runtime.engine.costs.parallel import Parallelism
 from sagellm.runtime.engine.costs.roofline import RooflineCost
 from sagellm.runtime.engine.step_cost import CostModel, StepShape, step_shape
 
@@ -58,35 +60,32 @@ class Pruner:
         self._task = task
         self._work = least_work(task.workload)
         self._span_s = task.workload[-1].at_s - task.workload[0].at_s
+        # Many placements have the same groups, and traces are long: each is looked at once.
+        self._alone = cache(self._find_alone)
+        self._costs = cache(self._find_cost)
+        self._prompt_sums = cache(self._find_prompt_sums)
+        self._answer_sums = cache(self._find_answer_sums)
 
     def ceiling(self, placement: Placement) -> Ceiling:
         """The lowest of the bounds of a placement: each request alone, and all together."""
         if not self._task.is_roofline:
             return Ceiling(1.0, "")
-        prefill, decode = self._costs(placement)
-        pools = placement.pools
-        num_prefill, num_decode = pools[0].replicas, pools[-1].replicas
+        first, last = placement.pools[0], placement.pools[-1]
         return min(
-            self._alone(prefill, decode, placement.max_num_batched_tokens),
-            self._prompts(prefill, num_prefill),
-            self._answers(prefill, decode, num_decode, is_split=placement.is_split),
+            self._alone(first.group, last.group, placement.max_num_batched_tokens),
+            self._prompts(first),
+            self._answers(last, is_split=placement.is_split),
             key=lambda one: one.share,
         )
 
-    def _costs(self, placement: Placement) -> tuple[RooflineCost, RooflineCost]:
-        """The costs of prompts and of answers."""
-        seqs, tokens = placement.max_num_seqs, placement.max_num_batched_tokens
-        first, last = (
-            self._task.cost(pool, seqs, tokens)
-            for pool in (placement.pools[0], placement.pools[-1])
-        )
-        assert isinstance(first, RooflineCost)
-        assert isinstance(last, RooflineCost)
-        return first, last
+    def _find_cost(self, group: Parallelism) -> RooflineCost:
+        cost = self._task.cost(Pool(group, 1), 2, 2)
+        assert isinstance(cost, RooflineCost)
+        return cost
 
-    def _alone(self, prefill: CostModel, decode: CostModel, budget: int) -> Ceiling:
-        """Of requests that have an engine to themselves."""
-        level = self._task.level
+    def _find_alone(self, first: Parallelism, last: Parallelism, budget: int) -> Ceiling:
+        """Of requests that have engines to themselves, with steps of at most `budget` tokens."""
+        level, prefill, decode = self._task.level, self._costs(first), self._costs(last)
         longest = max(one.uncached for one in self._work)
         bounds = {one.slo_ttft_s or level.ttft_s for one in self._work}
         lengths = {
@@ -110,37 +109,41 @@ class Pruner:
         name = "TTFT" if num_prompts / total < level.attainment else "TPOT"
         return Ceiling(num_both / total, f"{name} of requests alone")
 
-    def _prompts(self, prefill: RooflineCost, num_replicas: int) -> Ceiling:
+    def _prompts(self, pool: Pool) -> Ceiling:
         """Prompts in time are computed until the last objective is over."""
         ttft_s = self._ttft_s
         if ttft_s is None:
             return Ceiling(1.0, "")
-        token_s, pair_s, _ = _rates(prefill)
-        seconds = [one.uncached * token_s + one.uncached**2 / 2 * pair_s for one in self._work]
-        share = _share(seconds, num_replicas * (self._span_s + ttft_s))
-        return Ceiling(share, "compute of prompts")
+        sums = self._prompt_sums(pool.group)
+        available_s = pool.replicas * (self._span_s + ttft_s)
+        return Ceiling(_share(sums, available_s), "compute of prompts")
 
-    def _answers(
-        self, prefill: RooflineCost, decode: RooflineCost, num_replicas: int, *, is_split: bool
-    ) -> Ceiling:
+    def _answers(self, pool: Pool, *, is_split: bool) -> Ceiling:
         """The same of answers, and of prompts where they share devices."""
         ttft_s, tpot_s = self._ttft_s, self._task.level.tpot_s
         if ttft_s is None or tpot_s is None:
             return Ceiling(1.0, "")
-        token_s, _, context_s = _rates(decode)
-        prompt_s, pair_s, _ = _rates(prefill)
+        longest = max(one.output_len for one in self._work)
+        sums = self._answer_sums(pool.group, is_split)
+        available_s = pool.replicas * (self._span_s + ttft_s + tpot_s * longest)
+        return Ceiling(_share(sums, available_s), "memory bandwidth and compute of answers")
+
+    def _find_prompt_sums(self, group: Parallelism) -> list[float]:
+        """The seconds of the shortest prompt, of the two shortest, and so on."""
+        token_s, pair_s, _ = _rates(self._costs(group))
+        return _sums(one.uncached * token_s + one.uncached**2 / 2 * pair_s for one in self._work)
+
+    def _find_answer_sums(self, group: Parallelism, is_split: bool) -> list[float]:
+        token_s, pair_s, context_s = _rates(self._costs(group))
         seconds = []
         for one in self._work:
             each_s = (one.output_len - 1) * (token_s + one.context * context_s)
             if not is_split:
-                each_s += one.uncached * prompt_s + one.uncached**2 / 2 * pair_s
+                each_s += one.uncached * token_s + one.uncached**2 / 2 * pair_s
             seconds.append(each_s)
-        longest = max(one.output_len for one in self._work)
-        horizon_s = self._span_s + ttft_s + tpot_s * longest
-        share = _share(seconds, num_replicas * horizon_s)
-        return Ceiling(share, "memory bandwidth and compute of answers")
+        return _sums(seconds)
 
-    @property
+    @cached_property
     def _ttft_s(self) -> float | None:
         """The latest objective of any request; None: some request has none."""
         bounds = [one.slo_ttft_s or self._task.level.ttft_s for one in self._work]
@@ -170,7 +173,10 @@ def _rates(cost: RooflineCost) -> tuple[float, float, float]:
     return alone / _MANY, (paired - alone) / _MANY, read_s / _MANY
 
 
-def _share(seconds: Sequence[float], available_s: float) -> float:
+def _sums(seconds: Iterable[float]) -> list[float]:
+    return list(accumulate(sorted(seconds)))
+
+
+def _share(sums: Sequence[float], available_s: float) -> float:
     """The highest share of requests whose seconds fit the available ones."""
-    sums = list(accumulate(sorted(seconds)))
     return bisect_right(sums, available_s * (1 + 1e-9)) / len(sums)

@@ -92,7 +92,7 @@ def test_prompts_that_interfere_with_answers(tmp_path):
 
 def test_a_short_queue_bounds_a_graph(tmp_path):
     found = explained(tmp_path, "ttft=60", steady(24, 0.01, 16, 10), max_num_seqs=1, max_queued=4)
-    assert gains(found)["queue of admission"] > 0.5
+    assert gains(found)["queue of admission"] > 0.4
 
 
 def test_nothing_bounds_an_idle_graph(tmp_path):
