@@ -35,7 +35,8 @@ class SchedulerModel:
 
     def schedule(self) -> tuple[list[tuple[ModelledSequence, int]], bool]:
         """Choose the sequences of the next step, each with its number of tokens. Also return
-        whether all of them decode, and none was preempted.
+        whether later steps go on alike: all sequences decode, none was preempted, and none may be
+        admitted next because the reservation that it waited for has just been granted.
         """
         num_preemptions = self.num_preemptions
         while self.adopted and self.has_slot:
@@ -45,13 +46,15 @@ class SchedulerModel:
             decodes += self._admit()
         else:  # a new sequence would take the blocks that the preemption has just freed
             self._starved = self.waiting[0].rank[1]
+        num_granted = len(self.kept.granted)
         self.grant()
+        may_admit = self._starved is not None and len(self.kept.granted) > num_granted
         leased = self.blocks.num_blocks - self.blocks.num_available
         self.peak_leased_blocks = max(self.peak_leased_blocks, leased)
         prefills = [one for one in self.running if one.num_pending > 1]
         rows = self._rows(decodes, prefills)
         is_alike = len(rows) == len(decodes) and not prefills
-        return rows, is_alike and self.num_preemptions == num_preemptions
+        return rows, is_alike and self.num_preemptions == num_preemptions and not may_admit
 
     def count_on(self, before: "SchedulerModel") -> None:
         """Go on with the counters of the scheduler that this one replaces."""

@@ -14,6 +14,7 @@ class _Transfer:
     receiver: EngineReplica
     num_bytes: float  # still to be moved
     done: SimulatedFlag
+    has_begun: bool = False  # after the latency of the link
     bytes_per_s: float = 0.0
     lost: EngineReplica | None = None
 
@@ -42,12 +43,13 @@ class Links:
         """Move bytes from one replica to another. A cancellation ends the transfer. Raises
         EngineLost if a replica dies meanwhile.
         """
-        if self._latency_s:
-            await self._timeline.sleep(self._latency_s)
         transfer = _Transfer(sender, receiver, num_bytes, self._timeline.flag())
-        self._move()
         self._transfers.append(transfer)
-        self._plan()
+        if self._latency_s:
+            begins_s = self._timeline.now + self._latency_s
+            self._timeline.at(begins_s, lambda: self._begin(transfer))
+        else:
+            self._begin(transfer)
         try:
             await transfer.done.wait()
         finally:
@@ -68,6 +70,12 @@ class Links:
                 transfer.done.set()
         self._plan()
 
+    def _begin(self, transfer: _Transfer) -> None:
+        if transfer in self._transfers:  # it was not cancelled, and both replicas live
+            self._move()
+            transfer.has_begun = True
+            self._plan()
+
     def _move(self) -> None:
         """Move what the transfers have moved since the last change."""
         seconds = self._timeline.now - self._moved_at_s
@@ -81,17 +89,18 @@ class Links:
         """Share the ports, and plan the end of the transfer that ends first."""
         self._number += 1
         number = self._number
-        senders = [transfer.sender for transfer in self._transfers]
-        receivers = [transfer.receiver for transfer in self._transfers]
+        begun = [transfer for transfer in self._transfers if transfer.has_begun]
+        senders = [transfer.sender for transfer in begun]
+        receivers = [transfer.receiver for transfer in begun]
         first_s = float("inf")
-        for transfer in self._transfers:
+        for transfer in begun:
             sender, receiver = transfer.sender, transfer.receiver
             transfer.bytes_per_s = min(
                 self._bytes_per_s[sender.engine] / senders.count(sender),
                 self._bytes_per_s[receiver.engine] / receivers.count(receiver),
             )
             first_s = min(first_s, transfer.num_bytes / transfer.bytes_per_s)
-        if self._transfers:
+        if begun:
             self._timeline.at(self._timeline.now + first_s, lambda: self._end(number))
 
     def _end(self, number: int) -> None:
@@ -99,7 +108,8 @@ class Links:
             return
         self._move()
         # What is left is less than a millionth of a second: an error of rounding.
-        ended = [one for one in self._transfers if one.num_bytes <= 1e-6 * one.bytes_per_s]
+        begun = [transfer for transfer in self._transfers if transfer.has_begun]
+        ended = [one for one in begun if one.num_bytes <= 1e-6 * one.bytes_per_s]
         for transfer in ended:
             self._transfers.remove(transfer)
             transfer.done.set()

@@ -181,6 +181,27 @@ def test_a_sequence_waits_for_blocks_that_are_kept():
     assert [one.at_s for one in run(engine)] == [10.0]
 
 
+def test_a_new_sequence_leaves_a_hundredth_of_the_pool_to_those_that_run():
+    engine = model(num_blocks=200)
+    engine.submit(("r", 0), 0.0, num_prompt=3, num_output=3)  # one block, then two
+    engine.submit(("s", 0), 0.5, num_prompt=4 * 198 - 1, num_output=1)
+    engine.submit(("alone", 0), 9.0, num_prompt=4 * 200 - 1, num_output=1)
+    # `s` fits beside `r` with one block to spare, and two are wanted: it begins after `r`.
+    begun_s = {one.key[0]: one.begun_s for one in run(engine)}
+    assert begun_s == {"r": 0.0, "s": 3.0, "alone": 9.0}
+
+
+def test_a_later_sequence_does_not_overtake_a_reservation_that_waits():
+    engine = model(num_blocks=6)
+    engine.submit(("r", 0), 0.0, num_prompt=14, num_output=3)
+    engine.reserve(("s", 0), 0.5, num_tokens=20)
+    engine.submit(("t", 0), 1.0, num_prompt=8, num_output=1)  # its two blocks are free
+    assert {one.key[0] for one in run(engine)} == {"r"}
+    assert engine.kept.granted == [("s", 0)]
+    engine.release(("s", 0), 9.0)
+    assert [(one.key[0], one.at_s) for one in run(engine)] == [("t", 10.0)]
+
+
 def test_a_reservation_in_the_middle_of_a_run_leaves_the_run_its_blocks():
     engine = model(num_blocks=12)
     engine.submit(("r", 0), 0.0, num_prompt=4, num_output=36)

@@ -67,3 +67,14 @@ def test_a_transfer_begins_after_the_latency():
 def test_a_replica_that_dies_ends_its_transfers_only(dead):
     found, _ = ends((0.0, P0, D0, 1000), (0.0, P1, D1, 200), dies=(1.0, dead))
     assert found == [f"replica 0 of engine {dead.engine} is gone", 2.0]
+
+
+@pytest.mark.parametrize("dead", [P0, D0])
+def test_a_replica_that_dies_during_the_latency_ends_the_transfer_too(dead):
+    found, moved = ends((0.0, P0, D0, 100), latency_s=2.0, dies=(1.0, dead))
+    assert (found, moved) == ([f"replica 0 of engine {dead.engine} is gone"], 0)
+
+
+def test_a_transfer_takes_no_bandwidth_before_it_begins():
+    found, _ = ends((0.0, P0, D0, 100), (0.5, P0, D1, 100), latency_s=1.0)
+    assert found == [pytest.approx(2.5), pytest.approx(3.0)]

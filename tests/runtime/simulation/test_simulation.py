@@ -46,6 +46,14 @@ def test_times_of_prefill_and_decode_engines_are_close_to_those_of_the_real_exec
     assert median(ends) < 1e-9
 
 
+def test_sequences_that_wait_for_blocks_start_when_those_of_the_real_executor_do():
+    options = replace(OPTIONS, num_blocks=700, max_model_len=8000, kv_bytes_per_s=1e13)
+    simulated, real = Simulation(PD, options).run(WORKLOAD), live(PD, WORKLOAD, options)
+    late = [abs(simulated.seen[one].first_s - seen.first_s) for one, seen in real.seen.items()]
+    assert median(late) < 1e-9
+    assert max(late) < OPTIONS.decode_step_s
+
+
 @pytest.mark.parametrize("text", [JOINT, PD])
 def test_equal_inputs_give_equal_decisions(text):
     one, other = Simulation(text).run(WORKLOAD), Simulation(text).run(WORKLOAD)
