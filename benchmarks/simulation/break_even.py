@@ -8,7 +8,7 @@ Markdown table for each length.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sagellm.load.synthetic import parse_synthetic
@@ -45,8 +45,7 @@ class Study:
         """Whether a placement meets the level at a rate of requests."""
         number = max(self.least_requests, int(rate * self.seconds))
         text = (
-            f"synthetic:rate={rate!r},requests={number},"
-            f"input={input_len},output={self.output_len}"
+            f"synthetic:rate={rate!r},requests={number},input={input_len},output={self.output_len}"
         )
         profile = read_profile(self.gpu)
         device = profile.cost
@@ -102,9 +101,8 @@ def placements() -> dict[str, Placement]:
     return found
 
 
-def rows(study: Study, lengths: Sequence[int]) -> Iterator[str]:
+def rows(study: Study, lengths: Sequence[int], columns: Mapping[str, Placement]) -> Iterator[str]:
     """The lines of the table."""
-    columns = placements()
     yield f"| prompt | {' | '.join(columns)} |"
     yield "|---" * (1 + len(columns)) + "|"
     for length in lengths:
@@ -122,6 +120,8 @@ def main() -> None:
     parser.add_argument("--seconds", default=20.0, type=float, help="of each simulation")
     parser.add_argument("--least-requests", default=300, type=int)
     parser.add_argument("--lengths", default=LENGTHS, nargs="+", type=int)
+    names = list(placements())
+    parser.add_argument("--columns", default=names, nargs="+", choices=names, metavar="NAME")
     given = parser.parse_args()
     study = Study(
         given.model,
@@ -132,7 +132,8 @@ def main() -> None:
         given.seconds,
         given.least_requests,
     )
-    for row in rows(study, given.lengths):
+    columns = {name: placements()[name] for name in given.columns}
+    for row in rows(study, given.lengths, columns):
         print(row, flush=True)
 
 

@@ -69,3 +69,13 @@ def test_what_bounds_a_placement_is_named():
     assert full.bound == "compute of prompts"
     # 4,000 tokens of 2 * 6.98e9 operations at 0.8 * 989e12 a second, and their attention.
     assert full.share == pytest.approx(1 / (4000 * 1.765e-5 + 8e6 * 1.06e-9) / 200, rel=0.1)
+
+
+def test_answers_of_a_split_are_bound_by_reading_kv():
+    """199 tokens of 2 * 6.98e9 operations, each with 6,099 tokens of 131,072 bytes to read."""
+    load = "rate=1e6,requests=2000,input=6000,output=200"
+    task = plan_task(slo="ttft=60,tpot=0.02", load=load)
+    full = Pruner(task).ceiling(Placement((Pool(ONE, 8), Pool(ONE, 1)), 256, 8192))
+    assert full.bound == "memory bandwidth and compute of answers"
+    token_s = 2 * 6.98e9 / (0.8 * 989e12) + 6099 * 131072 / (0.75 * 3.35e12)
+    assert full.share == pytest.approx((60 + 0.02 * 200) / (199 * token_s) / 2000, rel=0.01)

@@ -1,6 +1,7 @@
 """The search: it finds what trying everything finds, with fewer simulations of the whole trace."""
 
 from itertools import pairwise, product
+from math import prod
 
 import pytest
 from msgspec.structs import replace
@@ -69,8 +70,10 @@ def test_a_search_again_finds_the_same():
     assert len(first.certainty.attained) == 2
 
 
-def fake(attained):
-    """Attainments by number of devices, without simulating: the cost is devices * seconds."""
+def fake(attained, costs=None):
+    """Attainments and costs by number of devices, without simulating. Without `costs`, the cost is
+    devices * seconds of the trace.
+    """
     seen = []
 
     def figures(points):
@@ -78,9 +81,14 @@ def fake(attained):
         for point in points:
             graph, workload = point.point.document.graph, point.point.workload
             engines = [dict(one) for one in graph.engines.values()]
-            sizes = [one.get("tensor_parallel_size", 1) * one["replicas"] for one in engines]
+            sizes = [
+                prod(one.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+                * one["replicas"]
+                for one in engines
+            ]
             seen.append((sum(sizes), len(workload)))
-            found.append(summary(attained[sum(sizes)], sum(sizes) * workload[-1].at_s))
+            cost = sum(sizes) * workload[-1].at_s if costs is None else costs[sum(sizes)]
+            found.append(summary(attained[sum(sizes)], cost))
         return found
 
     return figures, seen
@@ -97,8 +105,8 @@ LAZY = [PlannedRequest(float(number), 100, 10) for number in range(60)]
 FEW = SearchAxes((64,), (512,), ("fifo",))
 
 
-def lazy_search(attained, num_gpus):
-    figures, seen = fake(attained)
+def lazy_search(attained, num_gpus, costs=None):
+    figures, seen = fake(attained, costs)
     task = plan_task(slo="ttft=5,tpot=1", workload=LAZY)
     found = Search(task, num_gpus, FEW, figures)
     return found, seen
@@ -112,6 +120,25 @@ def test_more_devices_are_not_simulated_once_fewer_do():
         [1 for number in (3, 4) for _ in search._placements(number, search._usable())]
     )
     assert {number for number, _ in seen} == {1, 2, 4}  # four for the advice, which uses all
+
+
+def test_more_devices_may_cost_less_where_fewer_end_late():
+    """Two devices cost at least 118 s of a device: less than one that ends at 160 s."""
+    search, _ = lazy_search({1: 0.95, 2: 0.95}, 2, {1: 160.0, 2: 120.0})
+    assert search.run(0).winner.placement.num_gpus == 2
+
+
+def test_the_cheapest_wins_though_a_dearer_one_is_in_time_more_often():
+    search, seen = lazy_search({1: 0.92, 2: 1.0}, 2, {1: 130.0, 2: 140.0})
+    found = search.run(0)
+    assert {number for number, _ in seen} == {1, 2}
+    assert found.winner.placement.num_gpus == 1
+    assert found.runners_up[0].placement.num_gpus == 2
+
+
+def test_among_equal_costs_the_one_in_time_more_often_wins():
+    search, _ = lazy_search({1: 0.92, 2: 1.0}, 2, {1: 130.0, 2: 132.0})
+    assert search.run(0).winner.placement.num_gpus == 2
 
 
 def test_nothing_meets_the_level():
