@@ -10,6 +10,7 @@ from sagellm.planning.layouts import Placement, Pool
 from sagellm.planning.service_level import parse_service_level
 from sagellm.planning.step_use import StepUse
 from sagellm.runtime.engine.costs.parallel import Parallelism
+from sagellm.runtime.simulation.executor import ReplicaFault
 from sagellm.simulation.simulation_run import SimulationPoint, modelled_graph, simulate
 from sagellm.simulation.sweep import SweepPoint, measure_all
 
@@ -123,6 +124,16 @@ def test_the_terms_of_steps_sum_to_the_busy_time(group):
     assert sum(steps.terms) == pytest.approx(steps.busy_s)
     assert steps.mixed_s + steps.decode_s + steps.prefill_s == pytest.approx(steps.busy_s)
     assert steps.num_mixed + steps.num_decodes > 0
+
+
+def test_steps_after_the_death_of_a_replica_count():
+    task = plan_task()
+    point = task.point(Placement((Pool(Parallelism(), 2),)), task.workload).point
+    use = StepUse(modelled_graph(point))
+    fault = ReplicaFault("g", 0, 0.5, 0.1)
+    point = SimulationPoint(point.document, task.workload, on_run=use, faults=(fault,))
+    engines = simulate(point).engines["g"]
+    assert use.engines["g"].busy_s == pytest.approx(sum(one.model.busy_s for one in engines))
 
 
 def test_a_split_has_a_link(tmp_path):

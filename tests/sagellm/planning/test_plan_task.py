@@ -32,10 +32,10 @@ def test_a_group_splits_weights_and_kv():
 
 
 def test_more_devices_than_kv_heads_keep_copies():
-    """Qwen2.5-7B has 4 KV heads; two stages of 14 of its 28 layers halve the KV of a device."""
+    """Llama-3-8B has 8 KV heads, Qwen2.5-7B 4; two stages have 14 of its 28 layers each."""
+    sixteen = fit("llama-3-8b", 16)
+    assert sixteen.num_tokens == int((72e9 - sixteen.weight_bytes) / (131072 / 8))
     layer_bytes = 2 * 2 * 4 * 128
-    four = fit("qwen2.5-7b", 4)
-    assert four.num_tokens == int((72e9 - four.weight_bytes) / (28 * layer_bytes / 4))
     staged = fit("qwen2.5-7b", 4, 2)
     assert staged.num_tokens == int((72e9 - staged.weight_bytes) / (14 * layer_bytes / 4))
     assert fit("qwen2.5-7b", 8).misfit == "TP8 does not divide 28 attention heads"
