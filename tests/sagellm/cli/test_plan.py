@@ -2,9 +2,11 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
+from sagellm import runtime
 from sagellm.cli import main
 
 LOAD = "synthetic:rate=20,requests=40,input=lognormal:1500:0.6,output=exponential:30"
@@ -72,6 +74,16 @@ def test_the_nearest_placement_is_explained_if_none_meets_the_level(plan):
     message = plan("--num-requests", "30", slo="ttft=0.12,tpot=1", gpus=1, code=3, load=load)
     assert "the nearest, TP1; 64 seqs, 2048 tokens; fifo, attains" in message
     assert "bound by compute of g" in message
+
+
+def test_a_folder_is_placed_within_its_context(plan):
+    folder = str(Path(runtime.__file__).parent / "models" / "sage_tiny")
+    assert "clip them with --max-input-len" in plan(model=folder, code=2)
+    found = json.loads(
+        plan("--max-input-len", "64", "--max-output-len", "16", "--json", model=folder)
+    )
+    assert found["winner"]["name"].startswith("TP1;")
+    assert "--max-input-len 64" in found["command"]
 
 
 def test_experts_are_placed(plan):
