@@ -91,14 +91,20 @@ class Pruner:
         lengths = {
             bound: longest
             if bound is None
-            else _most(longest, bound, lambda length: prompt_seconds(prefill, length, budget))
+            else _most(
+                longest,
+                bound,
+                lambda length: prompt_seconds(prefill, length, budget, first.pipeline),
+            )
             for bound in bounds
         }
         highest = max(one.context for one in self._work)
         context = highest
         if level.tpot_s is not None:
+            # Among as many sequences as stages, the stages share the context of one.
+            rows = last.pipeline
             context = _most(
-                highest, level.tpot_s, lambda length: decode.seconds(StepShape(0, 0, 1, length))
+                highest, level.tpot_s, lambda length: decode.seconds(StepShape(0, 0, rows, length))
             )
         num_prompts = num_both = 0
         for one in self._work:
@@ -150,12 +156,13 @@ class Pruner:
         return None if None in bounds else max(bound for bound in bounds if bound is not None)
 
 
-def prompt_seconds(cost: CostModel, length: int, budget: int) -> float:
-    """The time of the prompt of a request that is alone, in steps of at most `budget` tokens."""
-    return sum(
-        cost.seconds(step_shape([(start, min(budget, length - start), length)]))
-        for start in range(0, length, budget)
-    )
+def prompt_seconds(cost: CostModel, length: int, budget: int, num_stages: int = 1) -> float:
+    """The time of the prompt of a request that is alone, in steps of at most `budget` tokens. Steps
+    with fewer tokens than stages do not count: beside others they may take less.
+    """
+    starts = range(0, length, budget)
+    chunks = [(start, min(budget, length - start), length) for start in starts]
+    return sum(cost.seconds(step_shape([one])) for one in chunks if one[1] >= num_stages)
 
 
 def _most(highest: int, bound_s: float, seconds: Callable[[int], float]) -> int:

@@ -229,7 +229,8 @@ def test_a_run_costs_what_its_steps_cost(name, contexts, num_steps):
     assert cost.run_seconds(shape(0), num_steps) == pytest.approx(alone)
 
 
-@pytest.mark.parametrize("name", [*COSTS, "table"])
+# Of a pipeline, tokens that fill another stage may lower the time: sagellm.planning knows that.
+@pytest.mark.parametrize("name", [*(one for one in COSTS if one != "pipeline"), "table"])
 @given(st.integers(1, 200), st.integers(0, 200), st.integers(0, 8), st.integers(1, 300))
 def test_more_work_takes_no_less_time(name, count, start, decodes, context):
     cost = COSTS.get(name) or _table()

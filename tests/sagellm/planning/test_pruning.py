@@ -58,6 +58,16 @@ def test_no_simulation_attains_more(placement, slo, rate):
     assert measure(task.point(placement, task.workload)).slo_attainment <= ceiling.share
 
 
+def test_stages_share_the_context_of_one_long_request():
+    """Alone, its tokens take 10.6 ms; beside short requests, 8.2 ms."""
+    short = [PlannedRequest(0.0, 50, 600) for _ in range(8)]
+    task = plan_task(slo="tpot=0.0095", workload=[*short, PlannedRequest(1.0, 60_000, 50)])
+    placement = Placement((Pool(Parallelism(1, 4), 1),), 64, 65_536)
+    attained = measure(task.point(placement, task.workload)).slo_attainment
+    assert attained == 1.0
+    assert Pruner(task).ceiling(placement).share == 1.0
+
+
 def test_what_bounds_a_placement_is_named():
     slow = Pruner(plan_task(slo="ttft=0.001")).ceiling(PLACEMENTS[0])
     assert (slow.share, slow.bound) == (0.0, "TTFT of requests alone")
