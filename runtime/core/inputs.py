@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from sagellm.runtime.core.accounting import Meter
 from sagellm.runtime.core.credit import Gates, NoCredit
-from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, Send
+from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, ScaleTo, Send
 from sagellm.runtime.core.journal import ReachedSink, TransactionOutcome, UpstreamFeedback
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import BlockedAt, ParkedInput, Parking, entrances
@@ -19,6 +19,7 @@ from sagellm.runtime.feedback import (
     PrefixesChanged,
     QueueChanged,
     RoomChanged,
+    ScaleEnded,
     Topology,
 )
 from sagellm.runtime.messages import TokenEvent
@@ -199,6 +200,9 @@ class InputQueue:
             elif type(outcome) is Send:
                 self._meter.entered(outcome.node, outcome.replica)
                 effects.append(outcome)
+            elif type(outcome) is ScaleTo:
+                self._meter.scaling(outcome.engine).begin(outcome.num_replicas, outcome.reason)
+                effects.append(outcome)
             else:
                 assert isinstance(outcome, UpstreamFeedback)
                 self._publish(outcome.feedback, outcome.node)
@@ -218,6 +222,8 @@ class InputQueue:
         kind = type(feedback)
         if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
+        elif isinstance(feedback, ScaleEnded):
+            self._meter.scaling(feedback.engine).num_failed += bool(feedback.error)
         subscription = self._subscriptions.get((node, kind))
         if subscription is None:
             subscription = self._subscriptions[node, kind] = _Subscription(

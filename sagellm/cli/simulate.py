@@ -30,8 +30,8 @@ from sagellm.load.report import Objective
 from sagellm.load.traces import FORMATS_FIX, PlannedRequest
 from sagellm.opening.decisions import DecisionFile
 from sagellm.opening.sources import graph_file
-from sagellm.runtime.simulation.executor import ReplicaFault
 from sagellm.runtime.simulation.timeline import SimulationError
+from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.figures import (
     SimulationSummary,
     over_seeds,

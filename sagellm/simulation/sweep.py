@@ -21,8 +21,8 @@ from sagellm.graphs.text.codec import from_msgpack, to_msgpack
 from sagellm.graphs.text.yaml import Document
 from sagellm.load.report import Objective
 from sagellm.load.traces import PlannedRequest
-from sagellm.runtime.simulation.executor import ReplicaFault
 from sagellm.runtime.simulation.timeline import SimulationError
+from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.figures import SimulationSummary, summarise
 from sagellm.simulation.simulation_run import (
     SimulationPoint,

@@ -10,7 +10,7 @@ from sagellm.planning.layouts import Placement, Pool
 from sagellm.planning.service_level import parse_service_level
 from sagellm.planning.step_use import StepUse
 from sagellm.runtime.engine.costs.parallel import Parallelism
-from sagellm.runtime.simulation.executor import ReplicaFault
+from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.simulation_run import SimulationPoint, modelled_graph, simulate
 from sagellm.simulation.sweep import SweepPoint, measure_all
 
