@@ -24,6 +24,8 @@ from sagellm.gateway.metrics.snapshot import (
     Snapshot,
     read_engines,
     read_scalings,
+    read_shadows,
+    read_tallies,
 )
 from sagellm.gateway.metrics.vllm import instrumentator_families, vllm_families
 from sagellm.gateway.protocol.sampling_params import ModelCard
@@ -149,6 +151,8 @@ class GatewayMeters(HttpMeters):
             graph_lag=self._graph_lag.seconds.copy(),
             num_migrated=executor.core.recovery.num_migrated,
             migration_gaps=executor.core.recovery.gaps_s.copy(),
+            shadows=read_shadows(executor.core),
+            tallies=read_tallies(executor.core),
             scalings=read_scalings(executor, engines),
         )
 
