@@ -13,6 +13,7 @@ from sagellm.runtime.messages import EngineReplica, Request
 from sagellm.runtime.operator import Target
 
 _MIN_ANSWERS = 8  # answers that have ended before their duration is predicted
+_EXPLORED = 4  # sequences beyond those of measured steps
 _FADE = 1 - 1 / 64  # factor on the weight of earlier samples, with each new sample
 
 
@@ -45,8 +46,18 @@ class MeasuredSteps(msgspec.Struct, frozen=True):
         return self.fit.seconds_of(num_running, through_origin=False)
 
     def num_within(self, seconds: float) -> float | None:
-        """The most sequences of a replica whose steps take `seconds`; None if none was measured."""
-        return self.fit.tokens_within(seconds) if self.fit.weight else None
+        """The most sequences of a replica whose steps take `seconds`; None if none was measured.
+
+        If all measured steps had about the same number of sequences, how the time grows is not
+        known. Then at least `_EXPLORED` more are within a time that those steps kept: they show it.
+        """
+        fit = self.fit
+        if not fit.weight:
+            return None
+        mean, within = fit.tokens / fit.weight, fit.tokens_within(seconds)
+        mean_s = fit.seconds_of(mean, through_origin=False)
+        is_unknown = fit.seconds_of(mean + 1, through_origin=False) == mean_s
+        return max(within, mean + _EXPLORED) if is_unknown and mean_s <= seconds else within
 
     def num_running(self, nodes: frozenset[str]) -> int:
         """The running sequences of all replicas of some operators, by their latest reports."""

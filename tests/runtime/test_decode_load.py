@@ -125,6 +125,12 @@ def test_equal_samples_give_a_cautious_bound():
     assert reports([20] * 5).num_within(0.04) == pytest.approx(20 * 4 / 3)
 
 
+def test_steps_of_one_number_of_sequences_leave_room_to_measure_more():
+    one = reports([1] * 5)
+    assert one.num_within(0.021) == pytest.approx(5)
+    assert one.num_within(0.001) < 1
+
+
 def test_the_time_of_an_idle_engine_is_no_step():
     idle = LoadReported(node="d", load=EngineLoad(num_running=0, num_steps=60))
     times = reports([5, 10, 20]).after(idle, 1.0)
