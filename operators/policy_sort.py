@@ -1,7 +1,7 @@
 """policy_sort: queues requests, and emits them in the order of a policy as credit allows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -12,6 +12,7 @@ from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.policies import find_policy, refuse_unused
 from sagellm.operators.policies.order import Policy, PolicySortOptions, QueueOrder, RankingPolicy
+from sagellm.operators.policies.preempting import NO_CLASSES, PreemptionClasses, read_classes
 from sagellm.operators.policies.request_queue import (
     QueueEntry,
     QueueView,
@@ -69,7 +70,8 @@ class PolicySort:
     credit was returned. The backlog is reported upstream whenever it changes.
 
     `ranking`: a policy with a state, which then replaces `policy`. `lookup`: finds the tokens of an
-    arriving request that engines have cached, if engines report their prefix blocks.
+    arriving request that engines have cached, if engines report their prefix blocks. `classes`:
+    which waiting requests may preempt which running requests.
     """
 
     name: str
@@ -78,11 +80,17 @@ class PolicySort:
     function: UserFunction | None = None
     ranking: RankingPolicy | None = None
     lookup: PrefixLookup | None = None
+    classes: PreemptionClasses = NO_CLASSES
 
     @property
     def initial(self) -> RequestQueue:
         state = self.ranking.initial if self.ranking is not None else None
-        return RequestQueue(context=RankContext(self._orders(Forecast()), state=state))
+        context = RankContext(self._orders(Forecast()), state=state)
+        return RequestQueue(context=context, least_urgent=self.classes.least_urgent)
+
+    @property
+    def preempts(self) -> Mapping[int, int]:
+        return self.classes.victims
 
     @property
     def subscribes(self) -> frozenset[str]:
@@ -90,7 +98,8 @@ class PolicySort:
         another operator subscribes to them, or if the policy has a true `reads_cache`.
         """
         unused = set()
-        if self.ranking is None and not any(order.learns for order in self.policy.orders):
+        learns = self.ranking is not None or any(order.learns for order in self.policy.orders)
+        if not learns and not self.preempts:
             unused.add("first_token")
         if not getattr(self.ranking, "reads_cache", False):
             unused.add("cache")
@@ -214,7 +223,8 @@ class PolicySort:
             outputs += (Report(QueueChanged(backlog=after.reported(order))),)
         after, head = self._head(after, now)
         times = (after.wake_at, after.lapses_at(order), self._policy_wakes_at(after))
-        return self._offer(after, head, () if anew else after.declined, outputs, _earliest(times))
+        declined = () if anew else after.declined
+        return self._offer(after, head, declined, outputs, _earliest(times), now)
 
     def _refuse_late(self, queue: RequestQueue, request: Request, now: float) -> Terminate:
         error = (
@@ -236,7 +246,7 @@ class PolicySort:
         """The requests to offer, the best first, and the queue with the policy's next state."""
         best = getattr(self.ranking, "best", None)
         if best is None:
-            return queue, queue.entries.head(self.options.window)
+            return queue, self.classes.head(queue, self.options.window)
         context = queue.context
         view = QueueView(queue.entries, now, context.indexes, self.lookup)
         head, state = best(context.state, view, self.options.window)
@@ -254,6 +264,7 @@ class PolicySort:
         declined: tuple[QueueEntry, ...],
         outputs: tuple[OperatorOutput, ...],
         wake_at: float | None,
+        now: float,
     ) -> Step[RequestQueue]:
         """Offer the requests in `head`, without those in `declined`."""
         if head == declined:  # the common case: the change was behind the window
@@ -264,7 +275,8 @@ class PolicySort:
         else:
             fresh = tuple(map(_request, head))
         if fresh:
-            outputs = (*outputs, Offer(fresh))
+            claims = self.classes.claims(queue, head, now) if queue.urgent else ()
+            outputs = (*outputs, Offer(fresh, claims=claims))
         if head != queue.declined:
             queue = msgspec.structs.replace(queue, declined=head)
         return Step(queue, outputs, wake_at)
@@ -285,23 +297,31 @@ def _earliest(times: tuple[float | None, ...]) -> float | None:
 
 def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
     """Make the operator. Raises ValueError for contradicting options, and GraphError for wrong
-    `policy_options`.
+    `policy_options` and `preempts`.
     """
     if (options.policy == "own") != (options.function is not None):
         raise ValueError(
             f"{setup.name}: policy: own and function belong together: give both, or neither"
         )
     lookup = PrefixLookup.of(setup)
+    classes = read_classes(options.preempts, ("operators", setup.name, "preempts"))
     if options.function is None:
         found = _named_policy(options, setup)
         if isinstance(found, Policy):
-            return PolicySort(setup.name, found, options, lookup=lookup)
+            return PolicySort(setup.name, found, options, lookup=lookup, classes=classes)
+        if options.preempts and hasattr(found, "best"):
+            raise ValueError(
+                f"{setup.name}: policy {options.policy} chooses who goes first, and so does "
+                "preempts: leave preempts out, or choose another policy"
+            )
         unranked = Policy((QueueOrder(lambda request: 0.0),))
-        return PolicySort(setup.name, unranked, options, ranking=found, lookup=lookup)
+        return PolicySort(
+            setup.name, unranked, options, ranking=found, lookup=lookup, classes=classes
+        )
     refuse_unused("own", frozenset(), options)
     function = find_plain_function(setup, options.function)
     policy = Policy((QueueOrder(partial(_own_rank, function)),))
-    return PolicySort(setup.name, policy, options, function, lookup=lookup)
+    return PolicySort(setup.name, policy, options, function, lookup=lookup, classes=classes)
 
 
 def _own_rank(function: UserFunction, request: Request) -> float:

@@ -98,16 +98,32 @@ class Wait(msgspec.Struct, frozen=True, gc=False):
     node: str
 
 
+class Claim(msgspec.Struct, frozen=True, gc=False):
+    """A waiting request that may take the place of running requests of lower classes.
+
+    `least_priority`: requests of this priority and of larger numbers may be preempted. `wait_s`:
+    the predicted time until a place becomes free without a preemption. `token_s`: the predicted
+    time to compute a token of a preempted request again.
+    """
+
+    request: Request
+    least_priority: int
+    wait_s: float = math.inf
+    token_s: float = 0.0
+
+
 class Offer(msgspec.Struct, frozen=True, gc=False):
-    """Send the first of these items that has credit. Without credit for any, nothing happens.
+    """Send the first of these items that has credit. Without credit for any, nothing is sent.
 
     If an item is sent, the operator gets the input `OfferTaken`; a sent request gets the stamp
     `dispatched_s`. The operator must keep the items that were not sent, as the queue of policy_sort
-    does.
+    does. `claims`: of offered requests; if no item is sent, the core preempts running requests for
+    them, so that a later offer finds credit.
     """
 
     items: tuple[Item, ...]
     outlet: str = "out"
+    claims: tuple[Claim, ...] = ()
 
 
 class Terminate(msgspec.Struct, frozen=True):
@@ -215,11 +231,13 @@ class Setup:
 class Logic(Protocol[S]):
     """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers.
 
-    Three members are optional. `on_batch(state, items, now, draw) -> Step` gets all items of one
+    Four members are optional. `on_batch(state, items, now, draw) -> Step` gets all items of one
     engine step; its Step must answer every item and keep none. `keeps(state, request_id) -> bool`
     limits the signal "forget" to the requests that the operator keeps. `subscribes` is the subset
-    of the spec's feedback kinds that the operator needs with its options. If any operator
-    subscribes to prefix blocks ("cache"), all operators whose specs name "cache" get them.
+    of the spec's feedback kinds that the operator needs with its options. `preempts`: the classes
+    whose requests may preempt others, with the classes of their victims; an operator without it
+    makes no claims. If any operator subscribes to prefix blocks ("cache"), all operators whose
+    specs name "cache" get them.
     """
 
     @property

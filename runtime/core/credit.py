@@ -1,7 +1,7 @@
 """Credit: bounds the requests, tokens and blocks in transit to each replica."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from sagellm.runtime.containers import MutableMinTree
@@ -71,6 +71,14 @@ class Account:
         self.requests, self.tokens, self.blocks = requests, tokens, blocks
         self.num_items += 1
         return True
+
+    def would_take(self, cost: Credit, freed: Collection[Credit]) -> bool:
+        """Whether the credit would cover a cost after the costs `freed` were returned."""
+        return self.num_items <= len(freed) or (
+            self.requests + sum(one.requests for one in freed) >= cost.requests
+            and self.tokens + sum(one.tokens for one in freed) >= cost.tokens
+            and self.blocks + sum(one.blocks for one in freed) >= cost.blocks
+        )
 
     def give(self, cost: Credit) -> None:
         """Return the cost of an item."""
@@ -204,6 +212,14 @@ class Gates:
             return later
         self.reserved.add(later, key)
         return None
+
+    def would_take(self, gate: CreditGate, request: Request, without: Iterable[ChoiceKey]) -> bool:
+        """Whether a gate would take a request if the choices `without` returned their credit."""
+        account = self.accounts[gate]
+        cost, freed = cost_of(request, account.block_size), list[Credit]()
+        for request_id, choice in without:
+            freed += self._spent.get(request_id, {}).get((gate, choice), ())
+        return account.would_take(cost, freed)
 
     def give(self, gate: CreditGate, key: ChoiceKey) -> bool:
         """Return the cost of the last item of `key`; False if it held no credit at this gate."""

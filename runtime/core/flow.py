@@ -206,10 +206,7 @@ class Reentry:
         `Recovery` may also keep the request for a trial. Otherwise the request ends.
         """
         request, lifecycle = returned.request, self._lifecycle
-        if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
-            request.key
-        ):
-            lifecycle.finish(request)
+        if self.is_over(request):
             return
         verdict = self._recovery.judge(returned.node, request, returned.cause)
         if verdict == "now":
@@ -218,6 +215,24 @@ class Reentry:
             lifecycle.end(quarantined_event(request, self._reaction.now), None)
         elif verdict == "spent":
             lifecycle.end(retries_spent_event(request, self._reaction.now), None)
+
+    def is_over(self, request: Request) -> bool:
+        """Whether a request must not enter again: a signal has ended it, or it has ended before."""
+        register = self._lifecycle.register
+        if not register.tombstone(request.request_id) and register.is_open(request.key):
+            return False
+        self._lifecycle.finish(request)
+        return True
+
+    def send_again(self, node: str, request: Request) -> None:
+        """Let a request that left an engine of the operator `node` enter again."""
+        # The new epoch makes leases and late events of the earlier engine invalid.
+        again = replace(request, epoch=request.epoch + 1, placement={}, num_cached_tokens=0)
+        entrance = self._plan.entrance(node)
+        if isinstance(entrance, str):
+            self._inputs.feed(entrance, Arrival(again))
+        else:
+            self._flow.emit(0, entrance.source, 0, (again,), entrance.outlet)
 
     def fail_over(self, failed: EngineFailed, engine: str, num_present: int) -> None:
         """After an engine failed on a request, send the request to a replica that has not tried it.
@@ -228,10 +243,7 @@ class Reentry:
         replica = EngineReplica(engine, failed.replica)
         error = failed.last.error or ""
         self._reaction.effects.append(FailedOn(*replica, request.request_id, error))
-        if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
-            request.key
-        ):
-            lifecycle.finish(request)
+        if self.is_over(request):
             return
         avoid = dict.fromkeys((*request.avoid, replica))
         if sum(name == engine for name, _ in avoid) < min(num_present, _MAX_REPLICAS + 1):
@@ -267,10 +279,4 @@ class Reentry:
 
     def _enter(self, node: str, request: Request) -> None:
         self._recovery.num_migrated += 1
-        # The new epoch makes leases and late events of the lost engine invalid.
-        again = replace(request, epoch=request.epoch + 1, placement={}, num_cached_tokens=0)
-        entrance = self._plan.entrance(node)
-        if isinstance(entrance, str):
-            self._inputs.feed(entrance, Arrival(again))
-        else:
-            self._flow.emit(0, entrance.source, 0, (again,), entrance.outlet)
+        self.send_again(node, request)

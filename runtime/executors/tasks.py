@@ -18,6 +18,7 @@ from sagellm.runtime.core.effects import (
     Faulted,
     Interrupt,
     Parked,
+    Preempt,
     QueryCache,
     Resumed,
     Send,
@@ -93,6 +94,9 @@ class Shell:
             Deliver: self._deliver_item,
             Interrupt: lambda effect: self._hosts[effect.node, effect.replica].signal(
                 effect.signal
+            ),
+            Preempt: lambda effect: self._hosts[effect.node, effect.replica].preempt(
+                (effect.request_id, effect.choice)
             ),
             Discard: lambda effect: self._hosts[effect.node, effect.replica].discard(effect.item),
             Parked: self.emissions.advance,
