@@ -11,7 +11,7 @@ from sagellm.extensions import RESOLVER
 from sagellm.graphs.text.yaml import load
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.messages import EngineReplica, Request, Stamps, TokenEvent
+from sagellm.runtime.messages import NORMAL, PRIORITIES, EngineReplica, Request, Stamps, TokenEvent
 from sagellm.runtime.plan import plan
 from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.simulation.executor import SimulationExecutor
@@ -75,6 +75,7 @@ class Planned:
     num_prompt: int
     num_output: int
     block_ids: tuple[int, ...] = ()
+    priority: int = NORMAL
 
 
 @dataclass
@@ -116,12 +117,33 @@ def random_workload(number, rate, *, seed=1, prompt=1000, output=100):
     return planned
 
 
+def preempting(text):
+    """A graph whose critical requests take the places of background work."""
+    sort = "{op: policy_sort, policy: priority, preempts: {critical: low}"
+    return text.replace("{op: policy_sort, policy: fifo", sort)
+
+
+def background_workload(seconds, *, load=1.5, seed=3):
+    """Background work at `load` times what two engines of 8 places serve, and a critical request
+    every second. An answer takes about 2.2 s of a place.
+    """
+    draw, at_s, planned = Random(seed), 0.0, []
+    while at_s < seconds:
+        at_s += draw.expovariate(load * 16 / 2.2)
+        num_output = 150 + draw.randrange(100)
+        planned.append(Planned(at_s, 200, num_output, priority=PRIORITIES["background"]))
+    critical = PRIORITIES["critical"]
+    planned += [Planned(0.5 + at_s, 200, 20, priority=critical) for at_s in range(int(seconds))]
+    return sorted(planned, key=lambda one: one.at_s)
+
+
 def request_of(number, planned):
     return Request(
         request_id=f"r{number}",
         prompt_token_ids=TracePrompt(number, planned.num_prompt, planned.block_ids),
         sampling=Sampling(max_tokens=planned.num_output, ignore_eos=True, seed=1),
         stamps=Stamps(arrived_s=planned.at_s),
+        priority=planned.priority,
     )
 
 

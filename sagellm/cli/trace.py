@@ -110,6 +110,8 @@ def _headline(path: RequestPath) -> str:
     parts.append(f"{path.num_prompt_tokens} tokens in, {path.num_tokens} out")
     if path.ttft_s is not None:
         parts.append(f"TTFT {path.ttft_s * 1e3:.1f} ms")
+    if path.num_preempted:
+        parts.append(f"preempted {path.num_preempted} times")
     slack_s = path.ttft_slack_s
     if slack_s is not None:
         parts.append(f"{'in time' if slack_s >= 0 else 'late'} by {abs(slack_s) * 1e3:.1f} ms")

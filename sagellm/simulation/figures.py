@@ -16,6 +16,7 @@ from rich.table import Table
 from sagellm.errors import naming_file
 from sagellm.load.report import Objective, percentile
 from sagellm.runtime.containers import value_of
+from sagellm.runtime.messages import PRIORITIES
 from sagellm.simulation.simulation_run import SimulatedRequest, SimulatedRun
 
 _SHARES = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
@@ -55,7 +56,8 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     `prefix_hit_rate`: the cached share of the prompt tokens that engines looked up; None: no prompt
     could share any. `load_imbalance`: the busy time of the busiest replica of an engine over the
     mean, the largest of all engines. `cost`: replicas * hours * price. `cost_per_1k_tokens`: of
-    generated tokens. `network_bytes`: KV that links have moved.
+    generated tokens. `network_bytes`: KV that links have moved. `preempted`: requests put back for
+    others, by class of priority. `ttft_ms_by_class`: of the classes that have served requests.
     """
 
     requests: int
@@ -78,6 +80,8 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     network_bytes: float
     engines: list[EngineUse]
     phases_ms: dict[str, float]
+    preempted: dict[str, int] = {}
+    ttft_ms_by_class: dict[str, Latency] = {}
 
 
 def summarise(
@@ -125,7 +129,22 @@ def summarise(
         network_bytes=run.links.num_bytes,
         engines=uses,
         phases_ms=_phases(served),
+        preempted={
+            name: run.num_preempted[level]
+            for name, level in PRIORITIES.items()
+            if level in run.num_preempted
+        },
+        ttft_ms_by_class=_by_class(served),
     )
+
+
+def _by_class(served: Sequence[SimulatedRequest]) -> dict[str, Latency]:
+    """The distribution of TTFTs of each class of priority that has requests."""
+    found = {
+        name: latency(one.ttft_s for one in served if one.priority == level)
+        for name, level in PRIORITIES.items()
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def latency(seconds: Iterable[float | None]) -> Latency | None:
@@ -264,6 +283,9 @@ def show(console: Console, summary: SimulationSummary, took_s: float) -> None:
         if one is not None:
             shares = [getattr(one, share) for share, _ in _SHARES]
             table.add_row(label, *(f"{value:.1f}" for value in (one.mean, *shares, one.max)))
+    for name, one in summary.ttft_ms_by_class.items() if len(summary.ttft_ms_by_class) > 1 else ():
+        shares = [getattr(one, share) for share, _ in _SHARES]
+        table.add_row(f"TTFT {name}", *(f"{value:.1f}" for value in (one.mean, *shares, one.max)))
     console.print(table)
     table = Table("engine", "replicas", "busy", "busiest", "KV peak", "steps", "preempted")
     for name in dict.fromkeys(use.engine for use in summary.engines):
@@ -327,6 +349,9 @@ def _lines(summary: SimulationSummary, took_s: float) -> Iterable[tuple[str, str
         yield "goodput", f"{summary.goodput_rps:.2f}/s, {summary.slo_attainment:.1%} of requests"
     if summary.prefix_hit_rate is not None:
         yield "prefix hit rate", f"{summary.prefix_hit_rate:.1%}"
+    if summary.preempted:
+        listed = ", ".join(f"{number} {name}" for name, number in summary.preempted.items())
+        yield "preempted", f"{listed} requests, for others of a higher class"
     yield "load imbalance", f"{summary.load_imbalance:.3f} (busiest replica over the mean)"
     each = summary.cost_per_1k_tokens
     yield "cost", f"{summary.cost:.3f}" + ("" if each is None else f", {each:.6f} per 1,000 tokens")

@@ -111,13 +111,14 @@ class SimulatedRequest:
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
     """What one simulation gave. `engines`: every replica, with its model. `elapsed_s`: from the
-    first arrival to the last event.
+    first arrival to the last event. `num_preempted`: requests put back for others, by priority.
     """
 
     requests: Sequence[SimulatedRequest]
     engines: Mapping[str, tuple[SimulatedEngine, ...]]
     links: Links
     elapsed_s: float
+    num_preempted: Mapping[int, int] = field(default_factory=dict)
 
 
 def simulate(
@@ -156,7 +157,8 @@ def simulate(
     executor.core.ledger.check()
     last_s = max((one.ended_s for one in results.requests), default=0.0)
     first_s = point.workload[0].at_s if point.workload else 0.0
-    return SimulatedRun(results.requests, engines, links, last_s - first_s)
+    num_preempted = executor.core.preemption.num_preempted
+    return SimulatedRun(results.requests, engines, links, last_s - first_s, num_preempted)
 
 
 def _open_engines(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sagellm.runtime.core.decision_log import shown_effects
-from sagellm.runtime.core.events import Arrived, Event
+from sagellm.runtime.core.events import Arrived, Event, Preempted
 from sagellm.runtime.messages import ChoiceKey, Request
 
 QUEUE, ENGINE_QUEUE, PREFILL, DECODE = "queue", "engine queue", "prefill", "decode"
@@ -47,6 +47,7 @@ class RequestPath:
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     place: str = ""  # the operator[replica] that has it
+    num_preempted: int = 0
 
     @property
     def e2e_s(self) -> float:
@@ -87,6 +88,12 @@ class RequestPath:
             self._add(ENGINE_QUEUE, started_s)
         self._close(now)
         self.place = where
+
+    def leave(self, now: float) -> None:
+        """Record that the request was preempted, and waits again."""
+        self._close(now)
+        self.place = ""
+        self.num_preempted += 1
 
     def deliver(self, event: Mapping[str, Any], now: float) -> None:
         """Record tokens, or the end, that reached the sink."""
@@ -135,6 +142,8 @@ def request_paths(log: Iterable[tuple[float, Event, bytes]]) -> Iterator[Request
         if isinstance(event, Arrived):
             for request in event.requests:
                 opened[request.key] = _opened(request)
+        elif isinstance(event, Preempted) and event.request.key in opened:
+            opened[event.request.key].leave(now)
         for effect in shown_effects(effects):
             kind = effect[0]
             if kind == "send":

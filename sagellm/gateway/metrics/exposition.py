@@ -143,6 +143,7 @@ class GatewayMeters(HttpMeters):
             graph_lag=self._graph_lag.seconds.copy(),
             num_migrated=executor.core.recovery.num_migrated,
             migration_gaps=executor.core.recovery.gaps_s.copy(),
+            num_preempted=dict(executor.core.preemption.num_preempted),
         )
 
     def _read_models(

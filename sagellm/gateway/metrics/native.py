@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import Metric
 
-from sagellm.gateway.metrics.meters import BatchMeters, Counts, HttpMeters
+from sagellm.gateway.metrics.meters import CLASSES, OTHER, BatchMeters, Counts, HttpMeters
 from sagellm.gateway.metrics.snapshot import (
     EngineReading,
     Labels,
@@ -158,6 +158,11 @@ def _requests(shown: Snapshot) -> Iterator[Metric]:
     yield counter("sagellm_migrations", "Requests that went in again, engines lost.", migrated)
     gaps = [({"graph": shown.graph}, shown.migration_gaps)]
     yield histogram("sagellm_migration_gap_seconds", "From a loss to the next token.", gaps)
+    preempted = [
+        ({"graph": shown.graph, "class": CLASSES.get(priority, OTHER)}, number)
+        for priority, number in shown.num_preempted.items()
+    ]
+    yield counter("sagellm_requests_preempted", "Requests put back for others.", preempted)
     failed = sum(one.num_errors for one in shown.reading.operators if one.op == "kv_transfer")
     failures = [({"graph": shown.graph}, failed)]
     yield counter("sagellm_kv_transfer_failures", "Transfers that failed.", failures)

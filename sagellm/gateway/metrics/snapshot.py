@@ -132,6 +132,7 @@ class Snapshot:
     """The state of a graph at one moment, read on the session's loop.
 
     `counts` are by model name. `shares` are by the node and the replica of an operator.
+    `num_preempted` is by priority.
     """
 
     graph: str
@@ -143,6 +144,7 @@ class Snapshot:
     graph_lag: Buckets
     num_migrated: int
     migration_gaps: Buckets
+    num_preempted: Mapping[int, int]
 
 
 def read_engines(

@@ -1,10 +1,20 @@
 """The phases of a request follow each other, and sum to its whole time."""
 
 import json
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
-from simulated_graphs import JOINT, PD, Simulation, live, random_workload
+from simulated_graphs import (
+    JOINT,
+    OPTIONS,
+    PD,
+    Simulation,
+    background_workload,
+    live,
+    preempting,
+    random_workload,
+)
 
 from sagellm.cli import main
 from sagellm.graphs.text.codec import to_msgpack
@@ -58,6 +68,18 @@ def test_a_disaggregated_request_has_all_its_phases_in_their_places():
 def test_waiting_in_an_engine_is_its_own_phase():
     paths = paths_of(Simulation(JOINT, replicas=1).run(random_workload(40, 40.0)), JOINT)
     assert any(path.totals().get("engine queue", 0) > 0.01 for path in paths)
+
+
+@pytest.mark.parametrize("text", [JOINT, PD])
+def test_a_preempted_request_waits_in_the_queue_again(text):
+    text, load = preempting(text), background_workload(10.0)
+    outcome = Simulation(text, replace(OPTIONS, max_num_seqs=8)).run(load)
+    victims = [path for path in paths_of(outcome, text) if path.num_preempted]
+    assert victims
+    for path in victims:
+        assert sum(phase.seconds for phase in path.phases) == pytest.approx(path.e2e_s, abs=1e-9)
+        waits = [phase for phase in path.phases if phase.name == "queue"]
+        assert any(phase.begin_s > path.arrived_s for phase in waits)
 
 
 def test_perfetto_gets_a_slice_for_each_phase():
