@@ -31,6 +31,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         deployment.unique_model_names,
         deployment.capabilities,
         deployment.memory,
+        deployment.budgets,
     ),
     "wiring": (
         structure.source_and_sink,

@@ -84,6 +84,7 @@ class Shell:
         self._deliver = deliver
         self._record = record
         self.is_recorded = record is not None
+        self.observe: RecordDecision | None = None  # called as `record` is, and writes no log
         self._events: deque[Event] = deque()
         self._is_dispatching = False
         self.emissions = Emissions(self.dispatch, waits)
@@ -180,6 +181,8 @@ class Shell:
         effects = self.core.on(event, now)
         if self._record is not None:
             self._record(now, event, effects)
+        if self.observe is not None:
+            self.observe(now, event, effects)
         for effect in effects:
             self._effect_handlers[type(effect)](effect)
         if self._at_rest and self.core.is_at_rest:

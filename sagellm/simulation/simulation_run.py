@@ -1,15 +1,14 @@
 """Runs one simulation: a graph and a workload in, a record of each request and the engines out."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from sagellm.extensions import RESOLVER
 from sagellm.graphs.ir import FrozenMap, Graph
-from sagellm.graphs.sections import MODELLED, engine_kind
+from sagellm.graphs.sections import MODELLED, budget_options, engine_kind
 from sagellm.graphs.text.yaml import Document
 from sagellm.load.workload import BLOCK_LEN, PlannedRequest
 from sagellm.opening.checking import check_graph
@@ -20,6 +19,7 @@ from sagellm.runtime.engine.kinds.modelled import ModelledOptions
 from sagellm.runtime.handover import Phases, phases_of
 from sagellm.runtime.messages import (
     NORMAL,
+    PRIORITIES,
     Answer,
     EngineReplica,
     Forked,
@@ -36,7 +36,8 @@ from sagellm.runtime.simulation.executor import SimulationExecutor
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
-from sagellm.runtime.simulation.timeline import SimulationError, Timeline
+from sagellm.runtime.simulation.timeline import SimulationError, Timeline, few_collections
+from sagellm.tracing.critical_path import PathTracker, RequestPath
 
 _COLLECT_EVERY = 20_000  # requests between two collections of garbage, which take long each
 
@@ -111,14 +112,17 @@ class SimulatedRequest:
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
     """What one simulation gave. `engines`: every replica, with its model. `elapsed_s`: from the
-    first arrival to the last event. `num_preempted`: requests put back for others, by priority.
+    first arrival to the last event. `preempted`: requests put back for others, by class of
+    priority. `paths`: of all requests that ended, if the graph has a section `budgets`.
     """
 
     requests: Sequence[SimulatedRequest]
     engines: Mapping[str, tuple[SimulatedEngine, ...]]
     links: Links
     elapsed_s: float
-    num_preempted: Mapping[int, int] = field(default_factory=dict)
+    preempted: Mapping[str, int] = field(default_factory=dict)
+    graph: Graph = Graph("")  # noqa: RUF009 (immutable)
+    paths: Sequence[RequestPath] = ()
 
 
 def simulate(
@@ -148,17 +152,23 @@ def simulate(
         executor = SimulationExecutor(
             ready, results.deliver, timeline, engines=engines, record=record
         )
+        paths: list[RequestPath] = []
+        if budget_options(graph) is not None:
+            executor.observe = PathTracker(paths.append).observe
         source = WorkloadSource(executor, point.workload, results)
         for fault in point.faults:
             _plan_fault(executor, engines, fault)
-        with _few_collections():
+        with few_collections():
             source.start()
             timeline.run()
     executor.core.ledger.check()
     last_s = max((one.ended_s for one in results.requests), default=0.0)
     first_s = point.workload[0].at_s if point.workload else 0.0
     num_preempted = executor.core.preemption.num_preempted
-    return SimulatedRun(results.requests, engines, links, last_s - first_s, num_preempted)
+    preempted = {name: num_preempted[one] for name, one in PRIORITIES.items() if num_preempted[one]}
+    return SimulatedRun(
+        results.requests, engines, links, last_s - first_s, preempted, graph, tuple(paths)
+    )
 
 
 def _open_engines(
@@ -343,20 +353,3 @@ class Recorder:
             record.ended_s, record.end = self._timeline.now, item.finish_reason
             record.code, record.phases = item.code, phases_of(item.stamps)
             self._on_end(record)
-
-
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    """Switch off automatic collections of garbage: a simulation makes few cycles, and its open
-    requests would be looked through again and again.
-    """
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()

@@ -15,6 +15,7 @@ from sagellm.gateway.metrics.snapshot import (
 )
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.executors.reading import OperatorReading, Shares
+from sagellm.tracing.budgets import OperatorBudget
 
 # Each table maps the end of a metric's name to the metric's help text and its value.
 _TOTALS: dict[str, tuple[str, Callable[[OperatorReading], float]]] = {
@@ -36,6 +37,11 @@ _SHARES: dict[str, tuple[str, Callable[[Shares], float]]] = {
         "Share of the last seconds waiting for credit.",
         lambda one: one.backpressured,
     ),
+}
+_BUDGETS: dict[str, tuple[str, Callable[[OperatorBudget], float]]] = {
+    "requests": ("Requests with an objective that left it.", lambda one: one.requests),
+    "misses": ("Requests for which it spent more than its share.", lambda one: one.misses),
+    "slack_seconds": ("Mean left, of the latest requests.", lambda one: one.latest_slack_ms / 1e3),
 }
 _ENGINE_LEVELS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     "running": ("Sequences that it computes.", lambda engine: engine.load.num_running),
@@ -80,6 +86,7 @@ _COUNTED: dict[str, tuple[str, Callable[[Counts], float]]] = {
 def graph_families(shown: Snapshot) -> Iterator[Metric]:
     """Yield the metric families of the graph: operators, engines and requests."""
     yield from _operators(shown)
+    yield from _budgets(shown)
     yield from _engines(shown)
     yield from _requests(shown)
 
@@ -166,6 +173,20 @@ def _requests(shown: Snapshot) -> Iterator[Metric]:
     failed = sum(one.num_errors for one in shown.reading.operators if one.op == "kv_transfer")
     failures = [({"graph": shown.graph}, failed)]
     yield counter("sagellm_kv_transfer_failures", "Transfers that failed.", failures)
+
+
+def _budgets(shown: Snapshot) -> Iterator[Metric]:
+    """The budgets of operators; nothing for a graph without a section `budgets`."""
+    if not shown.budgets:
+        return
+    labels = [
+        {"graph": shown.graph, "operator": one.operator, "budget": one.budget}
+        for one in shown.budgets
+    ]
+    for name, (documentation, of) in _BUDGETS.items():
+        values = list(zip(labels, map(of, shown.budgets), strict=True))
+        make = gauge if name.endswith("_seconds") else counter
+        yield make(f"sagellm_operator_budget_{name}", documentation, values)
 
 
 def _ended(shown: Snapshot) -> Iterator[tuple[Labels, float]]:

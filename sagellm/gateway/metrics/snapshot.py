@@ -1,6 +1,6 @@
 """A snapshot of the graph for one scrape, and constructors of metric families."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -19,6 +19,7 @@ from sagellm.runtime.core.core import Core
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
+from sagellm.tracing.budgets import OperatorBudget
 
 Labels: TypeAlias = Mapping[str, str]
 Values: TypeAlias = Iterable[tuple[Labels, float]]
@@ -145,6 +146,7 @@ class Snapshot:
     num_migrated: int
     migration_gaps: Buckets
     num_preempted: Mapping[int, int]
+    budgets: Sequence[OperatorBudget]
 
 
 def read_engines(
