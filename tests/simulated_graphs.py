@@ -1,6 +1,7 @@
 """Graphs of modelled engines, run in simulated time and, to compare, under trio's mock clock."""
 
 from dataclasses import dataclass, field
+from io import BytesIO
 from random import Random
 
 import trio
@@ -8,7 +9,9 @@ import trio.testing
 from msgspec.structs import replace
 
 from sagellm.extensions import RESOLVER
+from sagellm.graphs.text.codec import to_msgpack
 from sagellm.graphs.text.yaml import load
+from sagellm.runtime.core.decision_log import DecisionReader, DecisionWriter, Header
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.messages import NORMAL, PRIORITIES, EngineReplica, Request, Stamps, TokenEvent
@@ -19,6 +22,7 @@ from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import TraceHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import Timeline
+from sagellm.tracing.critical_path import request_paths
 
 JOINT = """
 sagellm: 1
@@ -227,3 +231,18 @@ def live(text, workload, options=OPTIONS, *, replicas=2):
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     return outcome
+
+
+def decision_log_of(outcome, text):
+    """The events of a run as a decision log."""
+    file = BytesIO()
+    header = Header(graph=to_msgpack(Simulation(text).executor.plan.graph), engines={})
+    writer = DecisionWriter(file, header, 1 << 30)
+    for decision in outcome.events:
+        writer.record(*decision)
+    file.seek(0)
+    return file
+
+
+def logged_paths(outcome, text):
+    return list(request_paths(DecisionReader(decision_log_of(outcome, text))))

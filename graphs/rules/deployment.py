@@ -44,6 +44,12 @@ def budgets(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def _wrong_shares(context: CheckContext, option: str, shares: FrozenMap) -> Iterator[Diagnostic]:
+    """Mistakes in single shares, or else a path on which they sum to more than 1."""
+    found = [*_wrong_entries(context, option, shares)]
+    yield from found or _overspent(context, option, shares)
+
+
+def _wrong_entries(context: CheckContext, option: str, shares: FrozenMap) -> Iterator[Diagnostic]:
     for name, share in shares.items():
         path = ("budgets", option, name)
         if name not in context.graph.names:
@@ -52,6 +58,9 @@ def _wrong_shares(context: CheckContext, option: str, shares: FrozenMap) -> Iter
         elif not isinstance(share, int | float) or not 0 <= share <= 1:
             message = f"the share of `{name}` must be from 0 to 1, not {share}"
             yield Diagnostic("out-of-range", (*path, VALUE), message, "write a share, such as 0.25")
+
+
+def _overspent(context: CheckContext, option: str, shares: FrozenMap) -> Iterator[Diagnostic]:
     try:
         order = context.graph.topological()
     except ValueError:  # a cycle, which another rule reports
