@@ -1,7 +1,7 @@
 """The engine port: how operators and executors use an engine of any kind."""
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
@@ -191,6 +191,14 @@ class CountingSteps(Protocol):
 
     @property
     def step_tokens(self) -> Buckets: ...
+
+
+@runtime_checkable
+class ReportsAvailability(Protocol):
+    """An engine that goes down and comes up by itself, such as one behind a server elsewhere."""
+
+    def report_availability(self, report: Callable[[bool], None]) -> None:
+        """Call `report` with False when the engine goes down, and with True when it is up again."""
 
 
 class KVSource(Protocol):

@@ -26,8 +26,11 @@ class OptionConflict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TasksOptions:
-    """`max_prefix_blocks`: the most cached prefix blocks that routers keep track of."""
+    """`max_hold_s`: the longest time that a request waits while no replica of its engine is up, in
+    seconds. `max_prefix_blocks`: the most cached prefix blocks that routers keep track of.
+    """
 
+    max_hold_s: float = field(default=30.0, metadata={"min": 0.0})
     max_prefix_blocks: int = field(default=MAX_PREFIX_BLOCKS, metadata={"min": 0})
 
 
@@ -122,12 +125,19 @@ class ProcessesOptions:
 EXECUTORS: dict[str, type] = {"tasks": TasksOptions, "processes": ProcessesOptions}
 
 
+def executor_options(graph: Graph) -> TasksOptions | ProcessesOptions:
+    """The options of a graph's executor. Raises OptionError."""
+    executor = graph.attrs.get("executor")
+    options = dict(executor) if isinstance(executor, FrozenMap) else {}
+    kind = options.pop("kind", "tasks")
+    if kind == "tasks":
+        return read_options(TasksOptions, options)
+    return read_options(ProcessesOptions, options)
+
+
 def processes_options(graph: Graph) -> ProcessesOptions | None:
     """The options of executor `processes`; None: the graph has another executor. Raises
     OptionError.
     """
-    executor = graph.attrs.get("executor")
-    options = dict(executor) if isinstance(executor, FrozenMap) else {}
-    if options.pop("kind", "tasks") == "tasks":
-        return None
-    return read_options(ProcessesOptions, options)
+    options = executor_options(graph)
+    return options if isinstance(options, ProcessesOptions) else None

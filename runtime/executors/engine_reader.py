@@ -1,4 +1,6 @@
-"""Reads the events of an engine for one replica of an operator."""
+"""Reads the events of an engine for one replica of an operator, and follows its availability."""
+
+from collections.abc import Callable
 
 from typing import TypeAlias
 
@@ -11,11 +13,17 @@ from sagellm.runtime.feedback import KINDS, LoadReported
 from sagellm.runtime.handover import merge_stamps
 from sagellm.runtime.messages import ENGINE_FAILED, ChoiceKey, FinishReason, Request, TokenEvent
 from sagellm.runtime.operator import Service
-from sagellm.runtime.port import EngineEvent, Lost, PrefillDone
+from sagellm.runtime.port import Engine, EngineEvent, Lost, PrefillDone, ReportsAvailability
 from sagellm.runtime.user_code import LEAVING, as_error
 from sagellm.runtime.user_function import failure_event
 
 _End: TypeAlias = TokenEvent | PrefillDone
+
+
+def follow_availability(engine: Engine, mark: Callable[..., None]) -> None:
+    """Call `mark(is_up=...)` whenever an engine goes down or comes up by itself."""
+    if isinstance(engine, ReportsAvailability):
+        engine.report_availability(lambda is_up: mark(is_up=is_up))
 
 
 class EngineReader:

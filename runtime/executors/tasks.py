@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import inf
 from typing import TypeAlias
 
@@ -35,6 +36,7 @@ from sagellm.runtime.core.events import (
     TimeCame,
 )
 from sagellm.runtime.executors.context import Emissions, TrioWaits
+from sagellm.runtime.executors.engine_reader import follow_availability
 from sagellm.runtime.executors.host import (
     ServiceHost,
     Spawner,
@@ -119,6 +121,9 @@ class Shell:
     def start_hosts(self, spawner: Spawner) -> None:
         """Start the tasks of all service operators."""
         self._spawner = spawner
+        for name, replicas in self.engines.items():
+            for number, engine in enumerate(replicas):
+                follow_availability(engine, partial(self.mark, name, number))
         for host in self._hosts.values():
             host.start(spawner)
 
@@ -152,6 +157,7 @@ class Shell:
                 self, node, replica, self.plan.services[node]
             )
             host.start(self._spawner)
+        follow_availability(engine, partial(self.mark, name, replica))
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """Record that a replica of an engine is up, or was lost."""

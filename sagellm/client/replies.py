@@ -86,6 +86,7 @@ class Choice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: Any = None
+    token_ids: tuple[int, ...] | None = None  # where the call asked for them
 
     @property
     def content(self) -> str | None:

@@ -24,6 +24,7 @@ LogFormat: TypeAlias = Literal["text", "json"]
 _NUM_FRAMES = 12
 _VARIABLE = "SAGELLM_LOGS"  # level:format, for child processes
 _OFF = "off"
+_QUIET = ("httpx2", "httpcore2")  # their line of each call repeats ours: warnings only
 LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -244,7 +245,7 @@ def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
     ]
     for each, *_ in before:
         each.handlers, each.propagate, each.disabled = [], True, False
-        each.setLevel(logging.NOTSET)
+        each.setLevel(logging.WARNING if each.name in _QUIET else logging.NOTSET)
     logging.root.handlers = [handler]
     logging.root.setLevel(level)
     try:
@@ -261,6 +262,8 @@ def _common(redactor: Redactor, explain: Processor, form: LogFormat) -> list[Any
 
 
 def _loggers() -> list[logging.Logger]:
+    for name in _QUIET:  # they may be imported later
+        logging.getLogger(name)
     named = logging.root.manager.loggerDict.values()
     return [logging.root, *(each for each in named if isinstance(each, logging.Logger))]
 

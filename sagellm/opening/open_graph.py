@@ -1,7 +1,6 @@
 """Opens a graph as a session: checks it, loads engines, builds operators, runs the executor."""
 
 import importlib
-import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
@@ -25,7 +24,12 @@ from sagellm.opening.checking import checked_graph, log_warnings
 from sagellm.opening.decisions import DecisionFile, recording
 from sagellm.opening.graph_engines import open_engines
 from sagellm.opening.tokenizers import load_models
-from sagellm.runtime.cluster.executor_options import IPC, ProcessesOptions, processes_options
+from sagellm.runtime.cluster.executor_options import (
+    IPC,
+    ProcessesOptions,
+    executor_options,
+    processes_options,
+)
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
 from sagellm.runtime.port import Engine
@@ -220,7 +224,7 @@ async def _running_session(graph: Graph, recipe: GraphOpening) -> AsyncIterator[
             seed=recipe.seed,
             facts={name: replicas[0].facts for name, replicas in engines.items()},
         )
-        max_hold_s = processes.max_hold_s if processes else math.inf
+        max_hold_s = executor_options(graph).max_hold_s
         record = stack.enter_context(recording(recipe.decisions, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(models, make)

@@ -125,7 +125,7 @@ def mistakes(**options: Any) -> list[str]:
             "(drop it, or write `kind: modelled`)",
         ),
         ({"kind": "modeled"}, "unknown kind of engine: `modeled` (did you mean `modelled`?)"),
-        ({"kind": 3}, "unknown kind of engine: `3` (there are local, modelled)"),
+        ({"kind": 3}, "unknown kind of engine: `3` (there are local, modelled, openai)"),
         ({"kind": "modelled", "model": "null", "step": 1}, "`e` has no option `step`"),
     ],
 )

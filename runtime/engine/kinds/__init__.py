@@ -7,7 +7,7 @@ from typing import Any
 
 from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.rules.rule import EngineFactsView
-from sagellm.graphs.sections import LOCAL, MODELLED
+from sagellm.graphs.sections import LOCAL, MODELLED, OPENAI
 from sagellm.graphs.vocabulary import CAPABILITIES
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models import FolderWarning
@@ -120,7 +120,7 @@ class _Lazy(Mapping[str, EngineKind]):
         return len(self._modules)
 
 
-# The built-in kinds: a new kind is a file of this folder, and a line here. Users register kinds of
+# The built-in kinds: a new kind is a module with KIND, and a line here. Users register kinds of
 # their own, or packages offer them as entry points of the group `sagellm.engines`. Option types,
 # checks, and the tests of the documents derive from this registry.
 KINDS: Registry[EngineKind] = Registry(
@@ -130,6 +130,7 @@ KINDS: Registry[EngineKind] = Registry(
         {
             LOCAL: "sagellm.runtime.engine.kinds.local",
             MODELLED: "sagellm.runtime.engine.kinds.modelled",
+            OPENAI: "sagellm.foreign.openai_kind",
         }
     ),
     read_kind,

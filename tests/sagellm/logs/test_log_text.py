@@ -1,5 +1,6 @@
 """Log lines for people: aligned, coloured on a terminal alone, and never more than one line."""
 
+import logging
 import os
 import pty
 import re
@@ -106,6 +107,16 @@ def test_a_terminal_gets_text_and_colours_unless_it_refuses_them(
     assert re.sub(r"\x1b\[\d+m", "", line)[12:] == (
         " info    worker_up          worker=decode[0]\r\n"
     )
+
+
+def test_an_http_client_logs_no_line_for_each_call() -> None:
+    with terminal() as shown:
+        with process_logs(20):
+            logging.getLogger("httpx2").info("HTTP Request: POST")
+            logging.getLogger("httpx2").warning("a certificate expires")
+        text = os.read(shown, 1000).decode()
+    assert "HTTP Request" not in text
+    assert "a certificate expires" in text
 
 
 def test_json_on_a_terminal_where_it_is_asked_for() -> None:
