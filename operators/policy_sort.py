@@ -246,7 +246,10 @@ class PolicySort:
         """The requests to offer, the best first, and the queue with the policy's next state."""
         best = getattr(self.ranking, "best", None)
         if best is None:
-            return queue, self.classes.head(queue, self.options.window)
+            window = self.options.window
+            is_plain = not queue.urgent
+            head = queue.entries.head(window) if is_plain else self.classes.head(queue, window)
+            return queue, head
         context = queue.context
         view = QueueView(queue.entries, now, context.indexes, self.lookup)
         head, state = best(context.state, view, self.options.window)

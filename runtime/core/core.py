@@ -87,27 +87,17 @@ class Core:
             reaction, self.gates, self.logic_graph.held_items, register, drops_tokens=drops_tokens
         )
         self.ledger, self.recovery = self.lifecycle.ledger, self.lifecycle.recovery
-        self.preemption = preemption = Preemption(
-            plan,
-            reaction,
-            self.gates,
-            num_emitted=self.ledger.position,
-            is_open=register.is_open,
-        )
+        self.preemption = Preemption(plan, reaction, self.gates, self.ledger, register)
         parking = Parking()
         self._inputs = InputQueue(
-            plan,
-            reaction,
-            self.logic_graph,
-            self.meter,
-            self.lifecycle,
-            parking,
-            preemption if preemption.is_enabled else None,
+            plan, reaction, self.logic_graph, self.meter, self.lifecycle, parking, self.preemption
         )
         self._flow = Flow(
             reaction, self.logic_graph, self.meter, self.lifecycle, parking, self._inputs
         )
-        self._reentry = Reentry(plan, reaction, self.lifecycle, self._inputs, self._flow)
+        self._reentry = Reentry(
+            plan, reaction, self.lifecycle, self._inputs, self._flow, self.preemption
+        )
         self.prefixes = PrefixIndexes(plan, reaction, self._inputs.report_prefixes)
         self.replicas = ReplicaSet(
             plan,
@@ -161,17 +151,6 @@ class Core:
         if at_s != self._wake_at_s:
             self._wake_at_s = at_s
             self._reaction.effects.append(WakeAt(at_s))
-
-    def _open(self, opened: Opened) -> None:
-        if opened.can_resume and self.preemption.is_enabled:
-            self.preemption.opened(CreditGate(opened.node, opened.replica))
-        self.replicas.open(opened)
-
-    def _take_back(self, preempted: Preempted) -> None:
-        """Let a preempted request enter its queue again, unless it has ended."""
-        if not self._reentry.is_over(preempted.request):
-            self.preemption.returned(preempted.request)
-            self._reentry.send_again(preempted.node, preempted.request)
 
     def _arrive(self, arrived: Arrived) -> None:
         self.lifecycle.open(arrived.requests)
@@ -271,7 +250,7 @@ class Core:
 def _event_handlers(core: Core) -> dict[type, Callable[[Any], None]]:
     """The method that handles each type of event."""
     return {
-        Opened: core._open,
+        Opened: core.replicas.open,
         Arrived: core._arrive,
         Emitted: core._emit,
         Withdrawn: lambda e: core._flow.withdraw(e.ticket),
@@ -280,7 +259,7 @@ def _event_handlers(core: Core) -> dict[type, Callable[[Any], None]]:
         Failed: lambda e: core.lifecycle.fail(OperatorFault(e.node, e.error), e.item),
         Finished: lambda e: core.lifecycle.finish(e.item, e.reason),
         Returned: core._reentry.enter_again,
-        Preempted: core._take_back,
+        Preempted: core._reentry.resume,
         EngineFailed: core._fail_over,
         Transferred: core._transfer,
         Reported: lambda e: core._inputs.report(e.feedback),

@@ -144,6 +144,7 @@ class Gates:
         self.closed: set[CreditGate] = set()
         self.blocked: frozenset[str] = frozenset()
         self.removed: set[CreditGate] = set()
+        self.resuming: set[CreditGate] = set()  # gates whose engines can resume answers
         self.full: set[str] = set()  # operators without room for a request at any replica
 
     def open(self, gate: CreditGate, capacity: Credit, block_size: int = 1) -> None:

@@ -6,10 +6,11 @@ from sagellm.graphs.ir import SOURCE
 from sagellm.runtime.core.accounting import Meter
 from sagellm.runtime.core.credit import NoCredit
 from sagellm.runtime.core.effects import Discard, FailedOn, OperatorFault, Parked, Reaction, Resumed
-from sagellm.runtime.core.events import EngineFailed, Returned
+from sagellm.runtime.core.events import EngineFailed, Preempted, Returned
 from sagellm.runtime.core.inputs import InputQueue
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import BlockedAt, ParkedInput, ParkedItems, Parking
+from sagellm.runtime.core.preemption import Preemption
 from sagellm.runtime.core.request_lifecycle import (
     RequestLifecycle,
     quarantined_event,
@@ -192,12 +193,14 @@ class Reentry:
         lifecycle: RequestLifecycle,
         inputs: InputQueue,
         flow: Flow,
+        preemption: Preemption,
     ) -> None:
         self._plan = plan
         self._reaction = reaction
         self._lifecycle = lifecycle
         self._inputs = inputs
         self._flow = flow
+        self._preemption = preemption
         self._recovery = lifecycle.recovery
 
     def enter_again(self, returned: Returned) -> None:
@@ -206,7 +209,7 @@ class Reentry:
         `Recovery` may also keep the request for a trial. Otherwise the request ends.
         """
         request, lifecycle = returned.request, self._lifecycle
-        if self.is_over(request):
+        if self._is_over(request):
             return
         verdict = self._recovery.judge(returned.node, request, returned.cause)
         if verdict == "now":
@@ -216,7 +219,13 @@ class Reentry:
         elif verdict == "spent":
             lifecycle.end(retries_spent_event(request, self._reaction.now), None)
 
-    def is_over(self, request: Request) -> bool:
+    def resume(self, preempted: Preempted) -> None:
+        """Let a preempted request enter its queue again, unless it has ended."""
+        if not self._is_over(preempted.request):
+            self._preemption.returned(preempted.request)
+            self._send_again(preempted.node, preempted.request)
+
+    def _is_over(self, request: Request) -> bool:
         """Whether a request must not enter again: a signal has ended it, or it has ended before."""
         register = self._lifecycle.register
         if not register.tombstone(request.request_id) and register.is_open(request.key):
@@ -224,7 +233,7 @@ class Reentry:
         self._lifecycle.finish(request)
         return True
 
-    def send_again(self, node: str, request: Request) -> None:
+    def _send_again(self, node: str, request: Request) -> None:
         """Let a request that left an engine of the operator `node` enter again."""
         # The new epoch makes leases and late events of the earlier engine invalid.
         again = replace(request, epoch=request.epoch + 1, placement={}, num_cached_tokens=0)
@@ -243,7 +252,7 @@ class Reentry:
         replica = EngineReplica(engine, failed.replica)
         error = failed.last.error or ""
         self._reaction.effects.append(FailedOn(*replica, request.request_id, error))
-        if self.is_over(request):
+        if self._is_over(request):
             return
         avoid = dict.fromkeys((*request.avoid, replica))
         if sum(name == engine for name, _ in avoid) < min(num_present, _MAX_REPLICAS + 1):
@@ -279,4 +288,4 @@ class Reentry:
 
     def _enter(self, node: str, request: Request) -> None:
         self._recovery.num_migrated += 1
-        self.send_again(node, request)
+        self._send_again(node, request)

@@ -97,11 +97,10 @@ class InputQueue:
         meter: Meter,
         lifecycle: RequestLifecycle,
         parking: Parking,
-        preemption: Preemption | None = None,
+        preemption: Preemption,
     ) -> None:
-        """`preemption`: None in a graph whose operators make no claims."""
         self._plan = plan
-        self._preemption = preemption
+        self._preemption = preemption if preemption.is_enabled else None
         self._reaction = reaction
         self._logic_graph = logic_graph
         self._meter = meter

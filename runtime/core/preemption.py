@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from sagellm.runtime.core.accounting import Ledger
 from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.core.effects import Preempt, Reaction, Send
 from sagellm.runtime.core.journal import CreditClaimed
+from sagellm.runtime.core.request_lifecycle import Register
 from sagellm.runtime.messages import ChoiceKey, Prefilled, Request
 from sagellm.runtime.operator import Claim
 from sagellm.runtime.plan import Plan
@@ -24,11 +26,64 @@ _NUM_COMPARED = 64  # of a class, the requests that were sent last
 
 
 @dataclass(frozen=True, slots=True)
-class _Running:
+class RunningRequest:
     """A request at an operator with an engine; only requests that may be preempted are kept."""
 
     gate: CreditGate
     request: Request
+
+
+class RunningRequests:
+    """The requests at operators with engines that may be preempted, and the choice among them."""
+
+    def __init__(self, gates: Gates, num_emitted: Callable[[ChoiceKey], int]) -> None:
+        self._gates = gates
+        self._num_emitted = num_emitted
+        # By operator and priority, in the order in which they were sent.
+        self._by_node: dict[str, dict[int, dict[ChoiceKey, RunningRequest]]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(each) for classes in self._by_node.values() for each in classes.values())
+
+    def add(self, running: RunningRequest) -> None:
+        classes = self._by_node.setdefault(running.gate.node, {})
+        classes.setdefault(running.request.priority, {})[running.request.key] = running
+
+    def remove(self, node: str, key: ChoiceKey) -> bool:
+        """Remove a request. Returns False if it is not at the operator, or not kept here."""
+        classes = self._by_node.get(node, {})
+        return any(running.pop(key, None) is not None for running in classes.values())
+
+    def choose(self, node: str, claim: Claim) -> list[RunningRequest]:
+        """The first requests, all at one replica of `node`, whose credit covers the claimed one;
+        empty if there are none.
+        """
+        by_gate: dict[CreditGate, list[RunningRequest]] = {}
+        for running in self._candidates(node, claim.least_priority):
+            chosen = by_gate.setdefault(running.gate, [])
+            chosen.append(running)
+            keys = [one.request.key for one in chosen]
+            if self._gates.would_take(running.gate, claim.request, without=keys):
+                return chosen
+        return []
+
+    def num_tokens(self, running: RunningRequest) -> int:
+        """The tokens that have to be computed again, if no engine has them cached."""
+        request = running.request
+        return len(request.prompt_token_ids) + self._num_emitted(request.key)
+
+    def _candidates(self, node: str, least_priority: int) -> Iterator[RunningRequest]:
+        """The requests at an operator that may be preempted, the best first."""
+        classes = self._by_node.get(node, {})
+        for priority in sorted(classes, reverse=True):
+            if priority >= least_priority:
+                latest = reversed(tuple(classes[priority].values()))
+                compared = sorted(islice(latest, _NUM_COMPARED), key=self.num_tokens)
+                yield from self._at_open_gates((*compared, *latest))
+
+    def _at_open_gates(self, running: Iterable[RunningRequest]) -> Iterator[RunningRequest]:
+        """Skip requests whose place would go to nobody, because their replica is lost or drains."""
+        return (one for one in running if one.gate not in self._gates.closed)
 
 
 @dataclass(slots=True)
@@ -57,9 +112,8 @@ class Preemption:
         plan: Plan,
         reaction: Reaction,
         gates: Gates,
-        *,
-        num_emitted: Callable[[ChoiceKey], int],
-        is_open: Callable[[ChoiceKey], bool],
+        ledger: Ledger,
+        register: Register,
     ) -> None:
         tables = [getattr(logic, "preempts", None) or {} for logic in plan.logic.values()]
         victims = [priority for table in tables for priority in table.values()]
@@ -68,21 +122,14 @@ class Preemption:
         self._least_priority = min(victims, default=0)
         self._reaction = reaction
         self._gates = gates
-        self._num_emitted = num_emitted
-        self._is_open = is_open
-        self._resuming: set[CreditGate] = set()
-        # By operator and priority, in the order in which they were sent.
-        self._running: dict[str, dict[int, dict[ChoiceKey, _Running]]] = {}
+        self._is_open = register.is_open
+        self._running = RunningRequests(gates, ledger.position)
         self._claims: dict[ChoiceKey, _OpenClaim] = {}
         self._claimants: dict[tuple[CreditGate, ChoiceKey], ChoiceKey] = {}  # by victim
         # How often each choice was preempted; by request id, to forget a request at once.
         self._times: dict[str, Counter[int]] = {}
         self._due: list[tuple[float, ChoiceKey]] = []  # a heap; may hold claims that are over
         self.due_changed = False  # whether `next_due_s` may have changed since it was read
-
-    def opened(self, gate: CreditGate) -> None:
-        """Record that the engine of a gate can resume requests: its requests may be victims."""
-        self._resuming.add(gate)
 
     def sent(self, send: Send) -> None:
         """Record that a request has entered an operator; its claim is over."""
@@ -93,19 +140,17 @@ class Preemption:
         key = request.key
         if self._claims.pop(key, None) is not None:
             self.due_changed = True
-        if gate not in self._resuming or request.priority < self._least_priority:
+        if gate not in self._gates.resuming or request.priority < self._least_priority:
             return
         if request.can_be_preempted and self.num_times(key) < MAX_PREEMPTIONS:
-            classes = self._running.setdefault(gate.node, {})
-            classes.setdefault(request.priority, {})[key] = _Running(gate, request)
+            self._running.add(RunningRequest(gate, request))
 
     def released(self, gate: CreditGate, key: ChoiceKey) -> None:
         """Record that a request has left an operator. To be called after its credit was returned,
         and before the return is reported: the claimant may claim again.
         """
-        for running in self._running.get(gate.node, {}).values():
-            if running.pop(key, None) is not None:
-                return
+        if self._running.remove(gate.node, key):
+            return
         claimant = self._claimants.pop((gate, key), None)
         claim = None if claimant is None else self._claims.get(claimant)
         if claim is not None and claimant is not None:
@@ -156,11 +201,12 @@ class Preemption:
         return claim is not None and claim.due_s == due_s and not claim.victims
 
     def _serve(self, key: ChoiceKey, opened: _OpenClaim) -> None:
-        victims = self._choose(opened) if self._is_open(key) else []
+        node = self._full_node(opened)
+        victims = self._running.choose(node, opened.claim) if self._is_open(key) else []
         if not victims:
             del self._claims[key]
             return
-        cost_s = opened.claim.token_s * sum(map(self._num_tokens, victims))
+        cost_s = opened.claim.token_s * sum(map(self._running.num_tokens, victims))
         if opened.due_s == math.inf and opened.claim.wait_s < cost_s:
             opened.due_s = self._reaction.now + cost_s
             heapq.heappush(self._due, (opened.due_s, key))
@@ -170,24 +216,11 @@ class Preemption:
             self._preempt(victim, key)
             opened.victims.add(victim.request.key)
 
-    def _preempt(self, victim: _Running, claimant: ChoiceKey) -> None:
+    def _preempt(self, victim: RunningRequest, claimant: ChoiceKey) -> None:
         gate, key = victim.gate, victim.request.key
-        del self._running[gate.node][victim.request.priority][key]
+        self._running.remove(gate.node, key)
         self._claimants[gate, key] = claimant
         self._reaction.effects.append(Preempt(gate.node, gate.replica, *key))
-
-    def _choose(self, opened: _OpenClaim) -> list[_Running]:
-        """The first requests, all at one replica, whose credit covers the claimed request; empty
-        if there are none.
-        """
-        request, by_gate = opened.claim.request, dict[CreditGate, list[_Running]]()
-        for running in self._candidates(self._full_node(opened), opened.claim.least_priority):
-            chosen = by_gate.setdefault(running.gate, [])
-            chosen.append(running)
-            keys = [one.request.key for one in chosen]
-            if self._gates.would_take(running.gate, request, without=keys):
-                return chosen
-        return []
 
     def _full_node(self, opened: _OpenClaim) -> str:
         """The operator that has no room: the one that refused, or its decode operator."""
@@ -195,21 +228,3 @@ class Preemption:
         if decoder is None or not self._gates.may_take(opened.node, opened.claim.request):
             return opened.node
         return decoder
-
-    def _candidates(self, node: str, least_priority: int) -> Iterator[_Running]:
-        """The requests at an operator that may be preempted, the best first."""
-        classes = self._running.get(node, {})
-        for priority in sorted(classes, reverse=True):
-            if priority >= least_priority:
-                latest = reversed(tuple(classes[priority].values()))
-                compared = sorted(islice(latest, _NUM_COMPARED), key=self._num_tokens)
-                yield from self._at_open_gates((*compared, *latest))
-
-    def _at_open_gates(self, running: Iterable[_Running]) -> Iterator[_Running]:
-        """Skip requests whose place would go to nobody, because their replica is lost or drains."""
-        return (one for one in running if one.gate not in self._gates.closed)
-
-    def _num_tokens(self, running: _Running) -> int:
-        """The tokens that have to be computed again, if no engine has them cached."""
-        request = running.request
-        return len(request.prompt_token_ids) + self._num_emitted(request.key)

@@ -1,7 +1,6 @@
 """Reads the events of an engine for one replica of an operator, and follows its availability."""
 
 from collections.abc import Callable
-
 from typing import TypeAlias
 
 from msgspec.structs import replace

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.vocabulary import RESUME
-from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault
+from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault, Preempt
 from sagellm.runtime.core.events import (
     CacheReported,
     Ended,
@@ -75,6 +75,12 @@ def _places(error: Exception) -> list[str]:
     return places
 
 
+def preempt(host: "ServiceHost", effect: Preempt) -> None:
+    """Let a host give a request back to the core."""
+    key = effect.request_id, effect.choice
+    host.signal(Signal("cancel", *key), preempted=(key,))
+
+
 class Spawner(Protocol):
     """Starts tasks, as a nursery of trio does."""
 
@@ -120,27 +126,17 @@ class ServiceHost:
         else:
             self._end(item)
 
-    def signal(self, signal: Signal) -> None:
-        """End the queued and running items that a signal concerns, and give it to the operator."""
-        preempted = self._context.preempted
-        preempted -= {key for key in preempted if signal.concerns(key)}  # they end instead
-        for item in self._mailbox.remove(lambda item: _is_ended_by(item, signal)):
-            self._end(item)
-        self._interrupt(signal)
+    def signal(self, signal: Signal, *, preempted: tuple[ChoiceKey, ...] = ()) -> None:
+        """End the queued and running items that a signal concerns, and give it to the operator.
 
-    def preempt(self, key: ChoiceKey) -> None:
-        """Give a request back to the core: at once if its item is queued, otherwise when the
-        engine has stopped computing it.
+        `preempted`: choices that go back to the core instead, now if their item is queued, else as
+        soon as the engine has stopped computing them.
         """
-        signal = Signal("cancel", *key)
+        kept = self._context.preempted
+        kept -= {key for key in kept if signal.concerns(key)}  # a later cancel ends the request
+        kept.update(preempted)
         for item in self._mailbox.remove(lambda item: _is_ended_by(item, signal)):
-            self._return_request(item)
-            return
-        self._context.preempted.add(key)
-        self._interrupt(signal)
-
-    def _interrupt(self, signal: Signal) -> None:
-        """Cancel the running items that a signal concerns, and give it to the operator."""
+            (self._return_request if item.key in kept else self._end)(item)
         for item, scope in self._scopes:
             if _is_ended_by(item, signal):
                 scope.cancel()

@@ -18,8 +18,14 @@ from sagellm.extensions import RESOLVER
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.load.report import percentile
 from sagellm.runtime.core.decision_log import DecisionReader, LogError
-from sagellm.tracing.budgets import COLUMNS, BudgetMeter, budget_report, budget_row, share_row
 from sagellm.tracing.critical_path import PHASES, RequestPath, perfetto_events, request_paths
+from sagellm.tracing.operator_budgets import (
+    COLUMNS,
+    BudgetMeter,
+    budget_report,
+    budget_row,
+    share_row,
+)
 
 _FIX = "name a file that --decisions wrote"
 

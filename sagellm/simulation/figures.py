@@ -19,7 +19,13 @@ from sagellm.load.report import Objective, percentile
 from sagellm.runtime.containers import value_of
 from sagellm.runtime.messages import PRIORITIES
 from sagellm.simulation.simulation_run import SimulatedRequest, SimulatedRun
-from sagellm.tracing.budgets import COLUMNS, BudgetMeter, OperatorBudget, budget_report, budget_row
+from sagellm.tracing.operator_budgets import (
+    COLUMNS,
+    BudgetMeter,
+    OperatorBudget,
+    budget_report,
+    budget_row,
+)
 
 _SHARES = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 

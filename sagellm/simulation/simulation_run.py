@@ -154,7 +154,7 @@ def simulate(
         )
         paths: list[RequestPath] = []
         if budget_options(graph) is not None:
-            executor.observe = PathTracker(paths.append).observe
+            executor.recorders.append(PathTracker(paths.append).observe)
         source = WorkloadSource(executor, point.workload, results)
         for fault in point.faults:
             _plan_fault(executor, engines, fault)

@@ -106,7 +106,7 @@ def test_the_unbroken_file_is_right(vocabulary: Vocabulary) -> None:
             TASKS,
             budgets("ttft_shares: {srot: 0.5}"),
             21,
-            11,
+            25,
             "is called `srot`",
             "`sort`",
         ),

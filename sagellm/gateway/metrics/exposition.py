@@ -26,7 +26,7 @@ from sagellm.graphs.sections import model_operators
 from sagellm.runtime.executors.reading import Window, option_of
 from sagellm.session import Session
 from sagellm.session.models import Model
-from sagellm.tracing.budgets import watch
+from sagellm.tracing.operator_budgets import watch
 
 
 class ExpositionFormat(NamedTuple):

@@ -15,7 +15,7 @@ from sagellm.gateway.metrics.snapshot import (
 )
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.executors.reading import OperatorReading, Shares
-from sagellm.tracing.budgets import OperatorBudget
+from sagellm.tracing.operator_budgets import OperatorBudget
 
 # Each table maps the end of a metric's name to the metric's help text and its value.
 _TOTALS: dict[str, tuple[str, Callable[[OperatorReading], float]]] = {

@@ -19,7 +19,7 @@ from sagellm.runtime.core.core import Core
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
-from sagellm.tracing.budgets import OperatorBudget
+from sagellm.tracing.operator_budgets import OperatorBudget
 
 Labels: TypeAlias = Mapping[str, str]
 Values: TypeAlias = Iterable[tuple[Labels, float]]

@@ -98,4 +98,4 @@ def test_requests_that_end_leave_nothing_in_the_core():
     simulation, _ = played(preempting(JOINT), background_workload(20.0))
     preemption = simulation.executor.core.preemption
     assert not any((preemption._claims, preemption._claimants, preemption._times))
-    assert not any(any(classes.values()) for classes in preemption._running.values())
+    assert not len(preemption._running)

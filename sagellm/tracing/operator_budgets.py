@@ -21,7 +21,7 @@ from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.runtime.executors.tasks import Shell
 from sagellm.tracing.critical_path import PathPhase, PathTracker, RequestPath
 
-Budget: TypeAlias = Literal["ttft", "tpot"]
+BudgetName: TypeAlias = Literal["ttft", "tpot"]
 _SOURCE = "source"  # where a request waits in a graph without a queue
 _LATEST = 256  # requests
 
@@ -32,7 +32,7 @@ class OperatorShare(NamedTuple):
     `slack_s`: what was left of the allowances up to this operator when the request left it.
     """
 
-    budget: Budget
+    budget: BudgetName
     operator: str
     share: float
     allowed_s: float
@@ -52,7 +52,7 @@ class OperatorBudget(msgspec.Struct, frozen=True):
     `least_slack_ms`: of the request with the least.
     """
 
-    budget: Budget
+    budget: BudgetName
     operator: str
     requests: int
     misses: int
@@ -96,7 +96,7 @@ def watch(
     if budget_options(graph) is None:
         return None
     meter = BudgetMeter(graph, vocabulary, slo_ttft_s=slo_ttft_s)
-    executor.observe = PathTracker(meter.observe).observe
+    executor.recorders.append(PathTracker(meter.observe).observe)
     return meter
 
 
@@ -116,12 +116,12 @@ class BudgetMeter:
         options = budget_options(graph) or BudgetOptions()
         self._slo_ttft_s = _first(options.slo_ttft_s, slo_ttft_s)
         self._slo_tpot_s = _first(options.slo_tpot_s, slo_tpot_s)
-        self._explicit: Mapping[Budget, Mapping[str, float]] = {
+        self._explicit: Mapping[BudgetName, Mapping[str, float]] = {
             "ttft": options.ttft_shares, "tpot": options.tpot_shares,
         }  # fmt: skip
         self._queues = _queues(graph, vocabulary)
-        self._taken: dict[tuple[Budget, str], tuple[int, float]] = {}  # requests and seconds
-        self._totals: dict[tuple[Budget, str], _Total] = {}
+        self._taken: dict[tuple[BudgetName, str], tuple[int, float]] = {}  # requests and seconds
+        self._totals: dict[tuple[BudgetName, str], _Total] = {}
 
     def observe(self, path: RequestPath) -> None:
         """Learn from a request that has ended, and count it."""
@@ -161,7 +161,7 @@ class BudgetMeter:
         """The budgets of all operators over all counted requests."""
         return [_summary(*key, total) for key, total in self._totals.items()]
 
-    def _shares(self, budget: Budget, operators: Iterable[str]) -> dict[str, float]:
+    def _shares(self, budget: BudgetName, operators: Iterable[str]) -> dict[str, float]:
         """The shares of the operators on the path of a request; they sum to 1, or to the explicit
         shares if no other operator has taken time.
         """
@@ -174,11 +174,11 @@ class BudgetMeter:
             for name in operators
         }
 
-    def _mean_s(self, budget: Budget, operator: str) -> float:
+    def _mean_s(self, budget: BudgetName, operator: str) -> float:
         number, total_s = self._taken.get((budget, operator), (0, 0.0))
         return _over(total_s, number)
 
-    def _spent(self, path: RequestPath) -> list[tuple[Budget, dict[str, float]]]:
+    def _spent(self, path: RequestPath) -> list[tuple[BudgetName, dict[str, float]]]:
         """The seconds of a request in each operator: until its first token, and per token later.
         Operators without time and without an explicit share are left out.
         """
@@ -194,7 +194,7 @@ class BudgetMeter:
         return [("ttft", ttft), ("tpot", later)]
 
     def _by_operator(
-        self, budget: Budget, path: RequestPath, seconds: Callable[[PathPhase], float]
+        self, budget: BudgetName, path: RequestPath, seconds: Callable[[PathPhase], float]
     ) -> dict[str, float]:
         queue = self._queues.get(path.operators[0], _SOURCE) if path.operators else _SOURCE
         found = dict.fromkeys((queue, *path.operators), 0.0)
@@ -229,7 +229,7 @@ def share_row(one: OperatorShare) -> tuple[str, ...]:
     return one.budget, one.operator, f"{one.share:.1%}", *times, "yes" if one.is_missed else ""
 
 
-def _summary(budget: Budget, operator: str, total: _Total) -> OperatorBudget:
+def _summary(budget: BudgetName, operator: str, total: _Total) -> OperatorBudget:
     number = total.requests
     return OperatorBudget(
         budget=budget,

@@ -12,8 +12,8 @@ from sagellm.cli import main
 from sagellm.extensions import RESOLVER
 from sagellm.graphs.ir import FrozenMap, freeze
 from sagellm.graphs.text.yaml import load
-from sagellm.tracing.budgets import BudgetMeter, budget_report, watch
 from sagellm.tracing.critical_path import PathPhase, PathTracker, RequestPath
+from sagellm.tracing.operator_budgets import BudgetMeter, budget_report, watch
 
 SHARES = {"ttft_shares": {"sort": 0.5, "prefill": 0.25}, "slo_ttft_s": 2.0, "slo_tpot_s": 0.05}
 
@@ -104,7 +104,7 @@ def test_requests_without_an_objective_or_a_first_token_have_no_budget():
 def test_the_time_of_operators_is_the_ttft_and_the_tpot(text):
     paths = []
     simulation = Simulation(text)
-    simulation.executor.observe = PathTracker(paths.append).observe
+    simulation.executor.recorders.append(PathTracker(paths.append).observe)
     simulation.run(random_workload(60, 12.0))
     meter = BudgetMeter(
         simulation.executor.plan.graph, RESOLVER.vocabulary, slo_ttft_s=1.0, slo_tpot_s=0.02
@@ -125,7 +125,7 @@ def test_the_time_of_operators_is_the_ttft_and_the_tpot(text):
 def test_observing_a_run_gives_the_paths_of_its_log():
     seen = []
     simulation = Simulation(PD)
-    simulation.executor.observe = PathTracker(seen.append).observe
+    simulation.executor.recorders.append(PathTracker(seen.append).observe)
     outcome = simulation.run(random_workload(60, 12.0))
     assert seen == logged_paths(outcome, PD)
 
@@ -147,7 +147,7 @@ async def test_a_graph_without_budgets_is_not_observed(autojump_clock):
     graph = Graph("g").engine("g", model="null", device="null")
     async with (graph >> ops.generate(engine="g")).open() as session:
         assert watch(session.executor, RESOLVER.vocabulary) is None
-        assert session.executor.observe is None
+        assert session.executor.recorders == []
 
 
 def simulated(tmp_path, *more):
