@@ -233,6 +233,7 @@ def test_a_victim_that_was_cancelled_meanwhile_ends() -> None:
 
 
 def test_a_request_is_preempted_a_few_times_only() -> None:
+    assert MAX_PREEMPTIONS == 5
     played = Played(places=1)
     played.arrive(ask("a"))
     for number in range(MAX_PREEMPTIONS):
@@ -252,9 +253,9 @@ def test_a_lost_replica_gives_no_victims() -> None:
     played = Played(places=1, replicas=2)
     played.arrive(ask("a"))
     played.arrive(ask("b"))
-    (lost, _), name = played.running["a"], "b"
+    lost, _ = played.running["b"]  # the latest, and so the first choice
     played.on(ReplicaMarked("g", lost, False))
-    assert played.arrive(ask("urgent", "critical")) == [name]
+    assert played.arrive(ask("urgent", "critical")) == ["a"]
 
 
 def test_a_long_prompt_recalls_as_many_of_one_replica_as_it_needs() -> None:

@@ -24,7 +24,9 @@ from sagellm.runtime.messages import PRIORITIES
 
 CRITICAL, BACKGROUND = PRIORITIES["critical"], PRIORITIES["background"]
 ENGINE = replace(OPTIONS, max_num_seqs=8)
-GRAPHS = {"joint": JOINT, "pd": PD}
+# A place in decode is a slot of its engine.
+SLOTS = "{op: decode, engine: d, max_inflight: 8}"
+GRAPHS = {"joint": JOINT, "pd": PD.replace("{op: decode, engine: d}", SLOTS)}
 
 
 def played(text, load, options=ENGINE):
@@ -61,11 +63,10 @@ def test_no_token_of_a_victim_is_lost_or_doubled(graph):
     for number, planned in enumerate(load):
         seen = outcome.seen[f"r{number}"]
         assert (seen.num_tokens, seen.end) == (planned.num_output, "length")
-    times = Counter(
-        event.request.request_id for _, event, _ in outcome.events if isinstance(event, Preempted)
-    )
-    assert times
-    assert max(times.values()) <= MAX_PREEMPTIONS
+    victims = [event.request for _, event, _ in outcome.events if isinstance(event, Preempted)]
+    assert max(Counter(one.request_id for one in victims).values()) <= MAX_PREEMPTIONS
+    # A modelled engine reports the tokens of many steps with the end: they count as emitted.
+    assert max(one.num_emitted for one in victims) > 20
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
