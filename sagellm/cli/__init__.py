@@ -42,6 +42,16 @@ GRAPH_COMMANDS: Mapping[str, tuple[str, str]] = {
     "check": ("sagellm.cli.graph:check", "Find mistakes without running."),
     "show": ("sagellm.cli.graph:show", "Print or draw a graph."),
 }
+ENGINE_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "list": ("sagellm.cli.engine_servers:list_", "The servers behind the graphs that run."),
+    "register": ("sagellm.cli.engine_servers:register", "Add a server to an engine."),
+    "remove": ("sagellm.cli.engine_servers:remove", "Let a server finish, and leave it."),
+}
+MODEL_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "list": ("sagellm.cli.model:list_", "What needs no download."),
+    "download": ("sagellm.cli.model:download_", "Fetch one from the Hub, and check it."),
+    "rm": ("sagellm.cli.model:rm", "Free what one takes."),
+}
 GATEWAY_COMMANDS: Mapping[str, tuple[str, str]] = {
     "start": ("sagellm.cli.background:start", "Start one, and wait until it is ready."),
     "stop": ("sagellm.cli.background:stop", "Let one finish, and end it."),
@@ -84,6 +94,8 @@ APP = _with_commands(
     COMMANDS,
 )
 for group in (
+    _with_commands(App(name="engine", help="Servers behind a graph."), ENGINE_COMMANDS),
+    _with_commands(App(name="model", help="The models on this machine."), MODEL_COMMANDS),
     _with_commands(App(name="gateway", help="Serve in the background."), GATEWAY_COMMANDS),
     _with_commands(App(name="graph", help="Check and draw graphs."), GRAPH_COMMANDS),
     _with_commands(App(name="chaos", help="Make things go wrong on purpose."), CHAOS_COMMANDS),
