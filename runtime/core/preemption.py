@@ -142,7 +142,7 @@ class Preemption:
             self.due_changed = True
         if gate not in self._gates.resuming or request.priority < self._least_priority:
             return
-        if request.can_be_preempted and self.num_times(key) < MAX_PREEMPTIONS:
+        if request.can_be_preempted is not False and self.num_times(key) < MAX_PREEMPTIONS:
             self._running.add(RunningRequest(gate, request))
 
     def released(self, gate: CreditGate, key: ChoiceKey) -> None:
