@@ -2,7 +2,7 @@
 
 from sagellm.graphs.diagnostics import Diagnostic, locate
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.rules import dataflow, deployment, option_types, structure
+from sagellm.graphs.rules import dataflow, deployment, option_types, shares, structure
 from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, EngineKindView, Facts, Rule
 from sagellm.graphs.vocabulary import Vocabulary
 
@@ -30,8 +30,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         deployment.known_tasks,
         deployment.unique_model_names,
         deployment.capabilities,
+        deployment.autoscaled,
         deployment.memory,
-        deployment.budgets,
+        shares.budgets,
     ),
     "wiring": (
         structure.source_and_sink,
@@ -48,6 +49,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         dataflow.matching_engines,
         dataflow.transferred_kv,
         deployment.routed_replicas,
+        deployment.fixed_replicas,
+        deployment.scaled_paths,
+        deployment.scaled_models,
     ),
 }
 

@@ -335,6 +335,7 @@ def targets_of(
             str(graph.node(name).attrs.get("engine", "")),
             any(edge.source in near for edge in graph.inputs(name)),
             frozenset(found),
+            _has(vocabulary[graph.node(name).op].outlets, PREFILLED),
         )
         for name, found in outlets.items()
         if found and vocabulary[graph.node(name).op].engine

@@ -4,9 +4,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
+import msgspec
+
 from sagellm.runtime.containers import MutableMinTree
 from sagellm.runtime.messages import ChoiceKey, Item, Prefilled, Request
-from sagellm.runtime.operator import Credit
+from sagellm.runtime.operator import Claim, Credit
 
 
 class CreditGate(NamedTuple):
@@ -41,6 +43,13 @@ class NoCredit(Exception):
         super().__init__(node, replica)
         self.node = node
         self.replica = replica
+
+
+class CreditClaimed(msgspec.Struct):
+    """An offer with a claim found no credit: the service operator `node` has none."""
+
+    node: str
+    claim: Claim
 
 
 class Account:

@@ -130,6 +130,15 @@ class QueryCache(_Effect, frozen=True, tag="ask_cache"):
     replica: int
 
 
+class ScaleTo(_Effect, frozen=True, tag="scale_to"):
+    """Change the number of replicas of an engine, and report the end of it by `ScaleEnded`."""
+
+    engine: str
+    num_replicas: int
+    num_before: int
+    reason: str
+
+
 Effect: TypeAlias = (
     Send
     | Deliver
@@ -143,6 +152,7 @@ Effect: TypeAlias = (
     | FailedOn
     | Ejected
     | QueryCache
+    | ScaleTo
 )
 
 

@@ -7,14 +7,9 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from sagellm.runtime.core.accounting import Meter
-from sagellm.runtime.core.credit import Gates, NoCredit
-from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, Send
-from sagellm.runtime.core.journal import (
-    CreditClaimed,
-    ReachedSink,
-    TransactionOutcome,
-    UpstreamFeedback,
-)
+from sagellm.runtime.core.credit import CreditClaimed, Gates, NoCredit
+from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, ScaleTo, Send
+from sagellm.runtime.core.journal import ReachedSink, TransactionOutcome, UpstreamFeedback
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import BlockedAt, ParkedInput, Parking, entrances
 from sagellm.runtime.core.preemption import Preemption
@@ -25,6 +20,7 @@ from sagellm.runtime.feedback import (
     PrefixesChanged,
     QueueChanged,
     RoomChanged,
+    ScaleEnded,
     Topology,
 )
 from sagellm.runtime.messages import TokenEvent
@@ -213,6 +209,9 @@ class InputQueue:
                     self._preemption.sent(outcome)
             elif type(outcome) is UpstreamFeedback:
                 self._publish(outcome.feedback, outcome.node)
+            elif type(outcome) is ScaleTo:
+                self._meter.scaling(outcome.engine).begin(outcome.num_replicas, outcome.reason)
+                effects.append(outcome)
             elif self._preemption is not None:
                 assert isinstance(outcome, CreditClaimed)
                 self._preemption.claim(outcome)
@@ -232,6 +231,8 @@ class InputQueue:
         kind = type(feedback)
         if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
+        elif isinstance(feedback, ScaleEnded):
+            self._meter.scaling(feedback.engine).num_failed += bool(feedback.error)
         subscription = self._subscriptions.get((node, kind))
         if subscription is None:
             subscription = self._subscriptions[node, kind] = _Subscription(

@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 import msgspec
 
 from sagellm.runtime.core.accounting import CommittedCount, LogicMeter
-from sagellm.runtime.core.credit import CreditGate, Gates
-from sagellm.runtime.core.effects import OperatorFault, Send
+from sagellm.runtime.core.credit import CreditClaimed, CreditGate, Gates
+from sagellm.runtime.core.effects import OperatorFault, ScaleTo, Send
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import ChoiceKey, Forked, Item
-from sagellm.runtime.operator import Claim, Draw, Logic
+from sagellm.runtime.operator import Draw, Logic
 from sagellm.runtime.user_function import failure_event
 
 _Choices = dict[int, Item]
@@ -78,14 +78,7 @@ class UpstreamFeedback(msgspec.Struct):
     feedback: Feedback
 
 
-class CreditClaimed(msgspec.Struct):
-    """An offer with a claim found no credit: the service operator `node` has none."""
-
-    node: str
-    claim: Claim
-
-
-TransactionOutcome: TypeAlias = Send | ReachedSink | UpstreamFeedback | CreditClaimed
+TransactionOutcome: TypeAlias = Send | ReachedSink | UpstreamFeedback | ScaleTo | CreditClaimed
 Mark: TypeAlias = tuple[int, int, int, int, int, int, int]
 START: Mark = (0, 0, 0, 0, 0, 0, 0)
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from sagellm.runtime.core.accounting import Ledger
-from sagellm.runtime.core.credit import CreditGate, Gates
+from sagellm.runtime.core.credit import CreditClaimed, CreditGate, Gates
 from sagellm.runtime.core.effects import Preempt, Reaction, Send
-from sagellm.runtime.core.journal import CreditClaimed
 from sagellm.runtime.core.request_lifecycle import Register
 from sagellm.runtime.messages import ChoiceKey, Prefilled, Request
 from sagellm.runtime.operator import Claim

@@ -22,6 +22,7 @@ from sagellm.runtime.core.effects import (
     Preempt,
     QueryCache,
     Resumed,
+    ScaleTo,
     Send,
     WakeAt,
 )
@@ -31,9 +32,9 @@ from sagellm.runtime.core.events import (
     ReplicaAdded,
     ReplicaMarked,
     ReplicaRemoved,
+    Reported,
     Signalled,
     Stopped,
-    TimeCame,
 )
 from sagellm.runtime.executors.context import Emissions, TrioWaits
 from sagellm.runtime.executors.engine_reader import follow_availability
@@ -44,10 +45,12 @@ from sagellm.runtime.executors.host import (
     log_ejection,
     log_failure,
     log_fault,
+    log_scaling,
     preempt,
 )
 from sagellm.runtime.executors.reading import Reading, read
-from sagellm.runtime.executors.waits import Waits
+from sagellm.runtime.executors.waits import Timer, Waits
+from sagellm.runtime.feedback import ScaleEnded
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
@@ -62,6 +65,8 @@ class Shell:
     `deliver`: called with every item at the sink. It must not block. `engines`: the replicas of
     each engine of the plan. `record`: called with (time, event, effects) after each event. `clock`:
     the seconds that events get. `now`: the clock of operators. `set_timer`: keeps the core's timer.
+
+    `scale` carries out `ScaleTo`, and calls `end_scaling` at the end; None: replicas are fixed.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Shell:
         self._is_dispatching = False
         self.emissions = Emissions(self.dispatch, waits)
         self._at_rest = waits.lot()
+        self.scale: Callable[[ScaleTo], None] | None = None
         self._spawner: Spawner | None = None
         self._effect_handlers: dict[type, Callable[..., None]] = {
             Send: lambda effect: self._hosts[effect.node, effect.replica].put(effect.item),
@@ -105,6 +111,7 @@ class Shell:
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
             FailedOn: log_failure,
             Ejected: log_ejection,
+            ScaleTo: self._begin_scaling,
             QueryCache: lambda effect: ask_cache(
                 self.engines[effect.engine][effect.replica], dispatch=self.dispatch
             ),
@@ -164,6 +171,11 @@ class Shell:
         """Record that a lost replica will not come back."""
         self.dispatch(ReplicaRemoved(engine, replica))
 
+    def end_scaling(self, engine: str, error: str = "") -> None:
+        """Report that a change of the number of replicas has ended; `error`: why it failed."""
+        node = next(iter(self.plan.nodes_of(engine)), "")
+        self.dispatch(Reported(ScaleEnded(node=node, engine=engine, error=error)))
+
     def dispatch(self, event: Event) -> None:
         """Give an event to the core, and carry out its effects.
 
@@ -189,31 +201,16 @@ class Shell:
         if self._at_rest and self.core.is_at_rest:
             self._at_rest.unpark_all()
 
+    def _begin_scaling(self, effect: ScaleTo) -> None:
+        log_scaling(effect)
+        if self.scale is None or effect.engine not in self.engines:
+            self.end_scaling(effect.engine, "the number of its replicas is fixed")
+        else:
+            self.scale(effect)
+
     def _deliver_item(self, effect: Deliver) -> None:
         self.cause = effect.error
         self._deliver(effect.item)
-
-
-class Timer:
-    """Dispatches `TimeCame` at the time of the latest `WakeAt`."""
-
-    def __init__(self, dispatch: Callable[[Event], None]) -> None:
-        self._dispatch = dispatch
-        self._at_s = inf
-        self._moved = trio.Event()
-
-    def set(self, effect: WakeAt) -> None:
-        self._at_s = effect.at_s
-        self._moved.set()
-
-    async def run(self) -> None:
-        """Run until cancelled."""
-        while True:
-            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
-            with trio.move_on_at(self._at_s):
-                await self._moved.wait()
-                continue
-            self._dispatch(TimeCame())
 
 
 class ExecutorStopped(RuntimeError):

@@ -27,6 +27,7 @@ from sagellm.tracing.operator_budgets import (
     budget_row,
 )
 
+_CLASSES = {level: name for name, level in PRIORITIES.items()}
 _SHARES = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 
 
@@ -63,10 +64,11 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     objective, a second. `slo_attainment`: their share of all requests; None without an objective.
     `prefix_hit_rate`: the cached share of the prompt tokens that engines looked up; None: no prompt
     could share any. `load_imbalance`: the busy time of the busiest replica of an engine over the
-    mean, the largest of all engines. `cost`: replicas * hours * price. `cost_per_1k_tokens`: of
+    mean, the largest of all engines. `cost`: replica hours * price. `cost_per_1k_tokens`: of
     generated tokens. `network_bytes`: KV that links have moved. `preempted`: requests put back for
     others, by class of priority. `ttft_ms_by_class`: of the classes that have served requests.
-    `budgets`: by operator, if the graph has a section `budgets`.
+    `budgets`: by operator, if the graph has a section `budgets`. `replica_hours`: by engine, with
+    the time of starts and drains. `num_scalings`: how often the number of replicas changed.
     """
 
     requests: int
@@ -92,6 +94,8 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     preempted: dict[str, int] = {}
     ttft_ms_by_class: dict[str, Latency] = {}
     budgets: list[OperatorBudget] = []
+    replica_hours: dict[str, float] = {}
+    num_scalings: int = 0
 
 
 def summarise(
@@ -111,9 +115,8 @@ def summarise(
         for name, every in run.engines.items()
         for number, engine in enumerate(every)
     ]
-    cost = sum(
-        len(every) * elapsed_s / 3600 * prices.get(name, 1.0) for name, every in run.engines.items()
-    )
+    hours = {name: run.replica_s(name) / 3600 for name in run.engines}
+    cost = sum(each * prices.get(name, 1.0) for name, each in hours.items())
     num_good = sum(_is_good(one, objective) for one in served) if objective else None
     gaps: Counter[int] = Counter()
     for engine in (one for every in run.engines.values() for one in every):
@@ -142,26 +145,21 @@ def summarise(
         preempted=dict(run.preempted),
         ttft_ms_by_class=_by_class(served),
         budgets=_budgets(run, objective),
+        replica_hours=hours,
+        num_scalings=sum(len(changes) - 1 for changes in run.counts.values()),
     )
 
 
 def _by_class(served: Sequence[SimulatedRequest]) -> dict[str, Latency]:
     """The distribution of TTFTs of each class of priority that has requests."""
-    classes = (
-        (name, latency(one.ttft_s for one in served if one.priority == level))
-        for name, level in PRIORITIES.items()
-    )
-    return {name: one for name, one in classes if one is not None}
+    of = {level: [one.ttft_s for one in served if one.priority == level] for level in _CLASSES}
+    return {_CLASSES[level]: one for level, each in of.items() if (one := latency(each))}
 
 
 def _budgets(run: SimulatedRun, objective: Objective | None) -> list[OperatorBudget]:
-    if not run.paths:
-        return []
-    slo_ttft_s, slo_tpot_s = (objective.ttft_s, objective.itl_s) if objective else (None, None)
-    meter = BudgetMeter(
-        run.graph, RESOLVER.vocabulary, slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s
-    )
-    return budget_report(meter, run.paths)
+    wanted = objective or Objective()
+    slos = {"slo_ttft_s": wanted.ttft_s, "slo_tpot_s": wanted.itl_s}
+    return budget_report(BudgetMeter(run.graph, RESOLVER.vocabulary, **slos), run.paths)
 
 
 def latency(seconds: Iterable[float | None]) -> Latency | None:
@@ -350,11 +348,13 @@ def _lines(summary: SimulationSummary, took_s: float) -> Iterable[tuple[str, str
     if summary.prefix_hit_rate is not None:
         yield "prefix hit rate", f"{summary.prefix_hit_rate:.1%}"
     if summary.preempted:
-        listed = ", ".join(f"{number} {name}" for name, number in summary.preempted.items())
-        yield "preempted", f"{listed} requests, for others of a higher class"
+        yield "preempted", ", ".join(f"{number} {one}" for one, number in summary.preempted.items())
     yield "load imbalance", f"{summary.load_imbalance:.3f} (busiest replica over the mean)"
     each = summary.cost_per_1k_tokens
     yield "cost", f"{summary.cost:.3f}" + ("" if each is None else f", {each:.6f} per 1,000 tokens")
+    if summary.num_scalings:
+        hours = ", ".join(f"{name} {one:.3f}" for name, one in summary.replica_hours.items())
+        yield "replica hours", f"{hours}; their number changed {summary.num_scalings} times"
     phases = ", ".join(f"{name} {value:.1f}" for name, value in summary.phases_ms.items())
     if phases:
         yield "mean phases", f"{phases} ms"

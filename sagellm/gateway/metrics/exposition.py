@@ -19,7 +19,13 @@ from sagellm.extensions import RESOLVER
 from sagellm.gateway.metrics.meters import Counts, HttpMeters, LoopLag, lengths
 from sagellm.gateway.metrics.native import graph_families, http_families
 from sagellm.gateway.metrics.observer import KVShape, Measure, RequestObserver
-from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot, read_engines
+from sagellm.gateway.metrics.snapshot import (
+    EngineReading,
+    ModelReading,
+    Snapshot,
+    read_engines,
+    read_scalings,
+)
 from sagellm.gateway.metrics.vllm import instrumentator_families, vllm_families
 from sagellm.gateway.protocol.sampling_params import ModelCard
 from sagellm.graphs.sections import model_operators
@@ -148,6 +154,7 @@ class GatewayMeters(HttpMeters):
             migration_gaps=executor.core.recovery.gaps_s.copy(),
             num_preempted=dict(executor.core.preemption.num_preempted),
             budgets=() if self._budgets is None else self._budgets.report(),
+            scalings=read_scalings(executor, engines),
         )
 
     def _read_models(

@@ -89,6 +89,8 @@ def graph_families(shown: Snapshot) -> Iterator[Metric]:
     yield from _budgets(shown)
     yield from _engines(shown)
     yield from _requests(shown)
+    if shown.scalings:
+        yield from _scalings(shown)
 
 
 def _operators(shown: Snapshot) -> Iterator[Metric]:
@@ -143,6 +145,22 @@ def _engines(shown: Snapshot) -> Iterator[Metric]:
         for blame, number in one.deaths.items()
     ]
     yield counter("sagellm_engine_deaths", "Workers that died, by what is to blame.", deaths)
+
+
+def _scalings(shown: Snapshot) -> Iterator[Metric]:
+    scalings = [({"graph": shown.graph, "engine": one.engine}, one) for one in shown.scalings]
+    wanted = [(labels, one.num_wanted) for labels, one in scalings]
+    yield gauge("sagellm_autoscale_wanted_replicas", "As the operator decided last.", wanted)
+    ready = [(labels, one.num_ready) for labels, one in scalings]
+    yield gauge("sagellm_autoscale_ready_replicas", "Replicas that are up.", ready)
+    changes = [
+        ({**labels, "reason": reason}, number)
+        for labels, one in scalings
+        for reason, number in one.changes.items()
+    ]
+    yield counter("sagellm_autoscale_changes", "Changes of their number, by reason.", changes)
+    failed = [(labels, one.num_failed) for labels, one in scalings]
+    yield counter("sagellm_autoscale_failures", "Changes that failed.", failed)
 
 
 def _engine(shown: Snapshot, one: EngineReading) -> Labels:

@@ -12,6 +12,7 @@ from prometheus_client.core import (
 )
 
 from sagellm.gateway.metrics.meters import Counts
+from sagellm.graphs.sections import scaled_engines
 from sagellm.runtime.cluster.child_process import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.containers import Buckets
@@ -129,6 +130,20 @@ class ModelReading:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalingReading:
+    """An engine whose number of replicas an operator changes. `changes`: their number, by reason.
+
+    `num_ready`: replicas that are up.
+    """
+
+    engine: str
+    num_wanted: int
+    num_ready: int
+    changes: Mapping[str, int]
+    num_failed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state of a graph at one moment, read on the session's loop.
 
@@ -147,6 +162,7 @@ class Snapshot:
     migration_gaps: Buckets
     num_preempted: Mapping[int, int]
     budgets: Sequence[OperatorBudget]
+    scalings: tuple[ScalingReading, ...] = ()
 
 
 def read_engines(
@@ -160,6 +176,19 @@ def read_engines(
         for replica, engine in enumerate(replicas)
         if not (isinstance(engine, Replaceable) and engine.is_removed)
     )
+
+
+def read_scalings(
+    executor: TasksExecutor, engines: Collection[EngineReading]
+) -> tuple[ScalingReading, ...]:
+    """Return one reading for each engine that an operator scales."""
+    found = []
+    for name in scaled_engines(executor.plan.graph):
+        meter = executor.core.meter.scaling(name)
+        replicas = [one for one in engines if one.name == name]
+        wanted, ready = meter.num_wanted or len(replicas), sum(one.is_up for one in replicas)
+        found.append(ScalingReading(name, wanted, ready, dict(meter.changes), meter.num_failed))
+    return tuple(found)
 
 
 def _reading(
