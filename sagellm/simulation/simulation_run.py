@@ -153,13 +153,7 @@ def simulate(
     facts = {name: every[0].facts for name, every in engines.items()}
     counts = {name: len(every) for name, every in engines.items()}
     ready = plan(
-        graph,
-        RESOLVER,
-        counts,
-        functions=FUNCTIONS,
-        seed=point.seed,
-        facts=facts,
-        hasher=hasher,
+        graph, RESOLVER, counts, functions=FUNCTIONS, seed=point.seed, facts=facts, hasher=hasher
     )
     _refuse_unmodelled(ready, point)
     with recording(point.decisions, ready, float("inf")) as record:
@@ -169,9 +163,7 @@ def simulate(
         )
         scaling = SimulatedScaling(executor, _bounds(graph), open_replica)
         executor.scale = scaling.begin
-        paths: list[RequestPath] = []
-        if budget_options(graph) is not None:
-            executor.recorders.append(PathTracker(paths.append).observe)
+        paths = _followed(executor)
         source = WorkloadSource(executor, point.workload, results)
         for fault in point.faults:
             plan_fault(executor, engines, fault)
@@ -193,6 +185,14 @@ def simulate(
         graph,
         paths,
     )
+
+
+def _followed(executor: SimulationExecutor) -> list[RequestPath]:
+    """The list to which the path of each request is added, if the graph has a section `budgets`."""
+    paths: list[RequestPath] = []
+    if budget_options(executor.plan.graph) is not None:
+        executor.recorders.append(PathTracker(paths.append).observe)
+    return paths
 
 
 def _simulated(engines: Sequence[Engine]) -> tuple[SimulatedEngine, ...]:
