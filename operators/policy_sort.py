@@ -1,7 +1,7 @@
 """policy_sort: queues requests, and emits them in the order of a policy as credit allows."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -30,7 +30,7 @@ from sagellm.runtime.feedback import (
     Topology,
 )
 from sagellm.runtime.forecast import Forecast
-from sagellm.runtime.messages import FinishReason, Request, refusal
+from sagellm.runtime.messages import ChoiceKey, FinishReason, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
@@ -58,6 +58,7 @@ SPEC = OpSpec(
     subscribes=frozenset({"cache", "credit", "first_token", "health", "room", "topology"}),
     signals=frozenset({"cancel", "expire"}),
     queues=True,
+    decides="order",
 )
 
 
@@ -89,17 +90,13 @@ class PolicySort:
         return RequestQueue(context=context, least_urgent=self.classes.least_urgent)
 
     @property
-    def preempts(self) -> Mapping[int, int]:
-        return self.classes.victims
-
-    @property
     def subscribes(self) -> frozenset[str]:
         """The feedback that this operator needs. Prefix blocks ("cache") are also used, but only if
         another operator subscribes to them, or if the policy has a true `reads_cache`.
         """
         unused = set()
         learns = self.ranking is not None or any(order.learns for order in self.policy.orders)
-        if not learns and not self.preempts:
+        if not learns and not self.classes.victims:
             unused.add("first_token")
         if not getattr(self.ranking, "reads_cache", False):
             unused.add("cache")
@@ -132,6 +129,13 @@ class PolicySort:
             case Wake():
                 return self._settle(state, state, now)
         return Step(state, (), state.wake_at)
+
+    def offered(self, state: RequestQueue) -> tuple[Request, ...]:
+        return tuple(map(_request, state.declined))
+
+    def waiting(self, state: RequestQueue, key: ChoiceKey) -> Request | None:
+        found = state.choices.get(key[0], ())
+        return next((entry[3] for entry in found if entry[3].key == key), None)
 
     def _arrive(self, state: RequestQueue, request: Request, now: float) -> Step[RequestQueue]:
         if state.context.indexes and self.lookup is not None:

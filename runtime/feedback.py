@@ -136,8 +136,9 @@ class Topology(msgspec.Struct, frozen=True, tag="topology"):
 class PrefixesChanged(msgspec.Struct, frozen=True, gc=False, tag="prefixes"):
     """The prefix blocks of an engine's replicas have changed; for subscribers to "cache".
 
-    `index`: the new index, shared by all operators.
+    `index`: the new index, shared by all operators. `for_shadows`: no live operator subscribes.
     """
 
     engine: str
     index: PrefixIndex
+    for_shadows: bool = False

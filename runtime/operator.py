@@ -99,7 +99,8 @@ class Wait(msgspec.Struct, frozen=True, gc=False):
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
-    """A waiting request that may take the place of running requests of lower classes.
+    """A waiting request that may take the place of running requests of lower classes. The core
+    accepts claims only if the options of an operator have `preempts`, as those of policy_sort.
 
     `least_priority`: requests of this priority and of larger numbers may be preempted. `wait_s`:
     the predicted time until a place becomes free without a preemption. `token_s`: the predicted
@@ -246,13 +247,11 @@ class Setup:
 class Logic(Protocol[S]):
     """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers.
 
-    Four members are optional. `on_batch(state, items, now, draw) -> Step` gets all items of one
+    Three members are optional. `on_batch(state, items, now, draw) -> Step` gets all items of one
     engine step; its Step must answer every item and keep none. `keeps(state, request_id) -> bool`
     limits the signal "forget" to the requests that the operator keeps. `subscribes` is the subset
-    of the spec's feedback kinds that the operator needs with its options. `preempts`: the classes
-    whose requests may preempt others, with the classes of their victims; an operator without it
-    makes no claims. If any operator subscribes to prefix blocks ("cache"), all operators whose
-    specs name "cache" get them.
+    of the spec's feedback kinds that the operator needs with its options. If any operator
+    subscribes to prefix blocks ("cache"), all operators whose specs name "cache" get them.
     """
 
     @property

@@ -32,6 +32,7 @@ from sagellm.runtime.core.events import (
     Transferred,
     Withdrawn,
 )
+from sagellm.runtime.core.experiments import Experiments
 from sagellm.runtime.core.flow import Flow, Reentry
 from sagellm.runtime.core.inputs import InputQueue, RoomReports
 from sagellm.runtime.core.logic_graph import LogicGraph
@@ -111,6 +112,7 @@ class Core:
         )
         self.outliers = self.replicas.outliers
         self._room_reports = RoomReports(plan, self.gates)
+        self.experiments = Experiments.of(self.logic_graph, plan.specs, register.entries)
         self._wake_at_s = math.inf
         self._handlers = _event_handlers(self)
 
@@ -129,6 +131,8 @@ class Core:
         may_have_moved = self.logic_graph.wakes_changed or self.register.expiries_changed
         if may_have_moved or type(event) in _MAY_MOVE_WAKE or self.preemption.due_changed:
             self._request_wake()
+        if self.experiments is not None:
+            self.experiments.settle(reaction)
         return reaction.effects
 
     @property

@@ -27,6 +27,7 @@ from sagellm.runtime.messages import TokenEvent
 from sagellm.runtime.operator import Arrival, Input, Signal, Wake
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.prefixes import PrefixIndex
+from sagellm.runtime.shadow import Shadowed
 
 
 class RoomReports:
@@ -115,6 +116,7 @@ class InputQueue:
         ]
         self._topology_takers = tuple(name for name in names if "topology" in plan.subscribes(name))
         self._cache_readers = {engine: plan.cache_readers(engine) for engine in plan.engines}
+        self._read_by_shadows = frozenset(filter(plan.only_shadows_read, plan.engines))
 
     def feed(self, node: str, happened: Input) -> None:
         """Give an operator an input. If the operator fails, its requests that depend on it end."""
@@ -143,8 +145,11 @@ class InputQueue:
 
     def report_prefixes(self, engine: str, index: PrefixIndex) -> None:
         """Queue the new index of an engine for the operators that read it."""
-        changed = PrefixesChanged(engine, index)
-        self._inputs += ((name, changed) for name in self._cache_readers[engine])
+        readers, are_shadows = self._cache_readers[engine], engine in self._read_by_shadows
+        if are_shadows:  # live operators decide as without shadows
+            readers = tuple(one for one in readers if isinstance(self._plan.logic[one], Shadowed))
+        changed = PrefixesChanged(engine, index, are_shadows)
+        self._inputs += ((name, changed) for name in readers)
 
     def settle(self) -> None:
         """Give all queued inputs, until none is left: an input may queue further inputs."""

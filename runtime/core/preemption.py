@@ -8,15 +8,16 @@ victims among the requests that the operators with engines hold, and recalls the
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
+from typing import Any
 
 from sagellm.runtime.core.accounting import Ledger
 from sagellm.runtime.core.credit import CreditClaimed, CreditGate, Gates
 from sagellm.runtime.core.effects import Preempt, Reaction, Send
 from sagellm.runtime.core.request_lifecycle import Register
-from sagellm.runtime.messages import ChoiceKey, Prefilled, Request
+from sagellm.runtime.messages import PRIORITIES, ChoiceKey, Prefilled, Request
 from sagellm.runtime.operator import Claim
 from sagellm.runtime.plan import Plan
 
@@ -30,6 +31,13 @@ class RunningRequest:
 
     gate: CreditGate
     request: Request
+
+
+def _victims(operator: Any) -> Iterator[int]:
+    """The priorities that the option `preempts` of an operator names as victims."""
+    table = getattr(getattr(operator, "options", None), "preempts", None)
+    names = table.values() if isinstance(table, Mapping) else ()
+    return (PRIORITIES[name] for name in names if name in PRIORITIES)
 
 
 class RunningRequests:
@@ -103,7 +111,8 @@ class Preemption:
     Victims are of the lowest class that runs. Of its requests that were sent last, the victim is
     the one with the fewest tokens to compute again. If a place is predicted to become free sooner
     than these tokens can be computed again, the claim waits, but no longer than that time.
-    `is_enabled`: whether any operator makes claims; otherwise nothing else must be called.
+    `is_enabled`: whether any operator has the option `preempts`; otherwise no other member must be
+    used.
     """
 
     def __init__(
@@ -114,8 +123,7 @@ class Preemption:
         ledger: Ledger,
         register: Register,
     ) -> None:
-        tables = [getattr(logic, "preempts", None) or {} for logic in plan.logic.values()]
-        victims = [priority for table in tables for priority in table.values()]
+        victims = [*chain.from_iterable(map(_victims, plan.logic.values()))]
         self.is_enabled = bool(victims)
         self.num_preempted: Counter[int] = Counter()
         self._least_priority = min(victims, default=0)

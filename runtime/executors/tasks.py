@@ -18,6 +18,7 @@ from sagellm.runtime.core.effects import (
     FailedOn,
     Faulted,
     Interrupt,
+    Noted,
     Parked,
     Preempt,
     QueryCache,
@@ -84,9 +85,8 @@ class Shell:
     ) -> None:
         self.engines = dict(engines)
         self.cause: Exception | None = None  # the exception that ended the item being delivered
-        self.clock = clock
-        self.now = now
-        self.waits = waits
+        self.clock, self.now, self.waits = clock, now, waits
+        self.on_note: Callable[[Noted], None] = lambda effect: None  # the core counts all notes
         self.core = Core(plan, max_hold_s=max_hold_s, clock=clock)
         self._deliver = deliver
         self.is_recorded = record is not None
@@ -110,6 +110,7 @@ class Shell:
             WakeAt: set_timer,
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
             FailedOn: log_failure,
+            Noted: lambda effect: self.on_note(effect),
             Ejected: log_ejection,
             ScaleTo: self._begin_scaling,
             QueryCache: lambda effect: ask_cache(

@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "simulate": ("sagellm.cli.simulate:run", "Run a graph in simulated time."),
     "trace": ("sagellm.cli.trace:run", "Where the time of requests went."),
     "replay": ("sagellm.cli.replay:run", "Decide again what a log says."),
+    "ab": ("sagellm.cli.ab:run", "Compare the arms of an A/B test."),
     "keys": ("sagellm.cli.keys:keys", "Make keys for links over a network."),
     "doctor": ("sagellm.cli.doctor:doctor", "Check this machine and set-up."),
     "tune": ("sagellm.cli.tune:tune", "Measure what suits this machine."),

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from sagellm.opening.checking import check_graph
 from sagellm.opening.decisions import DecisionFile, recording
 from sagellm.opening.graph_engines import engine_options, num_replicas
 from sagellm.opening.sources import override
+from sagellm.runtime.core.effects import Noted
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions
 from sagellm.runtime.handover import Phases, phases_of
 from sagellm.runtime.messages import (
@@ -34,6 +36,7 @@ from sagellm.runtime.messages import (
     Stamps,
     TokenEvent,
 )
+from sagellm.runtime.notes import Assignment
 from sagellm.runtime.plan import Plan, plan
 from sagellm.runtime.port import Engine
 from sagellm.runtime.registry import FUNCTIONS, read_options
@@ -86,6 +89,7 @@ class SimulatedRequest:
     priority: int = NORMAL
     user_id: str = ""
     slo_ttft_s: float | None = None
+    arm: str = ""  # of the last `ab_split` on its way
 
     @property
     def is_ok(self) -> bool:
@@ -152,15 +156,15 @@ def simulate(
     }
     facts = {name: every[0].facts for name, every in engines.items()}
     counts = {name: len(every) for name, every in engines.items()}
-    ready = plan(
-        graph, RESOLVER, counts, functions=FUNCTIONS, seed=point.seed, facts=facts, hasher=hasher
-    )
+    made = partial(plan, graph, RESOLVER, counts, functions=FUNCTIONS, seed=point.seed)
+    ready = made(facts=facts, hasher=hasher)
     _refuse_unmodelled(ready, point)
     with recording(point.decisions, ready, float("inf")) as record:
         results = Recorder(timeline, on_end)
         executor = SimulationExecutor(
             ready, results.deliver, timeline, engines=engines, record=record
         )
+        executor.on_note = results.note
         scaling = SimulatedScaling(executor, _bounds(graph), open_replica)
         executor.scale = scaling.begin
         paths = _followed(executor)
@@ -319,11 +323,7 @@ def request_of(number: int, planned: PlannedRequest) -> Request:
 class Recorder:
     """Keeps a record of each request, as its tokens reach the sink."""
 
-    def __init__(
-        self,
-        timeline: Timeline,
-        on_end: Callable[[SimulatedRequest], None],
-    ) -> None:
+    def __init__(self, timeline: Timeline, on_end: Callable[[SimulatedRequest], None]) -> None:
         self.requests: list[SimulatedRequest] = []
         self._timeline = timeline
         self._on_end = on_end
@@ -340,6 +340,10 @@ class Recorder:
                 slo_ttft_s=planned.slo_ttft_s,
             )
         )
+
+    def note(self, noted: Noted) -> None:
+        if isinstance(noted.note, Assignment):
+            self.requests[int(noted.note.request_id)].arm = noted.note.label
 
     def deliver(self, item: Item | Forked) -> None:
         if not isinstance(item, TokenEvent | Answer):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 from endings import outputs
 from process_streams import NUM_TOKENS, PROMPTS, opened
@@ -130,21 +131,40 @@ async def test_both_choices_of_a_victim_go_on() -> None:
 async def test_victims_that_are_cancelled_at_random_leave_nothing(graph: str) -> None:
     """`opened` checks the ledger and the leases."""
     draw = random.Random(graph)
+    scopes: dict[int, trio.CancelScope] = {}
+    num_tokens = 0
     async with opened(graph, "tasks", **PREEMPTS, **FEW[graph]) as session:
 
         async def work(number: int) -> None:
-            prompt = [number % 251, *[1] * draw.randint(20, 99)]
-            with trio.move_on_after(draw.uniform(0.01, 0.3)):
-                await session.generate(prompt, sampling=GREEDY, priority="background")
+            nonlocal num_tokens
+            prompt = [number, *[1] * draw.randint(20, 99)]
+            stream = session.stream(prompt, sampling=GREEDY, priority="background")
+            with trio.CancelScope() as scopes[number]:
+                async with stream:
+                    async for event in outputs(stream):
+                        num_tokens += len(event.token_ids)
+            del scopes[number]
 
-        async def urgent(number: int) -> None:
-            with trio.move_on_after(draw.uniform(0.01, 0.3)):
-                await session.generate(PROMPTS[number], sampling=SHORT, priority="critical")
+        async def urge() -> None:
+            """An urgent request after each ten tokens; background requests are cancelled as it
+            preempts one of them.
+            """
+            for number in range(20):
+                before = num_tokens
+                while num_tokens < before + 10 and scopes:
+                    await trio.lowlevel.checkpoint()
+                urgent = session.stream(PROMPTS[number], sampling=SHORT, priority="critical")
+                async with urgent:
+                    await trio.lowlevel.checkpoint()
+                    for one in draw.sample(sorted(scopes), min(2, len(scopes))):
+                        scopes[one].cancel()
+                    if number % 3:
+                        await anext(aiter(urgent))
 
-        async with trio.open_nursery() as nursery:
-            for number in range(40):
-                nursery.start_soon(work, number)
-                nursery.start_soon(urgent, number)
-                await trio.sleep(draw.uniform(0, 0.04))
-        assert session.executor.core.preemption.num_preempted.total() > 5
-        assert session.executor.core.ledger.ended["cancelled"] > 10
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for number in range(50):
+                    nursery.start_soon(work, number)
+                nursery.start_soon(urge)
+        assert session.executor.core.preemption.num_preempted.total() > 3
+        assert session.executor.core.ledger.ended["cancelled"] > 20

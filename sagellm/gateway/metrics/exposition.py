@@ -25,6 +25,8 @@ from sagellm.gateway.metrics.snapshot import (
     Snapshot,
     read_engines,
     read_scalings,
+    read_shadows,
+    read_tallies,
 )
 from sagellm.gateway.metrics.vllm import instrumentator_families, vllm_families
 from sagellm.gateway.protocol.sampling_params import ModelCard
@@ -154,6 +156,8 @@ class GatewayMeters(HttpMeters):
             migration_gaps=executor.core.recovery.gaps_s.copy(),
             num_preempted=dict(executor.core.preemption.num_preempted),
             budgets=() if self._budgets is None else self._budgets.report(),
+            shadows=read_shadows(executor.core),
+            tallies=read_tallies(executor.core),
             scalings=read_scalings(executor, engines),
         )
 

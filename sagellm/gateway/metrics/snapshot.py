@@ -17,6 +17,7 @@ from sagellm.runtime.cluster.child_process import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.core.core import Core
+from sagellm.runtime.core.experiments import ExperimentTally
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
@@ -130,6 +131,16 @@ class ModelReading:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowReading:
+    """The shadow of an operator, at the time of a snapshot. `kind`: what it decides about."""
+
+    node: str
+    kind: str
+    num_decisions: int
+    is_off: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ScalingReading:
     """An engine whose number of replicas an operator changes. `changes`: their number, by reason.
 
@@ -162,7 +173,26 @@ class Snapshot:
     migration_gaps: Buckets
     num_preempted: Mapping[int, int]
     budgets: Sequence[OperatorBudget]
+    shadows: tuple[ShadowReading, ...] = ()
+    tallies: tuple[ExperimentTally, ...] = ()
     scalings: tuple[ScalingReading, ...] = ()
+
+
+def read_shadows(core: Core) -> tuple[ShadowReading, ...]:
+    """Return one reading for each operator with a shadow."""
+    found = core.experiments
+    if found is None:
+        return ()
+    return tuple(
+        ShadowReading(node, kind, found.num_decisions(node), found.fault(node) is not None)
+        for node, kind in found.shadows.items()
+    )
+
+
+def read_tallies(core: Core) -> tuple[ExperimentTally, ...]:
+    """Return copies of the tallies of arms and shadows."""
+    found = core.experiments
+    return () if found is None else tuple(one.copy() for one in found.tallies.values())
 
 
 def read_engines(

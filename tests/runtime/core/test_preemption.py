@@ -119,6 +119,12 @@ def test_nothing_is_preempted_without_the_option() -> None:
     assert not played.core.preemption.is_enabled
 
 
+def test_a_queue_with_a_shadow_preempts_as_it_does_without() -> None:
+    played = Played(places=1, shadow={"policy": "priority"})
+    played.arrive(ask("a"))
+    assert played.arrive(ask("urgent", "critical")) == ["a"]
+
+
 def test_nothing_is_preempted_while_there_is_room() -> None:
     played = Played(places=2)
     played.arrive(ask("a"))
