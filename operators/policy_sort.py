@@ -19,6 +19,7 @@ from sagellm.operators.policies.request_queue import (
     RankContext,
     RequestQueue,
     backlogs_differ,
+    has_expired,
 )
 from sagellm.runtime.feedback import (
     CreditChanged,
@@ -30,7 +31,7 @@ from sagellm.runtime.feedback import (
     Topology,
 )
 from sagellm.runtime.forecast import Forecast
-from sagellm.runtime.messages import ChoiceKey, FinishReason, Request, refusal
+from sagellm.runtime.messages import WOULD_WAIT, ChoiceKey, FinishReason, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
@@ -212,15 +213,15 @@ class PolicySort:
         requests again.
         """
         if after.wake_at is not None and after.wake_at <= now:  # first: no such request is offered
-            after, expired = after.without_expired(now)
-            after = self._left(after, expired, now)
-            outputs += _ends(expired, "expired", now)
+            after, ended = after.without_expired(now, before.num_arrived)
+            after = self._left(after, ended, now)
+            outputs += tuple(self._end(after, entry[3], now) for entry in ended)
         policy = self.policy
         level = policy.level(after.level, len(after.entries)) if policy.rising else 0
         order = after.context.orders[level]
         if level != after.level:
             after, anew = after.at_level(level, order), True
-        after, late = after.lapsed(order, now)
+        after, late = after.lapsed(order, now, self.options.window)
         if late:
             outputs += tuple(self._refuse_late(after, entry[3], now) for entry in late)
         if backlogs_differ(after.backlog, before.backlog):
@@ -229,6 +230,21 @@ class PolicySort:
         times = (after.wake_at, after.lapses_at(order), self._policy_wakes_at(after))
         declined = () if anew else after.declined
         return self._offer(after, head, declined, outputs, _earliest(times), now)
+
+    def _end(self, queue: RequestQueue, request: Request, now: float) -> Terminate:
+        """The end of a request that has waited for as long as it may."""
+        if has_expired(request, now):
+            return Terminate(refusal(request, "expired", now=now))
+        retry_after_s = queue.context.forecast.first_token_s(request)
+        event = refusal(
+            request,
+            "refused",
+            now=now,
+            error=f"{self.name}: {WOULD_WAIT}",
+            code="would_wait",
+            retry_after_s=max(retry_after_s, _LEAST_RETRY_S),
+        )
+        return Terminate(event)
 
     def _refuse_late(self, queue: RequestQueue, request: Request, now: float) -> Terminate:
         error = (
@@ -249,11 +265,10 @@ class PolicySort:
     def _head(self, queue: RequestQueue, now: float) -> tuple[RequestQueue, tuple[QueueEntry, ...]]:
         """The requests to offer, the best first, and the queue with the policy's next state."""
         best = getattr(self.ranking, "best", None)
+        if best is None and queue.urgent:
+            return queue, self.classes.head(queue, self.options.window)
         if best is None:
-            window = self.options.window
-            is_plain = not queue.urgent
-            head = queue.entries.head(window) if is_plain else self.classes.head(queue, window)
-            return queue, head
+            return queue, queue.entries.head(self.options.window)
         context = queue.context
         view = QueueView(queue.entries, now, context.indexes, self.lookup)
         head, state = best(context.state, view, self.options.window)
@@ -303,32 +318,24 @@ def _earliest(times: tuple[float | None, ...]) -> float | None:
 
 
 def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
-    """Make the operator. Raises ValueError for contradicting options, and GraphError for wrong
-    `policy_options` and `preempts`.
-    """
+    """Make the operator. Raises ValueError for contradicting options, GraphError for wrong ones."""
     if (options.policy == "own") != (options.function is not None):
         raise ValueError(
             f"{setup.name}: policy: own and function belong together: give both, or neither"
         )
-    lookup = PrefixLookup.of(setup)
     classes = read_classes(options.preempts, ("operators", setup.name, "preempts"))
+    make = partial(
+        PolicySort, setup.name, options=options, lookup=PrefixLookup.of(setup), classes=classes
+    )
     if options.function is None:
         found = _named_policy(options, setup)
         if isinstance(found, Policy):
-            return PolicySort(setup.name, found, options, lookup=lookup, classes=classes)
-        if options.preempts and hasattr(found, "best"):
-            raise ValueError(
-                f"{setup.name}: policy {options.policy} chooses who goes first, and so does "
-                "preempts: leave preempts out, or choose another policy"
-            )
-        unranked = Policy((QueueOrder(lambda request: 0.0),))
-        return PolicySort(
-            setup.name, unranked, options, ranking=found, lookup=lookup, classes=classes
-        )
+            return make(found)
+        classes.refuse_choosing(found, setup.name, options.policy)
+        return make(Policy((QueueOrder(lambda request: 0.0),)), ranking=found)
     refuse_unused("own", frozenset(), options)
     function = find_plain_function(setup, options.function)
-    policy = Policy((QueueOrder(partial(_own_rank, function)),))
-    return PolicySort(setup.name, policy, options, function, lookup=lookup, classes=classes)
+    return make(Policy((QueueOrder(partial(_own_rank, function)),)), function=function)
 
 
 def _own_rank(function: UserFunction, request: Request) -> float:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path
 from sagellm.graphs.rules.rule import choice
-from sagellm.operators.policies.order import USUAL_SPEED
+from sagellm.operators.policies.order import USUAL_SPEED, RankingPolicy
 from sagellm.operators.policies.request_queue import QueueEntry, RequestQueue
-from sagellm.runtime.messages import PRIORITIES
+from sagellm.runtime.messages import PRIORITIES, Request
 from sagellm.runtime.operator import Claim
 
 _MIN_SERVED = 8  # requests that left the queue before the next place is predicted
@@ -42,16 +42,28 @@ class PreemptionClasses:
         rest = [one for one in queue.entries.head(window) if one[2] not in known]
         return (*urgent, *rest)[:window]
 
+    def _may_preempt(self, request: Request) -> bool:
+        """Whether a request may preempt others. One that must not wait has no time for it."""
+        return request.priority in self.victims and not request.is_impatient
+
     def claims(
         self, queue: RequestQueue, head: Sequence[QueueEntry], now: float
     ) -> tuple[Claim, ...]:
         """The claims of the offered requests."""
         gap_s, token_s = _mean_gap_s(queue, now), _token_s(queue)
-        urgent = [entry[3] for entry in head if entry[3].priority in self.victims]
+        urgent = [entry[3] for entry in head if self._may_preempt(entry[3])]
         return tuple(
             Claim(request, self.victims[request.priority], gap_s * place, token_s)
             for place, request in enumerate(urgent, start=1)
         )
+
+    def refuse_choosing(self, policy: RankingPolicy, name: str, policy_name: str) -> None:
+        """Raise ValueError for a policy with a member `best`, if any class may preempt."""
+        if self.victims and hasattr(policy, "best"):
+            raise ValueError(
+                f"{name}: policy {policy_name} chooses who goes first, and so does preempts: "
+                "leave preempts out, or choose another policy"
+            )
 
 
 NO_CLASSES = PreemptionClasses({})

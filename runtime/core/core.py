@@ -33,12 +33,13 @@ from sagellm.runtime.core.events import (
     Withdrawn,
 )
 from sagellm.runtime.core.experiments import Experiments
-from sagellm.runtime.core.flow import Flow, Reentry
+from sagellm.runtime.core.flow import Flow
 from sagellm.runtime.core.inputs import InputQueue, RoomReports
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import Parking
 from sagellm.runtime.core.preemption import Preemption
 from sagellm.runtime.core.prefix_indexes import PrefixIndexes
+from sagellm.runtime.core.reentry import Reentry
 from sagellm.runtime.core.request_lifecycle import (
     Register,
     RequestLifecycle,
@@ -123,6 +124,9 @@ class Core:
         self._handlers[type(event)](event)
         self.prefixes.settle()
         self._inputs.settle()
+        if self.replicas.has_opened:
+            self.replicas.has_opened = False
+            self._flow.retry_all()
         if self.recovery.is_under_way:
             self._reentry.try_next()
         # Last, because changes within one event may cancel each other out.

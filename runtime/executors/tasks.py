@@ -11,6 +11,7 @@ import trio
 from sagellm.runtime.core.accounting import Clock
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import (
+    Assigned,
     Deliver,
     Discard,
     Effect,
@@ -43,6 +44,7 @@ from sagellm.runtime.executors.host import (
     ServiceHost,
     Spawner,
     ask_cache,
+    log_assignment,
     log_ejection,
     log_failure,
     log_fault,
@@ -66,7 +68,6 @@ class Shell:
     `deliver`: called with every item at the sink. It must not block. `engines`: the replicas of
     each engine of the plan. `record`: called with (time, event, effects) after each event. `clock`:
     the seconds that events get. `now`: the clock of operators. `set_timer`: keeps the core's timer.
-
     `scale` carries out `ScaleTo`, and calls `end_scaling` at the end; None: replicas are fixed.
     """
 
@@ -112,6 +113,7 @@ class Shell:
             FailedOn: log_failure,
             Noted: lambda effect: self.on_note(effect),
             Ejected: log_ejection,
+            Assigned: log_assignment,
             ScaleTo: self._begin_scaling,
             QueryCache: lambda effect: ask_cache(
                 self.engines[effect.engine][effect.replica], dispatch=self.dispatch

@@ -219,6 +219,7 @@ SHARED = (
     "can_be_preempted",
     "slo_ttft_s",
     "timeout_s",
+    "no_queue",
 )
 # Fields that a chat has under another name.
 RENAMED = {"max_output_tokens": "max_completion_tokens"}
