@@ -232,14 +232,6 @@ class Gates:
         self.reserved.add(later, key)
         return None
 
-    def would_take(self, gate: CreditGate, request: Request, without: Iterable[ChoiceKey]) -> bool:
-        """Whether a gate would take a request if the choices `without` returned their credit."""
-        account = self.accounts[gate]
-        cost, freed = cost_of(request, account.block_size), list[Credit]()
-        for request_id, choice in without:
-            freed += self._spent.get(request_id, {}).get((gate, choice), ())
-        return account.would_take(cost, freed)
-
     def give(self, gate: CreditGate, key: ChoiceKey) -> bool:
         """Return the cost of the last item of `key`; False if it held no credit at this gate."""
         request_id, choice = key
@@ -296,3 +288,12 @@ class Gates:
         rooms[replica] = math.inf if is_shut else -self.accounts[gate].room
         if (rooms.minimum > -1) != (node in self.full):
             (self.full.discard if node in self.full else self.full.add)(node)
+
+
+def would_take(gates: Gates, gate: CreditGate, request: Request, freed_by: list[ChoiceKey]) -> bool:
+    """Whether a gate would take a request if the choices `freed_by` returned their credit."""
+    account = gates.accounts[gate]
+    cost, freed = cost_of(request, account.block_size), list[Credit]()
+    for request_id, choice in freed_by:
+        freed += gates._spent.get(request_id, {}).get((gate, choice), ())
+    return account.would_take(cost, freed)

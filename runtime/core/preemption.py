@@ -14,7 +14,7 @@ from itertools import chain, islice
 from typing import Any
 
 from sagellm.runtime.core.accounting import Ledger
-from sagellm.runtime.core.credit import CreditClaimed, CreditGate, Gates
+from sagellm.runtime.core.credit import CreditClaimed, CreditGate, Gates, would_take
 from sagellm.runtime.core.effects import Preempt, Reaction, Send
 from sagellm.runtime.core.request_lifecycle import Register
 from sagellm.runtime.messages import PRIORITIES, ChoiceKey, Prefilled, Request
@@ -70,7 +70,7 @@ class RunningRequests:
             chosen = by_gate.setdefault(running.gate, [])
             chosen.append(running)
             keys = [one.request.key for one in chosen]
-            if self._gates.would_take(running.gate, claim.request, without=keys):
+            if would_take(self._gates, running.gate, claim.request, keys):
                 return chosen
         return []
 

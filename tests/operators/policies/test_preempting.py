@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sagellm import Graph, ops
 from sagellm.builder import RESOLVER
@@ -103,6 +104,12 @@ def test_only_preempting_classes_claim() -> None:
     assert claim.wait_s == float("inf")  # nothing was served yet
     assert claim.token_s == 1e-3  # the usual speed
     assert not offered(sort(preempts={}), ask("b", "critical")).claims
+
+
+def test_a_request_that_must_not_wait_claims_nothing() -> None:
+    """It ends at once, and a victim would be preempted in vain."""
+    offer = offered(sort(), replace(ask("a", "critical"), no_queue=True))
+    assert offer.claims == ()
 
 
 def test_without_the_option_first_tokens_are_not_reported() -> None:
