@@ -217,7 +217,8 @@ def _opener(
 ) -> Callable[[EngineReplica], SimulatedEngine]:
     """A function that opens one replica of an engine."""
     options = {name: _options(graph, name) for name in graph.engines}
-    shared = {"block_len": BLOCK_LEN if any(one.block_ids for one in point.workload) else 0}
+    block_len = BLOCK_LEN if any(one.block_ids for one in point.workload) else 0
+    shared = {"block_len": block_len, "seed": point.seed}
     return lambda place: open_simulated(
         options[place.engine], place, timeline, links, hasher, **shared
     )
