@@ -12,7 +12,6 @@ from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.sections import (
     MODELLED,
     ReplicaBounds,
-    budget_options,
     engine_kind,
     scaled_engines,
 )
@@ -48,7 +47,8 @@ from sagellm.runtime.simulation.opening import OnEngineRun, open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import SimulationError, Timeline, few_collections
 from sagellm.simulation.faults import ReplicaFault, plan_fault, refuse_overlaps
-from sagellm.tracing.critical_path import PathTracker, RequestPath
+from sagellm.tracing.critical_path import RequestPath
+from sagellm.tracing.operator_budgets import followed
 
 # What a record has of its planned request.
 _KNOWN = ("input_len", "output_len", "priority", "user_id", "slo_ttft_s", "cost_budget")
@@ -172,7 +172,7 @@ def simulate(
         executor.on_note = results.note
         scaling = SimulatedScaling(executor, _bounds(graph), open_replica)
         executor.scale = scaling.begin
-        paths = _followed(executor)
+        paths = followed(executor)
         source = WorkloadSource(executor, point.workload, results)
         for fault in point.faults:
             plan_fault(executor, engines, fault)
@@ -194,14 +194,6 @@ def simulate(
         graph,
         paths,
     )
-
-
-def _followed(executor: SimulationExecutor) -> list[RequestPath]:
-    """The list to which the path of each request is added, if the graph has a section `budgets`."""
-    paths: list[RequestPath] = []
-    if budget_options(executor.plan.graph) is not None:
-        executor.recorders.append(PathTracker(paths.append).observe)
-    return paths
 
 
 def _simulated(engines: Sequence[Engine]) -> tuple[SimulatedEngine, ...]:

@@ -88,6 +88,14 @@ class _Total:
         self.latest_slack_s.append(one.slack_s)
 
 
+def followed(executor: Shell) -> list[RequestPath]:
+    """The list to which the path of each request is added, if the graph has a section `budgets`."""
+    paths: list[RequestPath] = []
+    if budget_options(executor.plan.graph) is not None:
+        executor.recorders.append(PathTracker(paths.append).observe)
+    return paths
+
+
 def watch(
     executor: Shell, vocabulary: Vocabulary, slo_ttft_s: float | None = None
 ) -> "BudgetMeter | None":
