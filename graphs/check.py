@@ -2,7 +2,7 @@
 
 from sagellm.graphs.diagnostics import Diagnostic, locate
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.rules import dataflow, deployment, option_types, structure
+from sagellm.graphs.rules import dataflow, deployment, option_types, shares, structure
 from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, EngineKindView, Facts, Rule
 from sagellm.graphs.vocabulary import Vocabulary
 
@@ -32,6 +32,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         deployment.capabilities,
         deployment.autoscaled,
         deployment.memory,
+        shares.budgets,
     ),
     "wiring": (
         structure.source_and_sink,

@@ -1,11 +1,11 @@
-"""Reads the sections `engines`, `models` and `executor` of a stream graph.
+"""Reads the sections `engines`, `models`, `budgets` and `executor` of a stream graph.
 
 A model enters the graph at an outlet of an operator `route_model`; the outlet has the model's key.
 The engines of a model are downstream of that outlet. A graph without such an operator serves one
 model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,6 +35,31 @@ class ModelEntryOptions:
     aliases: tuple[str, ...] = ()
     max_model_len: int | None = field(default=None, metadata={"min": 2})
     tasks: tuple[Literal["generate", "embed"], ...] = ("generate",)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetOptions:
+    """The section `budgets`: latency objectives, and how operators share them.
+
+    `slo_ttft_s`: the objective of requests that set none. `slo_tpot_s`: the objective of the mean
+    time per token after the first. `ttft_shares`, `tpot_shares`: by operator, its share of each,
+    from 0 to 1; along a path they sum to at most 1. Operators without a share get what is left, in
+    proportion to the time that they have taken.
+    """
+
+    slo_ttft_s: float | None = field(default=None, metadata={"min": 1e-6})
+    slo_tpot_s: float | None = field(default=None, metadata={"min": 1e-6})
+    ttft_shares: Mapping[str, float] = field(default_factory=dict)
+    tpot_shares: Mapping[str, float] = field(default_factory=dict)
+
+
+SHARES = ("ttft_shares", "tpot_shares")
+
+
+def budget_options(graph: Graph) -> BudgetOptions | None:
+    """The section `budgets` of a graph that `check` has passed; None without it."""
+    values = graph.attrs.get("budgets")
+    return BudgetOptions(**values) if isinstance(values, FrozenMap) else None  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.policies import find_policy, refuse_unused
 from sagellm.operators.policies.order import Policy, PolicySortOptions, QueueOrder, RankingPolicy
+from sagellm.operators.policies.preempting import NO_CLASSES, PreemptionClasses, read_classes
 from sagellm.operators.policies.request_queue import (
     QueueEntry,
     QueueView,
@@ -71,7 +72,8 @@ class PolicySort:
     credit was returned. The backlog is reported upstream whenever it changes.
 
     `ranking`: a policy with a state, which then replaces `policy`. `lookup`: finds the tokens of an
-    arriving request that engines have cached, if engines report their prefix blocks.
+    arriving request that engines have cached, if engines report their prefix blocks. `classes`:
+    which waiting requests may preempt which running requests.
     """
 
     name: str
@@ -80,11 +82,13 @@ class PolicySort:
     function: UserFunction | None = None
     ranking: RankingPolicy | None = None
     lookup: PrefixLookup | None = None
+    classes: PreemptionClasses = NO_CLASSES
 
     @property
     def initial(self) -> RequestQueue:
         state = self.ranking.initial if self.ranking is not None else None
-        return RequestQueue(context=RankContext(self._orders(Forecast()), state=state))
+        context = RankContext(self._orders(Forecast()), state=state)
+        return RequestQueue(context=context, least_urgent=self.classes.least_urgent)
 
     @property
     def subscribes(self) -> frozenset[str]:
@@ -92,7 +96,8 @@ class PolicySort:
         another operator subscribes to them, or if the policy has a true `reads_cache`.
         """
         unused = set()
-        if self.ranking is None and not any(order.learns for order in self.policy.orders):
+        learns = self.ranking is not None or any(order.learns for order in self.policy.orders)
+        if not learns and not self.classes.victims:
             unused.add("first_token")
         if not getattr(self.ranking, "reads_cache", False):
             unused.add("cache")
@@ -223,7 +228,8 @@ class PolicySort:
             outputs += (Report(QueueChanged(backlog=after.reported(order))),)
         after, head = self._head(after, now)
         times = (after.wake_at, after.lapses_at(order), self._policy_wakes_at(after))
-        return self._offer(after, head, () if anew else after.declined, outputs, _earliest(times))
+        declined = () if anew else after.declined
+        return self._offer(after, head, declined, outputs, _earliest(times), now)
 
     def _end(self, queue: RequestQueue, request: Request, now: float) -> Terminate:
         """The end of a request that has waited for as long as it may."""
@@ -259,6 +265,8 @@ class PolicySort:
     def _head(self, queue: RequestQueue, now: float) -> tuple[RequestQueue, tuple[QueueEntry, ...]]:
         """The requests to offer, the best first, and the queue with the policy's next state."""
         best = getattr(self.ranking, "best", None)
+        if best is None and queue.urgent:
+            return queue, self.classes.head(queue, self.options.window)
         if best is None:
             return queue, queue.entries.head(self.options.window)
         context = queue.context
@@ -278,6 +286,7 @@ class PolicySort:
         declined: tuple[QueueEntry, ...],
         outputs: tuple[OperatorOutput, ...],
         wake_at: float | None,
+        now: float,
     ) -> Step[RequestQueue]:
         """Offer the requests in `head`, without those in `declined`."""
         if head == declined:  # the common case: the change was behind the window
@@ -288,7 +297,8 @@ class PolicySort:
         else:
             fresh = tuple(map(_request, head))
         if fresh:
-            outputs = (*outputs, Offer(fresh))
+            claims = self.classes.claims(queue, head, now) if queue.urgent else ()
+            outputs = (*outputs, Offer(fresh, claims=claims))
         if head != queue.declined:
             queue = msgspec.structs.replace(queue, declined=head)
         return Step(queue, outputs, wake_at)
@@ -308,24 +318,24 @@ def _earliest(times: tuple[float | None, ...]) -> float | None:
 
 
 def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
-    """Make the operator. Raises ValueError for contradicting options, and GraphError for wrong
-    `policy_options`.
-    """
+    """Make the operator. Raises ValueError for contradicting options, GraphError for wrong ones."""
     if (options.policy == "own") != (options.function is not None):
         raise ValueError(
             f"{setup.name}: policy: own and function belong together: give both, or neither"
         )
-    lookup = PrefixLookup.of(setup)
+    classes = read_classes(options.preempts, ("operators", setup.name, "preempts"))
+    make = partial(
+        PolicySort, setup.name, options=options, lookup=PrefixLookup.of(setup), classes=classes
+    )
     if options.function is None:
         found = _named_policy(options, setup)
         if isinstance(found, Policy):
-            return PolicySort(setup.name, found, options, lookup=lookup)
-        unranked = Policy((QueueOrder(lambda request: 0.0),))
-        return PolicySort(setup.name, unranked, options, ranking=found, lookup=lookup)
+            return make(found)
+        classes.refuse_choosing(found, setup.name, options.policy)
+        return make(Policy((QueueOrder(lambda request: 0.0),)), ranking=found)
     refuse_unused("own", frozenset(), options)
     function = find_plain_function(setup, options.function)
-    policy = Policy((QueueOrder(partial(_own_rank, function)),))
-    return PolicySort(setup.name, policy, options, function, lookup=lookup)
+    return make(Policy((QueueOrder(partial(_own_rank, function)),)), function=function)
 
 
 def _own_rank(function: UserFunction, request: Request) -> float:

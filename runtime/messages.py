@@ -71,6 +71,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     prompt_token_ids: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     priority: int = NORMAL  # 0 critical ... 4 background
+    can_be_preempted: bool | None = None  # False: its place goes to no request of a higher class
     user_id: str = ""
     model: str = ""
     salt: str = ""  # the tenant's: prefix blocks are shared only by requests with equal salts

@@ -98,16 +98,33 @@ class Wait(msgspec.Struct, frozen=True, gc=False):
     node: str
 
 
+class Claim(msgspec.Struct, frozen=True, gc=False):
+    """A waiting request that may take the place of running requests of lower classes. The core
+    accepts claims only if the options of an operator have `preempts`, as those of policy_sort.
+
+    `least_priority`: requests of this priority and of larger numbers may be preempted. `wait_s`:
+    the predicted time until a place becomes free without a preemption. `token_s`: the predicted
+    time to compute a token of a preempted request again.
+    """
+
+    request: Request
+    least_priority: int
+    wait_s: float = math.inf
+    token_s: float = 0.0
+
+
 class Offer(msgspec.Struct, frozen=True, gc=False):
-    """Send the first of these items that has credit. Without credit for any, nothing happens.
+    """Send the first of these items that has credit. Without credit for any, nothing is sent.
 
     If an item is sent, the operator gets the input `OfferTaken`; a sent request gets the stamp
     `dispatched_s`. The operator must keep the items that were not sent, as the queue of policy_sort
-    does.
+    does. `claims`: of offered requests; if no item is sent, the core preempts running requests for
+    them, so that a later offer finds credit.
     """
 
     items: tuple[Item, ...]
     outlet: str = "out"
+    claims: tuple[Claim, ...] = ()
 
 
 class Terminate(msgspec.Struct, frozen=True):

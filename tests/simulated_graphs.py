@@ -1,6 +1,7 @@
 """Graphs of modelled engines, run in simulated time and, to compare, under trio's mock clock."""
 
 from dataclasses import dataclass, field
+from io import BytesIO
 from random import Random
 
 import trio
@@ -8,10 +9,12 @@ import trio.testing
 from msgspec.structs import replace
 
 from sagellm.extensions import RESOLVER
+from sagellm.graphs.text.codec import to_msgpack
 from sagellm.graphs.text.yaml import load
+from sagellm.runtime.core.decision_log import DecisionReader, DecisionWriter, Header
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.messages import EngineReplica, Request, Stamps, TokenEvent
+from sagellm.runtime.messages import NORMAL, PRIORITIES, EngineReplica, Request, Stamps, TokenEvent
 from sagellm.runtime.plan import plan
 from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.simulation.executor import SimulationExecutor
@@ -19,6 +22,7 @@ from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import TraceHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import Timeline
+from sagellm.tracing.critical_path import request_paths
 
 JOINT = """
 sagellm: 1
@@ -75,6 +79,7 @@ class Planned:
     num_prompt: int
     num_output: int
     block_ids: tuple[int, ...] = ()
+    priority: int = NORMAL
 
 
 @dataclass
@@ -116,12 +121,33 @@ def random_workload(number, rate, *, seed=1, prompt=1000, output=100):
     return planned
 
 
+def preempting(text):
+    """A graph whose critical requests take the places of background work."""
+    sort = "{op: policy_sort, policy: priority, preempts: {critical: low}"
+    return text.replace("{op: policy_sort, policy: fifo", sort)
+
+
+def background_workload(seconds, *, load=1.5, seed=3):
+    """Background work at `load` times what two engines of 8 places serve, and a critical request
+    every second. An answer takes about 2.2 s of a place.
+    """
+    draw, at_s, planned = Random(seed), 0.0, []
+    while at_s < seconds:
+        at_s += draw.expovariate(load * 16 / 2.2)
+        num_output = 150 + draw.randrange(100)
+        planned.append(Planned(at_s, 200, num_output, priority=PRIORITIES["background"]))
+    critical = PRIORITIES["critical"]
+    planned += [Planned(0.5 + at_s, 200, 20, priority=critical) for at_s in range(int(seconds))]
+    return sorted(planned, key=lambda one: one.at_s)
+
+
 def request_of(number, planned):
     return Request(
         request_id=f"r{number}",
         prompt_token_ids=TracePrompt(number, planned.num_prompt, planned.block_ids),
         sampling=Sampling(max_tokens=planned.num_output, ignore_eos=True, seed=1),
         stamps=Stamps(arrived_s=planned.at_s),
+        priority=planned.priority,
     )
 
 
@@ -205,3 +231,18 @@ def live(text, workload, options=OPTIONS, *, replicas=2):
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     return outcome
+
+
+def decision_log_of(outcome, text):
+    """The events of a run as a decision log."""
+    file = BytesIO()
+    header = Header(graph=to_msgpack(Simulation(text).executor.plan.graph), engines={})
+    writer = DecisionWriter(file, header, 1 << 30)
+    for decision in outcome.events:
+        writer.record(*decision)
+    file.seek(0)
+    return file
+
+
+def logged_paths(outcome, text):
+    return list(request_paths(DecisionReader(decision_log_of(outcome, text))))

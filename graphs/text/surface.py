@@ -13,7 +13,7 @@ from sagellm.graphs.vocabulary import nearest
 VERSION = 1
 _OP_HINT = "add `op:` with the name of an operator, such as `op: generate`"
 _REQUIRED = ("sagellm", "name", "operators", "edges")
-_SECTIONS = (*_REQUIRED, "imports", "engines", "models", "executor")
+_SECTIONS = (*_REQUIRED, "imports", "engines", "models", "budgets", "executor")
 NAME = re.compile(r"[A-Za-z_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?")
 _END = re.compile(rf"(?P<name>{NAME.pattern})(?:\.(?P<port>{NAME.pattern}))?")
 _ARROW = re.compile(r"->|~>")
@@ -146,6 +146,8 @@ class SurfaceReader:
             attrs["engines"] = self._named("engines", top["engines"])
         if "models" in top:
             attrs["models"] = self._named("models", top["models"])
+        if "budgets" in top:
+            attrs["budgets"] = self._mapping(("budgets",), top["budgets"])
         if "executor" in top:
             attrs["executor"] = self._executor(top["executor"])
         nodes = tuple(self._nodes(top.get("operators", FrozenMap())))

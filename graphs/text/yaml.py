@@ -17,10 +17,10 @@ from sagellm.graphs.text.tree import MAX_CHARACTERS, MAX_DEPTH, plain_scalar, re
 class Document:
     """A graph, and the positions of its paths in the file, which are not part of the graph.
 
-    Paths: ("engines", name, option), ("operators", name, option), ("executor", option), and
-    ("edges", n) for the n-th edge of the graph, optionally followed by "source", "outlet",
-    "target" or "inlet". A path has the position of its key; the path followed by "value" has the
-    position of the key's value.
+    Paths: ("engines", name, option), ("operators", name, option), ("executor", option),
+    ("budgets", option), and ("edges", n) for the n-th edge of the graph, optionally followed by
+    "source", "outlet", "target" or "inlet". A path has the position of its key; the path followed
+    by "value" has the position of the key's value.
     """
 
     graph: Graph
@@ -91,6 +91,8 @@ def _lines(graph: Graph) -> Iterator[str]:
     yield from _section("operators", {node.name: _entries(node) for node in graph.nodes})
     yield "edges:" if graph.edges else "edges: []"
     yield from (f"  - {chain}" for chain in chains(graph.edges))
+    if "budgets" in graph.attrs:
+        yield f"budgets: {flow(graph.attrs['budgets'])}"
     if "executor" in graph.attrs:
         yield f"executor: {flow(graph.attrs['executor'])}"
 
@@ -169,7 +171,7 @@ def _shapes(graph: Graph) -> Iterator[Diagnostic]:
     for key in graph.attrs:
         if key == "imports":
             yield from _imports(graph.attrs[key])
-        elif key not in ("engines", "models", "executor"):
+        elif key not in ("engines", "models", "budgets", "executor"):
             yield _refusal((key,), f"`{key}` has no place in the YAML form", "remove it")
         elif not isinstance(graph.attrs[key], FrozenMap):
             yield _refusal((key,), f"`{key}` must be a mapping", "give it options by name")

@@ -24,7 +24,8 @@ class PolicySortOptions:
     `window`: the number of requests at the head of the queue that are offered downstream. If the
     engine of the first request is full, a later request may go to another engine.
 
-    `policy_options`: the options of a policy that is a class.
+    `policy_options`: the options of a policy that is a class. `preempts`: the classes of priority
+    that may preempt running requests, each with the highest class of its victims (preempting.py).
 
     All other options belong to the policies whose docstrings name them. `aging_s`: a wait of this
     time, in seconds, outweighs one level of priority. `prefill_tokens_per_s`: the speed at which
@@ -45,6 +46,7 @@ class PolicySortOptions:
     late: Literal["demote", "refuse"] = "demote"
     doubling_s: float = field(default=10.0, metadata={"min": 0.0})
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    preempts: Mapping[str, str] = field(default_factory=dict)
 
     def prefill_s(self, request: Request) -> float:
         """T_prefill: the estimated seconds of prefill that the request still needs."""

@@ -60,7 +60,8 @@ class RequestQueue(msgspec.Struct, frozen=True):
 
     `entries` ascend by rank, arrival and number; `expiries` ascend by time. `choices`: the entries
     by request id. `declined`: the entries that were offered downstream and not taken, since credit
-    last changed. `level`: the policy's level of load.
+    last changed. `level`: the policy's level of load. `urgent`: the entries with a priority of
+    `least_urgent` or above, by priority.
     """
 
     entries: SortedChunks[QueueEntry] = SortedChunks()
@@ -75,6 +76,8 @@ class RequestQueue(msgspec.Struct, frozen=True):
     num_sent: int = 0
     num_sent_tokens: int = 0  # uncached prompt tokens of the requests sent
     context: RankContext = RankContext(())
+    least_urgent: int = -1
+    urgent: SortedChunks[tuple[int, QueueEntry]] = SortedChunks()
 
     @property
     def wake_at(self) -> float | None:
@@ -118,7 +121,17 @@ class RequestQueue(msgspec.Struct, frozen=True):
             self.num_sent,
             self.num_sent_tokens,
             self.context,
+            self.least_urgent,
+            self._urgent_with(entry),
         )
+
+    def _urgent_with(self, entry: QueueEntry) -> SortedChunks[tuple[int, QueueEntry]]:
+        level = entry[3].priority
+        return self.urgent if level > self.least_urgent else self.urgent.inserted((level, entry))
+
+    def _urgent_without(self, entry: QueueEntry) -> SortedChunks[tuple[int, QueueEntry]]:
+        level = entry[3].priority
+        return self.urgent if level > self.least_urgent else self.urgent.removed((level, entry))
 
     def entry_of(self, request: Request) -> QueueEntry:
         """The entry of a waiting request."""
@@ -236,10 +249,12 @@ class RequestQueue(msgspec.Struct, frozen=True):
             expiries = expiries.removed((ends_s, entry[2], entry))
             expiries = expiries.inserted((ends_s, entry[2], moved))
         choices = self.choices[request.request_id]
+        urgent = replace(self, urgent=self._urgent_without(entry))._urgent_with(moved)
         return replace(
             self,
             entries=self.entries.removed(entry).inserted(moved),
             expiries=expiries,
+            urgent=urgent,
             choices=self.choices.set(request.request_id, _exchanged(choices, entry, moved)),
             declined=_exchanged(self.declined, entry, moved),
         )
@@ -270,6 +285,8 @@ class RequestQueue(msgspec.Struct, frozen=True):
             self.num_sent + was_sent,
             self.num_sent_tokens + num_tokens * was_sent,
             self.context,
+            self.least_urgent,
+            self._urgent_without(entry),
         )
 
     def _without_all(

@@ -38,6 +38,10 @@ class Ledger:
             self.faults.append(f"{key} was accepted twice")
         self._next_position[key] = position
 
+    def position(self, key: ChoiceKey) -> int:
+        """The position of the next token of an open choice; 0 for any other."""
+        return self._next_position.get(key, 0)
+
     def fork(self, forked: Forked) -> None:
         """Record that a request became several choices."""
         for choice in range(forked.num_choices):

@@ -156,6 +156,8 @@ class ReplicaSet:
         """Open the gate of a replica of a service operator, and report its credit."""
         gate = CreditGate(opened.node, opened.replica)
         self._gates.open(gate, opened.capacity, opened.block_size)
+        if opened.can_resume:
+            self._gates.resuming.add(gate)
         num_left = self._gates.accounts[gate].requests
         credit = CreditChanged(node=opened.node, replica=opened.replica, num_left=num_left)
         self._inputs.report(credit)

@@ -19,6 +19,7 @@ from sagellm.runtime.core.events import (
     Failed,
     Finished,
     Opened,
+    Preempted,
     Released,
     ReplicaAdded,
     ReplicaMarked,
@@ -32,11 +33,13 @@ from sagellm.runtime.core.events import (
     Withdrawn,
 )
 from sagellm.runtime.core.experiments import Experiments
-from sagellm.runtime.core.flow import Flow, Reentry
+from sagellm.runtime.core.flow import Flow
 from sagellm.runtime.core.inputs import InputQueue, RoomReports
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import Parking
+from sagellm.runtime.core.preemption import Preemption
 from sagellm.runtime.core.prefix_indexes import PrefixIndexes
+from sagellm.runtime.core.reentry import Reentry
 from sagellm.runtime.core.request_lifecycle import (
     Register,
     RequestLifecycle,
@@ -86,14 +89,17 @@ class Core:
             reaction, self.gates, self.logic_graph.held_items, register, drops_tokens=drops_tokens
         )
         self.ledger, self.recovery = self.lifecycle.ledger, self.lifecycle.recovery
+        self.preemption = Preemption(plan, reaction, self.gates, self.ledger, register)
         parking = Parking()
         self._inputs = InputQueue(
-            plan, reaction, self.logic_graph, self.meter, self.lifecycle, parking
+            plan, reaction, self.logic_graph, self.meter, self.lifecycle, parking, self.preemption
         )
         self._flow = Flow(
             reaction, self.logic_graph, self.meter, self.lifecycle, parking, self._inputs
         )
-        self._reentry = Reentry(plan, reaction, self.lifecycle, self._inputs, self._flow)
+        self._reentry = Reentry(
+            plan, reaction, self.lifecycle, self._inputs, self._flow, self.preemption
+        )
         self.prefixes = PrefixIndexes(plan, reaction, self._inputs.report_prefixes)
         self.replicas = ReplicaSet(
             plan,
@@ -127,7 +133,7 @@ class Core:
         if self._room_reports.may_have_changed:
             self._inputs.report_room(self._room_reports.changes())
         may_have_moved = self.logic_graph.wakes_changed or self.register.expiries_changed
-        if may_have_moved or type(event) in _MAY_MOVE_WAKE:
+        if may_have_moved or type(event) in _MAY_MOVE_WAKE or self.preemption.due_changed:
             self._request_wake()
         if self.experiments is not None:
             self.experiments.settle(reaction)
@@ -148,6 +154,8 @@ class Core:
         at_s = min(
             self.logic_graph.next_wake_s, self.register.next_expiry_s, self.replicas.next_time_s
         )
+        if self.preemption.is_enabled:
+            at_s = min(at_s, self.preemption.next_due_s)
         if at_s != self._wake_at_s:
             self._wake_at_s = at_s
             self._reaction.effects.append(WakeAt(at_s))
@@ -187,6 +195,8 @@ class Core:
         if not self.gates.give(gate, key):
             return
         self.meter.services[gate].held.leave()
+        if self.preemption.is_enabled:
+            self.preemption.released(gate, key)
         unused = self.gates.reserved.gate_of(key)
         # With no other credit left, the choice will never reach the operator of its reservation.
         if unused is not None and len(self.gates.holders(*key)) == 1:
@@ -240,6 +250,8 @@ class Core:
             self._reentry.end_unserved(availability.max_hold_s)
             self._flow.retry_all()
         self.outliers.readmit_due()
+        if self.preemption.is_enabled:
+            self.preemption.take_due(now)
         self._wake_at_s = math.nan  # unequal to any time, so that the next wake-up is requested
 
 
@@ -255,6 +267,7 @@ def _event_handlers(core: Core) -> dict[type, Callable[[Any], None]]:
         Failed: lambda e: core.lifecycle.fail(OperatorFault(e.node, e.error), e.item),
         Finished: lambda e: core.lifecycle.finish(e.item, e.reason),
         Returned: core._reentry.enter_again,
+        Preempted: core._reentry.resume,
         EngineFailed: core._fail_over,
         Transferred: core._transfer,
         Reported: lambda e: core._inputs.report(e.feedback),

@@ -1,12 +1,14 @@
 """Credit: bounds the requests, tokens and blocks in transit to each replica."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
+
+import msgspec
 
 from sagellm.runtime.containers import MutableMinTree
 from sagellm.runtime.messages import ChoiceKey, Item, Prefilled, Request
-from sagellm.runtime.operator import Credit
+from sagellm.runtime.operator import Claim, Credit
 
 
 class CreditGate(NamedTuple):
@@ -43,6 +45,13 @@ class NoCredit(Exception):
         self.replica = replica
 
 
+class CreditClaimed(msgspec.Struct):
+    """An offer with a claim found no credit: the service operator `node` has none."""
+
+    node: str
+    claim: Claim
+
+
 class Account:
     """The credit that one replica has left, and the number of items that hold credit there."""
 
@@ -71,6 +80,14 @@ class Account:
         self.requests, self.tokens, self.blocks = requests, tokens, blocks
         self.num_items += 1
         return True
+
+    def would_take(self, cost: Credit, freed: Collection[Credit]) -> bool:
+        """Whether the credit would cover a cost after the costs `freed` were returned."""
+        return self.num_items <= len(freed) or (
+            self.requests + sum(one.requests for one in freed) >= cost.requests
+            and self.tokens + sum(one.tokens for one in freed) >= cost.tokens
+            and self.blocks + sum(one.blocks for one in freed) >= cost.blocks
+        )
 
     def give(self, cost: Credit) -> None:
         """Return the cost of an item."""
@@ -138,6 +155,7 @@ class Gates:
         self.unassigned: set[CreditGate] = set()
         self.blocked: frozenset[str] = frozenset()
         self.removed: set[CreditGate] = set()
+        self.resuming: set[CreditGate] = set()  # gates whose engines can resume answers
         self.full: set[str] = set()  # operators without room for a request at any replica
 
     def open(self, gate: CreditGate, capacity: Credit, block_size: int = 1) -> None:
@@ -270,3 +288,12 @@ class Gates:
         rooms[replica] = math.inf if is_shut else -self.accounts[gate].room
         if (rooms.minimum > -1) != (node in self.full):
             (self.full.discard if node in self.full else self.full.add)(node)
+
+
+def would_take(gates: Gates, gate: CreditGate, request: Request, freed_by: list[ChoiceKey]) -> bool:
+    """Whether a gate would take a request if the choices `freed_by` returned their credit."""
+    account = gates.accounts[gate]
+    cost, freed = cost_of(request, account.block_size), list[Credit]()
+    for request_id, choice in freed_by:
+        freed += gates._spent.get(request_id, {}).get((gate, choice), ())
+    return account.would_take(cost, freed)

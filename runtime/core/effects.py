@@ -60,6 +60,18 @@ class Interrupt(_Effect, frozen=True, tag="interrupt"):
     signal: Signal
 
 
+class Preempt(_Effect, frozen=True, tag="preempt"):
+    """Let a replica of a service operator give a request back with the event `Preempted`.
+
+    Nothing comes back of a request that ends before its engine stops.
+    """
+
+    node: str
+    replica: int
+    request_id: str
+    choice: int
+
+
 class Discard(_Effect, frozen=True, tag="discard"):
     """Let the replica that emitted an item free its resources, after an operator failed on it."""
 
@@ -147,6 +159,7 @@ Effect: TypeAlias = (
     Send
     | Deliver
     | Interrupt
+    | Preempt
     | Discard
     | Parked
     | Resumed

@@ -19,12 +19,16 @@ class _Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Opened(_Event, frozen=True, tag="opened"):
-    """A replica of a service operator is up, and grants the credit `capacity`."""
+    """A replica of a service operator is up, and grants the credit `capacity`.
+
+    `can_resume`: its engine can go on with an answer that another engine began.
+    """
 
     node: str
     replica: int
     capacity: Credit
     block_size: int = 1
+    can_resume: bool = False
 
 
 class Arrived(_Event, frozen=True, gc=False, tag="arrived"):
@@ -96,6 +100,16 @@ class Returned(_Event, frozen=True, tag="returned"):
     node: str
     request: Request
     cause: LossCause
+
+
+class Preempted(_Event, frozen=True, tag="preempted"):
+    """An engine has stopped computing a request after the effect `Preempt`, and released it.
+
+    `request` has all emitted tokens.
+    """
+
+    node: str
+    request: Request
 
 
 class EngineFailed(_Event, frozen=True, tag="engine_failed"):
@@ -175,6 +189,7 @@ Event: TypeAlias = (
     | Failed
     | Finished
     | Returned
+    | Preempted
     | EngineFailed
     | Transferred
     | Reported

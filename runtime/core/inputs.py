@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from sagellm.runtime.core.accounting import Meter
-from sagellm.runtime.core.credit import Gates, NoCredit
+from sagellm.runtime.core.credit import CreditClaimed, Gates, NoCredit
 from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, ScaleTo, Send
 from sagellm.runtime.core.journal import ReachedSink, TransactionOutcome, UpstreamFeedback
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import BlockedAt, ParkedInput, Parking, entrances
+from sagellm.runtime.core.preemption import Preemption
 from sagellm.runtime.core.request_lifecycle import RequestLifecycle, reason_of
 from sagellm.runtime.feedback import (
     KINDS,
@@ -95,8 +96,10 @@ class InputQueue:
         meter: Meter,
         lifecycle: RequestLifecycle,
         parking: Parking,
+        preemption: Preemption,
     ) -> None:
         self._plan = plan
+        self._preemption = preemption if preemption.is_enabled else None
         self._reaction = reaction
         self._logic_graph = logic_graph
         self._meter = meter
@@ -169,6 +172,8 @@ class InputQueue:
     def _forget(self, request_id: str) -> None:
         """Queue the signal "forget" of an ended request for the operators that know the request."""
         self._logic_graph.forget(request_id)
+        if self._preemption is not None:
+            self._preemption.forget(request_id)
         forget = Signal("forget", request_id)
         for name, keeps in self._forget_takers:
             # An operator without `keeps` gets the signal for every request.
@@ -208,16 +213,20 @@ class InputQueue:
             elif type(outcome) is Send:
                 self._meter.entered(outcome.node, outcome.replica)
                 effects.append(outcome)
-            elif type(outcome) is ScaleTo:
-                self._meter.scaling(outcome.engine).begin(outcome.num_replicas, outcome.reason)
-                effects.append(outcome)
-            else:
-                assert isinstance(outcome, UpstreamFeedback)
+                if self._preemption is not None:
+                    self._preemption.sent(outcome)
+            elif type(outcome) is UpstreamFeedback:
                 if isinstance(outcome.feedback, RoleAssigned):
                     health = self.assign(outcome.feedback)
                     self._publish(health, health.node)
                 else:
                     self._publish(outcome.feedback, outcome.node)
+            elif type(outcome) is ScaleTo:
+                self._meter.scaling(outcome.engine).begin(outcome.num_replicas, outcome.reason)
+                effects.append(outcome)
+            elif self._preemption is not None:
+                assert isinstance(outcome, CreditClaimed)
+                self._preemption.claim(outcome)
 
     def is_to_wake(self, node: str) -> bool:
         """Whether an operator has asked for a wake-up, or a wake-up of it is parked."""

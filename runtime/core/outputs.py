@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 from msgspec.structs import replace
 
-from sagellm.runtime.core.credit import CreditGate, Gates, NoCredit
+from sagellm.runtime.core.credit import CreditClaimed, CreditGate, Gates, NoCredit
 from sagellm.runtime.core.effects import OperatorFault, ScaleTo
 from sagellm.runtime.core.journal import Journal, LogicCell, ReachedSink, UpstreamFeedback
 from sagellm.runtime.core.parking import Holds, RefusalCache
@@ -17,6 +17,7 @@ from sagellm.runtime.messages import Answer, Item, Prefilled, Request, TokenEven
 from sagellm.runtime.operator import (
     Announce,
     Arrival,
+    Claim,
     Emit,
     EmitAll,
     EmitFirst,
@@ -246,6 +247,21 @@ class Outputs:
                 self._journal.end(item, fault, now)
             self._journal.accepted.append((cell, item))
             return
+        for claim in output.claims:
+            self._claim(cell, claim, output.outlet, now)
+
+    def _claim(self, cell: LogicCell, claim: Claim, outlet: str, now: float) -> None:
+        """Record the claim of a request, with the operator that refuses the request."""
+        mark = self._journal.mark()
+        try:
+            self._propagation.propagate(cell.name, claim.request, outlet, now)
+        except NoCredit as error:
+            self._journal.roll_back(mark)
+            self._journal.outcomes.append(CreditClaimed(error.node, claim))
+        except OperatorFault:  # the next offer fails on it too, and ends the request
+            self._journal.roll_back(mark)
+        else:
+            self._journal.roll_back(mark)
 
     def _terminate(self, cell: LogicCell, output: Terminate, now: float, send: SendItem) -> None:
         check_end(cell.operator, output)

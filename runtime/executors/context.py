@@ -1,5 +1,8 @@
-"""The context of a service operator, what its tasks wait with, and emissions without credit."""
+"""The context of a service operator, its queue of items, what its tasks wait with, and emissions
+without credit.
+"""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -147,6 +150,40 @@ class Emissions:
             emission.is_done.set()
 
 
+class ItemQueue:
+    """A FIFO queue of the items that wait for one service operator.
+
+    Its length is bounded by the credit that the operator grants. Unlike trio's channels, it can
+    remove the items of an ended request from its middle.
+    """
+
+    def __init__(self, waits: Waits) -> None:
+        self._items: deque[Item] = deque()
+        self._waits = waits
+        self._waiting = waits.lot()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        self._waiting.unpark()
+
+    async def take(self) -> Item:
+        """Wait for an item, and take the oldest. If cancelled, takes nothing."""
+        await self._waits.checkpoint_if_cancelled()
+        while not self._items:
+            await self._waiting.park()
+        return self._items.popleft()
+
+    def remove(self, unwanted: Callable[[Item], bool]) -> tuple[Item, ...]:
+        """Remove and return the items for which `unwanted` is true."""
+        removed = tuple(item for item in self._items if unwanted(item))
+        if removed:
+            self._items = deque(item for item in self._items if not unwanted(item))
+        return removed
+
+
 class Executor(Protocol):
     """The members of an executor that contexts and hosts use."""
 
@@ -165,7 +202,8 @@ class ServiceContext:
     """The implementation of the protocol `Context`.
 
     `unanswered`: items in `on_item` for which the operator has sent nothing yet. `untransferred`:
-    items whose KV blocks were not transferred.
+    items whose KV blocks were not transferred. `preempted`: held items that go back to the core as
+    soon as the engine has stopped computing them.
     """
 
     def __init__(self, executor: Executor, name: str, replica: int) -> None:
@@ -176,6 +214,7 @@ class ServiceContext:
         self.engine_name = executor.core.plan.engine_name(name)
         self.unanswered: set[tuple[str, int]] = set()
         self.untransferred: set[tuple[str, int]] = set()
+        self.preempted: set[tuple[str, int]] = set()
 
     @property
     def engine(self) -> Engine:
@@ -220,6 +259,7 @@ class ServiceContext:
         self.executor.dispatch(Reported(named))
 
     def release(self, key: tuple[str, int]) -> None:
+        self.preempted.discard(key)
         self.executor.dispatch(Released(self.name, self.replica, *key))
 
     def not_transferred(self, item: Item, *, has_failed: bool) -> None:

@@ -1,17 +1,22 @@
 """Reads the events of an engine for one replica of an operator, and follows its availability."""
 
 from collections.abc import Callable
+from typing import TypeAlias
+
+from msgspec.structs import replace
 
 from sagellm.runtime.core.effects import OperatorFault
-from sagellm.runtime.core.events import Ended, EngineFailed, Failed, Returned
+from sagellm.runtime.core.events import Ended, EngineFailed, Failed, Preempted, Returned
 from sagellm.runtime.executors.context import ServiceContext
 from sagellm.runtime.feedback import KINDS, LoadReported
 from sagellm.runtime.handover import merge_stamps
-from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, Request, TokenEvent
+from sagellm.runtime.messages import ENGINE_FAILED, ChoiceKey, FinishReason, Request, TokenEvent
 from sagellm.runtime.operator import Service
 from sagellm.runtime.port import Engine, EngineEvent, Lost, PrefillDone, ReportsAvailability
 from sagellm.runtime.user_code import LEAVING, as_error
 from sagellm.runtime.user_function import failure_event
+
+_End: TypeAlias = TokenEvent | PrefillDone
 
 
 def follow_availability(engine: Engine, mark: Callable[..., None]) -> None:
@@ -23,7 +28,8 @@ def follow_availability(engine: Engine, mark: Callable[..., None]) -> None:
 class EngineReader:
     """Gives the events of an engine to the operator.
 
-    Requests that the engine lost, or failed on, go back to the core, which may retry them.
+    Requests that the engine lost, or failed on, go back to the core, which may retry them. So do
+    preempted requests.
     """
 
     def __init__(self, context: ServiceContext, service: Service) -> None:
@@ -45,11 +51,17 @@ class EngineReader:
                 self._recall(events)
                 continue
             begun_s = clock()
+            ends = self._ends_of_preempted(events) if context.preempted else {}
+            if ends:  # first the tokens of the same step, so that the requests resume after them
+                others = (one for one in events if one not in ends.values())
+                events = (*others, *(more for end in ends.values() for more in _tokens_of(end)))
             failed = [one for one in events if getattr(one, "code", "") == ENGINE_FAILED]
             if failed:  # first the tokens of the same step, so that a retry resumes after them
                 await self._hand_on(tuple(one for one in events if one not in failed))
                 events = tuple(one for one in failed if not self._is_failed_over(one))
             await self._hand_on(events)
+            for key, end in ends.items():
+                await self._resume_elsewhere(key, end)
             self._meter.process_s += clock() - begun_s
             if self._reports_load:
                 context.report(LoadReported(load=context.engine.load))
@@ -98,10 +110,46 @@ class EngineReader:
         """Give the requests of lost sequences back to the core."""
         for event in lost:
             assert isinstance(event, Lost)
-            request = self._recalled(event.key)
+            request = self._taken_back(event.key)
             if request is not None:
-                self._context.release(event.key)
                 self._dispatch(Returned(self._context.name, request, event.cause))
+
+    def _taken_back(self, key: ChoiceKey) -> Request | None:
+        """Take a request from the operator, and return its credit. None if it is not held."""
+        request = self._recalled(key)
+        if request is not None:
+            self._context.release(key)
+        return request
+
+    def _ends_of_preempted(self, events: tuple[EngineEvent, ...]) -> dict[ChoiceKey, _End]:
+        """The events with which the engine stops computing preempted requests.
+
+        A prompt may be done before its cancel reaches the engine: then its blocks are held.
+        """
+        ends: dict[ChoiceKey, _End] = {}
+        for event in events:
+            assert not isinstance(event, Lost)
+            first = event.first if isinstance(event, PrefillDone) else event
+            is_stopped = first is not event and not first.is_last
+            if first.key in self._context.preempted and (
+                is_stopped or first.finish_reason == "cancelled"
+            ):
+                ends[first.key] = event
+        return ends
+
+    async def _resume_elsewhere(self, key: ChoiceKey, end: _End) -> None:
+        """Give a preempted request back to the core. A signal that came after `preempt` ends the
+        request instead.
+        """
+        context = self._context
+        if key not in context.preempted:
+            await self._hand_on((_without_tokens(end),))
+            return
+        if isinstance(end, PrefillDone):
+            context.engine.cancel(*key, end.first.epoch)
+        request = self._taken_back(key)
+        if request is not None:
+            self._dispatch(Preempted(context.name, request))
 
     def _recalled(self, key: tuple[str, int]) -> Request | None:
         """Take the request of a sequence from the operator, with all its emitted tokens.
@@ -118,6 +166,25 @@ class EngineReader:
         self._meter.num_errors += 1
         self._context.release(key)
         self._dispatch(Failed(self._context.name, last_event(key, "failed"), error))
+
+
+def _tokens_of(end: _End) -> tuple[EngineEvent, ...]:
+    """The tokens that came with the end of a preempted request, as an event that does not end it.
+    The first token of a prompt whose blocks are held is computed again.
+    """
+    if isinstance(end, PrefillDone) or not end.num_tokens:
+        return ()
+    return (replace(end, finish_reason=None),)
+
+
+def _without_tokens(end: _End) -> _End:
+    """The end of a request whose tokens were handed on before."""
+    if isinstance(end, PrefillDone):
+        return end
+    position = end.position + end.num_tokens
+    return replace(
+        end, position=position, token_ids=(), num_tokens_without_ids=0, text="", logprobs=()
+    )
 
 
 def last_event(key: tuple[str, int], reason: FinishReason) -> TokenEvent:

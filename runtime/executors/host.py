@@ -1,11 +1,18 @@
 """The host of one replica of a service operator: its queue of items and its tasks."""
 
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.effects import Assigned, Ejected, FailedOn, OperatorFault, ScaleTo
+from sagellm.graphs.vocabulary import RESUME
+from sagellm.runtime.core.effects import (
+    Assigned,
+    Ejected,
+    FailedOn,
+    OperatorFault,
+    Preempt,
+    ScaleTo,
+)
 from sagellm.runtime.core.events import (
     CacheReported,
     Ended,
@@ -13,14 +20,15 @@ from sagellm.runtime.core.events import (
     Failed,
     Finished,
     Opened,
+    Preempted,
     Returned,
 )
 from sagellm.runtime.core.outputs import must_be_answered, not_answered
 from sagellm.runtime.core.request_lifecycle import reason_of
-from sagellm.runtime.executors.context import Executor, ServiceContext
+from sagellm.runtime.executors.context import Executor, ItemQueue, ServiceContext
 from sagellm.runtime.executors.engine_reader import EngineReader, last_event
-from sagellm.runtime.executors.waits import Scope, Waits
-from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.executors.waits import Scope
+from sagellm.runtime.messages import ChoiceKey, Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Service, Signal
 from sagellm.runtime.port import DamagedBlocks, Engine, EngineLost, LossCause, StaleLease
 from sagellm.runtime.prefixes import ReportsCache
@@ -85,44 +93,16 @@ def _places(error: Exception) -> list[str]:
     return places
 
 
+def preempt(host: "ServiceHost", effect: Preempt) -> None:
+    """Let a host give a request back to the core."""
+    key = effect.request_id, effect.choice
+    host.signal(Signal("cancel", *key), preempted=(key,))
+
+
 class Spawner(Protocol):
     """Starts tasks, as a nursery of trio does."""
 
     def start_soon(self, function: Callable[[], Awaitable[Any]], /) -> None: ...
-
-
-class ItemQueue:
-    """A FIFO queue of the items that wait for one service operator.
-
-    Its length is bounded by the credit that the operator grants. Unlike trio's channels, it can
-    remove the items of an ended request from its middle.
-    """
-
-    def __init__(self, waits: Waits) -> None:
-        self._items: deque[Item] = deque()
-        self._waits = waits
-        self._waiting = waits.lot()
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def put(self, item: Item) -> None:
-        self._items.append(item)
-        self._waiting.unpark()
-
-    async def take(self) -> Item:
-        """Wait for an item, and take the oldest. If cancelled, takes nothing."""
-        await self._waits.checkpoint_if_cancelled()
-        while not self._items:
-            await self._waiting.park()
-        return self._items.popleft()
-
-    def remove(self, unwanted: Callable[[Item], bool]) -> tuple[Item, ...]:
-        """Remove and return the items for which `unwanted` is true."""
-        removed = tuple(item for item in self._items if unwanted(item))
-        if removed:
-            self._items = deque(item for item in self._items if not unwanted(item))
-        return removed
 
 
 class ServiceHost:
@@ -142,7 +122,9 @@ class ServiceHost:
         self._register = executor.core.register
         facts = context.engine.facts if context.engine_name else None
         block_size = facts.block_size if facts else 1
-        executor.dispatch(Opened(name, replica, service.capacity(facts), block_size))
+        can_resume = facts is not None and RESUME in facts.capabilities
+        capacity = service.capacity(facts)
+        executor.dispatch(Opened(name, replica, capacity, block_size, can_resume))
 
     def start(self, nursery: Spawner) -> None:
         """Start the tasks of the operator, and the reader of its engine."""
@@ -162,10 +144,17 @@ class ServiceHost:
         else:
             self._end(item)
 
-    def signal(self, signal: Signal) -> None:
-        """End the queued and running items that a signal concerns, and give it to the operator."""
+    def signal(self, signal: Signal, *, preempted: tuple[ChoiceKey, ...] = ()) -> None:
+        """End the queued and running items that a signal concerns, and give it to the operator.
+
+        `preempted`: choices that go back to the core instead, now if their item is queued, else as
+        soon as the engine has stopped computing them.
+        """
+        kept = self._context.preempted
+        kept -= {key for key in kept if signal.concerns(key)}  # a later cancel ends the request
+        kept.update(preempted)
         for item in self._mailbox.remove(lambda item: _is_ended_by(item, signal)):
-            self._end(item)
+            (self._return_request if item.key in kept else self._end)(item)
         for item, scope in self._scopes:
             if _is_ended_by(item, signal):
                 scope.cancel()
@@ -207,7 +196,7 @@ class ServiceHost:
             self._meter.num_errors += 1
             self._fail(item, failure)
         elif scope.cancelled_caught:
-            self._end(item)
+            (self._return_request if item.key in self._context.preempted else self._end)(item)
         elif not self._service.holds:
             if is_transferred:
                 self._context.note_transfer(item, succeeded=True)
@@ -224,8 +213,10 @@ class ServiceHost:
         finally:
             self._context.unanswered.discard(item.key)
 
-    def _return_request(self, item: Item, error: Exception) -> None:
-        """Give the request of an item back to the core, after its engine or blocks were lost."""
+    def _return_request(self, item: Item, error: Exception | None = None) -> None:
+        """Give the request of an item back to the core: after `error`, which says that its engine
+        or blocks were lost, or with None because it is preempted.
+        """
         try:
             recalled = self._service.recall(self._context, item.key)
         except (Exception, *LEAVING) as fault:
@@ -234,13 +225,16 @@ class ServiceHost:
             return
         request = recalled or _request_of(item)
         if request is None:
+            assert error is not None  # only requests are preempted
             self._fail(item, error)
-        else:
-            self._discard_and_release(item)
-            cause: LossCause = "none"
-            if recalled is not None and isinstance(error, EngineLost):
-                cause = error.cause
-            self._executor.dispatch(Returned(self._context.name, request, cause))
+            return
+        self._discard_and_release(item)
+        cause: LossCause = "none"
+        if recalled is not None and isinstance(error, EngineLost):
+            cause = error.cause
+        name = self._context.name
+        event = Preempted(name, request) if error is None else Returned(name, request, cause)
+        self._executor.dispatch(event)
 
     def _end(self, item: Item) -> None:
         """End an item because of a signal, and return its credit."""

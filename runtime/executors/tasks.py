@@ -21,6 +21,7 @@ from sagellm.runtime.core.effects import (
     Interrupt,
     Noted,
     Parked,
+    Preempt,
     QueryCache,
     Resumed,
     ScaleTo,
@@ -48,6 +49,7 @@ from sagellm.runtime.executors.host import (
     log_failure,
     log_fault,
     log_scaling,
+    preempt,
 )
 from sagellm.runtime.executors.reading import Reading, read
 from sagellm.runtime.executors.waits import Timer, Waits
@@ -65,9 +67,7 @@ class Shell:
 
     `deliver`: called with every item at the sink. It must not block. `engines`: the replicas of
     each engine of the plan. `record`: called with (time, event, effects) after each event. `clock`:
-    the seconds that events get. `now`: the clock that operators read. `set_timer`: keeps the one
-    timer of the core.
-
+    the seconds that events get. `now`: the clock of operators. `set_timer`: keeps the core's timer.
     `scale` carries out `ScaleTo`, and calls `end_scaling` at the end; None: replicas are fixed.
     """
 
@@ -90,8 +90,8 @@ class Shell:
         self.on_note: Callable[[Noted], None] = lambda effect: None  # the core counts all notes
         self.core = Core(plan, max_hold_s=max_hold_s, clock=clock)
         self._deliver = deliver
-        self._record = record
         self.is_recorded = record is not None
+        self.recorders = [record] if record is not None else []  # observers may be added
         self._events: deque[Event] = deque()
         self._is_dispatching = False
         self.emissions = Emissions(self.dispatch, waits)
@@ -104,6 +104,7 @@ class Shell:
             Interrupt: lambda effect: self._hosts[effect.node, effect.replica].signal(
                 effect.signal
             ),
+            Preempt: lambda effect: preempt(self._hosts[effect.node, effect.replica], effect),
             Discard: lambda effect: self._hosts[effect.node, effect.replica].discard(effect.item),
             Parked: self.emissions.advance,
             Resumed: self.emissions.advance,
@@ -196,8 +197,8 @@ class Shell:
     def _handle(self, event: Event) -> None:
         now = self.clock()
         effects = self.core.on(event, now)
-        if self._record is not None:
-            self._record(now, event, effects)
+        for each in self.recorders:
+            each(now, event, effects)
         for effect in effects:
             self._effect_handlers[type(effect)](effect)
         if self._at_rest and self.core.is_at_rest:
@@ -225,8 +226,7 @@ class ExecutorStopped(RuntimeError):
 class TasksExecutor(Shell):
     """Runs a core under trio: logic operators in the core, service operators in their own tasks.
 
-    `deliver`: called with every item at the sink. It must not block, and may buffer the items:
-    `max_tokens` bounds the items of a request.
+    `deliver` (see `Shell`) may buffer items: `max_tokens` bounds the items of a request.
     """
 
     def __init__(

@@ -5,10 +5,11 @@ so the same operators run in simulated time, a thousand times as fast as under t
 Equal calls at equal times run in the order in which they were made.
 """
 
+import gc
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from heapq import heappop, heappush
 from types import TracebackType
 from typing import Any
@@ -256,3 +257,20 @@ class _Limit(SimulatedScope):
     ) -> None:
         if super().__exit__(kind, error, trace):
             raise trio.TooSlowError
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Switch off automatic collections of garbage: a simulation makes few cycles, and its open
+    requests would be looked through again and again.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

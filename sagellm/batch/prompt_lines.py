@@ -125,8 +125,13 @@ class PlainLine(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     logprobs: int | UnsetType | None = UNSET
     model: str | UnsetType = UNSET
     user_id: str | UnsetType = UNSET
+    can_be_preempted: bool | UnsetType = UNSET
     slo_ttft_s: float | UnsetType = UNSET
     cost_budget: float | UnsetType = UNSET
+
+
+# The fields of a plain line that are fields of its request.
+PLAIN_FIELDS = ("model", "user_id", "can_be_preempted", "slo_ttft_s", "cost_budget")
 
 
 class BatchBody(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -229,7 +234,7 @@ def _plain_request(number: int, line: PlainLine, defaults: Sampling) -> LineRequ
         sampling=msgspec.structs.replace(
             defaults, **sampling_fields, **_set_fields(line, ("logprobs",))
         ),
-        fields=_request_fields(line, ("model", "user_id", "slo_ttft_s", "cost_budget")),
+        fields=_request_fields(line, PLAIN_FIELDS),
         has_max_tokens="max_tokens" in sampling_fields,
     )
 

@@ -34,14 +34,20 @@ from sagellm.runtime.simulation.timeline import SimulationError
 from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.figures import (
     SimulationSummary,
-    over_seeds,
     show,
     show_sweep,
     summarise,
     write_csv,
 )
 from sagellm.simulation.simulation_run import SimulationPoint, simulate
-from sagellm.simulation.sweep import SPEEDUP, SweepPoint, UserImport, measure_all, sweep_points
+from sagellm.simulation.sweep import (
+    SPEEDUP,
+    SweepPoint,
+    UserImport,
+    measure_all,
+    over_seeds,
+    sweep_points,
+)
 
 _POSITIVE, _COUNT = Number(gt=0), Number(gte=1)
 _WIDTH = 200

@@ -14,9 +14,18 @@ from rich.table import Table
 
 from sagellm.cli.errors import Failure
 from sagellm.errors import naming_file
+from sagellm.extensions import RESOLVER
+from sagellm.graphs.text.codec import from_msgpack
 from sagellm.load.report import percentile
 from sagellm.runtime.core.decision_log import DecisionReader, LogError
 from sagellm.tracing.critical_path import PHASES, RequestPath, perfetto_events, request_paths
+from sagellm.tracing.operator_budgets import (
+    COLUMNS,
+    BudgetMeter,
+    budget_report,
+    budget_row,
+    share_row,
+)
 
 _FIX = "name a file that --decisions wrote"
 
@@ -47,7 +56,8 @@ def run(
     json
         Print one JSON object for each request.
     """
-    paths, is_cut = _read(log)
+    paths, is_cut, meter = _read(log)
+    budgets = budget_report(meter, paths)
     if request_id is not None:
         paths = [path for path in paths if path.request_id == request_id]
         if not paths:
@@ -58,32 +68,38 @@ def run(
             perfetto.write_bytes(msgspec.json.encode(list(perfetto_events(paths))))
     if json:
         for path in paths:
-            print(msgspec.json.encode(_object(path)).decode())
+            print(msgspec.json.encode(_object(path, meter)).decode())
         return 0
     console = Console(highlight=False, soft_wrap=True)
     if is_cut:
         console.print("the log ends before its graph did")
     if request_id is None:
         _show_all(console, paths, slowest)
+        _show_budgets(console, [budget_row(one) for one in budgets])
     else:
         for path in paths:
             _show_path(console, path)
+            _show_budgets(console, [share_row(one) for one in meter.divide(path)])
     return 0
 
 
-def _read(log: Path) -> tuple[list[RequestPath], bool]:
-    """The paths of a log, and whether the log ends before its graph did. Raises Failure."""
+def _read(log: Path) -> tuple[list[RequestPath], bool, BudgetMeter]:
+    """The paths of a log, whether the log ends before its graph did, and a meter of the budgets of
+    its graph. Raises Failure.
+    """
     try:
         with log.open("rb") as file:
             reader = DecisionReader(file)
-            return list(request_paths(reader)), reader.is_cut
+            paths = list(request_paths(reader))
+            meter = BudgetMeter(from_msgpack(reader.header.graph), RESOLVER.vocabulary)
+            return paths, reader.is_cut, meter
     except OSError as error:
         raise Failure(f"{error.strerror}", _FIX, str(log)) from None
     except LogError as error:
         raise Failure(str(error), _FIX, str(log)) from None
 
 
-def _object(path: RequestPath) -> dict[str, Any]:
+def _object(path: RequestPath, meter: BudgetMeter) -> dict[str, Any]:
     phases = [{**phase._asdict(), "seconds": phase.seconds} for phase in path.phases]
     return {
         **asdict(path),
@@ -91,7 +107,17 @@ def _object(path: RequestPath) -> dict[str, Any]:
         "e2e_s": path.e2e_s,
         "ttft_s": path.ttft_s,
         "ttft_slack_s": path.ttft_slack_s,
+        "budgets": [{**one._asdict(), "is_missed": one.is_missed} for one in meter.divide(path)],
     }
+
+
+def _show_budgets(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table of budgets, if any request has an objective."""
+    if rows:
+        table = Table(*COLUMNS)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _show_path(console: Console, path: RequestPath) -> None:
@@ -110,6 +136,8 @@ def _headline(path: RequestPath) -> str:
     parts.append(f"{path.num_prompt_tokens} tokens in, {path.num_tokens} out")
     if path.ttft_s is not None:
         parts.append(f"TTFT {path.ttft_s * 1e3:.1f} ms")
+    if path.num_preempted:
+        parts.append(f"preempted {path.num_preempted} times")
     slack_s = path.ttft_slack_s
     if slack_s is not None:
         parts.append(f"{'in time' if slack_s >= 0 else 'late'} by {abs(slack_s) * 1e3:.1f} ms")

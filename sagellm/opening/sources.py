@@ -85,7 +85,8 @@ def _first(folder: Path, names: Iterable[str]) -> str | None:
 def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
     """The graph with options replaced, such as `{"split.min_uncached_tokens": 8}`.
 
-    A target is `NAME.option`. NAME is looked up among operators, then engines, then models.
+    A target is `NAME.option`. NAME is looked up among operators, then engines, then models; the
+    names `executor` and `budgets` mean the sections.
     `NAME.option.key` sets one key if the operator's option is a mapping. `model` replaces the model
     of every engine. Raises GraphError for an unknown NAME. Unknown options are accepted here: the
     check of the graph reports them.
@@ -108,6 +109,8 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
         name = RENAMED_OPERATORS[name]
     if name == "executor":
         return _with_executor(graph, option, value)
+    if name == "budgets":
+        return _with_budget(graph, option, value)
     if name in graph.names:
         nodes = tuple(
             _with_option(node, option, value) if node.name == name else node for node in graph.nodes
@@ -138,6 +141,14 @@ def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
     known = dict(before) if isinstance(before, FrozenMap) and option != "kind" else {}
     changed = FrozenMap({**known, option: freeze(value)})
     return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": changed}))
+
+
+def _with_budget(graph: Graph, option: str, value: Any) -> Graph:
+    """The graph with an option of the section `budgets` set, or one share as `ttft_shares.sort`."""
+    before = graph.attrs.get("budgets", FrozenMap())
+    known = Node("budgets", "", before if isinstance(before, FrozenMap) else FrozenMap())
+    changed = _with_option(known, option, value).attrs
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "budgets": changed}))
 
 
 def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:

@@ -100,8 +100,9 @@ class Session:
         """Return the stream of one request. Entering or reading the stream submits the request.
 
         `prompt` is a text, token ids, both (`Encoded`), or chat messages. `fields` may be
-        request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, waited_s,
-        cost_budget, no_queue, tags. `model` is a name or an alias; the default is the first model.
+        request_id, priority, can_be_preempted, user_id, model, salt, trace, slo_ttft_s, timeout_s,
+        waited_s, cost_budget, no_queue, tags. `model` is a name or an alias; the default is the
+        first model.
         `waited_s` is the time since the request arrived at the caller. `limit_tokens` and
         `limit_bytes` bound the unread items (see `Stream`). Raises RequestError for a wrong
         argument. Reading the stream raises as `generate` does.

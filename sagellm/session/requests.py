@@ -135,6 +135,7 @@ class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = ""
     priority: Annotated[int, msgspec.Meta(ge=0, le=4)] = NORMAL
+    can_be_preempted: bool = True
     user_id: str = ""
     model: str = ""
     salt: Annotated[str, msgspec.Meta(max_length=256)] = ""

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -14,10 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from sagellm.errors import naming_file
+from sagellm.extensions import RESOLVER
 from sagellm.load.report import Objective, percentile
 from sagellm.runtime.containers import value_of
+from sagellm.runtime.messages import PRIORITIES
 from sagellm.simulation.simulation_run import SimulatedRequest, SimulatedRun
+from sagellm.tracing.operator_budgets import (
+    COLUMNS,
+    BudgetMeter,
+    OperatorBudget,
+    budget_report,
+    budget_row,
+)
 
+_CLASSES = {level: name for name, level in PRIORITIES.items()}
 _SHARES = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 
 
@@ -55,7 +65,9 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     `prefix_hit_rate`: the cached share of the prompt tokens that engines looked up; None: no prompt
     could share any. `load_imbalance`: the busy time of the busiest replica of an engine over the
     mean, the largest of all engines. `cost`: replica hours * price. `cost_per_1k_tokens`: of
-    generated tokens. `network_bytes`: KV that links have moved. `replica_hours`: by engine, with
+    generated tokens. `network_bytes`: KV that links have moved. `preempted`: requests put back for
+    others, by class of priority. `ttft_ms_by_class`: of the classes that have served requests.
+    `budgets`: by operator, if the graph has a section `budgets`. `replica_hours`: by engine, with
     the time of starts and drains. `num_scalings`: how often the number of replicas changed.
     """
 
@@ -79,6 +91,9 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     network_bytes: float
     engines: list[EngineUse]
     phases_ms: dict[str, float]
+    preempted: dict[str, int] = {}
+    ttft_ms_by_class: dict[str, Latency] = {}
+    budgets: list[OperatorBudget] = []
     replica_hours: dict[str, float] = {}
     num_scalings: int = 0
 
@@ -127,9 +142,24 @@ def summarise(
         network_bytes=run.links.num_bytes,
         engines=uses,
         phases_ms=_phases(served),
+        preempted=dict(run.preempted),
+        ttft_ms_by_class=_by_class(served),
+        budgets=_budgets(run, objective),
         replica_hours=hours,
         num_scalings=sum(len(changes) - 1 for changes in run.counts.values()),
     )
+
+
+def _by_class(served: Sequence[SimulatedRequest]) -> dict[str, Latency]:
+    """The distribution of TTFTs of each class of priority that has requests."""
+    of = {level: [one.ttft_s for one in served if one.priority == level] for level in _CLASSES}
+    return {_CLASSES[level]: one for level, each in of.items() if (one := latency(each))}
+
+
+def _budgets(run: SimulatedRun, objective: Objective | None) -> list[OperatorBudget]:
+    wanted = objective or Objective()
+    slos = {"slo_ttft_s": wanted.ttft_s, "slo_tpot_s": wanted.itl_s}
+    return budget_report(BudgetMeter(run.graph, RESOLVER.vocabulary, **slos), run.paths)
 
 
 def latency(seconds: Iterable[float | None]) -> Latency | None:
@@ -211,35 +241,6 @@ def _over(count: float, of: float) -> float:
     return count / of if of > 0 else 0.0
 
 
-class Estimate(msgspec.Struct, frozen=True):
-    """A figure over several seeds: its mean, its standard deviation, and its interval."""
-
-    mean: float
-    deviation: float
-    low: float
-    high: float
-
-
-def over_seeds(summaries: Sequence[SimulationSummary]) -> dict[str, Estimate]:
-    """Each number of the summaries over all seeds, by its name, such as "ttft_ms.p50"."""
-    flat = [dict(_numbers(msgspec.to_builtins(one))) for one in summaries]
-    names = [name for name in flat[0] if all(name in one for one in flat)]
-    return {name: _estimate([one[name] for one in flat]) for name in names}
-
-
-def _estimate(values: Sequence[float]) -> Estimate:
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return Estimate(fmean(values), deviation, min(values), max(values))
-
-
-def _numbers(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    for name, one in value.items():
-        if isinstance(one, Mapping):
-            yield from _numbers(one, f"{prefix}{name}.")
-        elif isinstance(one, int | float):
-            yield f"{prefix}{name}", float(one)
-
-
 def write_csv(path: Path, requests: Sequence[SimulatedRequest]) -> None:
     """Write one line for each request. Raises OSError that names the file."""
     names = [one.name for one in fields(SimulatedRequest) if one.name != "phases"]
@@ -269,9 +270,16 @@ def show(console: Console, summary: SimulationSummary, took_s: float) -> None:
     for label, name in _LATENCIES:
         one: Latency | None = getattr(summary, name)
         if one is not None:
-            shares = [getattr(one, share) for share, _ in _SHARES]
-            table.add_row(label, *(f"{value:.1f}" for value in (one.mean, *shares, one.max)))
+            table.add_row(label, *_row(one))
+    if len(summary.ttft_ms_by_class) > 1:
+        for name, one in summary.ttft_ms_by_class.items():
+            table.add_row(f"TTFT {name}", *_row(one))
     console.print(table)
+    if summary.budgets:
+        table = Table(*COLUMNS)
+        for budget in summary.budgets:
+            table.add_row(*budget_row(budget))
+        console.print(table)
     table = Table("engine", "replicas", "busy", "busiest", "KV peak", "steps", "preempted")
     for name in dict.fromkeys(use.engine for use in summary.engines):
         uses = [use for use in summary.engines if use.engine == name]
@@ -285,6 +293,11 @@ def show(console: Console, summary: SimulationSummary, took_s: float) -> None:
             str(sum(use.num_preemptions for use in uses)),
         )
     console.print(table)
+
+
+def _row(one: Latency) -> list[str]:
+    values = (one.mean, *(getattr(one, share) for share, _ in _SHARES), one.max)
+    return [f"{value:.1f}" for value in values]
 
 
 _SWEPT: tuple[tuple[str, Callable[[SimulationSummary], str]], ...] = (
@@ -334,6 +347,8 @@ def _lines(summary: SimulationSummary, took_s: float) -> Iterable[tuple[str, str
         yield "goodput", f"{summary.goodput_rps:.2f}/s, {summary.slo_attainment:.1%} of requests"
     if summary.prefix_hit_rate is not None:
         yield "prefix hit rate", f"{summary.prefix_hit_rate:.1%}"
+    if summary.preempted:
+        yield "preempted", ", ".join(f"{number} {one}" for one, number in summary.preempted.items())
     yield "load imbalance", f"{summary.load_imbalance:.3f} (busiest replica over the mean)"
     each = summary.cost_per_1k_tokens
     yield "cost", f"{summary.cost:.3f}" + ("" if each is None else f", {each:.6f} per 1,000 tokens")

@@ -1,8 +1,7 @@
 """Runs one simulation: a graph and a workload in, a record of each request and the engines out."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -10,7 +9,12 @@ from typing import Any
 
 from sagellm.extensions import RESOLVER
 from sagellm.graphs.ir import FrozenMap, Graph
-from sagellm.graphs.sections import MODELLED, ReplicaBounds, engine_kind, scaled_engines
+from sagellm.graphs.sections import (
+    MODELLED,
+    ReplicaBounds,
+    engine_kind,
+    scaled_engines,
+)
 from sagellm.graphs.text.yaml import Document
 from sagellm.load.workload import BLOCK_LEN, PlannedRequest
 from sagellm.opening.checking import check_graph
@@ -22,6 +26,7 @@ from sagellm.runtime.engine.kinds.modelled import ModelledOptions
 from sagellm.runtime.handover import Phases, phases_of
 from sagellm.runtime.messages import (
     NORMAL,
+    PRIORITIES,
     Answer,
     EngineReplica,
     Forked,
@@ -40,8 +45,10 @@ from sagellm.runtime.simulation.executor import SimulatedScaling, SimulationExec
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import OnEngineRun, open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
-from sagellm.runtime.simulation.timeline import SimulationError, Timeline
+from sagellm.runtime.simulation.timeline import SimulationError, Timeline, few_collections
 from sagellm.simulation.faults import ReplicaFault, plan_fault, refuse_overlaps
+from sagellm.tracing.critical_path import RequestPath
+from sagellm.tracing.operator_budgets import followed
 
 # What a record has of its planned request.
 _KNOWN = ("input_len", "output_len", "priority", "user_id", "slo_ttft_s", "cost_budget")
@@ -113,7 +120,8 @@ class SimulatedRequest:
 class SimulatedRun:
     """What one simulation gave. `engines`: every replica that there was, with its model. `links`:
     between them. `begun_s`: the first arrival; `elapsed_s`: from there to the last event. `counts`:
-    by engine, each (time, number of replicas from then on).
+    by engine, each (time, number of replicas from then on). `preempted`: requests put back for
+    others, by class of priority. `paths`: of all requests, if the graph has a section `budgets`.
     """
 
     requests: Sequence[SimulatedRequest]
@@ -122,6 +130,9 @@ class SimulatedRun:
     begun_s: float
     elapsed_s: float
     counts: Mapping[str, Sequence[tuple[float, int]]]
+    preempted: Mapping[str, int] = field(default_factory=dict)
+    graph: Graph = Graph("")  # noqa: RUF009 (immutable)
+    paths: Sequence[RequestPath] = ()
 
     def replica_s(self, engine: str) -> float:
         """The time of all replicas of an engine, in seconds."""
@@ -161,15 +172,17 @@ def simulate(
         executor.on_note = results.note
         scaling = SimulatedScaling(executor, _bounds(graph), open_replica)
         executor.scale = scaling.begin
+        paths = followed(executor)
         source = WorkloadSource(executor, point.workload, results)
         for fault in point.faults:
             plan_fault(executor, engines, fault)
-        with _few_collections():
+        with few_collections():
             source.start()
             timeline.run()
     executor.core.ledger.check()
     last_s = max((one.ended_s for one in results.requests), default=0.0)
     first_s = point.workload[0].at_s if point.workload else 0.0
+    num_preempted = executor.core.preemption.num_preempted
     return SimulatedRun(
         results.requests,
         {name: _simulated(every) for name, every in executor.engines.items()},
@@ -177,6 +190,9 @@ def simulate(
         first_s,
         last_s - first_s,
         scaling.counts,
+        {name: num_preempted[one] for name, one in PRIORITIES.items() if num_preempted[one]},
+        graph,
+        paths,
     )
 
 
@@ -337,20 +353,3 @@ class Recorder:
             record.ended_s, record.end = self._timeline.now, item.finish_reason
             record.code, record.phases = item.code, phases_of(item.stamps)
             self._on_end(record)
-
-
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    """Switch off automatic collections of garbage: a simulation makes few cycles, and its open
-    requests would be looked through again and again.
-    """
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()

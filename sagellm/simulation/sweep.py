@@ -1,16 +1,18 @@
-"""Sweeps: one simulation for each combination of values, in as many processes as asked.
+"""Sweeps: one simulation for each combination of values, in as many processes as asked; and means
+over seeds.
 
 `python -m sagellm.simulation.sweep` is one of these processes: a point on stdin, figures on stdout.
 """
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import ceil
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
 import msgspec
@@ -96,6 +98,35 @@ def _shares(points: Sequence[SweepPoint], num_processes: int) -> Iterator[Sequen
 def _ended(summary: SimulationSummary, on_end: Callable[[], None]) -> SimulationSummary:
     on_end()
     return summary
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A figure over several seeds: its mean, its standard deviation, and its interval."""
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+def over_seeds(summaries: Sequence[SimulationSummary]) -> dict[str, Estimate]:
+    """Each number of the summaries over all seeds, by its name, such as "ttft_ms.p50"."""
+    flat = [dict(_numbers(msgspec.to_builtins(one))) for one in summaries]
+    names = [name for name in flat[0] if all(name in one for one in flat)]
+    return {name: _estimate([one[name] for one in flat]) for name in names}
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return Estimate(fmean(values), deviation, min(values), max(values))
+
+
+def _numbers(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for name, one in value.items():
+        if isinstance(one, Mapping):
+            yield from _numbers(one, f"{prefix}{name}.")
+        elif isinstance(one, int | float):
+            yield f"{prefix}{name}", float(one)
 
 
 class _Job(msgspec.Struct):

@@ -1,12 +1,15 @@
-"""The path of each request through a graph, from a decision log: which phase took which time."""
+"""The path of each request through a graph, from the decisions of its core: which phase took which
+time.
+"""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sagellm.runtime.core.decision_log import shown_effects
-from sagellm.runtime.core.events import Arrived, Event
-from sagellm.runtime.messages import ChoiceKey, Request
+from sagellm.runtime.core.effects import Deliver, Effect, Send
+from sagellm.runtime.core.events import Arrived, Event, Preempted
+from sagellm.runtime.messages import ChoiceKey, FinishReason, Prefilled, Request, TokenEvent
 
 QUEUE, ENGINE_QUEUE, PREFILL, DECODE = "queue", "engine queue", "prefill", "decode"
 _TRANSFER = "transfer"
@@ -33,7 +36,7 @@ class RequestPath:
     """One choice of a request, from its arrival to its end.
 
     `phases` follow each other without gaps, so they sum to the whole time. `slo_ttft_s`: its
-    objective for the first token.
+    objective for the first token. `operators`: those to which it was sent, in order.
     """
 
     request_id: str
@@ -47,6 +50,8 @@ class RequestPath:
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     place: str = ""  # the operator[replica] that has it
+    num_preempted: int = 0
+    operators: list[str] = field(default_factory=list)
 
     @property
     def e2e_s(self) -> float:
@@ -79,30 +84,43 @@ class RequestPath:
                 found[phase.name] = found.get(phase.name, 0.0) + seconds
         return found
 
-    def enter(self, where: str, now: float, started_s: float | None = None) -> None:
+    def enter(
+        self, operator: str, replica: int, now: float, started_s: float | None = None
+    ) -> None:
         """Record that the request was sent to an operator. `started_s`: when the engine before it
         began to compute.
         """
+        if _TRANSFER in self.place:  # the first token has the stamps of the engine before
+            started_s = None
         if started_s is not None and self._begun_s < started_s <= now:
             self._add(ENGINE_QUEUE, started_s)
         self._close(now)
-        self.place = where
+        self.place = f"{operator}[{replica}]"
+        if operator not in self.operators:
+            self.operators.append(operator)
 
-    def deliver(self, event: Mapping[str, Any], now: float) -> None:
-        """Record tokens, or the end, that reached the sink."""
-        num_tokens = len(event["token_ids"]) + event["num_tokens_without_ids"]
+    def leave(self, now: float) -> None:
+        """Record that the request was preempted, and waits again."""
+        self._close(now)
+        self.place = ""
+        self.num_preempted += 1
+
+    def deliver(
+        self, num_tokens: int, started_s: float | None, end: FinishReason | None, now: float
+    ) -> None:
+        """Record tokens, or the end, that reached the sink. `started_s`: when the engine began to
+        compute the prompt.
+        """
         if num_tokens and self.first_s is None:
-            self._first(event["stamps"], now)
+            self._first(started_s, now)
         self.num_tokens += num_tokens
-        self.num_prompt_tokens = max(self.num_prompt_tokens, event["num_prompt_tokens"])
-        if event["finish_reason"] is not None:
+        if end is not None:
             self._close(now)
-            self.ended_s, self.end = now, event["finish_reason"]
+            self.ended_s, self.end = now, end
 
-    def _first(self, stamps: Mapping[str, float | None], now: float) -> None:
+    def _first(self, started_s: float | None, now: float) -> None:
         """Split the time in the engine at the beginning of the computation and at the token."""
         begun_s = self._begun_s
-        started_s = stamps["started_s"]
         if started_s is not None and begun_s < started_s <= now:
             self._add(ENGINE_QUEUE, started_s)
         self._add(PREFILL, now)
@@ -128,39 +146,95 @@ class RequestPath:
             self.phases.append(PathPhase(name, begun_s, end_s, self.place))
 
 
-def request_paths(log: Iterable[tuple[float, Event, bytes]]) -> Iterator[RequestPath]:
-    """The path of each choice, when it has ended. `log`: a DecisionReader. Raises LogError."""
-    opened: dict[ChoiceKey, RequestPath] = {}
-    for now, event, effects in log:
+class PathTracker:
+    """Follows the requests of a graph by the decisions of its core, and calls `ended` with the path
+    of each choice that has ended.
+    """
+
+    def __init__(self, ended: Callable[[RequestPath], None]) -> None:
+        self._ended = ended
+        self._open: dict[ChoiceKey, RequestPath] = {}
+
+    def observe(self, now: float, event: Event, effects: Sequence[Effect]) -> None:
+        """Take one event and its effects, as an executor records them."""
+        self.begin(now, event)
+        for effect in effects:
+            if isinstance(effect, Send):
+                item = effect.item
+                first = item.first if isinstance(item, Prefilled) else None
+                started_s = None if first is None else first.stamps.started_s
+                if isinstance(item, Request | Prefilled):
+                    self.send(item.key, effect.node, effect.replica, started_s, now)
+            elif isinstance(effect, Deliver) and isinstance(effect.item, TokenEvent):
+                one = effect.item
+                self.deliver(
+                    one.key, one.num_tokens, one.num_prompt_tokens, one.stamps.started_s,
+                    one.finish_reason, now,
+                )  # fmt: skip
+
+    def begin(self, now: float, event: Event) -> None:
+        """Take an event before its effects."""
         if isinstance(event, Arrived):
             for request in event.requests:
-                opened[request.key] = _opened(request)
+                self._open[request.key] = RequestPath(
+                    request.request_id, request.choice, request.stamps.arrived_s, request.slo_ttft_s
+                )
+        elif isinstance(event, Preempted) and event.request.key in self._open:
+            self._open[event.request.key].leave(now)
+
+    def send(
+        self, key: ChoiceKey, node: str, replica: int, started_s: float | None, now: float
+    ) -> None:
+        path = self._open.get(key)
+        if path is not None:
+            path.enter(node, replica, now, started_s)
+
+    def deliver(
+        self,
+        key: ChoiceKey,
+        num_tokens: int,
+        num_prompt_tokens: int,
+        started_s: float | None,
+        end: FinishReason | None,
+        now: float,
+    ) -> None:
+        path = self._open.get(key)
+        if path is None:
+            return
+        path.num_prompt_tokens = max(path.num_prompt_tokens, num_prompt_tokens)
+        path.deliver(num_tokens, started_s, end, now)
+        if end is not None:
+            del self._open[key]
+            self._ended(path)
+
+
+def request_paths(log: Iterable[tuple[float, Event, bytes]]) -> Iterator[RequestPath]:
+    """The path of each choice, when it has ended. `log`: a DecisionReader. Raises LogError."""
+    ended: list[RequestPath] = []
+    tracker = PathTracker(ended.append)
+    for now, event, effects in log:
+        tracker.begin(now, event)
         for effect in shown_effects(effects):
-            kind = effect[0]
-            if kind == "send":
-                _send(opened, effect, now)
-            elif kind == "deliver" and "finish_reason" in effect[1]:
-                path = opened.get(_key(effect[1]))
-                if path is not None and "position" in effect[1]:
-                    path.deliver(effect[1], now)
-                    if path.end:
-                        yield opened.pop(_key(effect[1]))
+            if effect[0] == "send":
+                _send(tracker, effect, now)
+            elif effect[0] == "deliver" and "position" in effect[1]:
+                _deliver(tracker, effect[1], now)
+        yield from ended
+        ended.clear()
 
 
-def _opened(request: Request) -> RequestPath:
-    return RequestPath(
-        request.request_id, request.choice, request.stamps.arrived_s, request.slo_ttft_s
-    )
-
-
-def _send(opened: Mapping[ChoiceKey, RequestPath], effect: list[Any], now: float) -> None:
+def _send(tracker: PathTracker, effect: list[Any], now: float) -> None:
     _, node, replica, item = effect
-    path = opened.get(_key(item.get("request", item)))
-    if path is None or "position" in item:  # tokens stay in the phase of their request
-        return
-    first = item.get("first")
-    is_computed = first is not None and _TRANSFER not in path.place
-    path.enter(f"{node}[{replica}]", now, first["stamps"]["started_s"] if is_computed else None)
+    if "position" not in item:  # tokens stay in the phase of their request
+        first = item.get("first")
+        started_s = None if first is None else first["stamps"]["started_s"]
+        tracker.send(_key(item.get("request", item)), node, replica, started_s, now)
+
+
+def _deliver(tracker: PathTracker, event: Mapping[str, Any], now: float) -> None:
+    num_tokens = len(event["token_ids"]) + event["num_tokens_without_ids"]
+    started_s, end = event["stamps"]["started_s"], event["finish_reason"]
+    tracker.deliver(_key(event), num_tokens, event["num_prompt_tokens"], started_s, end, now)
 
 
 def _key(item: Mapping[str, Any]) -> ChoiceKey:

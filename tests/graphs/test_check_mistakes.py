@@ -29,6 +29,13 @@ edges:
   - split.aggregated -> generate -> metrics
 executor: {kind: tasks}
 """
+TASKS = "executor: {kind: tasks}\n"
+
+
+def budgets(options: str) -> str:
+    return TASKS + f"budgets: {{{options}}}\n"
+
+
 MOVES = frozenset({"kv_transfer"})
 CAPABLE = EngineFactsView(model_hash="m", dtype="float32", block_size=16, capabilities=MOVES)
 FACTS = Facts(functions=frozenset({"guard"}), engines={"p": CAPABLE, "d": CAPABLE})
@@ -93,6 +100,25 @@ def test_the_unbroken_file_is_right(vocabulary: Vocabulary) -> None:
             "two",
         ),
         ("kind: tasks", "kind: task", 20, 18, "unknown kind of executor: `task`", "`tasks`"),
+        (TASKS, budgets("slo_ttft: 1"), 21, 11, "no option `slo_ttft`", "`slo_ttft_s`"),
+        (TASKS, budgets("slo_ttft_s: 0"), 21, 23, "at least", "at least"),
+        (
+            TASKS,
+            budgets("ttft_shares: {srot: 0.5}"),
+            21,
+            25,
+            "is called `srot`",
+            "`sort`",
+        ),
+        (TASKS, budgets("ttft_shares: {sort: 1.5}"), 21, 31, "from 0 to 1, not 1.5", "0.25"),
+        (
+            TASKS,
+            budgets("tpot_shares: {sort: 0.5, decode: 0.6}"),
+            21,
+            11,
+            "up to `decode` sum to 1.1, which is above 1",
+            "lower",
+        ),
         ("kind: tasks", "kind: tasks, size: 2", 20, 25, "no option `size`", "there are none"),
     ],
 )
@@ -105,6 +131,11 @@ def test_a_mistake_is_told_once_in_its_place(
     assert message.startswith(f"pd.yaml:{line}:{column}: ")
     assert word in message
     assert hint in fix
+
+
+def test_shares_of_alternative_paths_may_each_sum_to_one(vocabulary: Vocabulary) -> None:
+    shares = "ttft_shares: {sort: 0.5, prefill: 0.4, transfer: 0.1, generate: 0.5}"
+    assert diagnosed(PD + f"budgets: {{slo_ttft_s: 2, {shares}}}\n", vocabulary) == []
 
 
 WRONG_ITEM = PD.replace("-> transfer -> decode -> metrics ->", "-> metrics ->").replace(

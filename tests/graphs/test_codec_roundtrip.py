@@ -37,7 +37,8 @@ def surface_graphs(draw: st.DrawFn) -> Graph:
     ends = st.sampled_from(["source", "sink", *(node.name for node in nodes)])
     edges = draw(st.lists(st.builds(Edge, ends, ends, ports, ports, st.booleans()), max_size=6))
     kinds = options.map(lambda chosen: FrozenMap({**chosen, "kind": "tasks"}))
-    optional = {"engines": tables, "executor": kinds}
+    budgets = options.map(FrozenMap)
+    optional = {"engines": tables, "budgets": budgets, "executor": kinds}
     attrs = draw(st.fixed_dictionaries({}, optional=optional))
     return Graph(draw(texts), "stream", tuple(nodes), tuple(edges), FrozenMap(attrs))
 

@@ -22,6 +22,7 @@ edges:
   - split.aggregated -> sort.late
   - split ~> sort
   - split -> sink
+budgets: {slo_ttft_s: 2, ttft_shares: {sort: 0.5}}
 executor: {kind: tasks}
 """
 SMALL = Graph("small", nodes=(Node("a", "map"),), edges=(Edge("source", "a"), Edge("a", "sink")))

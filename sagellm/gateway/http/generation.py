@@ -202,6 +202,7 @@ class GenerationResponse:
                 messages=prompt.messages,
                 sampling=sampling,
                 priority=self._priority(asked),
+                can_be_preempted=asked.can_be_preempted,
                 user_id=call.tenant,
                 model=card.key or card.id,
                 salt=salt,

@@ -15,6 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.process_collector import ProcessCollector
 
+from sagellm.extensions import RESOLVER
 from sagellm.gateway.metrics.meters import Counts, HttpMeters, LoopLag, lengths
 from sagellm.gateway.metrics.native import graph_families, http_families
 from sagellm.gateway.metrics.observer import KVShape, Measure, RequestObserver
@@ -33,6 +34,7 @@ from sagellm.graphs.sections import model_operators
 from sagellm.runtime.executors.reading import Window, option_of
 from sagellm.session import Session
 from sagellm.session.models import Model
+from sagellm.tracing.operator_budgets import watch
 
 
 class ExpositionFormat(NamedTuple):
@@ -107,6 +109,7 @@ class GatewayMeters(HttpMeters):
         self._sample()
         self._observer = _observer(session, models)
         session.observers.append(self._observer)
+        self._budgets = watch(session.executor, RESOLVER.vocabulary)
         self._graph_lag = LoopLag(tick=self._sample)
         self._scrape = _Scrape()
         # A private registry: a program that embeds the gateway may have metrics of its own.
@@ -151,6 +154,8 @@ class GatewayMeters(HttpMeters):
             graph_lag=self._graph_lag.seconds.copy(),
             num_migrated=executor.core.recovery.num_migrated,
             migration_gaps=executor.core.recovery.gaps_s.copy(),
+            num_preempted=dict(executor.core.preemption.num_preempted),
+            budgets=() if self._budgets is None else self._budgets.report(),
             shadows=read_shadows(executor.core),
             tallies=read_tallies(executor.core),
             scalings=read_scalings(executor, engines),

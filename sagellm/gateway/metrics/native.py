@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import Metric
 
-from sagellm.gateway.metrics.meters import BatchMeters, Counts, HttpMeters
+from sagellm.gateway.metrics.meters import CLASSES, OTHER, BatchMeters, Counts, HttpMeters
 from sagellm.gateway.metrics.snapshot import (
     EngineReading,
     Labels,
@@ -16,6 +16,7 @@ from sagellm.gateway.metrics.snapshot import (
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.core.experiments import ARM, ExperimentTally
 from sagellm.runtime.executors.reading import OperatorReading, Shares
+from sagellm.tracing.operator_budgets import OperatorBudget
 
 # Each table maps the end of a metric's name to the metric's help text and its value.
 _TOTALS: dict[str, tuple[str, Callable[[OperatorReading], float]]] = {
@@ -37,6 +38,11 @@ _SHARES: dict[str, tuple[str, Callable[[Shares], float]]] = {
         "Share of the last seconds waiting for credit.",
         lambda one: one.backpressured,
     ),
+}
+_BUDGETS: dict[str, tuple[str, Callable[[OperatorBudget], float]]] = {
+    "requests": ("Requests with an objective that left it.", lambda one: one.requests),
+    "misses": ("Requests for which it spent more than its share.", lambda one: one.misses),
+    "slack_seconds": ("Mean left, of the latest requests.", lambda one: one.latest_slack_ms / 1e3),
 }
 _ENGINE_LEVELS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     "running": ("Sequences that it computes.", lambda engine: engine.load.num_running),
@@ -81,6 +87,7 @@ _COUNTED: dict[str, tuple[str, Callable[[Counts], float]]] = {
 def graph_families(shown: Snapshot) -> Iterator[Metric]:
     """Yield the metric families of the graph: operators, engines and requests."""
     yield from _operators(shown)
+    yield from _budgets(shown)
     yield from _engines(shown)
     yield from _requests(shown)
     if shown.shadows:
@@ -239,9 +246,28 @@ def _requests(shown: Snapshot) -> Iterator[Metric]:
     yield counter("sagellm_migrations", "Requests that went in again, engines lost.", migrated)
     gaps = [({"graph": shown.graph}, shown.migration_gaps)]
     yield histogram("sagellm_migration_gap_seconds", "From a loss to the next token.", gaps)
+    preempted = [
+        ({"graph": shown.graph, "class": CLASSES.get(priority, OTHER)}, number)
+        for priority, number in shown.num_preempted.items()
+    ]
+    yield counter("sagellm_requests_preempted", "Requests put back for others.", preempted)
     failed = sum(one.num_errors for one in shown.reading.operators if one.op == "kv_transfer")
     failures = [({"graph": shown.graph}, failed)]
     yield counter("sagellm_kv_transfer_failures", "Transfers that failed.", failures)
+
+
+def _budgets(shown: Snapshot) -> Iterator[Metric]:
+    """The budgets of operators; nothing for a graph without a section `budgets`."""
+    if not shown.budgets:
+        return
+    labels = [
+        {"graph": shown.graph, "operator": one.operator, "budget": one.budget}
+        for one in shown.budgets
+    ]
+    for name, (documentation, of) in _BUDGETS.items():
+        values = list(zip(labels, map(of, shown.budgets), strict=True))
+        make = gauge if name.endswith("_seconds") else counter
+        yield make(f"sagellm_operator_budget_{name}", documentation, values)
 
 
 def _ended(shown: Snapshot) -> Iterator[tuple[Labels, float]]:

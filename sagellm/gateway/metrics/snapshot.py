@@ -1,6 +1,6 @@
 """A snapshot of the graph for one scrape, and constructors of metric families."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -21,6 +21,7 @@ from sagellm.runtime.core.experiments import ExperimentTally
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
+from sagellm.tracing.operator_budgets import OperatorBudget
 
 Labels: TypeAlias = Mapping[str, str]
 Values: TypeAlias = Iterable[tuple[Labels, float]]
@@ -158,6 +159,7 @@ class Snapshot:
     """The state of a graph at one moment, read on the session's loop.
 
     `counts` are by model name. `shares` are by the node and the replica of an operator.
+    `num_preempted` is by priority.
     """
 
     graph: str
@@ -169,6 +171,8 @@ class Snapshot:
     graph_lag: Buckets
     num_migrated: int
     migration_gaps: Buckets
+    num_preempted: Mapping[int, int]
+    budgets: Sequence[OperatorBudget]
     shadows: tuple[ShadowReading, ...] = ()
     tallies: tuple[ExperimentTally, ...] = ()
     scalings: tuple[ScalingReading, ...] = ()

@@ -147,6 +147,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     regex: NonEmptyText | None = None
     ebnf: NonEmptyText | None = None
     # ours
+    can_be_preempted: bool = True
     slo_ttft_s: WaitSeconds | None = None
     timeout_s: WaitSeconds | None = None
     no_queue: bool = False

@@ -216,6 +216,7 @@ SHARED = (
     "chat_template_kwargs",
     "structured_outputs",
     "include_reasoning",
+    "can_be_preempted",
     "slo_ttft_s",
     "timeout_s",
     "no_queue",

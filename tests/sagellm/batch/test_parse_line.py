@@ -55,6 +55,11 @@ def test_priority_is_a_name_or_a_number(priority: str | int, number: int) -> Non
     assert ask(prompt="hi", priority=priority).fields == {"priority": number}
 
 
+def test_a_line_may_keep_its_place() -> None:
+    found = ask(prompt="hi", priority="background", can_be_preempted=False)
+    assert found.fields == {"priority": PRIORITIES["background"], "can_be_preempted": False}
+
+
 def test_fields_of_the_request_are_kept_apart_from_sampling() -> None:
     found = ask(prompt="hi", user_id="u", slo_ttft_s=0.5)
     assert found.fields == {"user_id": "u", "slo_ttft_s": 0.5}

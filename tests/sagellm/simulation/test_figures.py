@@ -8,8 +8,9 @@ from msgspec import structs
 from sagellm.graphs.text.yaml import load
 from sagellm.load.report import Objective
 from sagellm.load.workload import PlannedRequest
-from sagellm.simulation.figures import latency, over_seeds, summarise, write_csv
+from sagellm.simulation.figures import latency, summarise, write_csv
 from sagellm.simulation.simulation_run import SimulationPoint, simulate
+from sagellm.simulation.sweep import over_seeds
 
 GRAPH = """
 sagellm: 1

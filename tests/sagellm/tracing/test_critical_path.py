@@ -1,39 +1,33 @@
 """The phases of a request follow each other, and sum to its whole time."""
 
 import json
-from io import BytesIO
+from dataclasses import replace
 
 import pytest
-from simulated_graphs import JOINT, PD, Simulation, live, random_workload
+from simulated_graphs import (
+    JOINT,
+    OPTIONS,
+    PD,
+    Simulation,
+    background_workload,
+    decision_log_of,
+    live,
+    logged_paths,
+    preempting,
+    random_workload,
+)
 
 from sagellm.cli import main
-from sagellm.graphs.text.codec import to_msgpack
-from sagellm.runtime.core.decision_log import DecisionReader, DecisionWriter, Header
-from sagellm.tracing.critical_path import PHASES, perfetto_events, request_paths
+from sagellm.tracing.critical_path import PHASES, perfetto_events
 
 WORKLOAD = random_workload(60, 12.0)
-
-
-def log_of(outcome, text):
-    """The events of a run as a decision log."""
-    file = BytesIO()
-    header = Header(graph=to_msgpack(Simulation(text).executor.plan.graph), engines={})
-    writer = DecisionWriter(file, header, 1 << 30)
-    for decision in outcome.events:
-        writer.record(*decision)
-    file.seek(0)
-    return file
-
-
-def paths_of(outcome, text):
-    return list(request_paths(DecisionReader(log_of(outcome, text))))
 
 
 @pytest.mark.parametrize("text", [JOINT, PD])
 @pytest.mark.parametrize("is_live", [False, True])
 def test_phases_sum_to_the_whole_time(text, is_live):
     outcome = live(text, WORKLOAD) if is_live else Simulation(text).run(WORKLOAD)
-    paths = paths_of(outcome, text)
+    paths = logged_paths(outcome, text)
     assert len(paths) == len(WORKLOAD)
     for path in paths:
         seen = outcome.seen[path.request_id]
@@ -47,7 +41,7 @@ def test_phases_sum_to_the_whole_time(text, is_live):
 
 
 def test_a_disaggregated_request_has_all_its_phases_in_their_places():
-    paths = paths_of(Simulation(PD).run(WORKLOAD), PD)
+    paths = logged_paths(Simulation(PD).run(WORKLOAD), PD)
     found = next(path for path in paths if "transfer" in path.totals())
     where = {phase.name: phase.where for phase in found.phases}
     assert where["prefill"].startswith("prefill[")
@@ -56,12 +50,24 @@ def test_a_disaggregated_request_has_all_its_phases_in_their_places():
 
 
 def test_waiting_in_an_engine_is_its_own_phase():
-    paths = paths_of(Simulation(JOINT, replicas=1).run(random_workload(40, 40.0)), JOINT)
+    paths = logged_paths(Simulation(JOINT, replicas=1).run(random_workload(40, 40.0)), JOINT)
     assert any(path.totals().get("engine queue", 0) > 0.01 for path in paths)
 
 
+@pytest.mark.parametrize("text", [JOINT, PD])
+def test_a_preempted_request_waits_in_the_queue_again(text):
+    text, load = preempting(text), background_workload(10.0)
+    outcome = Simulation(text, replace(OPTIONS, max_num_seqs=8)).run(load)
+    victims = [path for path in logged_paths(outcome, text) if path.num_preempted]
+    assert victims
+    for path in victims:
+        assert sum(phase.seconds for phase in path.phases) == pytest.approx(path.e2e_s, abs=1e-9)
+        waits = [phase for phase in path.phases if phase.name == "queue"]
+        assert any(phase.begin_s > path.arrived_s for phase in waits)
+
+
 def test_perfetto_gets_a_slice_for_each_phase():
-    paths = paths_of(Simulation(PD).run(WORKLOAD), PD)
+    paths = logged_paths(Simulation(PD).run(WORKLOAD), PD)
     events = list(perfetto_events(paths))
     begins = [one for one in events if one["ph"] == "b"]
     ends = [one for one in events if one["ph"] == "e"]
@@ -73,7 +79,7 @@ def test_perfetto_gets_a_slice_for_each_phase():
 @pytest.fixture
 def log(tmp_path):
     found = tmp_path / "decisions"
-    found.write_bytes(log_of(Simulation(PD).run(WORKLOAD), PD).read())
+    found.write_bytes(decision_log_of(Simulation(PD).run(WORKLOAD), PD).read())
     return found
 
 

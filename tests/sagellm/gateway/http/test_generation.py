@@ -36,13 +36,22 @@ async def request_of(endpoint: Any, body: Any, **call: Any) -> GraphRequest:
 async def test_the_facts_of_the_call_go_with_it(endpoint, body):
     request = await request_of(
         endpoint,
-        {**body, "priority": 4, "slo_ttft_s": 2.0, "timeout_s": 9.0, "no_queue": True, "seed": 5},
+        {
+            **body,
+            "priority": 4,
+            "can_be_preempted": False,
+            "slo_ttft_s": 2.0,
+            "timeout_s": 9.0,
+            "no_queue": True,
+            "seed": 5,
+        },
         tenant="acme",
         traceparent="00-a-b-01",
     )
     assert (request.user_id, request.model) == ("acme", "m")
     assert request.tags["traceparent"] == "00-a-b-01"
     assert (request.priority, request.slo_ttft_s, request.no_queue) == (4, 2.0, True)
+    assert not request.can_be_preempted
     assert request.sampling.seed == 5
 
 

@@ -119,6 +119,38 @@ async def test_preemptions_are_counted_for_each_request(
     assert shown("vllm:request_num_preemptions_count") == 4
 
 
+async def test_requests_put_back_for_others_are_counted_by_class(
+    opened: Any, autojump_clock: MockClock
+) -> None:
+    options = {"g.max_num_seqs": 1, "sort.preempts": {"critical": "low"}}
+    long = Sampling(max_tokens=300, ignore_eos=True)
+    async with opened("joint", **options) as (session, meters):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                lambda: session.generate([1] * 32, sampling=long, priority="background")
+            )
+            await trio.sleep(0.1)
+            await session.generate([2] * 32, sampling=TEN, priority="critical")
+        shown = await scrape(meters)
+    assert shown("sagellm_requests_preempted_total", **{"class": "background"}) == 1
+    assert not shown.families.keys() & {"sagellm_operator_budget_misses"}
+
+
+async def test_budgets_of_operators(opened: Any, autojump_clock: MockClock) -> None:
+    options = {"budgets.slo_ttft_s": 5.0, "budgets.slo_tpot_s": 1e-6}
+    async with opened("pd", **options) as (session, meters):
+        for number in range(3):
+            await session.generate([number] * 100, sampling=TEN, model="m")
+        shown = await scrape(meters)
+    prefill = {"operator": "prefill", "budget": "ttft"}
+    decode = {"operator": "decode", "budget": "tpot"}
+    assert shown("sagellm_operator_budget_requests_total", **prefill) == 3
+    assert shown("sagellm_operator_budget_misses_total", **prefill) == 0
+    assert shown("sagellm_operator_budget_slack_seconds", **prefill) > 0
+    assert shown("sagellm_operator_budget_misses_total", **decode) == 3
+    assert shown("sagellm_operator_budget_slack_seconds", **decode) < 0
+
+
 async def test_gauges_show_the_moment(opened: Any, autojump_clock: MockClock) -> None:
     long = Sampling(max_tokens=500, ignore_eos=True)
     async with opened("joint", **{"g.max_num_seqs": 4}) as (session, meters):

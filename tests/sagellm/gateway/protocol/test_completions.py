@@ -113,6 +113,7 @@ ROWS: list[tuple[str, list[Any], list[Any]]] = [
     ("priority", [0, 4, None], [-1, 5, "high"]),
     ("request_id", ["a-B_9.x", None], ["", "a b", "a/b", "a\n", "x" * 129, 5]),
     ("cache_salt", ["x", "x" * 64, None], ["", "x" * 65, 5]),
+    ("can_be_preempted", [True, False, None], [0, "no"]),
     ("slo_ttft_s", [0.5, 86_400, None], [0, -1, 10**6]),
     ("timeout_s", [0.5, 60, None], [0, -1, 10**6]),
     ("no_queue", [True, False, None], [0, "yes"]),
