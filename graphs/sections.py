@@ -13,6 +13,7 @@ from sagellm.graphs.ir import FrozenMap, Graph, Value, downstream
 
 LOCAL = "local"  # the default kind of engine, which computes a model
 MODELLED = "modelled"  # the kind of engine for the device "null" and for the model "null"
+EMBEDDINGS = "embedding"  # the kind of engine that embeds texts
 OPENAI = "openai"  # the kind of engine for a server that speaks the OpenAI API
 KIND = "kind"
 ROUTE_MODEL = "route_model"

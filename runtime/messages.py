@@ -57,6 +57,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     `messages`. A request whose answer was begun elsewhere resumes after its emitted tokens. These
     are `emitted_token_ids`, or for an engine without token ids `emitted_text`, a text of
     `num_emitted_without_ids` tokens.
+
+    `texts`: the token ids of each text of a request to embed, from which the session makes a choice
+    each; empty in the graph. `dimensions`: the length of the vectors; None: the model's own.
     """
 
     request_id: str
@@ -81,6 +84,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     num_emitted_without_ids: int = 0
     stamps: Stamps = Stamps()
     tags: dict[str, str] = {}
+    texts: tuple[tuple[int, ...], ...] = ()
+    dimensions: int | None = None
 
     @property
     def key(self) -> ChoiceKey:
@@ -119,6 +124,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
             lease=lease,
             priority=self.priority,
             expires_s=self.expires_s,
+            dimensions=self.dimensions,
         )
 
 
@@ -150,6 +156,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     lease: "LeaseRef | None" = None
     priority: int = NORMAL
     expires_s: float | None = None
+    dimensions: int | None = None
 
     @property
     def key(self) -> ChoiceKey:
@@ -215,6 +222,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=Fal
     num_cached_tokens: int = 0
     num_preemptions: int = 0  # how often the engine of this event preempted the sequence
     stamps: Stamps = Stamps()
+    vector: bytes = b""  # of a text that was embedded: float32, little-endian
 
     @property
     def key(self) -> ChoiceKey:
@@ -277,6 +285,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     stamps: Stamps = Stamps()
+    vector: bytes = b""
     value: object = None
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sagellm.backends.interface import KVStorage, Program, Progress, Queue, Stage, Weights, silent
 from sagellm.backends.quantised_weight import MODES
@@ -14,6 +15,9 @@ from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import infer
 from sagellm.graphs.passes import KERNEL_PASSES, Pass
+
+if TYPE_CHECKING:  # graphs are checked without loading numpy
+    from sagellm.backends.embedding import EmbeddingQueue
 
 _MEMORY = Path("/proc/meminfo")
 
@@ -88,6 +92,11 @@ class CpuDevice:
             is_native=self.backend.native,
         )
         return program
+
+    def open_embedding_queue(self, threads: int | None = None) -> "EmbeddingQueue":
+        module = _module("embedding_queue")
+        queue: EmbeddingQueue = module.CpuEmbeddingQueue(threads, is_native=self.backend.native)
+        return queue
 
     def open_queue(self, threads: int | None = None) -> Queue:
         queue: Queue = _module("program").CpuQueue(threads, is_native=self.backend.native)

@@ -6,6 +6,7 @@ from sagellm.graphs.kernels.dialect import (
     STEP_INPUTS,
     infer,
     logits_type,
+    result_of,
     verify,
 )
 from sagellm.graphs.kernels.kernel import KV, Kernel, ShapeError
@@ -23,5 +24,6 @@ __all__ = [
     "infer",
     "kv_groups",
     "logits_type",
+    "result_of",
     "verify",
 ]
