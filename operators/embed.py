@@ -13,7 +13,9 @@ from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 @dataclass(frozen=True, slots=True)
 class EmbedOptions:
-    """`max_inflight`: the most texts of one replica at a time; None: the engine's `max_num_seqs`."""
+    """`max_inflight`: the most texts of one replica at a time; None: the engine's
+    `max_num_seqs`.
+    """
 
     engine: str
     max_inflight: int | None = field(default=None, metadata={"min": 1})

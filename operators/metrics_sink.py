@@ -1,4 +1,4 @@
-"""metrics_sink: emits token events, answers and embeddings unchanged, and measures tokens, TTFT and ITL."""
+"""metrics_sink: emits events, answers and embeddings unchanged; measures tokens, TTFT and ITL."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

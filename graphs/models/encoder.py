@@ -1,4 +1,4 @@
-"""The kernel graphs of models that embed: encoders (BERT, RoBERTa, XLM-R), and decoders with pooling.
+"""The kernel graphs of models that embed: encoders (BERT, XLM-R), and decoders with pooling.
 
 Vectors are pooled from the rows of the last layer as in sentence-transformers (Reimers and Gurevych
 2019, arXiv:1908.10084).
@@ -201,9 +201,7 @@ def _embedded(build: KernelGraphBuilder, shape: Encoder) -> NodeOutlet:
     return _norm(build, shape, "embed_norm", "embeddings.LayerNorm", rows)
 
 
-def _mixed(
-    build: KernelGraphBuilder, shape: Encoder, layer: int, rows: NodeOutlet
-) -> NodeOutlet:
+def _mixed(build: KernelGraphBuilder, shape: Encoder, layer: int, rows: NodeOutlet) -> NodeOutlet:
     """Build norm(rows + output(attention(rows)))."""
     name, path = f"layer{layer}", f"encoder.layer.{layer}.attention"
     sizes = shape.hidden_size, shape.hidden_size
@@ -285,7 +283,10 @@ ENCODERS: dict[str, Callable[[Config], Encoder]] = {
     "XLMRobertaModel": _roberta,
     "XLMRobertaForMaskedLM": _roberta,
 }
-_ALONE, _CAUSAL = "Model", "ForCausalLM"  # the ends of a decoder's architecture, without and with head
+_ALONE, _CAUSAL = (
+    "Model",
+    "ForCausalLM",
+)  # the ends of a decoder's architecture, without and with head
 
 
 def is_encoder(architecture: str) -> bool:
@@ -294,7 +295,9 @@ def is_encoder(architecture: str) -> bool:
 
 
 def embedder_shape(architecture: str, config: Config) -> EmbedderShape | None:
-    """The shape of a model that embeds. None for an unknown architecture. Raises UnsupportedModel."""
+    """The shape of a model that embeds; None for an unknown architecture. Raises
+    UnsupportedModel.
+    """
     if architecture in ENCODERS:
         return ENCODERS[architecture](config)
     causal = architecture

@@ -1,4 +1,4 @@
-"""An engine that embeds: texts wait, a batch of whole texts is computed, vectors leave as events."""
+"""An engine that embeds: texts wait, batches of whole texts are computed, vectors leave."""
 
 import heapq
 import math

@@ -37,7 +37,7 @@ _PREFIXES = ("", "bert.", "roberta.", "model.")
 class HeadOptions:
     """What a user says of a model that embeds; None: as the folder says.
 
-    `normalize`: scale vectors to length 1.
+    `normalize`: scale vectors to length 1; so is done where the folder says nothing.
     """
 
     pooling: Pooling | None = None
@@ -57,7 +57,7 @@ def read_head(name: str, path: Path, given: HeadOptions) -> EmbeddingHead:
     Raises ModelError if the folder does not say it, or wants a step that is not built.
     """
     steps = _steps(name, path)
-    pooling, is_unit = given.pooling, bool(steps) and "Normalize" in steps
+    pooling, is_unit = given.pooling, not steps or "Normalize" in steps
     if pooling is None:
         if "Pooling" not in steps:
             raise ModelError(

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import trio
 
 from sagellm.backends.embedding import NO_KV, EmbeddingDevice
-from sagellm.backends.interface import Device, Program, Progress, get_backend
+from sagellm.backends.interface import Device, Program, Progress
 from sagellm.graphs.kernels.token_mixers import Pooling
 from sagellm.graphs.models import build
 from sagellm.graphs.rules.rule import EngineFactsView
