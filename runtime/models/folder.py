@@ -56,11 +56,17 @@ class HubError(OSError):
         super().__init__(f"{cause}; {fix}")
 
 
-def download(name: str) -> Path:
-    """The local snapshot of a Hub model, downloaded unless it is cached. Raises HubError."""
+def download(name: str, revision: str | None = None) -> Path:
+    """The local snapshot of a Hub model, downloaded unless it is cached. Raises HubError.
+
+    `revision`: a branch, a tag or a commit; None: the main branch.
+    """
     try:
         folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=_DOWNLOADED, ignore_patterns=_NEVER_DOWNLOADED
+            name,
+            revision=revision,
+            allow_patterns=_DOWNLOADED,
+            ignore_patterns=_NEVER_DOWNLOADED,
         )
     except (OSError, ValueError) as error:  # errors of the Hub and of its HTTP client are OSErrors
         raise _explained(error) from error

@@ -42,6 +42,18 @@ GRAPH_COMMANDS: Mapping[str, tuple[str, str]] = {
     "check": ("sagellm.cli.graph:check", "Find mistakes without running."),
     "show": ("sagellm.cli.graph:show", "Print or draw a graph."),
 }
+MODEL_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "list": ("sagellm.cli.model:list_", "What needs no download."),
+    "download": ("sagellm.cli.model:download_", "Fetch one from the Hub, and check it."),
+    "rm": ("sagellm.cli.model:rm", "Free what one takes."),
+}
+GATEWAY_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "start": ("sagellm.cli.background:start", "Start one, and wait until it is ready."),
+    "stop": ("sagellm.cli.background:stop", "Let one finish, and end it."),
+    "restart": ("sagellm.cli.background:restart", "Stop one, and start it as it was."),
+    "status": ("sagellm.cli.background:status", "Which ones there are."),
+    "logs": ("sagellm.cli.background:logs", "What one has logged."),
+}
 CHAOS_COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("sagellm.cli.chaos:run", "Run scenarios, and check what holds."),
 }
@@ -77,6 +89,8 @@ APP = _with_commands(
     COMMANDS,
 )
 for group in (
+    _with_commands(App(name="model", help="The models on this machine."), MODEL_COMMANDS),
+    _with_commands(App(name="gateway", help="Serve in the background."), GATEWAY_COMMANDS),
     _with_commands(App(name="graph", help="Check and draw graphs."), GRAPH_COMMANDS),
     _with_commands(App(name="chaos", help="Make things go wrong on purpose."), CHAOS_COMMANDS),
     _with_commands(App(name="bench", help="Measure."), BENCH_COMMANDS),

@@ -25,6 +25,7 @@ def test_code_and_pickles_are_not_downloaded(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert download("owner/name") == tmp_path
     files = ["model.py", "pytorch_model.bin", "model.safetensors", "tokenizer.json"]
+    assert asked.pop("revision") is None
     kept = huggingface_hub.utils.filter_repo_objects(files, **asked)
     assert list(kept) == ["model.safetensors", "tokenizer.json"]
 

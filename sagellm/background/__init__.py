@@ -1,0 +1,1 @@
+"""Gateways that run in the background: their records, their processes and their log files."""
