@@ -82,9 +82,10 @@ class CpuProgram(StepProgram):
     def _load(self, inputs: StepInputs, pool: torch.Tensor) -> list[torch.Tensor]:
         registers = [_EMPTY] * self._plan.num_registers
         for name, index in self._plan.step_inputs.items():
-            given = pool if name == KV else getattr(inputs, name)
-            if given is not None:
-                registers[index] = given if name == KV else tensor(given)
+            if name == KV:
+                registers[index] = pool
+            elif (given := getattr(inputs, name)) is not None:
+                registers[index] = tensor(given)
         return registers
 
 

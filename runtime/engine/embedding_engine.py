@@ -227,9 +227,8 @@ class EmbeddingEngine:
             for text in batch:
                 self._end(text, "failed", error="the engine failed", code=ENGINE_FAILED)
         else:
-            are_finite = np.isfinite(found).all(axis=1)
-            for text, vector, is_finite in zip(batch, found, are_finite, strict=True):
-                if is_finite:
+            for text, vector in zip(batch, found, strict=True):
+                if np.isfinite(vector).all():
                     vector = shortened(vector, text.state.dimensions, self._resources.is_unit)
                     self._end(text, "stop", vector=vector.astype("<f4", copy=False).tobytes())
                 else:
