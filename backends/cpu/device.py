@@ -17,7 +17,7 @@ from sagellm.graphs.kernels import infer
 from sagellm.graphs.passes import KERNEL_PASSES, Pass
 
 if TYPE_CHECKING:  # graphs are checked without loading numpy
-    from sagellm.backends.embedding import EmbeddingQueue
+    from sagellm.backends.text_batches import EmbeddingQueue
 
 _MEMORY = Path("/proc/meminfo")
 
@@ -94,8 +94,7 @@ class CpuDevice:
         return program
 
     def open_embedding_queue(self, threads: int | None = None) -> "EmbeddingQueue":
-        module = _module("embedding_queue")
-        queue: EmbeddingQueue = module.CpuEmbeddingQueue(threads, is_native=self.backend.native)
+        queue: EmbeddingQueue = _module("embedding_queue").CpuEmbeddingQueue(threads)
         return queue
 
     def open_queue(self, threads: int | None = None) -> Queue:

@@ -5,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from sagellm.backends.arrays import Floats
-from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.cpu.program import THREAD_NAME, StepProgram
-from sagellm.backends.embedding import NO_KV, TextBatch, VectorsTicket, batch_inputs
+from sagellm.backends.text_batches import NO_KV, TextBatch, VectorsTicket, batch_inputs
 from sagellm.backends.interface import Program
 from sagellm.backends.step import StepInputs
 
@@ -18,13 +17,12 @@ _NO_POOL = np.empty(NO_KV.pool_shape(0), dtype=np.float32)
 class CpuEmbeddingQueue:
     """An EmbeddingQueue. `threads`: how many threads kernels may use; None: `default_threads`.
 
-    One thread computes all launches, because OpenMP and the C kernels keep a team of threads for
-    each calling thread.
+    One thread computes all launches, because OpenMP keeps a team of threads for each calling
+    thread.
     """
 
-    def __init__(self, threads: int | None = None, *, is_native: bool = True) -> None:
-        native = native_kernels() if is_native else None
-        self._threads = threads or default_threads(native.tuning.tuned if native else None)
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads or default_threads(None)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
 
     def embed(self, program: Program, batch: TextBatch) -> VectorsTicket:

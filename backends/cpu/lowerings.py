@@ -20,7 +20,7 @@ from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native_forms import fused_bias, rope_tables
 from sagellm.backends.cpu.packed_sequences import packed_attention, pool
 from sagellm.backends.cpu.program import NewLogits, StepProgram, each_bound, new_logits
-from sagellm.backends.cpu.torch_linear import array, linear, quantised_linear, tensor
+from sagellm.backends.cpu.torch_linear import array, gelu_linear, linear, quantised_linear, tensor
 from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.backends.step import StepInputs
 from sagellm.graphs.kernels import KERNELS, KV
@@ -157,9 +157,10 @@ def _unit_norm(_: object, binding: Binding) -> BoundKernel:
 
 
 def _gelu_linear(options: Linear, binding: Binding) -> BoundKernel:
-    product = _linear(options, binding)
-    active = _gelu(options, binding)
-    return lambda step, rows: active(step, *product(step, rows))
+    bias = tensor(binding.vector(options.bias, options.out_features)) if options.bias else None
+    weight = binding.weight(options.weight, options.out_features, options.in_features)
+    product = gelu_linear(binding, tensor(weight), bias)
+    return _row_by_row(binding, lambda step, rows: (product(rows),))
 
 
 def _linear(options: Linear, binding: Binding) -> BoundKernel:

@@ -10,7 +10,7 @@ import numpy as np
 import trio
 
 from sagellm.backends.arrays import Floats
-from sagellm.backends.embedding import EmbeddingDevice, EmbeddingQueue, TextBatch
+from sagellm.backends.text_batches import EmbeddingDevice, EmbeddingQueue, TextBatch
 from sagellm.backends.interface import Program
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.containers import Buckets

@@ -8,7 +8,7 @@ import pytest
 from embedding_models import EMBEDDERS, make_embedder, reference_vectors
 
 from sagellm.backends.cpu.device import CpuBackend
-from sagellm.backends.embedding import NO_KV, TextBatch, batch_inputs
+from sagellm.backends.text_batches import NO_KV, TextBatch, batch_inputs
 from sagellm.graphs.models import build
 from sagellm.runtime.models.embedding_files import HeadOptions
 from sagellm.runtime.models.folder import resolve_model

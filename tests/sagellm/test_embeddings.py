@@ -84,7 +84,7 @@ def test_a_blocking_session_embeds(folder: Path) -> None:
 
 
 async def test_one_graph_generates_and_embeds(folder: Path) -> None:
-    options = {"e.model": str(folder), "e.pooling": "mean"}
+    options = {"e.model": str(folder)}
     async with Graph.load("embed").open(set=options) as session:
         (found,) = await session.embed(["w7 w8"], model="embedder")
         answer = await session.generate("def", sampling=Sampling(max_tokens=4, ignore_eos=True))

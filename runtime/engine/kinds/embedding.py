@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from sagellm.backends.embedding import NO_KV, EmbeddingDevice
+from sagellm.backends.text_batches import NO_KV, EmbeddingDevice
 from sagellm.backends.interface import Device, Program, Progress
 from sagellm.graphs.kernels.token_mixers import Pooling
 from sagellm.graphs.models import build

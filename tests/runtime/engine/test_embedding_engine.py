@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from sagellm.backends.embedding import TextBatch
+from sagellm.backends.text_batches import TextBatch
 from sagellm.runtime.engine.embedding_engine import (
     EmbeddingEngine,
     EmbeddingResources,

@@ -87,7 +87,10 @@ async def test_base64_holds_the_same_numbers(folder: Path) -> None:
 
 async def test_dimensions_shorten_vectors_to_length_one(folder: Path) -> None:
     async with served(folder) as one:
-        whole, short = await vectors(one, input=TEXTS), await vectors(one, input=TEXTS, dimensions=8)
+        whole, short = (
+            await vectors(one, input=TEXTS),
+            await vectors(one, input=TEXTS, dimensions=8),
+        )
     cut = whole[:, :8]
     assert abs(short - cut / np.linalg.norm(cut, axis=1, keepdims=True)).max() < 1e-6
 
