@@ -28,6 +28,7 @@ SAYS = {
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',
     "client.py": "400 max_tokens",
+    "embeddings.py": "12 + 7 = 19",
     "structured.py": "Ada will be 32 in Rome",
     "tools.py": "It is sunny in Paris, 21 degrees.",
     "two_models.py": "echo reads 23 as (205, 204) and answers '68'",

@@ -13,7 +13,7 @@ from sagellm.backends.interface import KVStorage, Program, Progress, Queue, Stag
 from sagellm.backends.quantised_weight import MODES
 from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.kernels import infer
+from sagellm.graphs.kernels import VECTORS, infer, result_of
 from sagellm.graphs.passes import KERNEL_PASSES, Pass
 
 if TYPE_CHECKING:  # graphs are checked without loading numpy
@@ -81,6 +81,8 @@ class CpuDevice:
     ) -> Program:
         for stage in self.backend.stages.values():
             graph = stage(graph)
+        # Torch alone computes vectors: its threads and those of the C kernels would poll in turn.
+        embeds = result_of(graph).inlet == VECTORS
         program: Program = _module("program").lower(
             graph,
             weights,
@@ -89,7 +91,7 @@ class CpuDevice:
             deterministic=deterministic,
             quantization=quantization,
             progress=progress,
-            is_native=self.backend.native,
+            is_native=self.backend.native and not embeds,
         )
         return program
 

@@ -7,9 +7,9 @@ import numpy as np
 from sagellm.backends.arrays import Floats
 from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.backends.cpu.program import THREAD_NAME, StepProgram
-from sagellm.backends.text_batches import NO_KV, TextBatch, VectorsTicket, batch_inputs
 from sagellm.backends.interface import Program
 from sagellm.backends.step import StepInputs
+from sagellm.backends.text_batches import NO_KV, TextBatch, VectorsTicket, batch_inputs
 
 _NO_POOL = np.empty(NO_KV.pool_shape(0), dtype=np.float32)
 

@@ -37,7 +37,7 @@ from sagellm.backends.step import KVLayout, Sampled, StepBatch, StepInputs, Tick
 from sagellm.backends.step_inputs import feed, step_inputs
 from sagellm.backends.token_masks import MaskThread
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.kernels import KERNELS, VECTORS, result_of
+from sagellm.graphs.kernels import KERNELS
 
 T = TypeVar("T")
 # Allocates logits from the number of rows and the size of the vocabulary.
@@ -202,8 +202,6 @@ def lower(
     is_native: bool,
 ) -> StepProgram:
     """Make the program of a graph that has passed all stages of lowering. Raises LoweringError."""
-    # Torch alone computes vectors: its threads and those of the C kernels would poll in turn.
-    is_native = is_native and result_of(graph).inlet != VECTORS
     native = native_kernels(progress) if is_native else None
     plan = plan_kernels(graph)
 

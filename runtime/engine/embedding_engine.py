@@ -10,8 +10,8 @@ import numpy as np
 import trio
 
 from sagellm.backends.arrays import Floats
-from sagellm.backends.text_batches import EmbeddingDevice, EmbeddingQueue, TextBatch
 from sagellm.backends.interface import Program
+from sagellm.backends.text_batches import EmbeddingDevice, EmbeddingQueue, TextBatch
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.engine.loop import STEP_TOKENS

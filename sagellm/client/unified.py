@@ -90,9 +90,9 @@ class UnifiedInferenceClient:
         this machine.
 
         `embedded` opens a shipped graph in this process instead: `joint` with `default_llm_model`
-        as its model, or `embed` if `default_embedding_model` is given too. The API key is `api_key`, or else SAGELLM_API_KEY. A call
-        without a model uses the default model, or else the first model of the server. Raises
-        ClientError if no server is found.
+        as its model, or `embed` if `default_embedding_model` is given too. The API key is
+        `api_key`, or else SAGELLM_API_KEY. A call without a model uses the default model, or else
+        the first model of the server. Raises ClientError if no server is found.
         """
         served: InferenceService
         if embedded:

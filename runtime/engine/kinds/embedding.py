@@ -7,8 +7,8 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from sagellm.backends.text_batches import NO_KV, EmbeddingDevice
 from sagellm.backends.interface import Device, Program, Progress
+from sagellm.backends.text_batches import NO_KV, EmbeddingDevice
 from sagellm.graphs.kernels.token_mixers import Pooling
 from sagellm.graphs.models import build
 from sagellm.graphs.rules.rule import EngineFactsView

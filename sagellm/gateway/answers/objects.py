@@ -32,7 +32,7 @@ class ApiUsage(msgspec.Struct, frozen=True):
     completion_tokens_details: CompletionTokensDetails
 
 
-class Embedded(msgspec.Struct, frozen=True, kw_only=True):
+class EmbeddingEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The vector of one text: numbers, or the base64 of float32, little-endian."""
 
     object: Literal["embedding"] = "embedding"
@@ -49,7 +49,7 @@ class EmbeddingUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
-    data: list[Embedded]
+    data: list[EmbeddingEntry]
     model: str
     usage: EmbeddingUsage
 

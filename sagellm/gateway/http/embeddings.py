@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sagellm.gateway.answers.event_stream import attended
-from sagellm.gateway.answers.objects import Embedded, EmbeddingList, EmbeddingUsage
+from sagellm.gateway.answers.objects import EmbeddingEntry, EmbeddingList, EmbeddingUsage
 from sagellm.gateway.answers.writer import UsageCounter, error_of
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.budgets import BudgetHold, Budgets
@@ -191,7 +191,7 @@ async def _written(
     asked: EmbeddingRequest, model: str, events: Sequence[TokenEvent], num_tokens: int
 ) -> bytes:
     """Return the JSON text of the vectors."""
-    data: list[Embedded] = []
+    data: list[EmbeddingEntry] = []
     num_written = 0
     for index, event in enumerate(events):
         if asked.encoding_format == "base64":
@@ -199,7 +199,7 @@ async def _written(
         else:
             vector = msgspec.Raw(msgspec.json.encode(floats_of(event.vector)))
             num_written += len(event.vector) // 4
-        data.append(Embedded(index=index, embedding=vector))
+        data.append(EmbeddingEntry(index=index, embedding=vector))
         if num_written >= _WRITTEN_AT_ONCE:
             num_written = 0
             await anyio.lowlevel.checkpoint()

@@ -9,7 +9,7 @@ import msgspec
 
 from sagellm.gateway.answers.objects import (
     ApiUsage,
-    Embedded,
+    EmbeddingEntry,
     ModelEntry,
     ModelList,
     TokenizeAnswer,
@@ -133,10 +133,10 @@ def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Sc
         properties["best_of"] = {"enum": [None, 1], "description": "or the value of `n`"}
     if _name(EmbeddingRequest) in schemas:
         schemas[_name(EmbeddingRequest)]["properties"]["input"] = _prompt(limits)
-    if _name(Embedded) in schemas:
+    if _name(EmbeddingEntry) in schemas:
         numbers = {"type": "array", "items": {"type": "number"}}
         vector = {"anyOf": [numbers, {"type": "string", "contentEncoding": "base64"}]}
-        schemas[_name(Embedded)]["properties"]["embedding"] = vector
+        schemas[_name(EmbeddingEntry)]["properties"]["embedding"] = vector
     return schemas
 
 
