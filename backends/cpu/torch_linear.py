@@ -90,10 +90,9 @@ def gelu_linear(
     binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> LinearFunction:
     """As `linear`, with gelu of the product."""
-    is_wide = weight.dtype == torch.float32
-    if binding.native is None and is_wide and not binding.deterministic:
-        if torch._C._has_mkldnn:
-            return packed(weight, bias, "gelu")
+    is_free = binding.native is None and not binding.deterministic
+    if is_free and weight.dtype == torch.float32 and torch._C._has_mkldnn:
+        return packed(weight, bias, "gelu")
     product = linear(binding, weight, bias)
     return lambda rows: F.gelu(product(rows))
 

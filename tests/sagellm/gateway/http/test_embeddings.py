@@ -13,6 +13,7 @@ import trio
 from embedding_models import CLS, SEP, make_embedder, reference_vectors, word_tokenizer
 from gateway_served import Reply, get, post, read_reply
 from gateway_session import ServedSession, served_session
+from waiting import until
 
 PATH = "/v1/embeddings"
 TEXTS = ["w1 w2 w3", "w9", "w1 w2 w4"]
@@ -190,10 +191,9 @@ async def test_a_client_that_leaves_frees_its_texts(folder: Path) -> None:
     async with served(folder, options={"e.max_num_batched_tokens": 128}) as one:
         stream = await one.connect()
         await stream.send_all(post(PATH, {"input": ["w5 " * 100] * 1000, "model": "embedder"}))
+        await until(lambda: one.session.statistics().num_open > 0)
+        await stream.aclose()
         with trio.fail_after(20):
-            while not one.session.statistics().num_open:
-                await trio.sleep(0.01)
-            await stream.aclose()
             await one.session.idle()
         (load,) = one.session.statistics().engines["e"]
     assert load.num_steps < 1000
