@@ -70,7 +70,7 @@ chaos: $(STAMPS)/test
 # Clients of other projects, each in an environment of its own, against our server: their pins
 # contradict ours, and each other's. The last suite is that of the packages in JavaScript.
 CLIENTS := .venv-clients
-NAMES := openai2 anthropic langchain pydantic_ai litellm aiohttp
+NAMES := openai2 anthropic langchain pydantic_ai litellm aiohttp sage
 openai2_NEEDS := 'openai<3'
 openai2_SUITE := test_openai*.py
 anthropic_NEEDS := anthropic
@@ -83,6 +83,8 @@ litellm_NEEDS := 'litellm[proxy]' mcp anthropic
 litellm_SUITE := test_litellm*.py
 aiohttp_NEEDS := aiohttp
 aiohttp_SUITE := test_aiohttp.py test_curl.py test_prometheus.py test_javascript.py
+sage_NEEDS := isage fastapi uvicorn
+sage_SUITE := test_sage.py
 # The arguments of pytest for the suite of a client, in its environment.
 suite = $(CLIENTS)/$1/bin/python -m pytest -c /dev/null --rootdir tests/clients \
 	--confcutdir tests/clients -p no:cacheprovider --timeout 120 --disable-warnings -q -rs \
@@ -124,6 +126,16 @@ page: $(STAMPS)/test $(CLIENTS)/page/.ready
 	SAGELLM_BIN=$(CURDIR)/$(BIN)/sagellm $(CLIENTS)/page/bin/python -m pytest \
 		-c /dev/null --rootdir tests/page --confcutdir tests/page \
 		-p no:cacheprovider --timeout 180 -q tests/page
+
+# Pipelines run in one process with the graph, so this environment has the packages of .venv, too.
+SITE := -c 'import site; print(site.getsitepackages()[0])'
+
+$(CLIENTS)/sage/.ready: Makefile $(STAMPS)/test
+	$(PYTHON) -m venv $(CLIENTS)/sage
+	$(CLIENTS)/sage/bin/python -m pip install --quiet $(sage_NEEDS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" \
+		> "$$($(CLIENTS)/sage/bin/python $(SITE))/project.pth"
+	@touch $@
 
 $(CLIENTS)/%/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)/$*

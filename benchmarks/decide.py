@@ -9,16 +9,19 @@ batches of one engine step.
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from cyclopts import App
 
 from benchmarks.machine import describe
 from sagellm import Graph
 from sagellm.extensions import RESOLVER
+from sagellm.opening.sources import override
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.events import Arrived, Emitted, Event, Opened, Released, Reported
@@ -33,6 +36,14 @@ WAITING = (10, 1_000, 100_000)
 REPLICAS = (8, 64, 1_000)
 BATCH = 32
 STEP_S = 0.02
+NO_SHADOWS: Mapping[str, Any] = {}
+SHADOWS = {
+    "admission.shadow": {"max_queued": 10_000_000},
+    "sort.shadow": {"policy": "weighted_shortest_prefill"},
+    "split.shadow": {"min_uncached_tokens": 800},
+    "route.shadow": {"strategy": "power_of_two"},
+    "route_aggregated.shadow": {"strategy": "power_of_two"},
+}
 APP = App(name="sagellm bench decide", help=__doc__)
 
 
@@ -53,6 +64,7 @@ def decide(
     waiting: tuple[int, ...] = WAITING,
     replicas: tuple[int, ...] = REPLICAS,
     requests: int = 400,
+    shadows: bool = False,
     json: bool = False,
     output: Path | None = None,
 ) -> None:
@@ -66,6 +78,8 @@ def decide(
         Replicas of each engine; may be repeated.
     requests
         That are measured in each cell.
+    shadows
+        Give each of the four operators a shadow with another policy.
     json
         Print the record as JSON, and nothing else.
     output
@@ -74,7 +88,7 @@ def decide(
     cells = []
     for num_waiting in waiting:
         for num_replicas in replicas:
-            cell = measure(num_waiting, num_replicas, requests)
+            cell = measure(num_waiting, num_replicas, requests, shadows=shadows)
             cells.append(cell)
             if not json:
                 print(_line(cell), flush=True)
@@ -98,9 +112,11 @@ def _line(cell: Cell) -> str:
     )
 
 
-def measure(num_waiting: int, num_replicas: int, num_requests: int) -> Cell:
+def measure(
+    num_waiting: int, num_replicas: int, num_requests: int, *, shadows: bool = False
+) -> Cell:
     """Measure one cell in a steady state: a request arrives for each request that ends."""
-    simulated = SimulatedEngines(num_waiting, num_replicas)
+    simulated = SimulatedEngines(num_waiting, num_replicas, SHADOWS if shadows else {})
     for _ in range(min(num_requests // 4, 100)):
         simulated.replace_request()
     costs = [simulated.replace_request() for _ in range(num_requests)]
@@ -117,8 +133,10 @@ def measure(num_waiting: int, num_replicas: int, num_requests: int) -> Cell:
 class SimulatedEngines:
     """A core with simulated engines. All replicas of `generate` are full."""
 
-    def __init__(self, num_waiting: int, num_replicas: int) -> None:
-        graph = Graph.load("pd_many").ir
+    def __init__(
+        self, num_waiting: int, num_replicas: int, overrides: Mapping[str, Any] = NO_SHADOWS
+    ) -> None:
+        graph = override(Graph.load("pd_many").ir, overrides)
         ready = plan(graph, RESOLVER, dict.fromkeys(graph.engines, num_replicas))
         self._core = Core(ready, clock=time.perf_counter)
         self._now = 0.0

@@ -42,7 +42,7 @@ def timed(embed: Embed, texts: Sequence[str]) -> float:
 
 def with_sagellm(folder: str, threads: int) -> None:
     """Measure a session with an engine of kind `embedding`."""
-    from sagellm import Graph, ops  # noqa: PLC0415 (the other side does not need it)
+    from sagellm import Graph, ops
 
     graph = Graph("t").engine("e", kind="embedding", model=folder, threads=threads)
     graph >> ops.embed(engine="e")
@@ -52,8 +52,8 @@ def with_sagellm(folder: str, threads: int) -> None:
 
 def with_sentence_transformers(folder: str, threads: int) -> None:
     """Measure `SentenceTransformer.encode`."""
-    import torch  # noqa: PLC0415
-    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+    import torch
+    from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(threads)
     model = SentenceTransformer(folder, device="cpu")

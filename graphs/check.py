@@ -30,6 +30,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         deployment.known_tasks,
         deployment.unique_model_names,
         deployment.capabilities,
+        deployment.autoscaled,
         deployment.memory,
     ),
     "wiring": (
@@ -47,6 +48,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         dataflow.matching_engines,
         dataflow.transferred_kv,
         deployment.routed_replicas,
+        deployment.fixed_replicas,
+        deployment.scaled_paths,
+        deployment.scaled_models,
     ),
 }
 

@@ -6,7 +6,7 @@ model.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sagellm.graphs.ir import FrozenMap, Graph, Value, downstream
@@ -19,6 +19,8 @@ KIND = "kind"
 ROUTE_MODEL = "route_model"
 EMBED = "embed"  # the operator, and the task
 MODELS_OPTION = "models"  # the option of `route_model` that lists its outlets
+AUTOSCALE = "autoscale"
+SCALED_OPTION = "engines"  # the option of `autoscale` that bounds the replicas of its engines
 _DEVICE, _MODEL, _NULL = "device", "model", "null"
 
 
@@ -36,6 +38,23 @@ class ModelEntryOptions:
     aliases: tuple[str, ...] = ()
     max_model_len: int | None = field(default=None, metadata={"min": 2})
     tasks: tuple[Literal["generate", "embed"], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaBounds:
+    """The options of an engine that an operator `autoscale` scales.
+
+    `min` and `max`: the numbers of replicas. `start_s`: how long a replica takes to start, until a
+    start was measured; in a simulation, how long it takes. `drain_s`: the most time that a removed
+    replica has to end its sequences; then other replicas take over the rest. `requests_per_s`: what
+    one replica serves within the objectives; None: learned from what it serves.
+    """
+
+    max: int = field(metadata={"min": 1})
+    min: int = field(default=1, metadata={"min": 1})
+    start_s: float = field(default=10.0, metadata={"min": 0.0})
+    drain_s: float = field(default=30.0, metadata={"min": 0.0})
+    requests_per_s: float | None = field(default=None, metadata={"min": 1e-6})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +96,37 @@ def num_replicas(values: object) -> int:
     """The number of replicas of an engine with the options `values`; 1 by default."""
     count = values.get("replicas", 1) if isinstance(values, FrozenMap) else 1
     return count if isinstance(count, int) else 1
+
+
+def scaled_engines(graph: Graph) -> dict[str, tuple[str, FrozenMap]]:
+    """Each engine that an operator `autoscale` scales, with the operator and the bounds as written.
+
+    The bounds of a graph that `check` has passed have the fields of `ReplicaBounds`.
+    """
+    found: dict[str, tuple[str, FrozenMap]] = {}
+    for node in graph.nodes:
+        bounds = node.attrs.get(SCALED_OPTION) if node.op == AUTOSCALE else None
+        for engine, values in _options(bounds).items():
+            found.setdefault(engine, (node.name, _options(values)))
+    return found
+
+
+def most_replicas(graph: Graph, engine: str) -> int:
+    """The most replicas that an engine will have, which may be more than it begins with."""
+    count = num_replicas(graph.engines.get(engine))
+    _, bounds = scaled_engines(graph).get(engine, ("", FrozenMap()))
+    most = bounds.get("max")
+    return max(count, most) if isinstance(most, int) else count
+
+
+def with_most_replicas(graph: Graph) -> Graph:
+    """The graph whose engines begin with the most replicas that they will have."""
+    most = {name: most_replicas(graph, name) for name in scaled_engines(graph)}
+    engines = {
+        name: FrozenMap({**_options(values), "replicas": most[name]}) if name in most else values
+        for name, values in graph.engines.items()
+    }
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": FrozenMap(engines)}))
 
 
 def executor_kind(graph: Graph) -> str:

@@ -13,6 +13,7 @@ ANSWER = "answer"  # the whole answer to one request
 EMBEDDING = "embedding"  # the vector of a text, as the one event of its choice
 ANY = "any"
 
+SHADOW = "shadow"  # the key of an operator whose value has the options of its shadow
 SIGNALS = frozenset({"cancel", "expire", "forget"})  # signals overtake items on an edge
 
 # Capabilities of engines: a kind of engine offers them; operators and requests need them.
@@ -82,7 +83,8 @@ class OpSpec:
     kinds of signal that the operator receives; an operator without state per request needs none.
     `queues`: requests wait in the operator, and a request returns to it if its engine is lost.
     `drops_tokens`: the operator may leave out tokens of an answer. `listed_outlets`: further
-    outlets, which an option lists.
+    outlets, which an option lists. `decides`: what the operator decides about a request, such as
+    "order"; only such an operator can have a `shadow`.
     """
 
     name: str
@@ -97,6 +99,7 @@ class OpSpec:
     queues: bool = False
     drops_tokens: bool = False
     listed_outlets: ListedPorts | None = None
+    decides: str = ""
 
     def with_options(self, given: Mapping[str, object]) -> "OpSpec":
         """The spec of an operator with the options `given`: its `outlets` include listed ones."""

@@ -93,6 +93,7 @@ SPEC = OpSpec(
     options=AdmissionOptions,
     subscribes=frozenset({"cache", "queue", "first_token"}),
     signals=frozenset({"forget"}),
+    decides="admission",
 )
 
 

@@ -41,6 +41,7 @@ SPEC = OpSpec(
     options=PDSplitOptions,
     subscribes=frozenset({"cache", "health", "topology"}),
     signals=frozenset(),
+    decides="split",
 )
 
 

@@ -29,7 +29,7 @@ from sagellm.runtime.feedback import (
     Topology,
 )
 from sagellm.runtime.forecast import Forecast
-from sagellm.runtime.messages import FinishReason, Request, refusal
+from sagellm.runtime.messages import ChoiceKey, FinishReason, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
@@ -57,6 +57,7 @@ SPEC = OpSpec(
     subscribes=frozenset({"cache", "credit", "first_token", "health", "room", "topology"}),
     signals=frozenset({"cancel", "expire"}),
     queues=True,
+    decides="order",
 )
 
 
@@ -123,6 +124,13 @@ class PolicySort:
             case Wake():
                 return self._settle(state, state, now)
         return Step(state, (), state.wake_at)
+
+    def offered(self, state: RequestQueue) -> tuple[Request, ...]:
+        return tuple(map(_request, state.declined))
+
+    def waiting(self, state: RequestQueue, key: ChoiceKey) -> Request | None:
+        found = state.choices.get(key[0], ())
+        return next((entry[3] for entry in found if entry[3].key == key), None)
 
     def _arrive(self, state: RequestQueue, request: Request, now: float) -> Step[RequestQueue]:
         if state.context.indexes and self.lookup is not None:

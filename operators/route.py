@@ -67,6 +67,7 @@ SPEC = OpSpec(
     options=RouteOptions,
     subscribes=ROUTER_FEEDBACK | STRATEGY_FEEDBACK,
     signals=frozenset({"forget"}),
+    decides="route",
 )
 
 
@@ -127,6 +128,17 @@ class Router:
 
     def keeps(self, state: RouterView, request_id: str) -> bool:
         return request_id in state.placed
+
+    def followed(self, before: RouterView, own: RouterView, sent: Request) -> RouterView:
+        where = tuple((pool.name, sent.placement[pool.nodes[0]]) for pool in self.pools)
+        return msgspec.structs.replace(before, states=own.states).place(sent, where)
+
+    def predicted(self, view: RouterView, request: Request, now: float) -> tuple[float | None, int]:
+        pool = self.entry
+        if pool is None:
+            return None, 0
+        number, candidates = request.placement[pool.nodes[0]], self._candidates(view, pool, request)
+        return candidates.prefill_s(number), candidates.num_cached_tokens(number)
 
     def _placements(self, view: RouterView, request: Request, now: float, draw: Draw) -> EmitFirst:
         """Ask the strategy, and return the placements to try, best first. A placement is the

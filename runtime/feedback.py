@@ -97,8 +97,25 @@ class HealthChanged(_Report, frozen=True, tag="health"):
     is_up: bool
 
 
+class ScaleEnded(_Report, frozen=True, tag="scale"):
+    """A change of the number of replicas of `engine` has ended. `error`: why it failed, if it did;
+    the number of replicas is then unchanged.
+
+    The executor sends the report for an operator `node` that uses the engine.
+    """
+
+    engine: str
+    error: str = ""
+
+
 Feedback: TypeAlias = (
-    CreditChanged | LoadReported | QueueChanged | FirstToken | RoomChanged | HealthChanged
+    CreditChanged
+    | LoadReported
+    | QueueChanged
+    | FirstToken
+    | RoomChanged
+    | HealthChanged
+    | ScaleEnded
 )
 # Struct -> the name by which operators subscribe.
 KINDS: dict[type, str] = {kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__}
@@ -119,8 +136,9 @@ class Topology(msgspec.Struct, frozen=True, tag="topology"):
 class PrefixesChanged(msgspec.Struct, frozen=True, gc=False, tag="prefixes"):
     """The prefix blocks of an engine's replicas have changed; for subscribers to "cache".
 
-    `index`: the new index, shared by all operators.
+    `index`: the new index, shared by all operators. `for_shadows`: no live operator subscribes.
     """
 
     engine: str
     index: PrefixIndex
+    for_shadows: bool = False

@@ -49,7 +49,7 @@ class LineFit(msgspec.Struct, frozen=True):
     products: float = 0.0
 
     def with_samples(
-        self, num_tokens: float, seconds: float, *, count: int = 1, kept: float = 1.0
+        self, num_tokens: float, seconds: float, *, count: float = 1, kept: float = 1.0
     ) -> "LineFit":
         """The fit with `count` equal samples added, `num_tokens` and `seconds` in total.
 

@@ -133,8 +133,21 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     feedback: Feedback
 
 
+class ScaleEngine(msgspec.Struct, frozen=True, gc=False):
+    """Change the number of replicas of an engine from `num_before` to `num_replicas`.
+
+    The executor reports the end of the change by `ScaleEnded`. `reason`: a word for logs and
+    metrics.
+    """
+
+    engine: str
+    num_replicas: int
+    num_before: int
+    reason: str
+
+
 OperatorOutput: TypeAlias = (
-    Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report
+    Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report | ScaleEngine
 )
 
 S = TypeVar("S")
@@ -184,7 +197,8 @@ class Target:
     """An operator with an engine downstream of a router, which chooses one of its replicas.
 
     `is_next`: whether requests enter the target without passing another service operator.
-    `outlets`: the outlets of the router that lead to the target.
+    `outlets`: the outlets of the router that lead to the target. `prefills_only`: another operator
+    decodes what the target has prefilled.
     """
 
     node: str
@@ -192,6 +206,7 @@ class Target:
     engine: str = ""
     is_next: bool = False
     outlets: frozenset[str] = frozenset()
+    prefills_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.operator import EncodeText, Logic, Service, Setup, Target
 from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS, Hasher, hash_secret
-from sagellm.runtime.registry import read_options
 from sagellm.runtime.resolver import Resolver
+from sagellm.runtime.shadow import Shadowed, build_operator
 from sagellm.runtime.user_code import failure_text, kind_of
 
 CACHE = "cache"  # the feedback kind of prefix indexes
@@ -64,6 +64,15 @@ class Plan:
         upstream = (name for node in self.nodes_of(engine) for name in self._reached(node))
         logic = (name for name in dict.fromkeys(upstream) if name in self.logic)
         return tuple(name for name in logic if CACHE in self.spec(name).subscribes)
+
+    def only_shadows_read(self, engine: str) -> bool:
+        """Whether shadows, and no live operator, subscribe to the prefix blocks of an engine."""
+        readers = [(name, self.logic[name]) for name in self.cache_readers(engine)]
+        live = (
+            one.live_subscribes if isinstance(one, Shadowed) else self.subscribes(name)
+            for name, one in readers
+        )
+        return self.reads_cache(engine) and not any(CACHE in kinds for kinds in live)
 
     @property
     def topology(self) -> Topology:
@@ -273,7 +282,7 @@ def build_operators(
         setup = replace(common, name=node.name, targets=targets)
         path = ("operators", node.name)
         try:
-            made[node.name] = module.build(read_options(module.spec.options, node.attrs), setup)
+            made[node.name] = build_operator(module, node, setup)
         except GraphError as error:
             mistakes += error.diagnostics
             continue
@@ -335,6 +344,7 @@ def targets_of(
             str(graph.node(name).attrs.get("engine", "")),
             any(edge.source in near for edge in graph.inputs(name)),
             frozenset(found),
+            _has(vocabulary[graph.node(name).op].outlets, PREFILLED),
         )
         for name, found in outlets.items()
         if found and vocabulary[graph.node(name).op].engine

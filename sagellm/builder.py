@@ -15,7 +15,7 @@ from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Node, freeze
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.graphs.text import yaml
 from sagellm.graphs.text.yaml import Document
-from sagellm.graphs.vocabulary import OpSpec, nearest
+from sagellm.graphs.vocabulary import SHADOW, OpSpec, nearest
 from sagellm.opening.decisions import DecisionFile
 from sagellm.opening.open_graph import HOW_TO_OPEN, OpenGraph
 from sagellm.opening.sources import graph_file, suggest_graph
@@ -263,9 +263,10 @@ def operator(op: str, *args: Any, **options: Any) -> Operator:
     if len(args) > len(names):
         raise TypeError(f"{op} takes {len(names)} options at the most")
     given = {**dict(zip(names, args, strict=False)), **options}
+    known = [*names, SHADOW] if spec.decides else names
     for name in given:
-        if name not in names:
-            raise TypeError(f"{op} has no option {name!r}; did you mean {nearest(name, names)!r}?")
+        if name not in known:
+            raise TypeError(f"{op} has no option {name!r}; did you mean {nearest(name, known)!r}?")
     functions = {}  # symbol -> function; the options hold symbols, which YAML can hold
     for name, value in given.items():
         if callable(value):

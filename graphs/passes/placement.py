@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from sagellm.graphs.ir import FrozenMap, Graph, Node, Value
 from sagellm.graphs.kernels.memory_layout import KVBlocks
-from sagellm.graphs.sections import executor_kind, num_replicas
+from sagellm.graphs.sections import executor_kind, most_replicas, num_replicas
 
 CONTROL = "graph"  # the process that opened the graph, with the operators, source and sink
 PROCESSES = "processes"  # the attribute that `Place` sets
@@ -53,7 +53,7 @@ def replicas_of(placed: Graph) -> dict[str, int]:
 @dataclass(frozen=True, slots=True)
 class ShareCores:
     """Set the option `threads` of the engines that lack it: an equal share of `num_cores` for each
-    replica, at least 1.
+    replica that there may be, at least 1.
 
     `engines`: the engines that compute with threads of this machine. With more threads than cores,
     the threads of a kernel would wait for each other.
@@ -65,7 +65,7 @@ class ShareCores:
 
     def apply(self, graph: Graph) -> Graph:
         engines = {name: graph.engines[name] for name in self.engines}
-        num_workers = sum(num_replicas(values) for values in engines.values())
+        num_workers = sum(most_replicas(graph, name) for name in engines)
         threads = max(1, self.num_cores // max(num_workers, 1))
         shared = {name: _with_threads(values, threads) for name, values in engines.items()}
         placed = FrozenMap({**graph.engines, **shared})

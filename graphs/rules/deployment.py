@@ -8,17 +8,23 @@ from sagellm.graphs.kernels.memory_layout import ITEM_BYTES, SCALE_BYTES
 from sagellm.graphs.rules.option_types import check_options
 from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, choice
 from sagellm.graphs.sections import (
+    AUTOSCALE,
     EMBED,
     MODELS_OPTION,
     ROUTE_MODEL,
+    SCALED_OPTION,
     ModelEntryOptions,
+    ReplicaBounds,
     engine_kind,
+    executor_kind,
     model_engines,
     model_outlets,
     model_routers,
     model_tasks,
+    most_replicas,
     num_replicas,
     router_outlets,
+    scaled_engines,
     served_models,
 )
 from sagellm.graphs.vocabulary import unmet_needs
@@ -78,9 +84,101 @@ def unrouted_nodes(graph: Graph) -> set[str]:
 
 
 def _replicas(context: CheckContext, engine: str) -> int:
-    """The number of replicas of an engine: the fact if it is known, else the option, else 1."""
-    known = context.facts.engine(engine).replicas
-    return known or num_replicas(context.graph.engines[engine])
+    """The most replicas of an engine: the fact if it is known, else as its options say, else 1."""
+    return max(context.facts.engine(engine).replicas or 0, most_replicas(context.graph, engine))
+
+
+def autoscaled(context: CheckContext) -> Iterator[Diagnostic]:
+    """The bounds of scaled engines must fit each other, the engines and the place of the operator.
+
+    An engine has one `autoscale`, which is before its queue, because the queue shows what waits.
+    """
+    owners: dict[str, str] = {}
+    for node in context.graph.nodes:
+        bounds = node.attrs.get(SCALED_OPTION) if node.op == AUTOSCALE else None
+        if not isinstance(bounds, FrozenMap):
+            continue
+        if not bounds:
+            path: Path = ("operators", node.name, SCALED_OPTION, VALUE)
+            hint = "write `{ENGINE: {max: 4}}`"
+            yield Diagnostic("wrong-value", path, f"`{node.name}` scales nothing", hint)
+        for engine, values in bounds.items():
+            path = ("operators", node.name, SCALED_OPTION, engine)
+            owner = owners.setdefault(engine, node.name)
+            if engine not in context.graph.engines:
+                hint = choice(engine, context.graph.engines)
+                yield Diagnostic("unknown-engine", path, f"no engine is called `{engine}`", hint)
+            elif owner != node.name:
+                message = f"`{owner}` and `{node.name}` both scale engine `{engine}`"
+                yield Diagnostic("scaled-twice", path, message, "leave it to one of them")
+            elif isinstance(values, FrozenMap):
+                yield from check_options(path, values, ReplicaBounds, context.facts)
+                yield from _bounds(context.graph, path, engine, values)
+
+
+def _bounds(graph: Graph, path: Path, engine: str, values: FrozenMap) -> Iterator[Diagnostic]:
+    """The contradictions between the bounds of one engine, and with its number of replicas."""
+    least, most = values.get("min", 1), values.get("max")
+    if not isinstance(least, int) or not isinstance(most, int) or min(least, most) < 1:
+        return
+    count = num_replicas(graph.engines[engine])
+    if least > most:
+        message = f"engine `{engine}`: `min` {least} is above `max` {most}"
+        yield Diagnostic("out-of-range", (*path, "min"), message, "swap them")
+    elif not least <= count <= most:
+        message = f"engine `{engine}` begins with {count} replicas, and has from {least} to {most}"
+        hint = f"write `replicas: {least}` in the engine, or other bounds"
+        yield Diagnostic("out-of-range", path, message, hint)
+
+
+def scaled_paths(context: CheckContext) -> Iterator[Diagnostic]:
+    """An operator `autoscale` must see all requests of its engines, and their queue."""
+    for engine, (name, _) in scaled_engines(context.graph).items():
+        path: Path = ("operators", name, SCALED_OPTION, engine)
+        for message, hint in _unseen(context, engine, name):
+            yield Diagnostic("unscaled-path", path, message, hint)
+
+
+def _unseen(context: CheckContext, engine: str, name: str) -> Iterator[tuple[str, str]]:
+    """What the operator `name` does not see of the requests of an engine, each with a fix."""
+    graph = context.graph
+    specs = tuple(context.specified)
+    users = {node.name for node, spec in specs if context.engine_of(node, spec) == engine}
+    missed = users & downstream(graph, SOURCE, avoiding=(name,))
+    if missed:
+        user = min(missed)
+        message = f"requests reach `{user}` of engine `{engine}` without passing `{name}`"
+        yield message, f"put `{name}` before `{user}` on every path"
+        return
+    queues = [node.name for node, spec in specs if spec.queues]
+    for queue in queues:
+        if queue not in downstream(graph, name) and users & downstream(graph, queue):
+            message = f"`{name}` is behind `{queue}`, and does not see what waits there"
+            yield message, f"put `{name}` before `{queue}`"
+
+
+def scaled_models(context: CheckContext) -> Iterator[Diagnostic]:
+    """The engines of one `autoscale` must serve one model, because their loads are compared."""
+    graph = context.graph
+    owners = {engine: name for engine, (name, _) in scaled_engines(graph).items()}
+    for name in dict.fromkeys(owners.values()):
+        own = {engine for engine, owner in owners.items() if owner == name}
+        models = [one.key for one in served_models(graph) if own & set(one.engines)]
+        if len(models) > 1:
+            message = f"`{name}` scales engines of several models: {', '.join(models)}"
+            hint = f"give each model an `{AUTOSCALE}` of its own, behind its outlet"
+            yield Diagnostic("scaled-models", ("operators", name), message, hint)
+
+
+def fixed_replicas(context: CheckContext) -> Iterator[Diagnostic]:
+    """The executor must be able to add replicas to scaled engines."""
+    graph = context.graph
+    if context.facts.is_simulated or executor_kind(graph) != "tasks":
+        return
+    for name in dict.fromkeys(owner for owner, _ in scaled_engines(graph).values()):
+        message = f"`{name}` scales engines, and executor `tasks` adds no replicas"
+        hint = "write `executor: {kind: processes}`, or leave the operator out"
+        yield Diagnostic("fixed-replicas", ("operators", name, "op", VALUE), message, hint)
 
 
 def memory(context: CheckContext) -> Iterator[Diagnostic]:

@@ -9,7 +9,7 @@ from sagellm.graphs.diagnostics import VALUE, Diagnostic, Path, truncated
 from sagellm.graphs.ir import FrozenMap, Value
 from sagellm.graphs.rules.rule import CheckContext, EngineKindView, Facts, choice
 from sagellm.graphs.sections import KIND, engine_kind, kind_options
-from sagellm.graphs.vocabulary import nearest
+from sagellm.graphs.vocabulary import SHADOW, OpSpec, nearest
 
 _WORDS = {
     bool: "true or false",
@@ -112,7 +112,30 @@ def operator_options(context: CheckContext) -> Iterator[Diagnostic]:
         if spec.engine and "engine" not in spec.option_types:
             yield from _engine_reference(path, given)
             given = {name: value for name, value in given.items() if name != "engine"}
+        if SHADOW in given:
+            yield from _shadow_options(path, given[SHADOW], spec, context)
+            given = {name: value for name, value in given.items() if name != SHADOW}
         yield from check_options(path, given, spec.options, context.facts)
+
+
+def _shadow_options(
+    path: Path, given: Value, spec: OpSpec, context: CheckContext
+) -> Iterator[Diagnostic]:
+    """Check the options of a shadow: those that differ from the operator's own."""
+    path = (*path, SHADOW)
+    if not spec.decides:
+        ops = [one.name for one in context.vocabulary.values() if one.decides]
+        message = f"`{spec.name}` decides nothing that a shadow could decide otherwise"
+        hint = f"drop it; {', '.join(sorted(ops))} can have a shadow"
+        yield Diagnostic("unknown-option", path, message, hint)
+    elif not isinstance(given, FrozenMap) or not given:
+        message = f"`{SHADOW}` must be a mapping of the options that differ, not {shown(given)}"
+        hint = f"write `{SHADOW}: {{{next(iter(spec.option_types), 'option')}: ...}}`"
+        yield Diagnostic("wrong-type", (*path, VALUE), message, hint)
+    else:
+        found = check_options(path, given, spec.options, context.facts)
+        # What the shadow leaves out it has from the operator.
+        yield from (one for one in found if one.code != "missing-option")
 
 
 def _engine_reference(path: Path, given: Mapping[str, Value]) -> Iterator[Diagnostic]:

@@ -44,7 +44,7 @@ class Facts:
     `engine_kinds`: the kinds of engines by name; None skips the rules on options of engines.
     `executors`: the options' dataclass of each kind of executor. `names`: sets of names that users
     may extend, such as policies. An option whose field has the metadata {"names": "policies"} must
-    be a name of the set `policies`.
+    be a name of the set `policies`. `is_simulated`: no executor of the graph will run it.
     """
 
     memory_bytes: int | None = None  # the memory that the KV pools of a device's engines share
@@ -53,6 +53,7 @@ class Facts:
     engine_kinds: Mapping[str, EngineKindView] | None = None
     executors: Mapping[str, type] = field(default_factory=lambda: {"tasks": NoOptions})
     names: Mapping[str, Collection[str]] = field(default_factory=dict)
+    is_simulated: bool = False
 
     def engine(self, name: str) -> EngineFactsView:
         return self.engines.get(name, EngineFactsView())

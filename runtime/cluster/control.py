@@ -1,8 +1,8 @@
 """The control socket of a running graph, and the folder that holds its sockets.
 
-The socket serves `sagellm ps`, `restart`, `drain` and `scale`. A request and a reply are one line
-of JSON each. Any process that can connect may send any request, so only this user can access the
-folder.
+The socket serves `sagellm ps`, `restart`, `drain`, `scale` and `engine`. A request and a reply are
+one line of JSON each. Any process that can connect may send any request, so only this user can
+access the folder.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 import trio
@@ -80,10 +80,13 @@ class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     None: all replicas.
     """
 
-    command: Literal["ps", "drain", "restart", "scale"]
+    command: Literal["ps", "drain", "restart", "scale", "servers", "register", "remove"]
     operator: str | None = None
     replica: int | None = None
     count: int | None = None  # the wanted number of replicas, for `scale`
+    engine: str = ""  # for `register` and `remove`
+    url: str = ""  # of the server to `register`
+    force: bool = False  # whether `remove` waits for no answer
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,10 +107,27 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     executor: str = "processes"
 
 
+ServerState: TypeAlias = Literal["READY", "DRAINING", "STOPPED", "ERROR"]
+
+
+class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One server of an engine of kind `openai`. `replica`: its number, by which it is removed."""
+
+    graph: str
+    graph_pid: int
+    engine: str
+    replica: int
+    url: str
+    model: str
+    state: ServerState
+    num_running: int
+
+
 class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
-    """The requested replicas after the command, or the error that prevented it."""
+    """The requested replicas or servers after the command, or the error that prevented it."""
 
     rows: tuple[ReplicaStatus, ...] = ()
+    servers: tuple[ServerStatus, ...] = ()
     error: str = ""
 
 

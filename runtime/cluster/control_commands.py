@@ -12,6 +12,7 @@ from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.port import Engine, EngineLoad
 
+NO_SERVERS = "no engine of this graph is of kind openai: servers belong to such an engine"
 NO_WORKERS = "the graph runs in one process, without workers: serve it with --executor processes"
 
 
@@ -23,6 +24,10 @@ class WorkerCommands:
 
     async def execute(self, asked: ControlRequest) -> ControlReply:
         supervisor = self.supervisor
+        if asked.command == "servers":
+            return ControlReply()
+        if asked.command in ("register", "remove"):
+            return ControlReply(error="servers belong to graphs of the executor tasks")
         rows = tuple(self._rows(asked))
         if not rows:
             return ControlReply(error=_unknown(supervisor.graph, asked))
@@ -78,6 +83,10 @@ class OneProcessCommands:
         rows = tuple(self._rows(asked))
         if not rows and asked.operator is not None:
             return ControlReply(error=_unknown(self.graph, asked))
+        if asked.command == "servers":
+            return ControlReply()
+        if asked.command in ("register", "remove"):
+            return ControlReply(error=NO_SERVERS)
         return ControlReply(rows=rows) if asked.command == "ps" else ControlReply(error=NO_WORKERS)
 
     def _rows(self, asked: ControlRequest) -> Iterator[ReplicaStatus]:

@@ -77,7 +77,7 @@ class Supervisor:
         self._dispatcher: Dispatcher | None = None
         self._nursery: trio.Nursery | None = None
         self._prefetcher: Prefetcher | None = None
-        self._scaling = trio.Lock()
+        self._scaling = {name: trio.Lock() for name in replicas}
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -174,14 +174,14 @@ class Supervisor:
             ):
                 await trio.sleep(self._ping_s)
 
-    async def scale(self, engine: str, count: int) -> None:
+    async def scale(self, engine: str, count: int, *, drain_s: float = 0.0) -> None:
         """Change the number of replicas of an engine to `count`. Returns when new replicas are
         ready, and removed replicas have ended.
 
-        Other replicas take over the requests of a removed replica. Raises CannotScale, WorkerUnfit;
-        the number of replicas is then unchanged.
+        Other replicas take over the requests that a removed replica has not ended after `drain_s`
+        seconds. Raises CannotScale, WorkerUnfit; the number of replicas is then unchanged.
         """
-        async with self._scaling:
+        async with self._scaling[engine]:
             wanted = [worker for worker in self.workers if worker.engine_name == engine]
             if count < 1:
                 raise CannotScale(f"engine {engine} needs a replica: drain gives it nothing new")
@@ -193,6 +193,7 @@ class Supervisor:
             # Keep workers that serve, and workers with low numbers.
             wanted.sort(key=lambda worker: (not worker.is_serving, worker.replica))
             log.info("scaling", engine=engine, replicas=len(wanted), wanted=count)
+            await self._finish(wanted[count:], drain_s)
             await self._remove(wanted[count:])
             await self._add(engine, count - len(wanted))
             log.info("scaled", engine=engine, replicas=count)
@@ -222,6 +223,15 @@ class Supervisor:
             with trio.CancelScope(shield=True):
                 await self._remove(added)
             raise
+
+    async def _finish(self, workers: Sequence[Worker], drain_s: float) -> None:
+        """Give workers no new requests, and wait until they have ended theirs, or for `drain_s`."""
+        with trio.move_on_after(drain_s):
+            for worker in workers if drain_s else ():
+                if worker.is_serving:
+                    self._set_state(worker, "drained")
+            while any(one.state == "drained" and not _is_idle(one) for one in workers):  # noqa: ASYNC110
+                await trio.sleep(self._ping_s)
 
     async def _remove(self, workers: Sequence[Worker]) -> None:
         """Remove workers; other workers take over their requests. Returns when the processes of the
@@ -272,6 +282,10 @@ class Supervisor:
         if worker.engine is not None:  # else the dispatcher does not know the replica yet
             self.on_change(worker)
         self._lifecycle.limit_ejections(worker.engine_name)
+
+
+def _is_idle(worker: Worker) -> bool:
+    return worker.engine is None or worker.engine.is_idle
 
 
 def _outlook(worker: Worker) -> str:

@@ -164,6 +164,23 @@ def stopped_clock() -> float:
     return 0.0
 
 
+@dataclass(slots=True)
+class ScalingMeter:
+    """The meter of the changes that operators make to the number of replicas of one engine.
+
+    `num_wanted`: the number of replicas after the latest change. `changes`: by reason.
+    """
+
+    num_wanted: int = 0
+    changes: Counter[str] = field(default_factory=Counter)
+    num_failed: int = 0
+
+    def begin(self, num_replicas: int, reason: str) -> None:
+        """Record that a change begins."""
+        self.num_wanted = num_replicas
+        self.changes[reason] += 1
+
+
 _ONE_EACH: Mapping[str, int] = {}
 
 
@@ -189,6 +206,7 @@ class Meter:
         }
         self.logic = {name: LogicMeter(Stopwatch(clock)) for name in logic}
         self.services: dict[tuple[str, int], ServiceMeter] = {}
+        self.scalings: dict[str, ScalingMeter] = {}  # by engine
         for node in graph.nodes:
             for replica in range(replicas.get(node.name, 1)) if node.name not in self.logic else ():
                 self.add(node.name, replica)
@@ -196,6 +214,10 @@ class Meter:
     def add(self, node: str, replica: int) -> None:
         """Add a replica of a service operator."""
         self.services[node, replica] = ServiceMeter(Stopwatch(self.clock), Stopwatch(self.clock))
+
+    def scaling(self, engine: str) -> ScalingMeter:
+        """The meter of the changes of the number of replicas of an engine."""
+        return self.scalings.setdefault(engine, ScalingMeter())
 
     def sent(self, source: str, replica: int, number: int = 1) -> None:
         """Count items that a service operator has sent; items from the source are ignored."""

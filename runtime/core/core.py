@@ -31,6 +31,7 @@ from sagellm.runtime.core.events import (
     Transferred,
     Withdrawn,
 )
+from sagellm.runtime.core.experiments import Experiments
 from sagellm.runtime.core.flow import Flow, Reentry
 from sagellm.runtime.core.inputs import InputQueue, RoomReports
 from sagellm.runtime.core.logic_graph import LogicGraph
@@ -106,6 +107,7 @@ class Core:
         )
         self.outliers = self.replicas.outliers
         self._room_reports = RoomReports(plan, self.gates)
+        self.experiments = Experiments.of(self.logic_graph, plan.specs, register.entries)
         self._wake_at_s = math.inf
         self._handlers = _event_handlers(self)
 
@@ -124,6 +126,8 @@ class Core:
         may_have_moved = self.logic_graph.wakes_changed or self.register.expiries_changed
         if may_have_moved or type(event) in _MAY_MOVE_WAKE:
             self._request_wake()
+        if self.experiments is not None:
+            self.experiments.settle(reaction)
         return reaction.effects
 
     @property

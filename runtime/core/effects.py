@@ -6,6 +6,7 @@ from typing import TypeAlias
 import msgspec
 
 from sagellm.runtime.messages import Forked, Item
+from sagellm.runtime.notes import Note
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.user_code import WrongResult, name_of
 
@@ -118,6 +119,22 @@ class QueryCache(_Effect, frozen=True, tag="ask_cache"):
     replica: int
 
 
+class Noted(_Effect, frozen=True, tag="noted"):
+    """Log a note of the operator `node`: the arm of a request, or a disagreement of a shadow."""
+
+    node: str
+    note: Note
+
+
+class ScaleTo(_Effect, frozen=True, tag="scale_to"):
+    """Change the number of replicas of an engine, and report the end of it by `ScaleEnded`."""
+
+    engine: str
+    num_replicas: int
+    num_before: int
+    reason: str
+
+
 Effect: TypeAlias = (
     Send
     | Deliver
@@ -130,6 +147,8 @@ Effect: TypeAlias = (
     | FailedOn
     | Ejected
     | QueryCache
+    | Noted
+    | ScaleTo
 )
 
 

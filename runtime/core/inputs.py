@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from sagellm.runtime.core.accounting import Meter
 from sagellm.runtime.core.credit import Gates, NoCredit
-from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, Send
+from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, ScaleTo, Send
 from sagellm.runtime.core.journal import ReachedSink, TransactionOutcome, UpstreamFeedback
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import BlockedAt, ParkedInput, Parking, entrances
@@ -19,12 +19,14 @@ from sagellm.runtime.feedback import (
     PrefixesChanged,
     QueueChanged,
     RoomChanged,
+    ScaleEnded,
     Topology,
 )
 from sagellm.runtime.messages import TokenEvent
 from sagellm.runtime.operator import Arrival, Input, Signal, Wake
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.prefixes import PrefixIndex
+from sagellm.runtime.shadow import Shadowed
 
 
 class RoomReports:
@@ -111,6 +113,7 @@ class InputQueue:
         ]
         self._topology_takers = tuple(name for name in names if "topology" in plan.subscribes(name))
         self._cache_readers = {engine: plan.cache_readers(engine) for engine in plan.engines}
+        self._read_by_shadows = frozenset(filter(plan.only_shadows_read, plan.engines))
 
     def feed(self, node: str, happened: Input) -> None:
         """Give an operator an input. If the operator fails, its requests that depend on it end."""
@@ -139,8 +142,11 @@ class InputQueue:
 
     def report_prefixes(self, engine: str, index: PrefixIndex) -> None:
         """Queue the new index of an engine for the operators that read it."""
-        changed = PrefixesChanged(engine, index)
-        self._inputs += ((name, changed) for name in self._cache_readers[engine])
+        readers, are_shadows = self._cache_readers[engine], engine in self._read_by_shadows
+        if are_shadows:  # live operators decide as without shadows
+            readers = tuple(one for one in readers if isinstance(self._plan.logic[one], Shadowed))
+        changed = PrefixesChanged(engine, index, are_shadows)
+        self._inputs += ((name, changed) for name in readers)
 
     def settle(self) -> None:
         """Give all queued inputs, until none is left: an input may queue further inputs."""
@@ -199,6 +205,9 @@ class InputQueue:
             elif type(outcome) is Send:
                 self._meter.entered(outcome.node, outcome.replica)
                 effects.append(outcome)
+            elif type(outcome) is ScaleTo:
+                self._meter.scaling(outcome.engine).begin(outcome.num_replicas, outcome.reason)
+                effects.append(outcome)
             else:
                 assert isinstance(outcome, UpstreamFeedback)
                 self._publish(outcome.feedback, outcome.node)
@@ -218,6 +227,8 @@ class InputQueue:
         kind = type(feedback)
         if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
+        elif isinstance(feedback, ScaleEnded):
+            self._meter.scaling(feedback.engine).num_failed += bool(feedback.error)
         subscription = self._subscriptions.get((node, kind))
         if subscription is None:
             subscription = self._subscriptions[node, kind] = _Subscription(

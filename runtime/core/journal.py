@@ -8,7 +8,7 @@ import msgspec
 
 from sagellm.runtime.core.accounting import CommittedCount, LogicMeter
 from sagellm.runtime.core.credit import CreditGate, Gates
-from sagellm.runtime.core.effects import OperatorFault, Send
+from sagellm.runtime.core.effects import OperatorFault, ScaleTo, Send
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import ChoiceKey, Forked, Item
 from sagellm.runtime.operator import Draw, Logic
@@ -78,7 +78,7 @@ class UpstreamFeedback(msgspec.Struct):
     feedback: Feedback
 
 
-TransactionOutcome: TypeAlias = Send | ReachedSink | UpstreamFeedback
+TransactionOutcome: TypeAlias = Send | ReachedSink | UpstreamFeedback | ScaleTo
 Mark: TypeAlias = tuple[int, int, int, int, int, int, int]
 START: Mark = (0, 0, 0, 0, 0, 0, 0)
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from msgspec.structs import replace
 
 from sagellm.runtime.core.credit import CreditGate, Gates, NoCredit
-from sagellm.runtime.core.effects import OperatorFault
+from sagellm.runtime.core.effects import OperatorFault, ScaleTo
 from sagellm.runtime.core.journal import Journal, LogicCell, ReachedSink, UpstreamFeedback
 from sagellm.runtime.core.parking import Holds, RefusalCache
 from sagellm.runtime.messages import Answer, Item, Prefilled, Request, TokenEvent
@@ -24,6 +24,7 @@ from sagellm.runtime.operator import (
     Offer,
     OperatorOutput,
     Report,
+    ScaleEngine,
     Step,
     Terminate,
     Wait,
@@ -112,6 +113,16 @@ def check_end(operator: Any, end: Terminate) -> None:
         )
 
 
+def check_scale(operator: Any, output: ScaleEngine) -> None:
+    """Raise WrongResult for a ScaleEngine to no replica, or to something that is no number."""
+    count = output.num_replicas
+    if type(count) is not int or count < 1:
+        shown = count if type(count) is int else kind_of(count)
+        raise wrong_result(
+            operator.on, f"its ScaleEngine has {shown}; a number from 1 on was wanted"
+        )
+
+
 def unknown_output(operator: Any, output: object) -> WrongResult:
     wanted = ", ".join(kind.__name__ for kind in OperatorOutput.__args__)
     return wrong_result(operator.on, f"{kind_of(output)} is no output; known are {wanted}")
@@ -176,6 +187,7 @@ class Outputs:
             Terminate: self._terminate,
             Announce: self._announce,
             Report: self._report,
+            ScaleEngine: self._scale,
         }
 
     def _emit(self, cell: LogicCell, output: Emit, now: float, send: SendItem) -> None:
@@ -248,6 +260,12 @@ class Outputs:
 
     def _report(self, cell: LogicCell, output: Report, now: float, send: SendItem) -> None:
         self._journal.outcomes.append(UpstreamFeedback(cell.name, output.feedback))
+
+    def _scale(self, cell: LogicCell, output: ScaleEngine, now: float, send: SendItem) -> None:
+        check_scale(cell.operator, output)
+        self._journal.outcomes.append(
+            ScaleTo(output.engine, output.num_replicas, output.num_before, output.reason)
+        )
 
 
 def _next(cell: LogicCell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:

@@ -146,6 +146,11 @@ class RemoteEngine:
     def is_lost(self) -> bool:
         return self.calls.channel is None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence is open."""
+        return not self._open
+
     async def live(self, channel: Channel) -> str:
         """Receive messages of a new worker until cancelled, or until the channel ends. Return why
         the channel ended.

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault
+from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault, ScaleTo
 from sagellm.runtime.core.events import (
     CacheReported,
     Ended,
@@ -57,6 +57,12 @@ def log_ejection(effect: Ejected) -> None:
         log.warning("replica_ejected", **where, for_s=effect.for_s)
     else:
         log.info("replica_readmitted", **where)
+
+
+def log_scaling(effect: ScaleTo) -> None:
+    """Log that an operator changes the number of replicas of an engine."""
+    counts = {"replicas": effect.num_before, "wanted": effect.num_replicas}
+    log.info("autoscaling", engine=effect.engine, **counts, reason=effect.reason)
 
 
 def ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:

@@ -18,9 +18,11 @@ from sagellm.runtime.core.effects import (
     FailedOn,
     Faulted,
     Interrupt,
+    Noted,
     Parked,
     QueryCache,
     Resumed,
+    ScaleTo,
     Send,
     WakeAt,
 )
@@ -30,9 +32,9 @@ from sagellm.runtime.core.events import (
     ReplicaAdded,
     ReplicaMarked,
     ReplicaRemoved,
+    Reported,
     Signalled,
     Stopped,
-    TimeCame,
 )
 from sagellm.runtime.executors.context import Emissions, TrioWaits
 from sagellm.runtime.executors.engine_reader import follow_availability
@@ -43,9 +45,11 @@ from sagellm.runtime.executors.host import (
     log_ejection,
     log_failure,
     log_fault,
+    log_scaling,
 )
 from sagellm.runtime.executors.reading import Reading, read
-from sagellm.runtime.executors.waits import Waits
+from sagellm.runtime.executors.waits import Timer, Waits
+from sagellm.runtime.feedback import ScaleEnded
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
@@ -61,6 +65,8 @@ class Shell:
     each engine of the plan. `record`: called with (time, event, effects) after each event. `clock`:
     the seconds that events get. `now`: the clock that operators read. `set_timer`: keeps the one
     timer of the core.
+
+    `scale` carries out `ScaleTo`, and calls `end_scaling` at the end; None: replicas are fixed.
     """
 
     def __init__(
@@ -78,9 +84,8 @@ class Shell:
     ) -> None:
         self.engines = dict(engines)
         self.cause: Exception | None = None  # the exception that ended the item being delivered
-        self.clock = clock
-        self.now = now
-        self.waits = waits
+        self.clock, self.now, self.waits = clock, now, waits
+        self.on_note: Callable[[Noted], None] = lambda effect: None  # the core counts all notes
         self.core = Core(plan, max_hold_s=max_hold_s, clock=clock)
         self._deliver = deliver
         self._record = record
@@ -89,6 +94,7 @@ class Shell:
         self._is_dispatching = False
         self.emissions = Emissions(self.dispatch, waits)
         self._at_rest = waits.lot()
+        self.scale: Callable[[ScaleTo], None] | None = None
         self._spawner: Spawner | None = None
         self._effect_handlers: dict[type, Callable[..., None]] = {
             Send: lambda effect: self._hosts[effect.node, effect.replica].put(effect.item),
@@ -102,7 +108,9 @@ class Shell:
             WakeAt: set_timer,
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
             FailedOn: log_failure,
+            Noted: lambda effect: self.on_note(effect),
             Ejected: log_ejection,
+            ScaleTo: self._begin_scaling,
             QueryCache: lambda effect: ask_cache(
                 self.engines[effect.engine][effect.replica], dispatch=self.dispatch
             ),
@@ -162,6 +170,11 @@ class Shell:
         """Record that a lost replica will not come back."""
         self.dispatch(ReplicaRemoved(engine, replica))
 
+    def end_scaling(self, engine: str, error: str = "") -> None:
+        """Report that a change of the number of replicas has ended; `error`: why it failed."""
+        node = next(iter(self.plan.nodes_of(engine)), "")
+        self.dispatch(Reported(ScaleEnded(node=node, engine=engine, error=error)))
+
     def dispatch(self, event: Event) -> None:
         """Give an event to the core, and carry out its effects.
 
@@ -187,31 +200,16 @@ class Shell:
         if self._at_rest and self.core.is_at_rest:
             self._at_rest.unpark_all()
 
+    def _begin_scaling(self, effect: ScaleTo) -> None:
+        log_scaling(effect)
+        if self.scale is None or effect.engine not in self.engines:
+            self.end_scaling(effect.engine, "the number of its replicas is fixed")
+        else:
+            self.scale(effect)
+
     def _deliver_item(self, effect: Deliver) -> None:
         self.cause = effect.error
         self._deliver(effect.item)
-
-
-class Timer:
-    """Dispatches `TimeCame` at the time of the latest `WakeAt`."""
-
-    def __init__(self, dispatch: Callable[[Event], None]) -> None:
-        self._dispatch = dispatch
-        self._at_s = inf
-        self._moved = trio.Event()
-
-    def set(self, effect: WakeAt) -> None:
-        self._at_s = effect.at_s
-        self._moved.set()
-
-    async def run(self) -> None:
-        """Run until cancelled."""
-        while True:
-            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
-            with trio.move_on_at(self._at_s):
-                await self._moved.wait()
-                continue
-            self._dispatch(TimeCame())
 
 
 class ExecutorStopped(RuntimeError):

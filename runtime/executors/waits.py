@@ -1,8 +1,17 @@
-"""The primitives that tasks of an executor wait with: those of trio, or those of simulated time."""
+"""The primitives that tasks of an executor wait with: those of trio, or those of simulated time;
+and the timer of a core under trio.
+"""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import inf
 from types import TracebackType
 from typing import Any, Protocol
+
+import trio
+
+from sagellm.runtime.core.effects import WakeAt
+from sagellm.runtime.core.events import Event, TimeCame
 
 
 class Lot(Protocol):
@@ -59,3 +68,25 @@ class Waits(Protocol):
     async def checkpoint(self) -> None: ...
 
     async def checkpoint_if_cancelled(self) -> None: ...
+
+
+class Timer:
+    """Dispatches `TimeCame` at the time of the latest `WakeAt`."""
+
+    def __init__(self, dispatch: Callable[[Event], None]) -> None:
+        self._dispatch = dispatch
+        self._at_s = inf
+        self._moved = trio.Event()
+
+    def set(self, effect: WakeAt) -> None:
+        self._at_s = effect.at_s
+        self._moved.set()
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        while True:
+            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
+            with trio.move_on_at(self._at_s):
+                await self._moved.wait()
+                continue
+            self._dispatch(TimeCame())

@@ -21,6 +21,7 @@ from sagellm.runtime.port import (
     EngineLost,
     EngineRefusal,
     LeaseOffer,
+    LossCause,
     Lost,
     PrefillDone,
     StaleLease,
@@ -242,12 +243,12 @@ class SimulatedEngine:
 
     # ---- faults ------------------------------------------------------------------------------
 
-    def lose(self) -> None:
-        """Lose all sequences and blocks, as an engine whose process dies, until `restart`."""
+    def lose(self, cause: LossCause = "death") -> None:
+        """Lose all sequences and blocks, as an engine whose process ends, until `restart`."""
         lost: dict[str, list[EngineEvent]] = {}
         for (request_id, choice), opened in self._open.items():
             state = opened.state
-            event = Lost(request_id=request_id, choice=choice, epoch=state.epoch, cause="death")
+            event = Lost(request_id=request_id, choice=choice, epoch=state.epoch, cause=cause)
             lost.setdefault(state.owner, []).append(event)
         self.model = self.model.emptied(self._timeline.now)
         self._is_up = False

@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "simulate": ("sagellm.cli.simulate:run", "Run a graph in simulated time."),
     "trace": ("sagellm.cli.trace:run", "Where the time of requests went."),
     "replay": ("sagellm.cli.replay:run", "Decide again what a log says."),
+    "ab": ("sagellm.cli.ab:run", "Compare the arms of an A/B test."),
     "keys": ("sagellm.cli.keys:keys", "Make keys for links over a network."),
     "doctor": ("sagellm.cli.doctor:doctor", "Check this machine and set-up."),
     "tune": ("sagellm.cli.tune:tune", "Measure what suits this machine."),
@@ -41,6 +42,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 GRAPH_COMMANDS: Mapping[str, tuple[str, str]] = {
     "check": ("sagellm.cli.graph:check", "Find mistakes without running."),
     "show": ("sagellm.cli.graph:show", "Print or draw a graph."),
+}
+ENGINE_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "list": ("sagellm.cli.engine_servers:list_", "The servers behind the graphs that run."),
+    "register": ("sagellm.cli.engine_servers:register", "Add a server to an engine."),
+    "remove": ("sagellm.cli.engine_servers:remove", "Let a server finish, and leave it."),
 }
 MODEL_COMMANDS: Mapping[str, tuple[str, str]] = {
     "list": ("sagellm.cli.model:list_", "What needs no download."),
@@ -89,6 +95,7 @@ APP = _with_commands(
     COMMANDS,
 )
 for group in (
+    _with_commands(App(name="engine", help="Servers behind a graph."), ENGINE_COMMANDS),
     _with_commands(App(name="model", help="The models on this machine."), MODEL_COMMANDS),
     _with_commands(App(name="gateway", help="Serve in the background."), GATEWAY_COMMANDS),
     _with_commands(App(name="graph", help="Check and draw graphs."), GRAPH_COMMANDS),

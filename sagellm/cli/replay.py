@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
 from sagellm.cli.errors import FAILED, Failure, simulation_failure
 from sagellm.cli.graph_argument import Assignments, Imports, import_code, parse_assignments
+from sagellm.cli.shadow_report import difference_object, shadow_object, show_shadows
+from sagellm.experiments.disagreements import has_shadows, shadow_report
 from sagellm.opening.decisions import ReplayDifference, ReplayResult, replay
 from sagellm.runtime.core.decision_log import DecisionReader, LogError
 from sagellm.runtime.core.events import Event
@@ -44,13 +47,15 @@ def run(
     set_: Assignments = (),
     with_: Annotated[tuple[str, ...], Parameter(name="--with")] = (),
     profile: str = "",
+    most: Annotated[int, Parameter(validator=Number(gte=0))] = 5,
     import_: Imports = (),
     json: bool = False,
 ) -> int:
     """Replay the decisions of a graph that was run or served with --decisions, and compare.
 
-    Exit code 1, and the first decision that differs, where one does. With --with, simulate the
-    requests of the log instead, as the graph was and with other options.
+    Exit code 1, and the first decision that differs, where one does. If the graph has shadows, what
+    they would have decided otherwise is shown, too. With --with, every decision is compared with
+    that of other options, and the requests of the log are simulated with both.
 
     Parameters
     ----------
@@ -63,23 +68,29 @@ def run(
         What would other options have cost, as sort.policy=fifo? May be repeated.
     profile
         The cost model of engines that compute, for --with, as `sagellm simulate` takes it.
+    most
+        How many decisions of each kind that would differ to list.
     json
-        Print one JSON object.
+        Print one JSON object; with --with, one for each request.
     """
     import_code(import_)
     _check(set_, with_, profile)
     if with_:
-        return _compare(log, with_, profile, json=json)
+        return _compare(log, with_, profile, most, json=json)
     try:
         found = replay(log, functions=FUNCTIONS, overrides=parse_assignments(set_))
+        shadows = shadow_report(log, FUNCTIONS) if not set_ and has_shadows(log) else None
     except OSError as error:
         raise Failure(f"{error.strerror}", "name a file that --decisions wrote", str(log)) from None
     except LogError as error:
         raise Failure(str(error), "name a file that --decisions wrote", str(log)) from None
     if json:
-        print(msgspec.json.encode(asdict(found)).decode())
+        whole = asdict(found) if shadows is None else {**asdict(found), **shadow_object(shadows)}
+        print(msgspec.json.encode(whole).decode())
     else:
         _show(found)
+        if shadows is not None:
+            show_shadows(shadows, most)
     return 0 if found.difference is None else FAILED
 
 
@@ -92,11 +103,16 @@ def _check(set_: Assignments, with_: tuple[str, ...], profile: str) -> None:
         raise Failure("--profile is of simulated engines, and nothing is simulated", "add --with")
 
 
-def _compare(log: Path, with_: tuple[str, ...], profile: str, *, json: bool) -> int:
-    """Simulate the requests of a log twice, and print how their times differ."""
+def _compare(log: Path, with_: tuple[str, ...], profile: str, most: int, *, json: bool) -> int:
+    """Compare each decision of a log, then simulate its requests twice, and print both."""
+    overrides = parse_assignments(with_)
     try:
+        differences = shadow_report(log, FUNCTIONS, overrides)
+        if not json:
+            print(f"changed: {' '.join(with_)}")
+            show_shadows(differences, most)
         with log.open("rb") as file:
-            found = what_if(DecisionReader(file), parse_assignments(with_), profile)
+            found = what_if(DecisionReader(file), overrides, profile)
     except OSError as error:
         raise Failure(f"{error.strerror}", "name a file that --decisions wrote", str(log)) from None
     except LogError as error:
@@ -104,10 +120,14 @@ def _compare(log: Path, with_: tuple[str, ...], profile: str, *, json: bool) -> 
     except SimulationError as error:
         raise simulation_failure(error, str(log)) from None
     if json:
+        by_request: dict[str, list[dict[str, Any]]] = {}
+        for each in differences.differences:
+            by_request.setdefault(each.note.request_id, []).append(difference_object(each))
         for one in found:
-            print(msgspec.json.encode(_difference(one)).decode())
+            differ = by_request.get(one.path.request_id, [])
+            print(msgspec.json.encode({**_difference(one), "differences": differ}).decode())
     else:
-        _show_comparison(found, " ".join(with_))
+        _show_comparison(found)
     return 0
 
 
@@ -126,10 +146,9 @@ def _times(request: SimulatedRequest) -> dict[str, Any]:
     return {"ttft_s": request.ttft_s, "e2e_s": request.e2e_s, "end": request.end}
 
 
-def _show_comparison(found: list[WhatIf], options: str) -> None:
+def _show_comparison(found: list[WhatIf]) -> None:
     """Print the times of all requests in three runs, and the requests that differ most."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"changed: {options}", markup=False)
     table = Table("ms", "TTFT p50", "TTFT p99", "end to end p50", "p99", "served")
     runs = {
         "recorded": [(one.path.ttft_s, one.path.e2e_s, one.path.end) for one in found],

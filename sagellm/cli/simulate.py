@@ -31,6 +31,7 @@ from sagellm.load.traces import FORMATS_FIX, PlannedRequest
 from sagellm.opening.decisions import DecisionFile
 from sagellm.opening.sources import graph_file
 from sagellm.runtime.simulation.timeline import SimulationError
+from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.figures import (
     SimulationSummary,
     over_seeds,
@@ -39,7 +40,7 @@ from sagellm.simulation.figures import (
     summarise,
     write_csv,
 )
-from sagellm.simulation.simulation_run import ReplicaFault, SimulationPoint, simulate
+from sagellm.simulation.simulation_run import SimulationPoint, simulate
 from sagellm.simulation.sweep import SPEEDUP, SweepPoint, UserImport, measure_all, sweep_points
 
 _POSITIVE, _COUNT = Number(gt=0), Number(gte=1)

@@ -44,7 +44,7 @@ def ps(*, json: bool = False) -> int:
     json
         Print a list of objects: operator, replica, pid, state, restarts, executor, what it does.
     """
-    rows = [row for rows in _rows_of(trio.run(_answers, ControlRequest("ps"))) for row in rows]
+    rows = [row for rows in _rows_of(trio.run(answers, ControlRequest("ps"))) for row in rows]
     if json:
         print(msgspec.json.encode(rows).decode())
     else:
@@ -141,7 +141,7 @@ async def _ask_one_graph(request: ControlRequest, graph_pid: int | None) -> Cont
     """
     listed = {
         path: answer
-        for path, answer in (await _answers(ControlRequest("ps"))).items()
+        for path, answer in (await answers(ControlRequest("ps"))).items()
         if answer.rows and answer.rows[0].executor == "processes"  # `tasks` has no workers
     }
     if not listed:
@@ -167,7 +167,7 @@ def _rows_of(listed: Mapping[Path, ControlReply]) -> list[tuple[ReplicaStatus, .
     return [answer.rows for answer in listed.values() if answer.rows]
 
 
-async def _answers(request: ControlRequest) -> dict[Path, ControlReply]:
+async def answers(request: ControlRequest) -> dict[Path, ControlReply]:
     """Send `request` to every graph that this user runs: returns control socket -> answer."""
     found = {}
     for path in running():

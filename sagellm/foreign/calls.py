@@ -4,7 +4,7 @@ from typing import Any
 
 from sagellm.client.http_calls import CHAT, COMPLETIONS
 from sagellm.client.replies import Choice, ResponseBody, Usage
-from sagellm.runtime.messages import FinishReason, SequenceState, Stamps, TokenEvent
+from sagellm.runtime.messages import FinishReason, SequenceState, Stamps, TokenEvent, TokenLogprob
 from sagellm.runtime.port import EngineRefusal
 from sagellm.runtime.sampling import Sampling
 
@@ -23,6 +23,7 @@ _EXTENSIONS = (
     "allowed_token_ids",
 )
 _DEFAULT = Sampling()
+_TOKEN_ID = "token_id:"
 _SEEDS = 1 << 31  # llama.cpp has seeds of 32 bits
 _GRAMMARS = {"json_schema": "json", "regex": "regex", "lark": "grammar"}  # vLLM's names
 _ENDS: dict[str, FinishReason] = {
@@ -65,13 +66,16 @@ def _sampling_fields(state: SequenceState, max_model_len: int) -> dict[str, Any]
     sampling = state.sampling
     if sampling.bad_words_token_ids:
         raise EngineRefusal("the engine takes no bad_words; leave them out")
-    if sampling.prompt_logprobs is not None or sampling.logprobs is not None:
-        raise EngineRefusal("the engine gives no log probabilities; ask for none")
+    if sampling.prompt_logprobs is not None:
+        raise EngineRefusal("the engine gives no log probabilities of prompts; ask for none")
     found: dict[str, Any] = {name: getattr(sampling, name) for name in _STANDARD}
     for name in _EXTENSIONS:
         value = getattr(sampling, name)
         if value != getattr(_DEFAULT, name):
             found[name] = value
+    if sampling.logprobs is not None:
+        found["logprobs"] = sampling.logprobs
+        found["return_tokens_as_token_ids"] = True
     if sampling.bad_words:
         found["bad_words"] = sampling.bad_words
     if sampling.stop:
@@ -89,6 +93,39 @@ def _sampling_fields(state: SequenceState, max_model_len: int) -> dict[str, Any]
     return found
 
 
+def _logprobs(choice: Choice, number: int | None) -> tuple[TokenLogprob, ...]:
+    """The log probabilities of a chunk's tokens, which `return_tokens_as_token_ids` names by ids.
+
+    Empty if none were asked for, or if the server names its tokens by texts.
+    """
+    given = choice.logprobs
+    if number is None or not isinstance(given, dict):
+        return ()
+    try:
+        tops = given.get("top_logprobs") or [{}] * len(given["tokens"])
+        return tuple(
+            TokenLogprob(_id(token), float(logprob), _best(top or {}, number))
+            for token, logprob, top in zip(
+                given["tokens"], given["token_logprobs"], tops, strict=True
+            )
+        )
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _best(top: dict[str, float], number: int) -> tuple[tuple[int, float], ...]:
+    """The `number` most likely tokens: servers add the sampled token to them."""
+    named = sorted(((_id(token), value) for token, value in top.items()), key=lambda one: -one[1])
+    return tuple(named[:number])
+
+
+def _id(token: str) -> int:
+    """The id in `token_id:17`. Raises ValueError for the text of a token."""
+    if not token.startswith(_TOKEN_ID):
+        raise ValueError(token)
+    return int(token.removeprefix(_TOKEN_ID))
+
+
 class AnswerReader:
     """Turns the chunks of one call into the events of its sequence.
 
@@ -104,6 +141,7 @@ class AnswerReader:
         self._stop: str | int | None = None
         self._text = ""  # of the chunk that had the finish reason
         self._token_ids: tuple[int, ...] = ()
+        self._logprobs: tuple[TokenLogprob, ...] = ()
         self._usage = Usage()
         self.started_s: float | None = None
         self._prefilled_s: float | None = None
@@ -120,6 +158,7 @@ class AnswerReader:
             self._finish = _ENDS.get(choice.finish_reason, "failed")
             self._stop = choice.stop_reason
             self._text, self._token_ids = choice.content or "", choice.token_ids or ()
+            self._logprobs = _logprobs(choice, self._state.sampling.logprobs)
             return None
         return self._tokens(choice, now)
 
@@ -139,6 +178,7 @@ class AnswerReader:
             number,
             self._text,
             now,
+            logprobs=self._logprobs,
             finish_reason=self._finish,
             stop_reason=self._stop,
             error="the server ended the answer early" if is_failed else None,
@@ -158,7 +198,8 @@ class AnswerReader:
         if self._prefilled_s is None:
             self._prefilled_s = now
         self.has_begun = True
-        return self._event(token_ids, number, text, now)
+        logprobs = _logprobs(choice, self._state.sampling.logprobs)
+        return self._event(token_ids, number, text, now, logprobs=logprobs)
 
     def _event(
         self, token_ids: tuple[int, ...], number: int, text: str, now: float, **fields: Any

@@ -65,7 +65,7 @@ class ForeignEngine:
         self.facts = facts
         self.is_up = True
         self._server = server
-        self._place = place
+        self.place = place
         self._probe_s = probe_s
         self._can_resume_chats = can_resume_chats
         self._calls: dict[_Key, _Call] = {}
@@ -76,6 +76,7 @@ class ForeignEngine:
         self._num_faults = 0
         self._went_down = trio.Event()
         self._has_room = trio.Event()
+        self._at_rest = trio.lowlevel.ParkingLot()
         self._on_availability: Callable[[bool], None] = lambda is_up: None
 
     # ---- the port ----------------------------------------------------------------------------
@@ -117,6 +118,22 @@ class ForeignEngine:
     def report_availability(self, report: Callable[[bool], None]) -> None:
         """Call `report` whenever the server goes down or comes up."""
         self._on_availability = report
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    async def drained(self) -> None:
+        """Wait until no call is open."""
+        while self._calls:
+            await self._at_rest.park()
+
+    def stop(self) -> None:
+        """End the engine. Its sequences are lost, and the graph resumes them elsewhere."""
+        for call in tuple(self._calls.values()):
+            self._lose(call, "none")
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
 
     async def idle(self) -> None:
         """Return at once: the server frees what its sequences hold."""
@@ -167,7 +184,7 @@ class ForeignEngine:
                         mailbox.post(event)
                 mailbox.flush()
         self._num_faults = 0
-        self._calls.pop(call.key, None)
+        self._forget(call)
         mailbox.post(reader.last(trio.current_time()))
         mailbox.flush()
 
@@ -179,7 +196,7 @@ class ForeignEngine:
         """End a call that failed: refuse its request, or give it back to the graph."""
         log.warning(
             "upstream_failed",
-            engine=f"{self._place.engine}[{self._place.number}]",
+            engine=f"{self.place.engine}[{self.place.number}]",
             url=self._server.url,
             request_id=call.state.request_id,
             status=error.status,
@@ -202,7 +219,7 @@ class ForeignEngine:
                 self._end(call, "failed", error=error.message, code=ENGINE_FAILED)
 
     def _end(self, call: _Call, reason: object, **fields: object) -> None:
-        if self._calls.pop(call.key, None) is None:
+        if not self._forget(call):
             return
         event = call.reader.ended(reason, trio.current_time(), **fields)  # type: ignore[arg-type]
         mailbox = self.events(call.state.owner)
@@ -211,7 +228,7 @@ class ForeignEngine:
 
     def _lose(self, call: _Call, cause: LossCause) -> None:
         """Give the sequence back to the graph, after all its events."""
-        if self._calls.pop(call.key, None) is None:
+        if not self._forget(call):
             return
         state, mailbox = call.state, self.events(call.state.owner)
         mailbox.flush()
@@ -219,6 +236,13 @@ class ForeignEngine:
             Lost(request_id=state.request_id, choice=state.choice, epoch=state.epoch, cause=cause)
         )
         mailbox.flush()
+
+    def _forget(self, call: _Call) -> bool:
+        """Drop a call that ends. Return whether it was still open."""
+        was_open = self._calls.pop(call.key, None) is not None
+        if not self._calls:
+            self._at_rest.unpark_all()
+        return was_open
 
     def _reader_made_room(self) -> None:
         self._has_room.set()
@@ -235,7 +259,7 @@ class ForeignEngine:
         self.is_up = is_up
         log.warning(
             "upstream_up" if is_up else "upstream_down",
-            engine=f"{self._place.engine}[{self._place.number}]",
+            engine=f"{self.place.engine}[{self.place.number}]",
             url=self._server.url,
         )
         if is_up:

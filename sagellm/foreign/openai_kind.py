@@ -12,7 +12,15 @@ from sagellm.client.responses import ClientError
 from sagellm.foreign.foreign_engine import ForeignEngine
 from sagellm.foreign.foreign_server import ForeignModel, ForeignServer
 from sagellm.graphs.rules.rule import EngineFactsView
-from sagellm.graphs.vocabulary import GRAMMARS, RESUME, TEXT_IN, TEXT_OUT, TOKENS_IN, TOKENS_OUT
+from sagellm.graphs.vocabulary import (
+    GRAMMARS,
+    LOGPROBS,
+    RESUME,
+    TEXT_IN,
+    TEXT_OUT,
+    TOKENS_IN,
+    TOKENS_OUT,
+)
 from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
 from sagellm.runtime.engine.options import EngineOptionError
 from sagellm.runtime.messages import EngineReplica
@@ -22,7 +30,7 @@ from sagellm.runtime.port import EngineFacts
 _UNKNOWN_LEN = 131_072  # the context limit where neither the graph nor the server gives one
 _RETRY_S = 0.5  # between the questions to a server that is not up yet
 _TEXT = frozenset({TEXT_IN, TEXT_OUT, RESUME})
-_TOKENS = frozenset({TOKENS_IN, TOKENS_OUT, TEXT_OUT, RESUME, GRAMMARS})
+_TOKENS = frozenset({TOKENS_IN, TOKENS_OUT, TEXT_OUT, RESUME, LOGPROBS, GRAMMARS})
 
 
 @dataclass(frozen=True, slots=True)

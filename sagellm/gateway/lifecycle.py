@@ -26,8 +26,8 @@ from sagellm.gateway.readiness import Probe, Readiness
 from sagellm.gateway.settings import Settings, Streaming, banner, url_of
 from sagellm.gateway.thread_bridge import open_thread_bridge
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.sections import engine_kind
-from sagellm.runtime.cluster.control import serve_control
+from sagellm.graphs.sections import OPENAI, engine_kind
+from sagellm.runtime.cluster.control import ControlCommands, serve_control
 from sagellm.runtime.cluster.control_commands import OneProcessCommands
 from sagellm.runtime.engine.kinds import KINDS
 from sagellm.runtime.models import HelperUnavailable, TextError
@@ -36,6 +36,7 @@ from sagellm.session import Session
 from sagellm.tracing import open_tracing
 
 PROBE_TEXT = "Hello"
+_FOREIGN = "sagellm.foreign.servers"  # imported only for a graph with servers of others
 _SERVERS = {  # imported only if chosen: uvicorn is an optional dependency
     "hypercorn": ("sagellm.gateway.http.hypercorn", "HypercornServer"),
     "uvicorn": ("sagellm.gateway.http.uvicorn", "UvicornServer"),
@@ -97,14 +98,22 @@ async def serve_session(
             if settings.server == "hypercorn":  # `UvicornServer` does this on its own loop
                 nursery.start_soon(app.run_background)
         if session.supervisor is None:  # a supervisor opens a control socket itself
-            executed = session.executor.plan
-            await nursery.start(
-                serve_control, OneProcessCommands(executed.graph, session.executor.engines)
-            )
+            await nursery.start(serve_control, _commands(session))
         nursery.start_soon(meters.run)
-        nursery.start_soon(_watch, readiness, session, settings.streaming)
+        nursery.start_soon(watch_readiness, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: announce(said))
         nursery.cancel_scope.cancel()  # ends the app's tasks, the meters, the control and the watch
+
+
+def _commands(session: Session) -> ControlCommands:
+    """The commands on a graph without workers, and on servers if it has an engine for them."""
+    executor, graph = session.executor, session.executor.plan.graph
+    commands = OneProcessCommands(graph, executor.engines)
+    if OPENAI not in map(engine_kind, graph.engines.values()):
+        return commands
+    found = import_module(_FOREIGN)
+    both: ControlCommands = found.ServerCommands(found.Servers(graph, executor), commands)
+    return both
 
 
 def _check_kinds(graph: Graph) -> None:
@@ -200,7 +209,7 @@ def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
         return (0,)
 
 
-async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
+async def watch_readiness(readiness: Readiness, session: Session, streaming: Streaming) -> None:
     """Probe and watch the graph until cancelled. The probes use a bridge on this loop."""
     probes = []
     for model in session.models.all:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 _ASYNC = "`async with graph.open()`, whose session is awaited"
 
 
-class _StreamEnd:
+class StreamEnd:
     """The last item of a stream's queue. `error` is the error that ended the stream, if any."""
 
     def __init__(self, error: BaseException | None) -> None:
@@ -63,7 +63,7 @@ class _SessionThread:
     ) -> "Future[None]":
         """Stream one request into `put`, which the trio thread calls and which must not block.
 
-        The last item is a `_StreamEnd`. Cancelling the future cancels the request.
+        The last item is a `StreamEnd`. Cancelling the future cancels the request.
         """
 
         async def pump() -> None:
@@ -74,7 +74,7 @@ class _SessionThread:
         self._check_open()
         future = self.portal.start_task_soon(pump)
         # Not in `pump`: a future that is cancelled early never runs it, but the reader must end.
-        future.add_done_callback(lambda done: put(_StreamEnd(_error_of(done))))
+        future.add_done_callback(lambda done: put(StreamEnd(_error_of(done))))
         return future
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> "Future[T]":
@@ -110,8 +110,8 @@ class _BridgedStream(Generic[T]):
             self._future.cancel()
 
     def _is_end(self, item: object) -> bool:
-        self._is_over = isinstance(item, _StreamEnd)
-        if isinstance(item, _StreamEnd) and item.error is not None:
+        self._is_over = isinstance(item, StreamEnd)
+        if isinstance(item, StreamEnd) and item.error is not None:
             raise item.error
         return self._is_over
 
@@ -164,6 +164,12 @@ class BlockingSession:
         """Stream like `Session.stream`, but start the request at once."""
         refuse_in_loop("session.stream of a blocking session", _ASYNC)
         return BlockingStream(self._thread, prompt, fields)
+
+    def start(self, put: Callable[[Any], None], prompt: Prompt, **fields: Any) -> "Future[None]":
+        """Start a request, and return at once. The trio thread calls `put` with each output and at
+        last with a `StreamEnd`; it must not block. Cancelling the future cancels the request.
+        """
+        return self._thread.start(put, prompt, fields)
 
     def generate(self, prompt: Prompt, **fields: Any) -> Answer:
         return self._wait("generate", self._thread.session.generate, prompt, **fields)

@@ -11,7 +11,14 @@ from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.models import family as families
-from sagellm.graphs.sections import KIND, ROUTE_MODEL, ServedModel, engine_kind, served_models
+from sagellm.graphs.sections import (
+    KIND,
+    ROUTE_MODEL,
+    ServedModel,
+    engine_kind,
+    served_models,
+    with_most_replicas,
+)
 from sagellm.graphs.text.yaml import Document
 from sagellm.opening.graph_engines import KindViews, describe_engine
 from sagellm.opening.sources import (
@@ -43,9 +50,13 @@ def check_graph(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
+    *,
+    is_simulated: bool = False,
 ) -> Graph:
     """Check a graph, and return it with its overrides. Raises the errors of `checked_graph`."""
-    return checked_graph(document, resolver, functions, overrides, model).graph
+    return checked_graph(
+        document, resolver, functions, overrides, model, is_simulated=is_simulated
+    ).graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +87,12 @@ def checked_graph(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
+    *,
+    is_simulated: bool = False,
 ) -> CheckedGraph:
     """Check a graph with its overrides. Raises GraphError with every mistake found.
+
+    `is_simulated`: no executor of the graph will run it, so it needs none that can add replicas.
 
     `functions` None skips the check of function names: functions may be registered later. The check
     imports no module of `imports`. Models are looked up, and downloaded if necessary, only after
@@ -93,6 +108,7 @@ def checked_graph(
             "strategies": STRATEGIES,
             "transports": TRANSPORTS,
         },
+        is_simulated=is_simulated,
     )
     engines: dict[str, EngineDescription] = {}
     _load_operators(document, graph, resolver)
@@ -100,8 +116,9 @@ def checked_graph(
     found = check(graph, resolver.vocabulary, facts)
     if not found:  # describing an engine may download its model, so wrong graphs end here
         given = _given_models(graph, overrides or {}, model)
+        widest = with_most_replicas(graph)  # the pools of all replicas must fit into the memory
         looked = {
-            name: _describe_or_diagnose(name, graph, given.get(name, "")) for name in graph.engines
+            name: _describe_or_diagnose(name, widest, given.get(name, "")) for name in graph.engines
         }
         engines = {name: one for name, one in looked.items() if isinstance(one, EngineDescription)}
         mistaken = [one for one in looked.values() if isinstance(one, Diagnostic)]

@@ -136,22 +136,7 @@ def replay(
     """
     with open(path, "rb") as file:
         reader = DecisionReader(file)
-        header = reader.header
-        graph = override(from_msgpack(header.graph), overrides or {})
-        graph = with_outlet_names(graph, RESOLVER.vocabulary)  # older logs have aliases
-        hold_s = math.inf if header.max_hold_s is None else header.max_hold_s
-        encode = _encoder(graph)
-        ready = plan(
-            graph,
-            RESOLVER,
-            header.engines,
-            functions=functions,
-            encode=encode,
-            seed=header.seed,
-            facts=header.facts,
-            block_key=header.block_key or None,
-        )
-        core = Core(ready, max_hold_s=hold_s)
+        core = logged_core(reader.header, functions, overrides or {})
         num_events = num_effects = 0
         for now, event, recorded in reader:
             effects = core.on(event, now)
@@ -165,6 +150,26 @@ def replay(
                 difference = ReplayDifference(num_events, now, event, *found)
                 return ReplayResult(num_events, num_effects, reader.is_cut, difference)
         return ReplayResult(num_events, num_effects, reader.is_cut)
+
+
+def logged_core(
+    header: Header, functions: Mapping[str, Callable[..., Any]], overrides: Mapping[str, Any]
+) -> Core:
+    """A new core of a logged graph, with changed options. Raises GraphError."""
+    graph = override(from_msgpack(header.graph), overrides)
+    graph = with_outlet_names(graph, RESOLVER.vocabulary)  # older logs have aliases
+    ready = plan(
+        graph,
+        RESOLVER,
+        header.engines,
+        functions=functions,
+        encode=_encoder(graph),
+        seed=header.seed,
+        facts=header.facts,
+        block_key=header.block_key or None,
+    )
+    hold_s = math.inf if header.max_hold_s is None else header.max_hold_s
+    return Core(ready, max_hold_s=hold_s)
 
 
 def _encoder(graph: Graph) -> EncodeText:

@@ -229,6 +229,9 @@ async def _running_session(graph: Graph, recipe: GraphOpening) -> AsyncIterator[
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(models, make)
         session.supervisor = supervisor
+        if supervisor is not None:
+            allow_scaling = importlib.import_module(_WORKERS).allow_scaling
+            await allow_scaling(graph, supervisor, session.executor, nursery)
         await nursery.start(session.executor.run)  # returns when the executor accepts requests
         if supervisor is not None:  # it started before the executor, which needs its engines
             supervisor.watch(session.executor)

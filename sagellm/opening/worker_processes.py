@@ -9,8 +9,10 @@ from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.passes import run_pipeline
 from sagellm.graphs.passes.placement import Place, ShareCores, replicas_of
+from sagellm.graphs.sections import ReplicaBounds, scaled_engines
 from sagellm.logs import logs_environment
 from sagellm.opening.graph_engines import engine_options
+from sagellm.runtime.cluster.autoscaling import Autoscaling
 from sagellm.runtime.cluster.control import ControlSocket
 from sagellm.runtime.cluster.control_commands import WorkerCommands
 from sagellm.runtime.cluster.executor_options import ProcessesOptions
@@ -18,6 +20,8 @@ from sagellm.runtime.cluster.launch import ProcessLauncher
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
 from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.executors.tasks import Shell
+from sagellm.runtime.registry import read_options
 
 WORKER_MODULE = "sagellm.opening.worker_main"
 
@@ -48,6 +52,19 @@ async def start_workers(
     await nursery.start(supervisor.run)
     await nursery.start(ControlSocket(WorkerCommands(supervisor), launcher.folder).run)
     return supervisor
+
+
+async def allow_scaling(
+    graph: Graph, supervisor: Supervisor, executor: Shell, nursery: trio.Nursery
+) -> None:
+    """Let the operators of a graph change how many workers its engines have."""
+    bounds = {
+        name: read_options(ReplicaBounds, given)
+        for name, (_, given) in scaled_engines(graph).items()
+    }
+    autoscaling = Autoscaling(supervisor, executor, bounds)
+    await nursery.start(autoscaling.run)
+    executor.scale = autoscaling.begin
 
 
 def _computes(graph: Graph, name: str) -> bool:

@@ -54,8 +54,9 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     objective, a second. `slo_attainment`: their share of all requests; None without an objective.
     `prefix_hit_rate`: the cached share of the prompt tokens that engines looked up; None: no prompt
     could share any. `load_imbalance`: the busy time of the busiest replica of an engine over the
-    mean, the largest of all engines. `cost`: replicas * hours * price. `cost_per_1k_tokens`: of
-    generated tokens. `network_bytes`: KV that links have moved.
+    mean, the largest of all engines. `cost`: replica hours * price. `cost_per_1k_tokens`: of
+    generated tokens. `network_bytes`: KV that links have moved. `replica_hours`: by engine, with
+    the time of starts and drains. `num_scalings`: how often the number of replicas changed.
     """
 
     requests: int
@@ -78,6 +79,8 @@ class SimulationSummary(msgspec.Struct, frozen=True):
     network_bytes: float
     engines: list[EngineUse]
     phases_ms: dict[str, float]
+    replica_hours: dict[str, float] = {}
+    num_scalings: int = 0
 
 
 def summarise(
@@ -97,9 +100,8 @@ def summarise(
         for name, every in run.engines.items()
         for number, engine in enumerate(every)
     ]
-    cost = sum(
-        len(every) * elapsed_s / 3600 * prices.get(name, 1.0) for name, every in run.engines.items()
-    )
+    hours = {name: run.replica_s(name) / 3600 for name in run.engines}
+    cost = sum(each * prices.get(name, 1.0) for name, each in hours.items())
     num_good = sum(_is_good(one, objective) for one in served) if objective else None
     gaps: Counter[int] = Counter()
     for engine in (one for every in run.engines.values() for one in every):
@@ -125,6 +127,8 @@ def summarise(
         network_bytes=run.links.num_bytes,
         engines=uses,
         phases_ms=_phases(served),
+        replica_hours=hours,
+        num_scalings=sum(len(changes) - 1 for changes in run.counts.values()),
     )
 
 
@@ -330,6 +334,9 @@ def _lines(summary: SimulationSummary, took_s: float) -> Iterable[tuple[str, str
     yield "load imbalance", f"{summary.load_imbalance:.3f} (busiest replica over the mean)"
     each = summary.cost_per_1k_tokens
     yield "cost", f"{summary.cost:.3f}" + ("" if each is None else f", {each:.6f} per 1,000 tokens")
+    if summary.num_scalings:
+        hours = ", ".join(f"{name} {one:.3f}" for name, one in summary.replica_hours.items())
+        yield "replica hours", f"{hours}; their number changed {summary.num_scalings} times"
     phases = ", ".join(f"{name} {value:.1f}" for name, value in summary.phases_ms.items())
     if phases:
         yield "mean phases", f"{phases} ms"

@@ -4,18 +4,20 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from sagellm.extensions import RESOLVER
 from sagellm.graphs.ir import FrozenMap, Graph
-from sagellm.graphs.sections import MODELLED, engine_kind
+from sagellm.graphs.sections import MODELLED, ReplicaBounds, engine_kind, scaled_engines
 from sagellm.graphs.text.yaml import Document
 from sagellm.load.workload import BLOCK_LEN, PlannedRequest
 from sagellm.opening.checking import check_graph
 from sagellm.opening.decisions import DecisionFile, recording
 from sagellm.opening.graph_engines import engine_options, num_replicas
 from sagellm.opening.sources import override
+from sagellm.runtime.core.effects import Noted
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions
 from sagellm.runtime.handover import Phases, phases_of
 from sagellm.runtime.messages import (
@@ -28,27 +30,20 @@ from sagellm.runtime.messages import (
     Stamps,
     TokenEvent,
 )
+from sagellm.runtime.notes import Assignment
 from sagellm.runtime.plan import Plan, plan
-from sagellm.runtime.registry import FUNCTIONS
+from sagellm.runtime.port import Engine
+from sagellm.runtime.registry import FUNCTIONS, read_options
 from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.simulation.engine import SimulatedEngine
-from sagellm.runtime.simulation.executor import SimulationExecutor
+from sagellm.runtime.simulation.executor import SimulatedScaling, SimulationExecutor
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.opening import open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import SimulationError, Timeline
+from sagellm.simulation.faults import ReplicaFault, plan_fault, refuse_overlaps
 
 _COLLECT_EVERY = 20_000  # requests between two collections of garbage, which take long each
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaFault:
-    """A replica dies `at_s` seconds after the beginning, and is back `for_s` seconds later."""
-
-    engine: str
-    replica: int
-    at_s: float
-    for_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +82,7 @@ class SimulatedRequest:
     priority: int = NORMAL
     user_id: str = ""
     slo_ttft_s: float | None = None
+    arm: str = ""  # of the last `ab_split` on its way
 
     @property
     def is_ok(self) -> bool:
@@ -110,14 +106,25 @@ class SimulatedRequest:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """What one simulation gave. `engines`: every replica, with its model. `elapsed_s`: from the
-    first arrival to the last event.
+    """What one simulation gave. `engines`: every replica that there was, with its model. `links`:
+    between them. `begun_s`: the first arrival; `elapsed_s`: from there to the last event. `counts`:
+    by engine, each (time, number of replicas from then on).
     """
 
     requests: Sequence[SimulatedRequest]
     engines: Mapping[str, tuple[SimulatedEngine, ...]]
     links: Links
+    begun_s: float
     elapsed_s: float
+    counts: Mapping[str, Sequence[tuple[float, int]]]
+
+    def replica_s(self, engine: str) -> float:
+        """The time of all replicas of an engine, in seconds."""
+        end_s, total = self.begun_s + self.elapsed_s, 0.0
+        changes = [*self.counts[engine], (end_s, 0)]
+        for (since_s, count), (until_s, _) in pairwise(changes):
+            total += count * max(min(until_s, end_s) - max(since_s, self.begun_s), 0.0)
+        return total
 
 
 def simulate(
@@ -129,79 +136,64 @@ def simulate(
     """
     graph, timeline = modelled_graph(point), Timeline()
     hasher = TraceHasher() if point.decisions is None else PromptHasher()
-    engines, links = _open_engines(graph, point, timeline, hasher)
+    speeds = {name: _options(graph, name).kv_bytes_per_s for name in graph.engines}
+    links = Links(timeline, speeds, latency_s=point.link_latency_s)
+    open_replica = _opener(graph, point, timeline, links, hasher)
+    engines = {
+        name: tuple(open_replica(EngineReplica(name, n)) for n in range(num_replicas(graph, name)))
+        for name in graph.engines
+    }
     facts = {name: every[0].facts for name, every in engines.items()}
     counts = {name: len(every) for name, every in engines.items()}
-    ready = plan(
-        graph,
-        RESOLVER,
-        counts,
-        functions=FUNCTIONS,
-        seed=point.seed,
-        facts=facts,
-        hasher=hasher,
-    )
+    made = partial(plan, graph, RESOLVER, counts, functions=FUNCTIONS, seed=point.seed)
+    ready = made(facts=facts, hasher=hasher)
     _refuse_unmodelled(ready, point)
     with recording(point.decisions, ready, float("inf")) as record:
         results = Recorder(timeline, on_end)
         executor = SimulationExecutor(
             ready, results.deliver, timeline, engines=engines, record=record
         )
+        executor.on_note = results.note
+        scaling = SimulatedScaling(executor, _bounds(graph), open_replica)
+        executor.scale = scaling.begin
         source = WorkloadSource(executor, point.workload, results)
         for fault in point.faults:
-            _plan_fault(executor, engines, fault)
+            plan_fault(executor, engines, fault)
         with _few_collections():
             source.start()
             timeline.run()
     executor.core.ledger.check()
     last_s = max((one.ended_s for one in results.requests), default=0.0)
     first_s = point.workload[0].at_s if point.workload else 0.0
-    return SimulatedRun(results.requests, engines, links, last_s - first_s)
+    return SimulatedRun(
+        results.requests,
+        {name: _simulated(every) for name, every in executor.engines.items()},
+        links,
+        first_s,
+        last_s - first_s,
+        scaling.counts,
+    )
 
 
-def _open_engines(
-    graph: Graph, point: SimulationPoint, timeline: Timeline, hasher: PromptHasher
-) -> tuple[dict[str, tuple[SimulatedEngine, ...]], Links]:
-    """The replicas of all engines, and the links between them."""
+def _simulated(engines: Sequence[Engine]) -> tuple[SimulatedEngine, ...]:
+    return tuple(one for one in engines if isinstance(one, SimulatedEngine))
+
+
+def _bounds(graph: Graph) -> dict[str, ReplicaBounds]:
+    """The bounds of the engines whose replicas an operator scales."""
+    scaled = scaled_engines(graph)
+    return {name: read_options(ReplicaBounds, given) for name, (_, given) in scaled.items()}
+
+
+def _opener(
+    graph: Graph, point: SimulationPoint, timeline: Timeline, links: Links, hasher: PromptHasher
+) -> Callable[[EngineReplica], SimulatedEngine]:
+    """A function that opens one replica of an engine."""
     options = {name: _options(graph, name) for name in graph.engines}
-    speeds = {name: one.kv_bytes_per_s for name, one in options.items()}
-    links = Links(timeline, speeds, latency_s=point.link_latency_s)
-    block_len = BLOCK_LEN if any(one.block_ids for one in point.workload) else 0
-    engines = {
-        name: tuple(
-            open_simulated(
-                one, EngineReplica(name, number), timeline, links, hasher, block_len=block_len
-            )
-            for number in range(num_replicas(graph, name))
-        )
-        for name, one in options.items()
-    }
-    return engines, links
-
-
-def _refuse_overlaps(faults: Sequence[ReplicaFault]) -> None:
-    """Raise SimulationError for a replica that dies again before it is back."""
-    ordered = sorted(faults, key=lambda one: (one.engine, one.replica, one.at_s))
-    for before, after in pairwise(ordered):
-        is_same = (before.engine, before.replica) == (after.engine, after.replica)
-        if is_same and after.at_s <= before.at_s + before.for_s:
-            where = f"replica {after.replica} of engine {after.engine}"
-            message = f"{where} dies at {after.at_s:g} s, when it is dead already"
-            raise SimulationError(message, f"give a time after {before.at_s + before.for_s:g} s")
-
-
-def _plan_fault(
-    executor: SimulationExecutor,
-    engines: Mapping[str, tuple[SimulatedEngine, ...]],
-    fault: ReplicaFault,
-) -> None:
-    replicas = engines.get(fault.engine, ())
-    if fault.replica >= len(replicas):
-        known = ", ".join(f"{name}[0..{len(every) - 1}]" for name, every in engines.items())
-        message = f"no replica {fault.replica} of engine {fault.engine} can die"
-        raise SimulationError(message, f"give one of {known}")
-    engine = replicas[fault.replica]
-    executor.timeline.at(fault.at_s, lambda: executor.fail(engine, fault.for_s))
+    shared = {"block_len": BLOCK_LEN if any(one.block_ids for one in point.workload) else 0}
+    return lambda place: open_simulated(
+        options[place.engine], place, timeline, links, hasher, **shared
+    )
 
 
 def modelled_graph(point: SimulationPoint) -> Graph:
@@ -225,7 +217,7 @@ def modelled_graph(point: SimulationPoint) -> Graph:
         if kind != MODELLED:
             changes |= {f"{name}.kind": MODELLED, f"{name}.profile": point.profile}
     document = Document(_on_tasks(point.document.graph), point.document.positions)
-    return check_graph(document, RESOLVER, FUNCTIONS, changes)
+    return check_graph(document, RESOLVER, FUNCTIONS, changes, is_simulated=True)
 
 
 def _on_tasks(graph: Graph) -> Graph:
@@ -247,7 +239,7 @@ def _refuse_unmodelled(ready: Plan, point: SimulationPoint) -> None:
     """Raise SimulationError for an operator that waits for something without a model, and for what
     a point asks of a graph that cannot have it.
     """
-    _refuse_overlaps(point.faults)
+    refuse_overlaps(point.faults)
     if point.link_latency_s and not any(node.op == "kv_transfer" for node in ready.graph.nodes):
         raise SimulationError("--link-latency: this graph moves no KV blocks", "leave it out")
     for name in ready.services:
@@ -307,11 +299,7 @@ def request_of(number: int, planned: PlannedRequest) -> Request:
 class Recorder:
     """Keeps a record of each request, as its tokens reach the sink."""
 
-    def __init__(
-        self,
-        timeline: Timeline,
-        on_end: Callable[[SimulatedRequest], None],
-    ) -> None:
+    def __init__(self, timeline: Timeline, on_end: Callable[[SimulatedRequest], None]) -> None:
         self.requests: list[SimulatedRequest] = []
         self._timeline = timeline
         self._on_end = on_end
@@ -328,6 +316,10 @@ class Recorder:
                 slo_ttft_s=planned.slo_ttft_s,
             )
         )
+
+    def note(self, noted: Noted) -> None:
+        if isinstance(noted.note, Assignment):
+            self.requests[int(noted.note.request_id)].arm = noted.note.label
 
     def deliver(self, item: Item | Forked) -> None:
         if not isinstance(item, TokenEvent | Answer):

@@ -21,9 +21,9 @@ from sagellm.graphs.text.yaml import Document
 from sagellm.load.report import Objective
 from sagellm.load.traces import PlannedRequest
 from sagellm.runtime.simulation.timeline import SimulationError
+from sagellm.simulation.faults import ReplicaFault
 from sagellm.simulation.figures import SimulationSummary, summarise
 from sagellm.simulation.simulation_run import (
-    ReplicaFault,
     SimulationPoint,
     modelled_graph,
     simulate,

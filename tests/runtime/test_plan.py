@@ -34,7 +34,10 @@ def test_a_router_sees_the_engines_until_the_next_router() -> None:
     replicas = {node.name: made.num_replicas(node.name) for node in made.graph.nodes}
     targets = targets_of(made.graph, made.graph.node("route"), Resolver().vocabulary, replicas)
     out = frozenset({"out"})
-    assert targets == (Target("prefill", 2, "p", True, out), Target("decode", 2, "d", False, out))
+    assert targets == (
+        Target("prefill", 2, "p", True, out, True),
+        Target("decode", 2, "d", False, out),
+    )
 
 
 def test_targets_know_which_outlets_lead_to_them() -> None:

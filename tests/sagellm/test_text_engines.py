@@ -21,7 +21,7 @@ from virtual_workers import chaotic
 from waiting import until
 
 from sagellm import Graph, RequestError, Sampling, ops
-from sagellm.gateway.lifecycle import _watch
+from sagellm.gateway.lifecycle import watch_readiness
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.settings import Streaming
@@ -277,7 +277,7 @@ async def test_its_gateway_becomes_ready(autojump_clock: MockClock) -> None:
     """A probe carries token ids, which an engine that takes text never sees."""
     readiness = Readiness()
     async with graph().open() as session, trio.open_nursery() as nursery:
-        nursery.start_soon(_watch, readiness, session, Streaming())
+        nursery.start_soon(watch_readiness, readiness, session, Streaming())
         await until(lambda: readiness.is_ready)
         nursery.cancel_scope.cancel()
 

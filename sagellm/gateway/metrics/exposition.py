@@ -18,7 +18,15 @@ from prometheus_client.process_collector import ProcessCollector
 from sagellm.gateway.metrics.meters import Counts, HttpMeters, LoopLag, lengths
 from sagellm.gateway.metrics.native import graph_families, http_families
 from sagellm.gateway.metrics.observer import KVShape, Measure, RequestObserver
-from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot, read_engines
+from sagellm.gateway.metrics.snapshot import (
+    EngineReading,
+    ModelReading,
+    Snapshot,
+    read_engines,
+    read_scalings,
+    read_shadows,
+    read_tallies,
+)
 from sagellm.gateway.metrics.vllm import instrumentator_families, vllm_families
 from sagellm.gateway.protocol.sampling_params import ModelCard
 from sagellm.graphs.sections import model_operators
@@ -143,6 +151,9 @@ class GatewayMeters(HttpMeters):
             graph_lag=self._graph_lag.seconds.copy(),
             num_migrated=executor.core.recovery.num_migrated,
             migration_gaps=executor.core.recovery.gaps_s.copy(),
+            shadows=read_shadows(executor.core),
+            tallies=read_tallies(executor.core),
+            scalings=read_scalings(executor, engines),
         )
 
     def _read_models(

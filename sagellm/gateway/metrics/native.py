@@ -14,6 +14,7 @@ from sagellm.gateway.metrics.snapshot import (
     histogram,
 )
 from sagellm.runtime.containers import Buckets
+from sagellm.runtime.core.experiments import ARM, ExperimentTally
 from sagellm.runtime.executors.reading import OperatorReading, Shares
 
 # Each table maps the end of a metric's name to the metric's help text and its value.
@@ -82,6 +83,70 @@ def graph_families(shown: Snapshot) -> Iterator[Metric]:
     yield from _operators(shown)
     yield from _engines(shown)
     yield from _requests(shown)
+    if shown.shadows:
+        yield from _shadows(shown)
+    if any(one.kind == ARM for one in shown.tallies):
+        yield from _arms(shown)
+    if shown.scalings:
+        yield from _scalings(shown)
+
+
+def _shadows(shown: Snapshot) -> Iterator[Metric]:
+    """Yield what shadows would have decided otherwise, and what became of these requests."""
+    places = [
+        ({"graph": shown.graph, "operator": one.node, "kind": one.kind}, one)
+        for one in shown.shadows
+    ]
+    compared = [(labels, one.num_decisions) for labels, one in places]
+    yield counter("sagellm_shadow_decisions", "Decisions compared with a shadow's.", compared)
+    off = [(labels, float(one.is_off)) for labels, one in places]
+    yield gauge("sagellm_shadow_off", "1 after an error of the shadow.", off)
+    tallies = [
+        ({"graph": shown.graph, "operator": one.node, "kind": one.kind, "label": one.label}, one)
+        for one in shown.tallies
+        if one.kind != ARM
+    ]
+    differ = [(labels, one.num_notes) for labels, one in tallies]
+    yield counter(
+        "sagellm_shadow_disagreements", "Decisions of which the shadow's differs.", differ
+    )
+    predicted = [(labels, one.num_predicted) for labels, one in tallies]
+    yield counter("sagellm_shadow_predictions", "Of these, both of which predicted.", predicted)
+    gains = [(labels, one.gain_s) for labels, one in tallies]
+    yield gauge("sagellm_shadow_gain_seconds", "Predicted TTFT saved, in all.", gains)
+    tokens = [(labels, float(one.gain_tokens)) for labels, one in tallies]
+    yield gauge("sagellm_shadow_gain_cached_tokens", "Tokens found in caches, in all.", tokens)
+    yield counter("sagellm_shadow_outcomes", "Of requests decided otherwise.", _outcomes(tallies))
+
+
+def _outcomes(
+    tallies: Iterable[tuple[Labels, ExperimentTally]],
+) -> Iterator[tuple[Labels, float]]:
+    for labels, one in tallies:
+        for outcome, number in one.outcomes.items():
+            yield {**labels, "outcome": outcome}, number
+
+
+def _arms(shown: Snapshot) -> Iterator[Metric]:
+    """Yield the counts and latencies of each arm of an A/B test."""
+    arms: list[tuple[Labels, ExperimentTally]] = [
+        ({"graph": shown.graph, "operator": one.node, "arm": one.label}, one)
+        for one in shown.tallies
+        if one.kind == ARM
+    ]
+    assigned = [(labels, one.num_notes) for labels, one in arms]
+    yield counter("sagellm_arm_requests", "Choices assigned to an arm.", assigned)
+    yield counter("sagellm_arm_outcomes", "Of their first tokens.", _outcomes(arms))
+    ended = [
+        ({**labels, "finish_reason": reason}, number)
+        for labels, one in arms
+        for reason, number in one.ended.items()
+    ]
+    yield counter("sagellm_arm_ended", "Choices of an arm that ended, by reason.", ended)
+    first = [(labels, one.ttft_s) for labels, one in arms]
+    yield histogram("sagellm_arm_time_to_first_token_seconds", "By arm.", first)
+    whole = [(labels, one.e2e_s) for labels, one in arms]
+    yield histogram("sagellm_arm_e2e_seconds", "Of served choices, by arm.", whole)
 
 
 def _operators(shown: Snapshot) -> Iterator[Metric]:
@@ -136,6 +201,22 @@ def _engines(shown: Snapshot) -> Iterator[Metric]:
         for blame, number in one.deaths.items()
     ]
     yield counter("sagellm_engine_deaths", "Workers that died, by what is to blame.", deaths)
+
+
+def _scalings(shown: Snapshot) -> Iterator[Metric]:
+    scalings = [({"graph": shown.graph, "engine": one.engine}, one) for one in shown.scalings]
+    wanted = [(labels, one.num_wanted) for labels, one in scalings]
+    yield gauge("sagellm_autoscale_wanted_replicas", "As the operator decided last.", wanted)
+    ready = [(labels, one.num_ready) for labels, one in scalings]
+    yield gauge("sagellm_autoscale_ready_replicas", "Replicas that are up.", ready)
+    changes = [
+        ({**labels, "reason": reason}, number)
+        for labels, one in scalings
+        for reason, number in one.changes.items()
+    ]
+    yield counter("sagellm_autoscale_changes", "Changes of their number, by reason.", changes)
+    failed = [(labels, one.num_failed) for labels, one in scalings]
+    yield counter("sagellm_autoscale_failures", "Changes that failed.", failed)
 
 
 def _engine(shown: Snapshot, one: EngineReading) -> Labels:

@@ -12,10 +12,12 @@ from prometheus_client.core import (
 )
 
 from sagellm.gateway.metrics.meters import Counts
+from sagellm.graphs.sections import scaled_engines
 from sagellm.runtime.cluster.child_process import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.containers import Buckets
 from sagellm.runtime.core.core import Core
+from sagellm.runtime.core.experiments import ExperimentTally
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
@@ -128,6 +130,30 @@ class ModelReading:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowReading:
+    """The shadow of an operator, at the time of a snapshot. `kind`: what it decides about."""
+
+    node: str
+    kind: str
+    num_decisions: int
+    is_off: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingReading:
+    """An engine whose number of replicas an operator changes. `changes`: their number, by reason.
+
+    `num_ready`: replicas that are up.
+    """
+
+    engine: str
+    num_wanted: int
+    num_ready: int
+    changes: Mapping[str, int]
+    num_failed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state of a graph at one moment, read on the session's loop.
 
@@ -143,6 +169,26 @@ class Snapshot:
     graph_lag: Buckets
     num_migrated: int
     migration_gaps: Buckets
+    shadows: tuple[ShadowReading, ...] = ()
+    tallies: tuple[ExperimentTally, ...] = ()
+    scalings: tuple[ScalingReading, ...] = ()
+
+
+def read_shadows(core: Core) -> tuple[ShadowReading, ...]:
+    """Return one reading for each operator with a shadow."""
+    found = core.experiments
+    if found is None:
+        return ()
+    return tuple(
+        ShadowReading(node, kind, found.num_decisions(node), found.fault(node) is not None)
+        for node, kind in found.shadows.items()
+    )
+
+
+def read_tallies(core: Core) -> tuple[ExperimentTally, ...]:
+    """Return copies of the tallies of arms and shadows."""
+    found = core.experiments
+    return () if found is None else tuple(one.copy() for one in found.tallies.values())
 
 
 def read_engines(
@@ -156,6 +202,19 @@ def read_engines(
         for replica, engine in enumerate(replicas)
         if not (isinstance(engine, Replaceable) and engine.is_removed)
     )
+
+
+def read_scalings(
+    executor: TasksExecutor, engines: Collection[EngineReading]
+) -> tuple[ScalingReading, ...]:
+    """Return one reading for each engine that an operator scales."""
+    found = []
+    for name in scaled_engines(executor.plan.graph):
+        meter = executor.core.meter.scaling(name)
+        replicas = [one for one in engines if one.name == name]
+        wanted, ready = meter.num_wanted or len(replicas), sum(one.is_up for one in replicas)
+        found.append(ScalingReading(name, wanted, ready, dict(meter.changes), meter.num_failed))
+    return tuple(found)
 
 
 def _reading(

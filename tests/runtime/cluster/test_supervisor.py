@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from sagellm.runtime.cluster.child_process import RestartPolicy
 from sagellm.runtime.cluster.launch import ProcessLauncher
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch, Worker
+from sagellm.runtime.messages import SequenceState
+from sagellm.runtime.port import Lost
+from sagellm.runtime.sampling import Sampling
 
 FOLDERS: dict[Supervisor, Path] = {}
 QUICK = Watch(ping_s=0.02, silent_s=0.8, stop_s=5.0)
@@ -70,6 +74,47 @@ async def test_workers_that_are_not_wanted_any_more_are_gone() -> None:
         assert [str(worker) for worker in supervisor.workers] == ["e[0]", "e[1]", "e[2]"]
         assert {worker.state for worker in supervisor.workers} == {"ready"}
         assert not second.engine.is_removed
+
+
+def sequence(number: int, num_tokens: int) -> SequenceState:
+    return SequenceState(
+        request_id=f"r{number}",
+        owner="test",
+        prompt_token_ids=(1, 2, 3),
+        sampling=Sampling(max_tokens=num_tokens, ignore_eos=True),
+    )
+
+
+@pytest.mark.parametrize(("drain_s", "is_whole"), [(20.0, True), (0.0, False)])
+async def test_a_worker_that_goes_may_end_its_sequences_first(
+    drain_s: float, is_whole: bool
+) -> None:
+    async with supervised(2, decode_step_s=0.01) as supervisor:
+        second = supervisor.workers[1]
+        assert second.engine is not None
+        await second.engine.submit(sequence(0, 50))
+        assert not second.engine.is_idle
+        events: list[Any] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(supervisor.scale, "e", 1, drain_s=drain_s))
+            async for batch in second.engine.events("test"):
+                events += batch
+                if isinstance(batch[-1], Lost) or batch[-1].is_last:
+                    break
+                assert second.state == "drained"  # it gets nothing new meanwhile
+        assert isinstance(events[-1], Lost) != is_whole
+        assert sum(getattr(one, "num_tokens", 0) for one in events) == 50 or not is_whole
+        assert len(supervisor.workers) == 1
+
+
+async def test_a_drain_ends_in_any_case() -> None:
+    async with supervised(2, decode_step_s=0.05) as supervisor:
+        second = supervisor.workers[1]
+        assert second.engine is not None
+        await second.engine.submit(sequence(0, 400))  # 20 s
+        with trio.fail_after(5):
+            await supervisor.scale("e", 1, drain_s=0.3)
+        assert second.engine.is_idle
 
 
 async def test_those_that_serve_stay() -> None:

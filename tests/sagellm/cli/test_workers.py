@@ -42,7 +42,7 @@ def test_a_graph_without_workers_cannot_be_restarted(
     async def answers(_: object) -> dict[str, ControlReply]:
         return {"path": ControlReply(rows=(msgspec.structs.replace(ROW, executor="tasks"),))}
 
-    monkeypatch.setattr(workers, "_answers", answers)
+    monkeypatch.setattr(workers, "answers", answers)
     assert main(["restart", "generate"]) == 2
     assert "no graph with workers runs here" in capsys.readouterr().err
     assert main(["ps", "--json"]) == 0

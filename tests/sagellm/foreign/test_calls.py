@@ -77,9 +77,7 @@ def test_a_grammar_has_the_name_that_servers_know(kind: Any, name: str) -> None:
     assert found["structured_outputs"] == {name: "{}"}
 
 
-@pytest.mark.parametrize(
-    "sampling", [{"bad_words_token_ids": ((1,),)}, {"logprobs": 1}, {"prompt_logprobs": 0}]
-)
+@pytest.mark.parametrize("sampling", [{"bad_words_token_ids": ((1,),)}, {"prompt_logprobs": 0}])
 def test_what_no_server_takes_is_refused(sampling: Any) -> None:
     with pytest.raises(EngineRefusal):
         body(sampling)
@@ -139,3 +137,35 @@ def test_token_ids_are_those_of_the_server() -> None:
     assert (event.token_ids, event.num_tokens_without_ids) == ((7, 8), 0)
     reader.take(choice("", "stop", token_ids=[9]), 1.0)
     assert (reader.last(1.0).token_ids, reader.last(1.0).num_prompt_tokens) == ((9,), 2)
+
+
+def logprobs(tokens: list[str], values: list[float], tops: Any) -> dict[str, Any]:
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}
+
+
+def test_log_probabilities_are_asked_for_by_ids() -> None:
+    found = body({"logprobs": 2})
+    assert (found["logprobs"], found["return_tokens_as_token_ids"]) == (2, True)
+
+
+def test_log_probabilities_come_with_their_tokens() -> None:
+    reader = AnswerReader(state({"logprobs": 1}, prompt_token_ids=(1,)))
+    given = logprobs(["token_id:7"], [-0.5], [{"token_id:7": -0.5, "token_id:9": -0.25}])
+    event = reader.take(choice("a", token_ids=[7], logprobs=given), 1.0)
+    assert event is not None
+    ((token, logprob, top),) = [(one.token_id, one.logprob, one.top) for one in event.logprobs]
+    assert (token, logprob, top) == (7, -0.5, ((9, -0.25),))
+    given = logprobs(["token_id:3"], [-1.5], None)
+    reader.take(choice("b", "stop", token_ids=[3], logprobs=given), 1.0)
+    assert [(one.token_id, one.top) for one in reader.last(1.0).logprobs] == [(3, ())]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [logprobs([" the"], [-0.5], None), logprobs(["token_id:7"], [], None), {"content": []}, None],
+)
+def test_log_probabilities_of_another_form_are_left_out(given: Any) -> None:
+    reader = AnswerReader(state({"logprobs": 1}, prompt_token_ids=(1,)))
+    event = reader.take(choice("a", token_ids=[7], logprobs=given), 1.0)
+    assert event is not None
+    assert event.logprobs == ()

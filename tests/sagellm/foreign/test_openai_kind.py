@@ -104,6 +104,17 @@ async def test_a_grammar_binds_answers_of_token_ids() -> None:
     assert answer.text in ("yes", "no")
 
 
+async def test_log_probabilities_are_those_of_the_server() -> None:
+    sampling = Sampling(max_tokens=6, ignore_eos=True, logprobs=3)
+    async with far(tokenizer="sage-tiny") as (served, session):
+        wanted = await alone(served, PROMPT, sampling)
+        answer = await session.generate(PROMPT, sampling=sampling)
+    assert len(answer.logprobs) == 6
+    for found, own in zip(answer.logprobs, wanted.logprobs, strict=True):
+        assert (found.token_id, found.logprob) == (own.token_id, pytest.approx(own.logprob))
+        assert [token for token, _ in found.top] == [token for token, _ in own.top]
+
+
 async def test_a_cancel_closes_the_call_and_frees_what_it_held() -> None:
     async with far() as (served, session):
         long = Sampling(max_tokens=400, ignore_eos=True)

@@ -1,0 +1,1 @@
+"""Experiments on traffic, from decision logs: A/B tests, and what shadows would have changed."""
