@@ -10,7 +10,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
+
+from sagellm import Graph, ops
 
 Embed = Callable[[Sequence[str]], Any]
 
@@ -42,8 +45,6 @@ def timed(embed: Embed, texts: Sequence[str]) -> float:
 
 def with_sagellm(folder: str, threads: int) -> None:
     """Measure a session with an engine of kind `embedding`."""
-    from sagellm import Graph, ops
-
     graph = Graph("t").engine("e", kind="embedding", model=folder, threads=threads)
     graph >> ops.embed(engine="e")
     with graph.open() as session:
@@ -52,11 +53,9 @@ def with_sagellm(folder: str, threads: int) -> None:
 
 def with_sentence_transformers(folder: str, threads: int) -> None:
     """Measure `SentenceTransformer.encode`."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-
+    torch = import_module("torch")  # only here: the other side must not load it at the start
     torch.set_num_threads(threads)
-    model = SentenceTransformer(folder, device="cpu")
+    model = import_module("sentence_transformers").SentenceTransformer(folder, device="cpu")
     measure(lambda texts: model.encode(list(texts), batch_size=64, show_progress_bar=False))
 
 
