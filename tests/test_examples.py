@@ -54,8 +54,10 @@ def test_the_training_goes_on_from_a_folder(tmp_path: Path) -> None:
     shipped = ROOT / "runtime" / "models" / "sage_tiny"
     reported = train("--resume", str(shipped), "--tool-steps", "0", "--out", str(tmp_path))
     assert "sum 100.0%" in reported
-    for file in shipped.iterdir():
-        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    for file in shipped.rglob("*"):
+        if file.is_file():
+            written = tmp_path / file.relative_to(shipped)
+            assert written.read_bytes() == file.read_bytes(), file.name
 
 
 def train(*options: str) -> str:

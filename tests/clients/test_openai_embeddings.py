@@ -1,32 +1,20 @@
 """openai-python's embeddings, in the installed version, against a served graph."""
 
-import subprocess
-import time
-
 import pytest
-from conftest import KEY, command, is_ready, url_in
 
 openai = pytest.importorskip("openai")
-START_S = 60.0
+KEY = "sk-of-the-tests"
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(serve, tmp_path_factory):
     """A client of graphs/embed.yaml, whose model `embedder` pools rows of sage-tiny."""
     log = tmp_path_factory.mktemp("server") / "embed.log"
-    with log.open("wb") as errors:
-        served = [command(), "serve", "embed", "--port", "0", "--api-key", KEY]
-        process = subprocess.Popen(served, stderr=errors)
-    until = time.monotonic() + START_S
-    while (base := url_in(log)) is None or not is_ready(base):
-        if process.poll() is not None or time.monotonic() > until:
-            process.kill()
-            pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
-        time.sleep(0.1)
-    with openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0) as client:
+    with (
+        serve(log, graph="embed") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
+    ):
         yield client
-    process.terminate()
-    assert process.wait(30) == 0
 
 
 def test_vectors_are_the_same_in_both_encodings(client):
