@@ -1,10 +1,13 @@
 """admission: accepts a request if it can be served in time, and refuses it otherwise.
 
+The docstring of `AdmissionOptions` has the further limits that options set.
+
 A request with several choices is judged once, when its first choice arrives; the verdict counts all
 of its choices. If no request waits and an engine has room, every request is accepted: a refusal
 would gain nothing, and served requests keep the measurements fresh. Otherwise a request may be
-refused at once, with the time after which to try again, for one of two reasons:
+refused at once, with the time after which to try again, for one of these reasons:
 
+    would_wait        it asked not to wait (`no_queue`)
     queue_full        others wait, and with the request more than `max_queued` requests, or more
                       than `max_queued_tokens` tokens, would wait
     slo_unreachable   the objective is shorter than the predicted time to first token:
@@ -26,8 +29,9 @@ prefills this time is corrected by the difference between the request's predicte
 mean prefill. If first tokens still come later than `slo_ttft_s`, waits are multiplied by a
 correction from 1 to 4, which grows by 25 % after each late first token and falls by 0.5 % after
 each first token in time. Requests with an objective of their own do not change the correction.
-Nothing is predicted before eight requests have waited and been served. The prediction is `Forecast`
-of `runtime/forecast.py`, which other operators may use, too.
+Before eight requests have waited and been served, waiting prompts are predicted to take the time of
+their prefills, and before eight measured prefills nothing is predicted. The prediction is
+`Forecast` of `runtime/forecast.py`, which other operators may use, too.
 
 A prompt counts with the tokens that must be computed. If engines report their prefix blocks, the
 longest prefix that any replica has cached is subtracted, and the request carries its length to
@@ -40,7 +44,10 @@ request may use a share that depends on its priority:
     critical 100 %   high 90 %   normal 80 %   low 60 %   background 40 %
 
 The rest of each bound is kept for more urgent requests. A critical request is refused only at the
-full bound, after all other priorities are refused.
+full bound, after all other priorities are refused. Predictions fluctuate, so for two seconds after
+such a refusal the less urgent requests whose share is used up without the prompt of the refused
+request are refused, too, even if engines have room. A refusal for an objective of the request's own
+has no such effect.
 """
 
 import math
@@ -49,11 +56,20 @@ from dataclasses import dataclass, field
 
 import msgspec
 from immutables import Map
+from msgspec.structs import replace
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.runtime.feedback import Backlog, FirstToken, PrefixesChanged, QueueChanged
+from sagellm.runtime.feedback import (
+    Backlog,
+    FirstToken,
+    HealthChanged,
+    LoadReported,
+    PrefixesChanged,
+    QueueChanged,
+    Topology,
+)
 from sagellm.runtime.forecast import Forecast
-from sagellm.runtime.messages import Request, refusal
+from sagellm.runtime.messages import WOULD_WAIT, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
@@ -66,24 +82,34 @@ from sagellm.runtime.operator import (
     Terminate,
 )
 from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
+from sagellm.runtime.service_limits import (
+    ACCEPTED,
+    Asked,
+    InService,
+    ServiceOptions,
+    Shedding,
+    says_share,
+    service_of,
+    share_of,
+)
 
-SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
 _RETRY_S = 1.0  # the `retry_after_s` of refusals before the queue's rate is known
 
 
 @dataclass(frozen=True, slots=True)
-class AdmissionOptions:
+class AdmissionOptions(ServiceOptions):
     """`max_queued`: the number of requests that may wait in `policy_sort`; further requests are
     refused.
 
     `max_queued_tokens`: the same bound in tokens, counting the uncached prompt and `max_tokens` of
     each choice; None: no bound. `slo_ttft_s`: the TTFT objective of requests that have none, for
     this operator and later operators; None: such requests have no objective.
+
+    `ServiceOptions` has the limits of the requests in service.
     """
 
     max_queued: int = field(default=4096, metadata={"min": 1})
     max_queued_tokens: int | None = field(default=None, metadata={"min": 1})
-    slo_ttft_s: float | None = field(default=None, metadata={"min": 1e-3})
 
 
 SPEC = OpSpec(
@@ -91,7 +117,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=AdmissionOptions,
-    subscribes=frozenset({"cache", "queue", "first_token"}),
+    subscribes=frozenset({"cache", "first_token", "health", "load", "queue", "topology"}),
     signals=frozenset({"forget"}),
     decides="admission",
 )
@@ -111,11 +137,16 @@ class AdmissionVerdict(msgspec.Struct, frozen=True):
 class AdmissionState(msgspec.Struct, frozen=True):
     """The state of the operator. `verdicts`: by request id, while choices of the request are still
     to arrive. `indexes`: the prefix blocks of each engine.
+
+    `service`: the requests in service, if an option limits them or the load of decode engines.
+    `shedding`: which less urgent requests are refused because a more urgent one was.
     """
 
     forecast: Forecast = Forecast()
     verdicts: Map[str, AdmissionVerdict] = Map()
     indexes: Mapping[str, PrefixIndex] = {}
+    service: InService | None = None
+    shedding: Shedding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +163,26 @@ class Admission:
     name: str
     options: AdmissionOptions
     lookup: PrefixLookup | None = None
+    service: InService | None = None  # before any request; None: no option limits it
+    num_engines: int = 1  # replicas that requests enter next
 
     @property
     def initial(self) -> AdmissionState:
-        return AdmissionState(Forecast(objective_s=self.options.slo_ttft_s))
+        objective_s, num_engines = self.options.slo_ttft_s, max(self.num_engines, 1)
+        forecast = Forecast(objective_s=objective_s, num_engines=num_engines)
+        return AdmissionState(forecast, service=self.service)
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """The feedback to subscribe to: prefix blocks ("cache") only if an option needs the number
-        of uncached tokens of every request.
+        """The feedback to subscribe to: only what the options need. Prefix blocks ("cache"): if an
+        option needs the number of uncached tokens of every request.
         """
-        counts = self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None
-        return SPEC.subscribes if counts else SPEC.subscribes - {"cache"}
+        wanted = {"first_token", "queue"}
+        if self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None:
+            wanted.add("cache")
+        if self.options.limits_decode:
+            wanted |= {"health", "load", "topology"}
+        return frozenset(wanted)
 
     def on(
         self, state: AdmissionState, happened: Input, now: float, draw: Draw
@@ -153,26 +192,30 @@ class Admission:
                 if state.indexes and self.lookup is not None:
                     request = self.lookup.looked_up(request, state.indexes)
                 return self._arrive(state, request, now)
-            case QueueChanged() | FirstToken():
-                forecast = state.forecast.after(happened, now)
-                return Step(AdmissionState(forecast, state.verdicts, state.indexes))
+            case QueueChanged():
+                return Step(replace(state, forecast=state.forecast.after(happened, now)))
+            case FirstToken():
+                state = replace(state, forecast=state.forecast.after(happened, now))
+                return Step(_served(state, happened, now))
+            case LoadReported() | HealthChanged() | Topology():
+                return Step(_served(state, happened, now))
             case PrefixesChanged(engine=engine, index=index):
-                indexes = {**state.indexes, engine: index}
-                return Step(AdmissionState(state.forecast, state.verdicts, indexes))
+                return Step(replace(state, indexes={**state.indexes, engine: index}))
             case Signal(kind="forget", request_id=request_id):
-                return Step(_with_verdicts(state, _without(state.verdicts, request_id)))
+                return Step(_forgotten(state, request_id, now))
         return Step(state)
 
     def keeps(self, state: AdmissionState, request_id: str) -> bool:
-        return request_id in state.verdicts
+        service = state.service
+        return request_id in state.verdicts or (service is not None and service.holds(request_id))
 
     def _arrive(self, state: AdmissionState, request: Request, now: float) -> Step[AdmissionState]:
         if request.expires_s is not None and request.expires_s <= now:
             late = f"{self.name}: it expired before it was admitted: allow it more time"
             return Step(state, (Terminate(refusal(request, "expired", now=now, error=late)),))
-        verdict = state.verdicts.get(request.request_id) or self._judge(
-            state.forecast, request, now
-        )
+        verdict = state.verdicts.get(request.request_id)
+        if verdict is None:
+            state, verdict = self._judge(state, request, now)
         verdicts = _counted_down(state.verdicts, request.request_id, verdict)
         return Step(_with_verdicts(state, verdicts), (self._answer(request, verdict, now),))
 
@@ -188,63 +231,83 @@ class Admission:
             )
             return Terminate(event)
         if request.slo_ttft_s is None and self.options.slo_ttft_s is not None:
-            request = msgspec.structs.replace(request, slo_ttft_s=self.options.slo_ttft_s)
+            request = replace(request, slo_ttft_s=self.options.slo_ttft_s)
         return Emit(request)
 
-    def _judge(self, forecast: Forecast, request: Request, now: float) -> AdmissionVerdict:
-        num_choices, pace = max(request.sampling.n, 1), forecast.pace
-        code, error = ("", "") if pace.backlog.is_open else self._refusal(forecast, request, now)
+    def _judge(
+        self, state: AdmissionState, request: Request, now: float
+    ) -> tuple[AdmissionState, AdmissionVerdict]:
+        """The verdict on a request, and the state in which an accepted request is in service."""
+        num_choices, pace = max(request.sampling.n, 1), state.forecast.pace
+        code, error = ACCEPTED
+        first_s = 0.0
+        # A request that enters again, after the loss of an engine, is in service already.
+        service = None if request.epoch else state.service
+        if service is not None:
+            first_s = now + (pace.wait_s(now) or 0.0) + state.forecast.first_token_s(request)
+            code, error = service.refusal(Asked(num_choices, share_of(request), now, first_s))
+            error = error and f"{error}{says_share(request)}: try again later"
+        shedding = state.shedding
+        if not code and shedding is not None and shedding.refuses(request.priority, now):
+            code, error = "queue_full", "more urgent requests are refused: try again later"
+        elif not code and not pace.backlog.is_open:
+            code, error, share = self._refusal(state, request, now)
+            if share is not None:
+                shedding = (shedding or Shedding()).refused(request.priority, share, now)
+                state = replace(state, shedding=shedding)
+        if service is not None and not code:
+            state = replace(state, service=service.admitted(request, first_s))
         retry_after_s = (pace.wait_s(now) or _RETRY_S) if code else None
-        return AdmissionVerdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
+        error = error and f"{self.name}: {error}"
+        return state, AdmissionVerdict(code, error, retry_after_s, num_choices)
 
-    def _refusal(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
-        """The code and the reason of a refusal; two empty texts if the request is accepted."""
-        backlog = forecast.pace.backlog
+    def _refusal(
+        self, state: AdmissionState, request: Request, now: float
+    ) -> tuple[str, str, float | None]:
+        """The code and the reason of a refusal by the queue; two empty texts if the request is
+        accepted. Last, the part of the bound that waiting requests use up, if others are to be
+        refused, too.
+        """
+        forecast, options = state.forecast, self.options
+        if request.is_impatient:
+            return "would_wait", WOULD_WAIT, None
         # If nothing waits, a request may exceed the bound in tokens: a long prompt could otherwise
         # never be served.
+        backlog = forecast.pace.backlog
         full = self._overflow(backlog, request) if backlog.num_requests else ""
         if full:
-            return "queue_full", full
-        objective_s = request.slo_ttft_s or self.options.slo_ttft_s
+            return "queue_full", full, share_of(request)
+        objective_s = request.slo_ttft_s or options.slo_ttft_s
         predicted_s = forecast.ttft_s(request, now) if objective_s is not None else None
         if objective_s is None or predicted_s is None:
-            return "", ""
-        if predicted_s <= _share(request) * objective_s:
-            return "", ""
-        return "slo_unreachable", (
+            return "", "", None
+        if predicted_s <= share_of(request) * objective_s:
+            return "", "", None
+        own_s = forecast.prefill_s(request.num_uncached_tokens) or 0.0
+        used = (predicted_s - own_s) / objective_s if objective_s == options.slo_ttft_s else None
+        error = (
             f"its first token might take {predicted_s:.1f} s, and the objective is "
-            f"{objective_s:g} s{_says_share(request)}: try again later"
+            f"{objective_s:g} s{says_share(request)}: try again later"
         )
+        return "slo_unreachable", error, used
 
     def _overflow(self, backlog: Backlog, request: Request) -> str:
-        options, share = self.options, _share(request)
+        options, share = self.options, share_of(request)
         num_choices = max(request.sampling.n, 1)
         if backlog.num_requests + num_choices > math.ceil(share * options.max_queued):
             return (
                 f"{backlog.num_requests} requests wait already (max_queued={options.max_queued}"
-                f"{_says_share(request)}): try again later, or raise max_queued"
+                f"{says_share(request)}): try again later, or raise max_queued"
             )
         most = options.max_queued_tokens
         num_tokens = num_choices * (request.num_uncached_tokens + request.sampling.max_tokens)
         if most is not None and backlog.num_tokens + num_tokens > share * most:
             return (
                 f"requests of {backlog.num_tokens} tokens wait already, and this one has "
-                f"{num_tokens} (max_queued_tokens={most}{_says_share(request)}): "
+                f"{num_tokens} (max_queued_tokens={most}{says_share(request)}): "
                 "try again later, or raise max_queued_tokens"
             )
         return ""
-
-
-def _share(request: Request) -> float:
-    """The share of each bound that the request may use. A priority outside 0 to 4 counts as the
-    nearest one.
-    """
-    return SHARES[min(max(request.priority, 0), len(SHARES) - 1)]
-
-
-def _says_share(request: Request) -> str:
-    share = _share(request)
-    return "" if share == 1 else f", of which priority {request.priority} may use {share:.0%}"
 
 
 def _counted_down(
@@ -255,7 +318,7 @@ def _counted_down(
     """
     if verdict.num_left <= 1:
         return _without(verdicts, request_id)
-    rest = msgspec.structs.replace(verdict, num_left=verdict.num_left - 1)
+    rest = replace(verdict, num_left=verdict.num_left - 1)
     return verdicts.set(request_id, rest)
 
 
@@ -264,10 +327,29 @@ def _without(verdicts: Map[str, AdmissionVerdict], request_id: str) -> Map[str, 
 
 
 def _with_verdicts(state: AdmissionState, verdicts: Map[str, AdmissionVerdict]) -> AdmissionState:
-    if verdicts is state.verdicts:
-        return state
-    return AdmissionState(state.forecast, verdicts, state.indexes)
+    return state if verdicts is state.verdicts else replace(state, verdicts=verdicts)
+
+
+def _forgotten(state: AdmissionState, request_id: str, now: float) -> AdmissionState:
+    """The state after a request has ended."""
+    if state.service is not None:
+        state = replace(state, service=state.service.ended(request_id, now))
+    return _with_verdicts(state, _without(state.verdicts, request_id))
+
+
+def _served(
+    state: AdmissionState,
+    happened: FirstToken | LoadReported | HealthChanged | Topology,
+    now: float,
+) -> AdmissionState:
+    """The state after a report that limits may depend on."""
+    service = state.service
+    return state if service is None else replace(state, service=service.after(happened, now))
 
 
 def build(options: AdmissionOptions, setup: Setup) -> Admission:
-    return Admission(setup.name, options, PrefixLookup.of(setup))
+    """Make the operator. Raises ValueError for options that contradict each other."""
+    service = service_of(options, setup)
+    entered = {one.engine or one.node: one.num_replicas for one in setup.targets if one.is_next}
+    lookup = PrefixLookup.of(setup)
+    return Admission(setup.name, options, lookup, service, sum(entered.values()))

@@ -7,6 +7,7 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.vocabulary import PREFILLED, OpSpec, Port
+from sagellm.runtime.feedback import KVMoved
 from sagellm.runtime.handover import release_leases
 from sagellm.runtime.kv.transport import CircuitBreaker
 from sagellm.runtime.messages import Item, LeaseRef, Prefilled, Request
@@ -108,6 +109,8 @@ class KVTransferService:
             self._links.left(link)
             raise
         self._links.passed(link)
+        took_s = ctx.now() - begun_s
+        ctx.report(KVMoved(num_tokens=lease.num_tokens, seconds=took_s))
         stamps = msgspec.structs.replace(item.request.stamps, transferred_s=ctx.now())
         request = msgspec.structs.replace(item.request, stamps=stamps)
         return msgspec.structs.replace(item, request=request, lease=None, reservation=received)

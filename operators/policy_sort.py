@@ -18,6 +18,7 @@ from sagellm.operators.policies.request_queue import (
     RankContext,
     RequestQueue,
     backlogs_differ,
+    has_expired,
 )
 from sagellm.runtime.feedback import (
     CreditChanged,
@@ -29,7 +30,7 @@ from sagellm.runtime.feedback import (
     Topology,
 )
 from sagellm.runtime.forecast import Forecast
-from sagellm.runtime.messages import ChoiceKey, FinishReason, Request, refusal
+from sagellm.runtime.messages import WOULD_WAIT, ChoiceKey, FinishReason, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
@@ -207,15 +208,15 @@ class PolicySort:
         requests again.
         """
         if after.wake_at is not None and after.wake_at <= now:  # first: no such request is offered
-            after, expired = after.without_expired(now)
-            after = self._left(after, expired, now)
-            outputs += _ends(expired, "expired", now)
+            after, ended = after.without_expired(now, before.num_arrived)
+            after = self._left(after, ended, now)
+            outputs += tuple(self._end(after, entry[3], now) for entry in ended)
         policy = self.policy
         level = policy.level(after.level, len(after.entries)) if policy.rising else 0
         order = after.context.orders[level]
         if level != after.level:
             after, anew = after.at_level(level, order), True
-        after, late = after.lapsed(order, now)
+        after, late = after.lapsed(order, now, self.options.window)
         if late:
             outputs += tuple(self._refuse_late(after, entry[3], now) for entry in late)
         if backlogs_differ(after.backlog, before.backlog):
@@ -223,6 +224,21 @@ class PolicySort:
         after, head = self._head(after, now)
         times = (after.wake_at, after.lapses_at(order), self._policy_wakes_at(after))
         return self._offer(after, head, () if anew else after.declined, outputs, _earliest(times))
+
+    def _end(self, queue: RequestQueue, request: Request, now: float) -> Terminate:
+        """The end of a request that has waited for as long as it may."""
+        if has_expired(request, now):
+            return Terminate(refusal(request, "expired", now=now))
+        retry_after_s = queue.context.forecast.first_token_s(request)
+        event = refusal(
+            request,
+            "refused",
+            now=now,
+            error=f"{self.name}: {WOULD_WAIT}",
+            code="would_wait",
+            retry_after_s=max(retry_after_s, _LEAST_RETRY_S),
+        )
+        return Terminate(event)
 
     def _refuse_late(self, queue: RequestQueue, request: Request, now: float) -> Terminate:
         error = (

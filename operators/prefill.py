@@ -69,7 +69,7 @@ class PrefillService:
     def __init__(self, options: PrefillOptions, setup: Setup) -> None:
         self.concurrency = options.max_inflight  # all requests may wait for a reservation at once
         self._options = options
-        self._decode = _decode_target(options, setup)
+        self._decode: Target | None = next(iter(setup.targets), None)
         self._held = HeldRequests()
         self._reservations: dict[tuple[str, int], KVTarget] = {}
 
@@ -112,14 +112,18 @@ class PrefillService:
         release_leases(ctx, item)
 
     async def _reserve(self, ctx: Context, request: Request) -> None:
-        """Reserve the request's blocks in the decode pool; wait until enough blocks are free.
+        """Reserve the request's blocks in the decode pool; wait until enough blocks are free. Where
+        the same replica decodes, its blocks stay where they are.
 
         The reservation comes before the computation, so that computed blocks never wait for a full
         decode pool. Raises EngineRefusal.
         """
         if self._decode is None:
             return
-        replica = request.placement.get(self._decode.node, 0)
+        replica = request.placement.get(self._decode.node, ctx.replica)
+        is_shared = self._decode.engine == self._options.engine
+        if is_shared and replica == ctx.replica:
+            return
         # The prefill of a resumed request includes the tokens that it has emitted already.
         offer = LeaseOffer(
             request_id=request.request_id,
@@ -159,12 +163,6 @@ class PrefillService:
         self.discard(ctx, request)
         ctx.release(request.key)
         await ctx.terminate(merge_stamps(request, event))
-
-
-def _decode_target(options: PrefillOptions, setup: Setup) -> Target | None:
-    """The decode operator. None if it uses the same engine: no blocks need to be transferred."""
-    target = next(iter(setup.targets), None)
-    return None if target is None or target.engine == options.engine else target
 
 
 def build(options: PrefillOptions, setup: Setup) -> PrefillService:

@@ -10,7 +10,7 @@ has cached. Engines report this only if the strategy, or an earlier operator, su
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -53,11 +53,14 @@ _Placing: TypeAlias = tuple[ReplicaPool, Candidates, int]  # the number of the c
 @dataclass(frozen=True, slots=True)
 class RouteOptions:
     """`strategy`: a name in the table of `sagellm.operators.routing`, or of a registered strategy.
-    `strategy_options`: the options of a strategy that is a class.
+    `strategy_options`: the options of a strategy that is a class. `pools`: with `engine`, operators
+    that share an engine get the same replica; with `operator`, each has a replica of its own, so
+    that `prefill` and `decode` may use different replicas of one engine (see `roles`).
     """
 
     strategy: str = field(default="load_balanced", metadata={"names": "strategies"})
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
+    pools: Literal["engine", "operator"] = "engine"
 
 
 SPEC = OpSpec(
@@ -76,8 +79,8 @@ class Router:
     """Chooses the replicas of all engines on a request's path at once, because decode blocks are
     reserved before prefill starts.
 
-    Operators that share an engine get the same replica number. An engine that is not replicated has
-    only replica 0.
+    Operators of one pool get the same replica number. An engine that is not replicated has only
+    replica 0.
     """
 
     pools: tuple[ReplicaPool, ...]
@@ -110,11 +113,15 @@ class Router:
                 return Step(state.forget(request_id))
             case Topology(num_replicas=sizes, removed=removed):
                 for pool in self.pools:
-                    state = state.resize(pool.name, sizes.get(pool.name, 1), removed)
+                    name, engine = pool.name, pool.engine_name
+                    gone = frozenset((name, number) for other, number in removed if other == engine)
+                    state = state.resize(name, sizes.get(engine, 1), gone)
                 return Step(state)
             case PrefixesChanged(engine=engine, index=index):
-                is_mine = engine in state.pools
-                return Step(state.with_index(engine, index) if is_mine else state)
+                for pool in self.pools:
+                    if pool.engine_name == engine:
+                        state = state.with_index(pool.name, index)
+                return Step(state)
             case CreditChanged() | LoadReported() | HealthChanged():
                 changed = self.by_node.get(happened.node)
                 if changed is None:
@@ -172,7 +179,7 @@ class Router:
         chosen: Mapping[str, int] = {},
     ) -> Candidates:
         known, name = view.pools[pool.name], pool.name
-        facts, turn = self.facts.get(name), view.num_routed
+        facts, turn = self.facts.get(pool.engine_name), view.num_routed
         return Candidates(known, request, turn, self.hasher, facts, view.forecast, name, chosen)
 
     def _ask(
@@ -203,7 +210,7 @@ class Router:
         chosen: list[_Placing] = []
         for pool in self.pools:
             known = view.pools[pool.name]
-            avoided = sum(1 << number for name, number in request.avoid if name == pool.name)
+            avoided = sum(1 << number for name, number in request.avoid if name == pool.engine_name)
             if pool.entries and known.up & ~avoided and not known.free & ~avoided:
                 return Step(view, (Wait(pool.entries[0]),))
             usable = known.free & ~avoided or known.up & ~avoided or known.candidates
@@ -293,17 +300,22 @@ def _placed(
     return placed, view.place(placed, tuple(where))
 
 
-def pools_of(targets: tuple[Target, ...]) -> tuple[ReplicaPool, ...]:
-    """One pool for each engine of the targets. A target without an engine is a pool of its own."""
+def pools_of(targets: tuple[Target, ...], *, are_apart: bool = False) -> tuple[ReplicaPool, ...]:
+    """One pool for each engine of the targets. A target without an engine is a pool of its own.
+
+    `are_apart`: each target is a pool of its own.
+    """
     named: dict[str, list[Target]] = {}
     for target in targets:
-        named.setdefault(target.engine or target.node, []).append(target)
+        name = target.node if are_apart else target.engine or target.node
+        named.setdefault(name, []).append(target)
     return tuple(
         ReplicaPool(
             name,
             members[0].num_replicas,
             tuple(target.node for target in members),
             tuple(target.node for target in members if target.is_next),
+            members[0].engine,
         )
         for name, members in named.items()
     )
@@ -313,7 +325,7 @@ def build(options: RouteOptions, setup: Setup) -> Router:
     """Make the operator. Raises ValueError for an unknown strategy, and GraphError for wrong
     `strategy_options`.
     """
-    pools = pools_of(setup.targets)
+    pools = pools_of(setup.targets, are_apart=options.pools == "operator")
     entries = [pool for pool in pools if pool.entries]
     entry = entries[0] if len(entries) == 1 else None
     by_node = {node: pool for pool in pools for node in pool.nodes}

@@ -72,7 +72,7 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
 
     `num_computed_tokens`, `computed_s`: the prompt tokens that the engine computed, and the time
     that it took; 0 if unknown. `since_arrival_s`: the TTFT, in seconds from the arrival; None for a
-    request that resumes. `slo_ttft_s`: the TTFT objective of the request.
+    request that resumes. `slo_ttft_s`: the TTFT objective of the request, whose id is `request_id`.
     """
 
     seconds: float
@@ -80,6 +80,26 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
     computed_s: float = 0.0
     since_arrival_s: float | None = None
     slo_ttft_s: float | None = None
+    request_id: str = ""
+
+
+class KVMoved(_Report, frozen=True, tag="transfer"):
+    """The KV blocks of `num_tokens` tokens were moved to the decode pool, in `seconds`."""
+
+    num_tokens: int
+    seconds: float
+
+
+class RoleAssigned(_Report, frozen=True, tag="role"):
+    """Replica `number` takes requests of the operator `operator`, or no more (`is_on` False).
+
+    The core opens or closes the gate, and reports the health of the operator's replica. Requests
+    that the replica has, or that are on their way there, are served to their end.
+    """
+
+    operator: str
+    number: int
+    is_on: bool
 
 
 class RoomChanged(_Report, frozen=True, tag="room"):
@@ -113,6 +133,8 @@ Feedback: TypeAlias = (
     | LoadReported
     | QueueChanged
     | FirstToken
+    | KVMoved
+    | RoleAssigned
     | RoomChanged
     | HealthChanged
     | ScaleEnded

@@ -27,8 +27,7 @@ _QUANTILE = 0.95  # quantile of the kept gaps that predicts the end of a gap
 _MIN_PREFILLS = 8.0  # observed prefills before the first prediction
 _FADE = 1 - 1 / 64  # factor on the weight of earlier prefills, with each new prefill
 _STEP_WEIGHT = 1 / 8  # weight of the latest step in the moving mean
-# Factors on predicted waits after a first token that missed or met the objective. At 2 % of late
-# first tokens the two cancel each other out.
+# Factors on predicted waits after late and timely first tokens; 2 % of late ones cancel them out.
 _LATE_FACTOR = 1.25
 _IN_TIME_FACTOR = 0.995
 _MAX_CORRECTION = 4.0
@@ -74,6 +73,18 @@ class LineFit(msgspec.Struct, frozen=True):
         mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
         slope = self._slope(mean, mean_s, through_origin)
         return count * (mean_s - slope * mean) + slope * num_tokens
+
+    def tokens_within(self, seconds: float) -> float:
+        """The most tokens of a request that takes at most `seconds`. Needs at least one sample.
+
+        Infinite if the time does not grow with the tokens. If all samples have about the same
+        number of tokens, the line goes through the origin, so that the answer is cautious.
+        """
+        mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
+        slope = self._slope(mean, mean_s, through_origin=True)
+        if slope > 0:
+            return max(mean + (seconds - mean_s) / slope, 0.0)
+        return math.inf if mean_s <= seconds else 0.0
 
     def _slope(self, mean: float, mean_s: float, through_origin: bool) -> float:
         if mean <= 0:
@@ -242,10 +253,9 @@ class Forecast(msgspec.Struct, frozen=True):
     `prefills`: the time of prefills by tokens. `step_s`: the mean time of a step while a replica
     was busy. `steps`: by replica, the number of the latest step and the time of its report.
 
-    `correction`: a factor on predicted waits. It rises when first tokens come later than
-    `objective_s`, because the pace may fall after a request was admitted, for example if other
-    programs use the machine. Only requests with exactly this objective count: a client's own
-    objective must not affect other clients.
+    `num_engines`: the replicas that compute prompts. `correction`: a factor on predicted waits. It
+    rises when first tokens come later than `objective_s`, as the pace may fall after a request was
+    admitted. Only requests with exactly this objective count, so that no client affects others.
     """
 
     pace: QueuePace = QueuePace()
@@ -255,6 +265,7 @@ class Forecast(msgspec.Struct, frozen=True):
     steps: Map[tuple[str, int], tuple[int, float]] = Map()
     correction: float = 1.0
     objective_s: float | None = None
+    num_engines: int = 1
 
     def after(self, happened: QueueChanged | FirstToken | LoadReported, now: float) -> "Forecast":
         """The forecast with one more report of feedback."""
@@ -295,11 +306,14 @@ class Forecast(msgspec.Struct, frozen=True):
         return overhead_s + own_s
 
     def ttft_s(self, request: Request, now: float) -> float | None:
-        """A high quantile of the TTFT of a request that enters the queue now.
-
-        Counted from the arrival of the request. Only a few in a hundred exceed it. None if unknown.
+        """A high quantile of the TTFT of a request that enters the queue now, counted from its
+        arrival. Until the pace is known, waiting prompts are taken to last as long as their
+        prefills. None if unknown.
         """
-        wait_s = self.pace.long_wait_s(now)
+        wait_s, backlog, share = self.pace.long_wait_s(now), self.pace.backlog, 1 / self.num_engines
+        if wait_s is None and self._knows_prefills:
+            num_tokens = share * backlog.num_prompt_tokens
+            wait_s = self.prefills.seconds_of(num_tokens, share * backlog.num_requests)
         if wait_s is None:
             return None
         waited_s = max(now - request.stamps.arrived_s, 0.0)

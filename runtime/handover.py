@@ -190,16 +190,19 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     now, slo_ttft_s = ctx.now(), request.slo_ttft_s
     # A resumed request had its first token before: its TTFT must not count again.
     since_s = None if request.num_emitted else now - request.stamps.arrived_s
-    first = FirstToken(seconds=now - dispatched_s, since_arrival_s=since_s, slo_ttft_s=slo_ttft_s)
+    first = FirstToken(
+        seconds=now - dispatched_s,
+        since_arrival_s=since_s,
+        slo_ttft_s=slo_ttft_s,
+        request_id=request.request_id,
+    )
     started_s, prefilled_s = event.stamps.started_s, event.stamps.prefilled_s
     if started_s is not None and prefilled_s is not None and prefilled_s > started_s:
         num_known = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-        first = FirstToken(
-            seconds=first.seconds,
+        first = msgspec.structs.replace(
+            first,
             num_computed_tokens=max(num_known - event.num_cached_tokens, 0),
             computed_s=prefilled_s - started_s,
-            since_arrival_s=since_s,
-            slo_ttft_s=slo_ttft_s,
         )
     ctx.report(first)
 

@@ -14,7 +14,10 @@ CODES: dict[str, str] = {
     "bad_request": "the request itself cannot be served",
     "invalid_grammar": "the grammar of its answer cannot be compiled, or exceeds its limits",
     "queue_full": "too many requests or tokens wait",
-    "slo_unreachable": "its first token would come too late",
+    "slo_unreachable": "its first token, or its later tokens, would come too late",
+    "decode_full": "too many sequences would decode when its prompt is computed",
+    "concurrency_limit": "too many requests are in service for first tokens to come in time",
+    "would_wait": "it would have to wait, and asked not to",
     "slow_reader": "its reader did not read",
     "shutting_down": "the graph is being closed",
     "unavailable": "no engine that could serve it is up",
@@ -22,6 +25,7 @@ CODES: dict[str, str] = {
     "operator_failed": "an operator, or a function that it calls, raised",
     "engine_failed": "engines, or the links between them, failed while they computed it",
 }
+WOULD_WAIT = "it would have to wait, and it asked not to: try again later"
 OPERATOR_FAILED = "operator_failed"
 ENGINE_FAILED = "engine_failed"
 # (request_id, choice). A plain tuple: one is made for every token, and a NamedTuple costs 0.3 us.
@@ -74,6 +78,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     model: str = ""
     salt: str = ""  # the tenant's: prefix blocks are shared only by requests with equal salts
     slo_ttft_s: float | None = None  # TTFT objective, counted from arrival
+    no_queue: bool = False  # refuse the request at once if it would have to wait
     expires_s: float | None = None  # clock time at which the request is ended as expired
     cost_budget: float | None = None
     placement: dict[str, int] = {}  # node name -> the replica that route chose
@@ -95,6 +100,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     def num_emitted(self) -> int:
         """Tokens of the answer that were emitted before; above 0, the request resumes."""
         return len(self.emitted_token_ids) + self.num_emitted_without_ids
+
+    @property
+    def is_impatient(self) -> bool:
+        """Whether the request ends where it would have to wait: it asked not to wait, and does not
+        resume.
+        """
+        return self.no_queue and not self.epoch and not self.num_emitted
 
     @property
     def num_uncached_tokens(self) -> int:

@@ -198,7 +198,7 @@ class Target:
 
     `is_next`: whether requests enter the target without passing another service operator.
     `outlets`: the outlets of the router that lead to the target. `prefills_only`: another operator
-    decodes what the target has prefilled.
+    decodes what the target has prefilled. `op`: the kind of the operator, such as "decode".
     """
 
     node: str
@@ -207,6 +207,7 @@ class Target:
     is_next: bool = False
     outlets: frozenset[str] = frozenset()
     prefills_only: bool = False
+    op: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -345,6 +345,7 @@ def targets_of(
             any(edge.source in near for edge in graph.inputs(name)),
             frozenset(found),
             _has(vocabulary[graph.node(name).op].outlets, PREFILLED),
+            graph.node(name).op,
         )
         for name, found in outlets.items()
         if found and vocabulary[graph.node(name).op].engine

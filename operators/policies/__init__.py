@@ -11,13 +11,13 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from sagellm.graphs.diagnostics import Path
+from sagellm.operators.policies.load_levels import adaptive
 from sagellm.operators.policies.longest_prefix import LongestPrefixMatch
 from sagellm.operators.policies.order import (
     Policy,
     PolicySortOptions,
     QueueOrder,
     RankingPolicy,
-    adaptive,
     cost_optimized,
     fifo,
     least_slack,

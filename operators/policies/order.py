@@ -11,7 +11,6 @@ from sagellm.runtime.messages import NORMAL, PRIORITIES, Request
 
 USUAL_SPEED = 1000.0  # prompt tokens a second, assumed until prefills have been measured
 GRACE = 0.5  # extra time for a request that missed its objective, as a share of the objective
-STRETCH = 10.0  # a request waits for shorter requests for this multiple of its own prefill time
 MIN_WEIGHT = 2.0**-10  # of weighted_shortest_prefill: a budget of 0 must not starve
 BEST_EFFORT = sys.float_info.max  # the rank, as a time, of a request without a deadline
 _MIN_PREFILL_S = 1e-6  # a prompt that is wholly cached still takes time
@@ -41,7 +40,7 @@ class PolicySortOptions:
     function: str | None = None
     aging_s: float = field(default=10.0, metadata={"min": 0.0})
     prefill_tokens_per_s: float | None = field(default=None, metadata={"min": 1e-3})
-    busy_queued: int = field(default=16, metadata={"min": 1})
+    busy_queued: int = field(default=8, metadata={"min": 1})
     overloaded_queued: int = field(default=128, metadata={"min": 2})
     late: Literal["demote", "refuse"] = "demote"
     doubling_s: float = field(default=10.0, metadata={"min": 0.0})
@@ -65,6 +64,9 @@ class QueueOrder:
 
     `ahead_s(forecast)`: a rank, as a time, passes this many seconds earlier. `refuses`: a request
     whose rank would become infinite is refused.
+
+    `starts_by_s(request, prefill_s)`: the time after which a request at the head of the queue goes
+    behind all others: its rank becomes infinite. For orders whose ranks are no times.
     """
 
     rank: Callable[[Request], float]
@@ -72,11 +74,13 @@ class QueueOrder:
     foreseen: Callable[[Request, float], float] | None = None
     ahead_s: Callable[[Forecast], float] | None = None
     refuses: bool = False
+    starts_by_s: Callable[[Request, float], float] | None = None
+    prefill_s: Callable[[Request], float] = lambda request: 0.0
 
     @property
     def lapses(self) -> bool:
-        """Whether ranks are times on the clock, after which they change."""
-        return self.grace_s is not None
+        """Whether ranks change after a time, so that requests without an objective go last."""
+        return self.grace_s is not None or self.starts_by_s is not None
 
     @property
     def learns(self) -> bool:
@@ -90,7 +94,16 @@ class QueueOrder:
         foreseen = self.foreseen
         if foreseen is None:
             return self
-        return replace(self, rank=lambda request: foreseen(request, prefill_s(request)))
+
+        def rank(request: Request) -> float:
+            return foreseen(request, prefill_s(request))
+
+        return replace(self, rank=rank, prefill_s=prefill_s)
+
+    def is_late(self, request: Request, until_s: float) -> bool:
+        """Whether the time of `starts_by_s` has passed at `until_s`."""
+        starts_by_s = self.starts_by_s
+        return starts_by_s is not None and starts_by_s(request, self.prefill_s(request)) < until_s
 
     def later_rank(self, request: Request, now: float) -> float:
         """The rank of a request at time `now`, after its first rank has passed."""
@@ -152,10 +165,10 @@ def fifo(options: PolicySortOptions) -> Policy:
 
     Source: FCFS of queueing theory; the default of vLLM's scheduler (`--scheduling-policy fcfs`).
     """
-    return Policy((QueueOrder(_arrival_s),))
+    return Policy((QueueOrder(arrival_s),))
 
 
-def _arrival_s(request: Request) -> float:
+def arrival_s(request: Request) -> float:
     return request.stamps.arrived_s
 
 
@@ -199,16 +212,17 @@ def slo_aware(options: PolicySortOptions) -> Policy:
 
 def _by_latest_start(options: PolicySortOptions) -> QueueOrder:
     def latest_start_s(request: Request) -> float:
-        return _deadline_s(request) - options.prefill_s(request)
+        return deadline_s(request) - options.prefill_s(request)
 
     def foreseen_s(request: Request, prefill_s: float) -> float:
-        return _deadline_s(request) - prefill_s
+        return deadline_s(request) - prefill_s
 
     is_given = options.prefill_tokens_per_s is not None
     return QueueOrder(latest_start_s, _grace_s, None if is_given else foreseen_s)
 
 
-def _deadline_s(request: Request) -> float:
+def deadline_s(request: Request) -> float:
+    """When the first token is due: the objective, or else the expiry; infinite without either."""
     if request.slo_ttft_s is not None:
         return request.stamps.arrived_s + request.slo_ttft_s
     return math.inf if request.expires_s is None else request.expires_s
@@ -243,9 +257,9 @@ def least_slack(options: PolicySortOptions) -> Policy:
         return foreseen_s(request, options.prefill_s(request))
 
     def foreseen_s(request: Request, prefill_s: float) -> float:
-        if request.num_emitted or (deadline_s := _deadline_s(request)) == math.inf:
+        if request.num_emitted or (due_s := deadline_s(request)) == math.inf:
             return BEST_EFFORT
-        return deadline_s - prefill_s
+        return due_s - prefill_s
 
     is_given = options.prefill_tokens_per_s is not None
     order = QueueOrder(
@@ -318,41 +332,3 @@ def _tokens_per_value(request: Request) -> float:
     # At least one token, so that the weight also orders prompts that are wholly cached.
     weight = 1.0 if request.cost_budget is None else request.cost_budget
     return max(request.num_uncached_tokens, 1) / weight if weight > 0 else math.inf
-
-
-def adaptive(options: PolicySortOptions) -> Policy:
-    """fifo while calm, slo_aware while busy, shortest prefill first while overloaded.
-
-    The level depends on the number w of waiting requests, with hysteresis:
-
-        calm        fifo: if few requests wait, order matters little, and arrival is the fairest
-        busy        slo_aware, from w >= busy_queued until 2 w < busy_queued
-        overloaded  shortest prefill first, from w >= overloaded_queued until
-                    2 w < overloaded_queued: most objectives are lost at this level, and this order
-                    serves the most requests per second
-
-    Shortest first is aged: rank = arrival + 10 * T_prefill, so a request is overtaken only by
-    shorter requests that arrive within ten times its own prefill time. The same inputs give the
-    same decisions. Raises ValueError if `busy_queued` is not below `overloaded_queued`.
-
-    Source: the published scheduler's "adaptive" names the idea only; the orders are SPT (Smith
-    1956, aged), fifo and slo_aware.
-    """
-    if options.busy_queued >= options.overloaded_queued:
-        raise ValueError(
-            f"busy_queued={options.busy_queued} must be below "
-            f"overloaded_queued={options.overloaded_queued}: raise the second"
-        )
-    orders = (QueueOrder(_arrival_s), _by_latest_start(options), _shortest_first(options))
-    return Policy(orders, (options.busy_queued, options.overloaded_queued))
-
-
-def _shortest_first(options: PolicySortOptions) -> QueueOrder:
-    def stretched_s(request: Request) -> float:
-        return request.stamps.arrived_s + STRETCH * options.prefill_s(request)
-
-    def foreseen_s(request: Request, prefill_s: float) -> float:
-        return request.stamps.arrived_s + STRETCH * prefill_s
-
-    is_given = options.prefill_tokens_per_s is not None
-    return QueueOrder(stretched_s, foreseen=None if is_given else foreseen_s)

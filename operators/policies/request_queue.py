@@ -103,8 +103,8 @@ class RequestQueue(msgspec.Struct, frozen=True):
         entry = (rank, request.stamps.arrived_s, number, request)
         choices = (*self.choices.get(request_id, ()), entry)
         expiries = self.expiries
-        if request.expires_s is not None:
-            expiries = expiries.inserted((request.expires_s, number, entry))
+        if (ends_s := _ends_s(request)) is not None:
+            expiries = expiries.inserted((ends_s, number, entry))
         return RequestQueue(
             self.entries.inserted(entry),
             expiries,
@@ -154,14 +154,19 @@ class RequestQueue(msgspec.Struct, frozen=True):
         entries = self.choices.get(signal.request_id, ())
         return self._without_all([one for one in entries if signal.concerns(one[3].key)], now)
 
-    def without_expired(self, now: float) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
-        """The queue without the requests that have expired, and the removed entries."""
-        expired: list[QueueEntry] = []
-        for expires_s, _, entry in self.expiries:
-            if expires_s > now:
+    def without_expired(
+        self, now: float, num_offered: int
+    ) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
+        """The queue without the requests that have expired, and those that do not want to wait; and
+        the removed entries. `num_offered`: later requests have not been offered downstream yet.
+        """
+        ended: list[QueueEntry] = []
+        for ends_s, number, entry in self.expiries:
+            if ends_s > now:
                 break
-            expired.append(entry)
-        return self._without_all(expired, now)
+            if number < num_offered or has_expired(entry[3], now):
+                ended.append(entry)
+        return self._without_all(ended, now)
 
     def at_level(self, level: int, order: QueueOrder) -> "RequestQueue":
         """The queue sorted by `order`, the order of another level of load."""
@@ -179,11 +184,15 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return replace(self.backlog, num_patient=0, num_patient_tokens=0)
 
     def lapsed(
-        self, order: QueueOrder, now: float
+        self, order: QueueOrder, now: float, window: int
     ) -> tuple["RequestQueue", tuple[QueueEntry, ...]]:
         """The queue after each request whose rank has passed moved to its later rank, and the
         entries of the removed requests, if the order refuses late requests.
+
+        `window`: late requests are moved from as many places at the head, if ranks are no times.
         """
+        if order.starts_by_s is not None:
+            return self._without_late(order, now, window), ()
         if order.grace_s is None:
             return self, ()
         queue, until_s, late = self, now + self.ahead_s(order), list[QueueEntry]()
@@ -195,6 +204,17 @@ class RequestQueue(msgspec.Struct, frozen=True):
             else:
                 queue = queue._moved(first, rank)
         return queue, tuple(late)
+
+    def _without_late(self, order: QueueOrder, now: float, window: int) -> "RequestQueue":
+        """The queue after late requests among the first `window` went behind all others."""
+        queue, until_s = self, now + self.ahead_s(order)
+        while True:
+            head = queue.entries.head(window)
+            late = [one for one in head if one[0] < math.inf and order.is_late(one[3], until_s)]
+            if not late:
+                return queue
+            for entry in late:
+                queue = queue._moved(entry, math.inf)
 
     def ahead_s(self, order: QueueOrder) -> float:
         """The seconds by which ranks, as times, pass earlier."""
@@ -212,9 +232,9 @@ class RequestQueue(msgspec.Struct, frozen=True):
         moved = (rank, *entry[1:])
         request = entry[3]
         expiries = self.expiries
-        if request.expires_s is not None:
-            expiries = expiries.removed((request.expires_s, entry[2], entry))
-            expiries = expiries.inserted((request.expires_s, entry[2], moved))
+        if (ends_s := _ends_s(request)) is not None:
+            expiries = expiries.removed((ends_s, entry[2], entry))
+            expiries = expiries.inserted((ends_s, entry[2], moved))
         choices = self.choices[request.request_id]
         return replace(
             self,
@@ -235,8 +255,8 @@ class RequestQueue(msgspec.Struct, frozen=True):
     ) -> "RequestQueue":
         request, expiries = entry[3], self.expiries
         num_tokens, busy_s = request.num_uncached_tokens, self.busy_s(now)
-        if request.expires_s is not None:
-            expiries = expiries.removed((request.expires_s, entry[2], entry))
+        if (ends_s := _ends_s(request)) is not None:
+            expiries = expiries.removed((ends_s, entry[2], entry))
         return RequestQueue(
             self.entries.removed(entry),
             expiries,
@@ -259,6 +279,15 @@ class RequestQueue(msgspec.Struct, frozen=True):
         for entry in entries:
             queue = queue._without(entry, now, queue.declined)
         return queue, tuple(entries)
+
+
+def _ends_s(request: Request) -> float | None:
+    """When a waiting request ends: with `no_queue` as soon as it was offered, unless it resumes."""
+    return request.stamps.arrived_s if request.is_impatient else request.expires_s
+
+
+def has_expired(request: Request, now: float) -> bool:
+    return request.expires_s is not None and request.expires_s <= now
 
 
 def _without_entry(choices: EntriesByRequest, entry: QueueEntry) -> EntriesByRequest:

@@ -93,12 +93,18 @@ class ReplicaPool:
 
     `num_replicas`: the number at the start; a Topology may add replicas. `entries`: the operators
     among `nodes` that requests enter directly after the router; only their credit matters to it.
+    `engine`: their engine; empty: that of the same name as the pool.
     """
 
     name: str
     num_replicas: int
     nodes: tuple[str, ...]
     entries: tuple[str, ...] = ()
+    engine: str = ""
+
+    @property
+    def engine_name(self) -> str:
+        return self.engine or self.name
 
 
 class PoolView(msgspec.Struct, frozen=True):

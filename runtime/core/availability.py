@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from sagellm.runtime.core.accounting import Meter
 from sagellm.runtime.core.credit import CreditGate, Gates
-from sagellm.runtime.core.effects import Ejected, Reaction
+from sagellm.runtime.core.effects import Assigned, Ejected, Reaction
 from sagellm.runtime.core.events import Opened
 from sagellm.runtime.core.inputs import InputQueue
 from sagellm.runtime.core.outliers import Outliers
 from sagellm.runtime.core.prefix_indexes import PrefixIndexes
-from sagellm.runtime.feedback import CreditChanged, HealthChanged
+from sagellm.runtime.feedback import CreditChanged, HealthChanged, RoleAssigned
 from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.plan import Plan
 
@@ -144,6 +144,8 @@ class ReplicaSet:
         self._inputs = inputs
         self._prefixes = prefixes
         self._num_replicas = num_replicas
+        self.has_opened = False  # a gate was opened to a role, and parked items may go on
+        inputs.assign = self.assign
 
     @property
     def next_time_s(self) -> float:
@@ -190,6 +192,16 @@ class ReplicaSet:
             replace(self.plan, removed=self.plan.removed | {EngineReplica(engine, number)})
         )
 
+    def assign(self, assigned: RoleAssigned) -> HealthChanged:
+        """Open or close the gate of a replica, and return the health that operators see."""
+        node, number, is_on = assigned.operator, assigned.number, assigned.is_on
+        self._gates.assign(CreditGate(node, number), is_on=is_on)
+        self._reaction.effects.append(Assigned(node, number, is_on))
+        self.has_opened = self.has_opened or is_on
+        replica = EngineReplica(self.plan.engine_name(node) or "", number)
+        is_up = is_on and not self.availability.is_lost(replica)
+        return HealthChanged(node=node, replica=number, is_up=is_up)
+
     def _change(self, plan: Plan) -> None:
         self.plan = self.availability.plan = replace(plan, epoch=self.plan.epoch + 1)
         self._inputs.change(self.plan.topology)
@@ -207,4 +219,6 @@ class ReplicaSet:
         engine, number = replica
         is_up = is_up and not self.availability.is_lost(replica)
         for node in self.plan.nodes_of(engine):
-            self._inputs.report(HealthChanged(node=node, replica=number, is_up=is_up))
+            is_assigned = CreditGate(node, number) not in self._gates.unassigned
+            health = HealthChanged(node=node, replica=number, is_up=is_up and is_assigned)
+            self._inputs.report(health)

@@ -118,6 +118,9 @@ class Core:
         self._handlers[type(event)](event)
         self.prefixes.settle()
         self._inputs.settle()
+        if self.replicas.has_opened:
+            self.replicas.has_opened = False
+            self._flow.retry_all()
         if self.recovery.is_under_way:
             self._reentry.try_next()
         # Last, because changes within one event may cancel each other out.

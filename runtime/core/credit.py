@@ -120,7 +120,8 @@ class ReservedCredit:
 class Gates:
     """The credit of all service operators. `give` undoes a `take`.
 
-    `closed`: gates that take no new requests; a router may place the requests elsewhere. `blocked`:
+    `closed`: gates that take no new requests; a router may place the requests elsewhere.
+    `unassigned`: gates that take none, because the replica has another role. `blocked`:
     operators that take no items at all, because an engine has no replica left. `removed`: gates of
     replicas that will not come back. These gates take items even in blocked operators: an item that
     was placed there must fail, so that it is placed again.
@@ -134,6 +135,7 @@ class Gates:
         # By request id, so that a signal finds its gates without a search.
         self._spent: dict[str, _Spent] = {}
         self.closed: set[CreditGate] = set()
+        self.unassigned: set[CreditGate] = set()
         self.blocked: frozenset[str] = frozenset()
         self.removed: set[CreditGate] = set()
         self.full: set[str] = set()  # operators without room for a request at any replica
@@ -152,6 +154,12 @@ class Gates:
     def reopen(self, gate: CreditGate) -> None:
         self.closed.discard(gate)
         self._note_room(gate)
+
+    def assign(self, gate: CreditGate, *, is_on: bool) -> None:
+        """Let the gate of a replica take new requests, or none."""
+        (self.unassigned.discard if is_on else self.unassigned.add)(gate)
+        if gate in self.accounts:
+            self._note_room(gate)
 
     def may_take(self, node: str, item: Item) -> bool:
         """Whether any replica of `node` might take an item.
@@ -188,8 +196,9 @@ class Gates:
         a Prefilled, whose replica cannot be changed any more; the request returns if that replica
         is lost.
         """
-        # Usually both sets are empty.
-        if (self.closed or self.blocked) and self._is_closed_to(gate, item):
+        # Usually all sets are empty.
+        is_usual = not (self.closed or self.blocked or self.unassigned)
+        if not is_usual and self._is_closed_to(gate, item):
             return gate
         key, block_size = item.key, self.accounts[gate].block_size
         cost = cost_of(item, block_size)
@@ -250,11 +259,14 @@ class Gates:
     def _is_closed_to(self, gate: CreditGate, item: Item) -> bool:
         if gate.node in self.blocked and gate not in self.removed:
             return True
-        return gate in self.closed and not isinstance(item, Prefilled)
+        if isinstance(item, Prefilled):
+            return False
+        return gate in self.closed or gate in self.unassigned
 
     def _note_room(self, gate: CreditGate) -> None:
         node, replica = gate
         rooms = self._rooms[node]
-        rooms[replica] = math.inf if gate in self.closed else -self.accounts[gate].room
+        is_shut = gate in self.closed or gate in self.unassigned
+        rooms[replica] = math.inf if is_shut else -self.accounts[gate].room
         if (rooms.minimum > -1) != (node in self.full):
             (self.full.discard if node in self.full else self.full.add)(node)

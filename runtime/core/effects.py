@@ -112,6 +112,14 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
     for_s: float
 
 
+class Assigned(_Effect, frozen=True, tag="assigned"):
+    """Log that a replica takes requests of an operator, or no more."""
+
+    node: str
+    replica: int
+    is_on: bool
+
+
 class QueryCache(_Effect, frozen=True, tag="ask_cache"):
     """Ask the engine of a replica to report all its prefix blocks, and then every change."""
 
@@ -146,6 +154,7 @@ Effect: TypeAlias = (
     | Faulted
     | FailedOn
     | Ejected
+    | Assigned
     | QueryCache
     | Noted
     | ScaleTo

@@ -17,7 +17,14 @@ from sagellm.runtime.core.request_lifecycle import (
     retries_spent_event,
 )
 from sagellm.runtime.feedback import CreditChanged
-from sagellm.runtime.messages import EngineReplica, Item, Request, TokenEvent
+from sagellm.runtime.messages import (
+    WOULD_WAIT,
+    EngineReplica,
+    Item,
+    Request,
+    TokenEvent,
+    refusal,
+)
 from sagellm.runtime.operator import Arrival, Signal
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.user_code import WrongResult
@@ -153,7 +160,12 @@ class Flow:
         try:
             outcomes = self._logic_graph.send(source, item, outlet, self._reaction.now)
         except NoCredit as refused:
-            return refused
+            if not isinstance(item, Request) or not item.is_impatient:
+                return refused
+            self._lifecycle.end(_would_wait_event(item, self._reaction.now), None)
+            if source != SOURCE:
+                self._reaction.effects.append(Discard(source, replica, item))
+            return None
         except Exception as error:  # an operator's fault must not stop the graph
             fault = error if isinstance(error, OperatorFault) else OperatorFault(source, error)
             self._lifecycle.fail(fault, item)
@@ -179,6 +191,14 @@ class Flow:
         return True
 
 
+def _would_wait_event(request: Request, now: float) -> TokenEvent:
+    """The last event of a request that would be parked, and does not want to wait."""
+    return refusal(
+        request, "refused", now=now, error=WOULD_WAIT, code="would_wait", retry_after_s=_RETRY_S
+    )
+
+
+_RETRY_S = 1.0  # the wait of parked requests is unknown
 _MAX_REPLICAS = 2  # other replicas that are tried after an engine failed on a request
 
 

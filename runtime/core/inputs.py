@@ -1,7 +1,7 @@
 """The queue of inputs of logic operators: gives each input, and applies its outcomes."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -16,8 +16,10 @@ from sagellm.runtime.core.request_lifecycle import RequestLifecycle, reason_of
 from sagellm.runtime.feedback import (
     KINDS,
     Feedback,
+    HealthChanged,
     PrefixesChanged,
     QueueChanged,
+    RoleAssigned,
     RoomChanged,
     ScaleEnded,
     Topology,
@@ -100,6 +102,7 @@ class InputQueue:
         self._meter = meter
         self._lifecycle = lifecycle
         self._parking = parking
+        self.assign: Callable[[RoleAssigned], HealthChanged]  # set by the set of replicas
         self._inputs: deque[tuple[str, Input]] = deque()
         self._subscriptions: dict[tuple[str, type], _Subscription] = {}
         names, spec = tuple(logic_graph.cells), plan.spec
@@ -210,7 +213,11 @@ class InputQueue:
                 effects.append(outcome)
             else:
                 assert isinstance(outcome, UpstreamFeedback)
-                self._publish(outcome.feedback, outcome.node)
+                if isinstance(outcome.feedback, RoleAssigned):
+                    health = self.assign(outcome.feedback)
+                    self._publish(health, health.node)
+                else:
+                    self._publish(outcome.feedback, outcome.node)
 
     def is_to_wake(self, node: str) -> bool:
         """Whether an operator has asked for a wake-up, or a wake-up of it is parked."""

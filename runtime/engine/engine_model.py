@@ -8,6 +8,7 @@ from math import inf
 
 from sagellm.runtime.containers import bucket_of
 from sagellm.runtime.engine.block_model import BlockModel, KeptBlocks
+from sagellm.runtime.engine.costs.spread import StepVariation
 from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.scheduler_model import SchedulerModel
 from sagellm.runtime.engine.step_cost import (
@@ -24,9 +25,10 @@ from sagellm.runtime.port import EngineLoad
 
 class EngineModel:
     """Schedules as `Scheduler` does, with the same `share_budget`. Each step takes the time that
-    `cost` gives. The model's own running time grows with changes of the batch, not with tokens. A
-    change is an arrival, a chunk of a prompt, an end, or a full pool. If more sequences decode than
-    `max_num_batched_tokens`, each step is a change.
+    `cost` gives; with `variation`, a time that is drawn about it. The model's own running time
+    grows with changes of the batch, not with tokens. A change is an arrival, a chunk of a prompt,
+    an end, or a full pool. If more sequences decode than `max_num_batched_tokens`, each step is a
+    change.
 
     The caller passes times, in seconds, which never go back. Submit and cancel all sequences of one
     time before `advance` to that time: sequences that arrive together start together, as in an
@@ -44,14 +46,23 @@ class EngineModel:
     """
 
     def __init__(
-        self, cost: CostModel, limits: Limits, *, num_blocks: int, block_size: int, span: int = 0
+        self,
+        cost: CostModel,
+        limits: Limits,
+        *,
+        num_blocks: int,
+        block_size: int,
+        span: int = 0,
+        variation: StepVariation | None = None,
     ) -> None:
         self.num_changes = 0  # of the batch, on which the running time of the model depends
         self.num_steps = 0
+        self.num_rows = 0  # of the last step
         self.busy_s = 0.0  # the time of all steps
         self.gaps: dict[int, int] = {}  # times between tokens: bucket of a histogram -> number
         self.blocks = BlockModel(num_blocks, block_size, span)
         self._cost = cost
+        self._variation = variation
         self._scheduler = SchedulerModel(limits, self.blocks)
         self._sequences: dict[SequenceKey, ModelledSequence] = {}
         self._num_arrivals = 0
@@ -138,7 +149,10 @@ class EngineModel:
         """A new model with an empty pool, which goes on with the counters of this one."""
         blocks, limits = self.blocks, self._scheduler.limits
         sizes = {"num_blocks": blocks.num_blocks, "block_size": blocks.block_size}
-        other = EngineModel(self._cost, limits, **sizes, span=blocks.span)
+        other = EngineModel(
+            self._cost, limits, **sizes, span=blocks.span, variation=self._variation
+        )
+        other.num_changes = self.num_changes  # no draw of the lost engine comes again
         other.num_steps, other.busy_s, other.gaps = self.num_steps, self.busy_s, self.gaps
         other.blocks.num_evicted = blocks.num_evicted
         other._scheduler.count_on(self._scheduler)
@@ -231,7 +245,8 @@ class EngineModel:
         run.end_s = self._end_s(run, run.num_steps)
 
     def _end_s(self, run: ModelledRun, num_steps: int) -> float:
-        return run.begun_s + self._cost.run_seconds(run.shape, num_steps)
+        seconds = self._cost.run_seconds(run.shape, num_steps)
+        return run.begun_s + seconds * run.variation.factor(num_steps)
 
     # ---- one change of the batch -------------------------------------------------------------
 
@@ -248,12 +263,15 @@ class EngineModel:
                 sequence.begun_s = self._time_s
         num_steps = self._num_alike([one for one, _ in rows]) if is_alike else 1
         self._run = run = ModelledRun(self._time_s, rows, shape, num_steps)
+        if self._variation is not None:
+            run.variation = self._variation.draw(self.num_changes, self._cost.seconds(shape))
         run.end_s = self._end_s(run, num_steps)
 
     def _finish(self, run: ModelledRun) -> None:
         """Apply the outcome of a run to its sequences."""
         self._run, self._time_s = None, run.end_s
         self.num_steps += run.num_steps
+        self.num_rows = len(run.rows)
         self.busy_s += run.end_s - run.begun_s
         step_s = (run.end_s - run.begun_s) / run.num_steps
         for sequence, count in run.rows:

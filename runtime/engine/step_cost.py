@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import NamedTuple, Protocol
 
 from sagellm.runtime.engine.block_model import CachedSpan
@@ -38,6 +39,11 @@ class StepShape(NamedTuple):
     def num_rows(self) -> int:
         """The sequences of the step."""
         return self.num_prefill_rows + self.num_decode_rows
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some sequences decode, and others compute prefill tokens."""
+        return self.num_decode_rows > 0 and self.num_prefill_tokens > 0
 
     @property
     def num_decode_context_tokens(self) -> int:
@@ -168,6 +174,24 @@ class ModelledSequence:
         return self.num_pending == 1 and self.num_computed >= self.num_prompt
 
 
+class Variation(NamedTuple):
+    """How the steps of one run vary: the mean of measured over expected seconds, the distance of a
+    single step from the mean, and the correlation of two steps.
+    """
+
+    mean: float = 1.0
+    distance: float = 0.0
+    correlation: float = 0.0
+
+    def factor(self, num_steps: int) -> float:
+        """Measured over expected seconds of a run. The seconds of a run grow with its steps."""
+        apart = (1 - self.correlation) / num_steps
+        return self.mean + self.distance * sqrt(self.correlation + apart)
+
+
+NO_VARIATION = Variation()
+
+
 @dataclass(slots=True)
 class ModelledRun:
     """Consecutive steps that compute the same rows. A run has more than one step only if all rows
@@ -179,3 +203,4 @@ class ModelledRun:
     shape: StepShape
     num_steps: int
     end_s: float = 0.0
+    variation: Variation = NO_VARIATION

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.core.effects import Ejected, FailedOn, OperatorFault, ScaleTo
+from sagellm.runtime.core.effects import Assigned, Ejected, FailedOn, OperatorFault, ScaleTo
 from sagellm.runtime.core.events import (
     CacheReported,
     Ended,
@@ -63,6 +63,11 @@ def log_scaling(effect: ScaleTo) -> None:
     """Log that an operator changes the number of replicas of an engine."""
     counts = {"replicas": effect.num_before, "wanted": effect.num_replicas}
     log.info("autoscaling", engine=effect.engine, **counts, reason=effect.reason)
+
+
+def log_assignment(effect: Assigned) -> None:
+    """Log that a replica takes requests of an operator, or no more."""
+    log.info("role", node=effect.node, replica=effect.replica, is_on=effect.is_on)
 
 
 def ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:

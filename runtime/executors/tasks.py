@@ -11,6 +11,7 @@ import trio
 from sagellm.runtime.core.accounting import Clock
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import (
+    Assigned,
     Deliver,
     Discard,
     Effect,
@@ -42,6 +43,7 @@ from sagellm.runtime.executors.host import (
     ServiceHost,
     Spawner,
     ask_cache,
+    log_assignment,
     log_ejection,
     log_failure,
     log_fault,
@@ -110,6 +112,7 @@ class Shell:
             FailedOn: log_failure,
             Noted: lambda effect: self.on_note(effect),
             Ejected: log_ejection,
+            Assigned: log_assignment,
             ScaleTo: self._begin_scaling,
             QueryCache: lambda effect: ask_cache(
                 self.engines[effect.engine][effect.replica], dispatch=self.dispatch

@@ -1,13 +1,14 @@
 """A modelled engine behind the engine port, in simulated time."""
 
-from collections import deque
 from dataclasses import dataclass
 
+from sagellm.runtime.engine.costs.profile import HostCost
 from sagellm.runtime.engine.engine_model import EngineModel
 from sagellm.runtime.engine.step_cost import SequenceProgress
 from sagellm.runtime.messages import (
     ChoiceKey,
     EngineReplica,
+    FinishReason,
     LeaseRef,
     SequenceState,
     Stamps,
@@ -28,6 +29,7 @@ from sagellm.runtime.port import (
 )
 from sagellm.runtime.prefixes import OnCacheChanged
 from sagellm.runtime.simulation.cache_reports import CacheReports
+from sagellm.runtime.simulation.host_times import HostTimes, SimulatedMailbox
 from sagellm.runtime.simulation.links import Links
 from sagellm.runtime.simulation.prompts import PromptHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import SimulatedFlag, Timeline
@@ -36,36 +38,20 @@ from sagellm.runtime.simulation.transfers import SimulatedSource, SimulatedTarge
 _FIRST = (0,)  # the id of every first token: simulated tokens are only counted
 
 
-class SimulatedMailbox:
-    """The events of one operator's sequences, one batch for each change of the engine's batch."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        self._batches: deque[tuple[EngineEvent, ...]] = deque()
-        self._arrived = timeline.lot()
-
-    def post(self, events: tuple[EngineEvent, ...]) -> None:
-        self._batches.append(events)
-        self._arrived.unpark()
-
-    def __aiter__(self) -> "SimulatedMailbox":
-        return self
-
-    async def __anext__(self) -> tuple[EngineEvent, ...]:
-        while not self._batches:
-            await self._arrived.park()
-        return self._batches.popleft()
-
-
 @dataclass(slots=True)
 class _Open:
     """A sequence in the engine. `num_emitted`: its tokens so far, those of earlier engines too.
-    `is_held`: its blocks are held after its first token. `prefilled_s`: the time of that token.
+    `most`: the tokens of its answer. `is_held`: its blocks are held after its first token.
+    `has_entered`: whether the host has given it to the engine. `prefilled_s`: the time of its first
+    token.
     """
 
     state: SequenceState
     num_prompt: int
     num_emitted: int
+    most: int
     is_held: bool
+    has_entered: bool = False
     prefilled_s: float | None = None
 
 
@@ -81,6 +67,7 @@ class SimulatedEngine:
         *,
         links: Links,
         hasher: PromptHasher,
+        host: HostCost | None = None,
     ) -> None:
         self.facts = facts
         self.place = place
@@ -88,6 +75,7 @@ class SimulatedEngine:
         self._timeline = timeline
         self._links = links
         self._hasher = hasher
+        self._host = HostTimes(timeline, host)
         self._mailboxes: dict[str, SimulatedMailbox] = {}
         self._open: dict[ChoiceKey, _Open] = {}
         self._held: dict[ChoiceKey, LeaseRef] = {}
@@ -101,8 +89,8 @@ class SimulatedEngine:
 
     async def submit(self, state: SequenceState) -> None:
         self._check_up()
-        key, prompt, num_emitted = state.key, state.prompt_token_ids, state.num_emitted
-        num_prompt = len(prompt)
+        key, num_emitted = state.key, state.num_emitted
+        num_prompt = len(state.prompt_token_ids)
         most = min(state.sampling.max_tokens, self.facts.max_model_len - num_prompt)
         if key in self._open:
             raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
@@ -114,32 +102,49 @@ class SimulatedEngine:
         if state.lease is not None and self._claim(key, state.lease) is None:
             raise StaleLease(f"the lease of request {state.request_id} is gone")
         is_held = state.hold_kv and most > num_emitted + 1
-        self._open[key] = _Open(state, num_prompt, num_emitted, is_held)
+        opened = self._open[key] = _Open(state, num_prompt, num_emitted, most, is_held)
         if num_emitted >= most:
-            self.model.release(key, self._timeline.now)  # the blocks of its lease
-            self._post(SequenceProgress(key, 0, self._timeline.now, "length"))
+            self._end_before(opened, "length")
+        else:
+            self._host.enter(num_prompt, lambda: self._enter(opened))
+
+    def _enter(self, opened: _Open) -> None:
+        """Queue a sequence, unless it has ended while the host was at it."""
+        state, prompt = opened.state, opened.state.prompt_token_ids
+        if self._open.get(state.key) is not opened:
             return
+        opened.has_entered = True
         keys: tuple[bytes, ...] = ()
         if self.model.blocks.span and isinstance(prompt, TracePrompt):
             keys = self._hasher.keys(prompt, self.facts.block_size)
         self.model.submit(
-            key,
+            state.key,
             self._timeline.now,
-            num_prompt=num_prompt,
-            num_output=num_emitted + 1 if state.hold_kv else most,
-            num_emitted=num_emitted,
+            num_prompt=opened.num_prompt,
+            num_output=opened.num_emitted + 1 if state.hold_kv else opened.most,
+            num_emitted=opened.num_emitted,
             priority=state.priority,
             keys=keys,
-            holds=is_held,
+            holds=opened.is_held,
         )
         self._settle()
+
+    def _end_before(self, opened: _Open, reason: FinishReason) -> None:
+        """End a sequence that is not in the engine, and free the blocks of its lease."""
+        key, now = opened.state.key, self._timeline.now
+        self.model.release(key, now)
+        self._settle()
+        self._deliver([SequenceProgress(key, 0, now, reason)])
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
         key = request_id, choice
         opened = self._open.get(key)
         if opened is not None and opened.state.epoch == epoch:
-            self.model.cancel(key, self._timeline.now)
-            self._settle()
+            if opened.has_entered:
+                self.model.cancel(key, self._timeline.now)
+                self._settle()
+            else:
+                self._end_before(opened, "cancelled")
         held, target = self._held.get(key), self._targets.get(key)
         if held is not None and held.epoch == epoch:
             self.free(held)
@@ -245,6 +250,7 @@ class SimulatedEngine:
 
     def lose(self, cause: LossCause = "death") -> None:
         """Lose all sequences and blocks, as an engine whose process ends, until `restart`."""
+        self._host.flush()
         lost: dict[str, list[EngineEvent]] = {}
         for (request_id, choice), opened in self._open.items():
             state = opened.state
@@ -260,7 +266,7 @@ class SimulatedEngine:
         for flag in self._granting.values():
             flag.set()
         for owner, events in lost.items():
-            self.events(owner).post(tuple(events))
+            self.events(owner).post(events)
 
     def restart(self) -> None:
         """Take sequences again, with an empty pool."""
@@ -289,18 +295,24 @@ class SimulatedEngine:
         if due_s != self._due_s:
             return
         self._due_s = float("inf")
-        batches: dict[str, list[EngineEvent]] = {}
-        for progress in self.model.advance(self._timeline.now):
-            owner, event = self._event(progress)
-            batches.setdefault(owner, []).append(event)
+        progress = self.model.advance(self._timeline.now)
         self._settle()
         self._reports.flush(self.model.blocks)
-        for owner, events in batches.items():
-            self.events(owner).post(tuple(events))
+        self._deliver(progress)
 
-    def _post(self, progress: SequenceProgress) -> None:
-        owner, event = self._event(progress)
-        self.events(owner).post((event,))
+    def _deliver(self, progress: list[SequenceProgress]) -> None:
+        """Give the events of a step to the operators that wait for them."""
+        batches: dict[str, list[EngineEvent]] = {}
+        for one in progress:
+            owner, event = self._event(one)
+            batches.setdefault(owner, []).append(event)
+
+        def post() -> None:
+            for owner, events in batches.items():
+                self.events(owner).post(events)
+
+        if batches:
+            self._host.deliver(self.model.num_rows, post)
 
     def _event(self, progress: SequenceProgress) -> tuple[str, EngineEvent]:
         """The event for the progress of a sequence, and the operator that gets it."""

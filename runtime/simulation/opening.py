@@ -1,5 +1,6 @@
 """Opens modelled engines in simulated time."""
 
+from sagellm.runtime.engine.costs.spread import StepVariation
 from sagellm.runtime.engine.engine_model import EngineModel
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, modelled_facts
 from sagellm.runtime.messages import EngineReplica
@@ -17,9 +18,10 @@ def open_simulated(
     hasher: PromptHasher,
     *,
     block_len: int = 0,
+    seed: int = 0,
 ) -> SimulatedEngine:
     """Open one replica. `block_len`: the tokens of a block of the trace, whose prompts may share
-    blocks; 0: no prompts share any.
+    blocks; 0: no prompts share any. `seed`: of step times, if the profile has a spread.
 
     Raises SimulationError for a `block_size` that the blocks of the trace do not fit, and
     EngineOptionError, ModelError, UnsupportedModel as an engine would.
@@ -31,12 +33,15 @@ def open_simulated(
             f"{block_len} tokens of a block of the trace",
             f"give a block_size that divides {block_len}",
         )
-    limits = options.limits
+    limits, spread = options.limits, options.spread
     model = EngineModel(
         options.cost,
         limits,
         num_blocks=facts.num_blocks,
         block_size=facts.block_size,
         span=block_len if limits.prefix_caching else 0,
+        variation=StepVariation(spread, seed, f"{place.engine}/{place.number}") if spread else None,
     )
-    return SimulatedEngine(timeline, facts, model, place, links=links, hasher=hasher)
+    return SimulatedEngine(
+        timeline, facts, model, place, links=links, hasher=hasher, host=options.host
+    )

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "drain": ("sagellm.cli.workers:drain", "Give a worker nothing new."),
     "scale": ("sagellm.cli.workers:scale", "Have more or fewer replicas."),
     "simulate": ("sagellm.cli.simulate:run", "Run a graph in simulated time."),
+    "calibrate": ("sagellm.cli.calibrate:run", "Measure a profile to simulate with."),
     "trace": ("sagellm.cli.trace:run", "Where the time of requests went."),
     "replay": ("sagellm.cli.replay:run", "Decide again what a log says."),
     "ab": ("sagellm.cli.ab:run", "Compare the arms of an A/B test."),

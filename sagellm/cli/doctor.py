@@ -157,14 +157,15 @@ def _torch() -> Finding:
 
 def _cpu() -> Finding:
     capability = torch.backends.cpu.get_cpu_capability()
-    found = f"{_cpu_name()}, {capability}"
+    found = f"{cpu_name()}, {capability}"
     if capability == "DEFAULT":
         fix = "use a machine with AVX2 or NEON; this one will be very slow"
         return Finding("warning", found, fix)
     return Finding("ok", found)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of this machine's CPU."""
     listing = Path("/proc/cpuinfo")
     text = listing.read_text() if listing.exists() else ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

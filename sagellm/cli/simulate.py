@@ -127,7 +127,8 @@ def run(
     profile
         The cost model of engines that compute: a name, or a file (docs/profiles.md).
     seeds
-        Run with so many seeds, and give means with standard deviations.
+        Run with so many seeds, of random decisions and of step times within the spread of a
+        measured profile, and give means with standard deviations and intervals.
     sweep
         Run with each of several values, as sort.policy=fifo,slo_aware or speedup=1,2,4. May be
         repeated: then every combination runs.
@@ -220,7 +221,10 @@ def _show(summaries: list[SimulationSummary], took_s: float, results: Simulation
     for name in _ESTIMATED:
         if name in estimates:
             one = estimates[name]
-            console.print(f"{name}: {one.mean:.2f} +- {one.deviation:.2f} over the seeds")
+            interval = f"{one.low:.2f} to {one.high:.2f}"
+            console.print(
+                f"{name}: {one.mean:.2f} +- {one.deviation:.2f}, {interval} over the seeds"
+            )
 
 
 def _show_sweep(

@@ -90,11 +90,16 @@ def _reset(*, json: bool) -> int:
 
 def _warn_of_noise() -> None:
     """Warn of what makes the result less use."""
-    load, cpus = os.getloadavg()[0], usable_cores().num_cpus
-    if load > cpus / 2:
-        warn(f"other programs are busy (load {load:.1f} on {cpus} CPUs): tune an idle machine")
+    warn_of_load("tune")
     if threads := threads_of_environment():
         warn(f"OMP_NUM_THREADS={threads} is set, and wins over the number of threads found here")
+
+
+def warn_of_load(verb: str) -> None:
+    """Warn of other programs, which disturb what is measured."""
+    load, cpus = os.getloadavg()[0], usable_cores().num_cpus
+    if load > cpus / 2:
+        warn(f"other programs are busy (load {load:.1f} on {cpus} CPUs): {verb} an idle machine")
 
 
 def _record(file: Path, tuned: Tuned, choices: list[TuningChoice]) -> dict[str, object]:

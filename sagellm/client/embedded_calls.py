@@ -38,7 +38,7 @@ from sagellm.session import Encoded, Prompt, RequestError
 T = TypeVar("T")
 
 _ANY_ID = 1 << 31  # the engine checks which ids its model knows
-_FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
+_FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s", "no_queue")
 _FORMS = (
     *("response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls"),
     *("reasoning_effort", "include_reasoning", "chat_template_kwargs"),

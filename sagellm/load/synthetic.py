@@ -32,7 +32,7 @@ class SyntheticWorkload:
     `rate`: mean requests a second. `cv`: coefficient of variation of the gaps of gamma arrivals;
     above 1, requests come in bursts. Diurnal arrivals have the rate
     rate * (1 + amplitude * sin(2 pi t / period_s)). `input` and `output`: distributions of lengths,
-    as `lognormal:1000:0.8`. `users`, `priorities` and `models`: values with weights, as
+    as `lognormal:1000:0.8`. `users`, `priorities`, `models` and `budgets`: values with weights, as
     `high:1+normal:9`. Each prompt begins with one of `prefixes` shared prefixes of `prefix_len`
     tokens, before its own `input` tokens; prefix k has the weight 1 / k**zipf.
     """
@@ -49,6 +49,7 @@ class SyntheticWorkload:
     users: str = ""
     priorities: str = ""
     models: str = ""
+    budgets: str = ""
     slo_ttft_s: float | None = None
     prefixes: int = 0
     prefix_len: int = BLOCK_LEN
@@ -60,6 +61,7 @@ class SyntheticWorkload:
         lengths = [self._sampled("input"), self._sampled("output")]
         users, models = self._weighted("users"), self._weighted("models")
         priorities, prefix = self._weighted("priorities"), self._prefixes()
+        budgets = self._weighted("budgets")
         times = takewhile(lambda at_s: at_s < self.seconds, self._times())
         num = self.requests or (1000 if math.isinf(self.seconds) else None)
 
@@ -74,6 +76,7 @@ class SyntheticWorkload:
                 priority=read_priority(priorities() or NORMAL),
                 slo_ttft_s=self.slo_ttft_s,
                 model=models(),
+                cost_budget=float(budget) if (budget := budgets()) else None,
             )
 
         return map(planned, islice(times, num))
@@ -181,10 +184,12 @@ def _check(workload: SyntheticWorkload, given: Mapping[str, Any]) -> None:
         )
     for key in ("input", "output"):
         _sampler(key, getattr(workload, key), Random(0))
-    for key in ("users", "priorities", "models"):
+    for key in ("users", "priorities", "models", "budgets"):
         names = _weights(key, getattr(workload, key))
         if key == "priorities":
             _check_priorities(names)
+        elif key == "budgets":
+            _check_budgets(names)
 
 
 def _check_priorities(names: Mapping[str, float]) -> None:
@@ -193,6 +198,18 @@ def _check_priorities(names: Mapping[str, float]) -> None:
             read_priority(name)
         except ValueError as error:
             raise TraceError(f"priorities: {error}", _FIX) from None
+
+
+def _check_budgets(names: Mapping[str, float]) -> None:
+    for name in names:
+        try:
+            is_valid = 0 <= float(name) < math.inf
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise TraceError(
+                f"budgets: {name!r} is no number of at least 0", "write budgets=1:9+5:1"
+            )
 
 
 def _weights(key: str, text: str) -> dict[str, float]:

@@ -34,7 +34,8 @@ class PlannedRequest(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """The plan of one request: `at_s`, seconds after the first request, and lengths in tokens.
 
     Each of `block_ids` stands for BLOCK_LEN tokens of the prompt: requests whose first block ids
-    are equal share a prefix. `priority` is 0 (critical) to 4 (background).
+    are equal share a prefix. `priority` is 0 (critical) to 4 (background). `cost_budget`: the value
+    of the request to its caller; None: 1.
     """
 
     at_s: float
@@ -45,6 +46,7 @@ class PlannedRequest(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     priority: int = NORMAL
     slo_ttft_s: float | None = None
     model: str = ""
+    cost_budget: float | None = None
 
 
 _Length: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -74,6 +76,7 @@ class _Own(msgspec.Struct, frozen=True):
     priority: _Priority | str = NORMAL
     slo_ttft_s: Annotated[float, Meta(gt=0)] | None = None
     model: str = ""
+    cost_budget: Annotated[float, Meta(ge=0)] | None = None
 
     def planned(self) -> PlannedRequest:
         values = {name: getattr(self, name) for name in self.__struct_fields__}

@@ -102,7 +102,7 @@ class Session:
 
         `prompt` is a text, token ids, both (`Encoded`), or chat messages. `fields` may be
         request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, waited_s,
-        cost_budget, tags. `model` is a name or an alias; the default is the first model.
+        cost_budget, no_queue, tags. `model` is a name or an alias; the default is the first model.
         `waited_s` is the time since the request arrived at the caller. `limit_tokens` and
         `limit_bytes` bound the unread items (see `Stream`). Raises RequestError for a wrong
         argument. Reading the stream raises as `generate` does.

@@ -143,6 +143,7 @@ class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     waited_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     cost_budget: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    no_queue: bool = False
     tags: dict[str, str] = {}
 
 

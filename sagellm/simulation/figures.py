@@ -212,10 +212,12 @@ def _over(count: float, of: float) -> float:
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A figure over several seeds: its mean and its standard deviation."""
+    """A figure over several seeds: its mean, its standard deviation, and its interval."""
 
     mean: float
     deviation: float
+    low: float
+    high: float
 
 
 def over_seeds(summaries: Sequence[SimulationSummary]) -> dict[str, Estimate]:
@@ -226,7 +228,8 @@ def over_seeds(summaries: Sequence[SimulationSummary]) -> dict[str, Estimate]:
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
-    return Estimate(fmean(values), stdev(values) if len(values) > 1 else 0.0)
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return Estimate(fmean(values), deviation, min(values), max(values))
 
 
 def _numbers(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

@@ -43,6 +43,8 @@ from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TraceP
 from sagellm.runtime.simulation.timeline import SimulationError, Timeline
 from sagellm.simulation.faults import ReplicaFault, plan_fault, refuse_overlaps
 
+# What a record has of its planned request.
+_KNOWN = ("input_len", "output_len", "priority", "user_id", "slo_ttft_s", "cost_budget")
 _COLLECT_EVERY = 20_000  # requests between two collections of garbage, which take long each
 
 
@@ -65,7 +67,7 @@ class SimulationPoint:
 @dataclass(slots=True)
 class SimulatedRequest:
     """One request, in seconds of simulated time. `end`: its finish reason; empty: it never ended.
-    `slo_ttft_s`: its own objective.
+    `slo_ttft_s`: its own objective. `cost_budget`: its value; None: 1.
     """
 
     number: int
@@ -82,6 +84,7 @@ class SimulatedRequest:
     priority: int = NORMAL
     user_id: str = ""
     slo_ttft_s: float | None = None
+    cost_budget: float | None = None
     arm: str = ""  # of the last `ab_split` on its way
 
     @property
@@ -190,7 +193,8 @@ def _opener(
 ) -> Callable[[EngineReplica], SimulatedEngine]:
     """A function that opens one replica of an engine."""
     options = {name: _options(graph, name) for name in graph.engines}
-    shared = {"block_len": BLOCK_LEN if any(one.block_ids for one in point.workload) else 0}
+    block_len = BLOCK_LEN if any(one.block_ids for one in point.workload) else 0
+    shared = {"block_len": block_len, "seed": point.seed}
     return lambda place: open_simulated(
         options[place.engine], place, timeline, links, hasher, **shared
     )
@@ -293,6 +297,7 @@ def request_of(number: int, planned: PlannedRequest) -> Request:
         priority=planned.priority,
         slo_ttft_s=planned.slo_ttft_s,
         model=planned.model,
+        cost_budget=planned.cost_budget,
     )
 
 
@@ -305,17 +310,8 @@ class Recorder:
         self._on_end = on_end
 
     def open(self, number: int, planned: PlannedRequest) -> None:
-        self.requests.append(
-            SimulatedRequest(
-                number,
-                planned.at_s,
-                planned.input_len,
-                planned.output_len,
-                priority=planned.priority,
-                user_id=planned.user_id,
-                slo_ttft_s=planned.slo_ttft_s,
-            )
-        )
+        known = {name: getattr(planned, name) for name in _KNOWN}
+        self.requests.append(SimulatedRequest(number, planned.at_s, **known))
 
     def note(self, noted: Noted) -> None:
         if isinstance(noted.note, Assignment):

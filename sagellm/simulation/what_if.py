@@ -84,6 +84,7 @@ def _planned(
         request.priority,
         request.slo_ttft_s,
         request.model,
+        request.cost_budget,
     )
 
 

@@ -222,6 +222,19 @@ def test_adaptive_changes_the_order_of_those_that_wait(running: Any) -> None:
     assert sort.state.level == 0
 
 
+def test_adaptive_lets_those_pass_that_are_still_in_time(running: Any) -> None:
+    options = PolicySortOptions(policy="adaptive", busy_queued=2, overloaded_queued=9, window=2)
+    sort = running(build(options, Setup("sort")))
+    for name, num_tokens, slo_ttft_s in (("a", 100, 1.0), ("b", 200, 1.0), ("c", 300, 9.0)):
+        prompt = (1,) * num_tokens
+        sort(Arrival(ask(name, 0.0, prompt_token_ids=prompt, slo_ttft_s=slo_ttft_s)))
+    sort(Arrival(ask("free", 0.0)))
+    assert sort.state.level == 1
+    assert offered(sort(CREDIT, 0.1)) == ["a", "b"]
+    assert offered(sort(CREDIT, 0.85)) == ["a", "c"]  # b would need 0.2 s of 0.15 s
+    assert drain(sort, now=0.95) == ["c", "free", "a", "b"]
+
+
 def test_a_users_order(running: Any) -> None:
     functions = {"longest": lambda request: -len(request.prompt)}
     options = PolicySortOptions(policy="own", function="longest")
@@ -338,3 +351,52 @@ def test_a_queue_counts_the_time_in_which_engines_are_full(sort: Any) -> None:
     sort(RoomChanged(node="sort", has_room=False), 9.0)
     waiting = backlog_of(sort(Arrival(ask("b")), 10.0))
     assert waiting.busy_s == 4.0
+
+
+# ---- requests that do not want to wait -----------------------------------------------------------
+
+
+def impatient(sort: Any, name: str, now: float, **fields: Any) -> tuple[Any, ...]:
+    return sort(Arrival(ask(name, now, no_queue=True, **fields)), now)
+
+
+def test_a_request_that_will_not_wait_is_offered_once_and_then_refused(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    assert offered(impatient(sort, "r", 5.0)) == ["r"]
+    assert sort.wake_at == 5.0
+    outputs = sort(Wake(), 5.0)
+    (end,) = [output.event for output in outputs if isinstance(output, Terminate)]
+    assert (end.finish_reason, end.code, end.retry_after_s) == ("refused", "would_wait", 1.0)
+    assert told(outputs) == [0]
+    assert sort.wake_at is None
+
+
+def test_a_request_that_will_not_wait_is_sent_where_there_is_room(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    (offer,) = [one for one in impatient(sort, "r", 5.0) if isinstance(one, Offer)]
+    sort(OfferTaken(offer.items[0]), 5.0)
+    assert sort.wake_at is None
+    assert not any(isinstance(one, Terminate) for one in sort(Wake(), 5.0))
+
+
+def test_others_wait_on_beside_it(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    sort(Arrival(ask("patient", 1.0)), 1.0)
+    impatient(sort, "r", 5.0)
+    outputs = sort(Wake(), 5.0)
+    assert [one.event.request_id for one in outputs if isinstance(one, Terminate)] == ["r"]
+    assert offered(sort(CREDIT, 6.0)) == ["patient"]
+
+
+@pytest.mark.parametrize("again", [{"epoch": 1}, {"emitted_token_ids": (7,)}])
+def test_a_request_that_resumes_may_wait(running: Any, again: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    impatient(sort, "r", 5.0, **again)
+    assert sort.wake_at is None
+
+
+def test_an_expired_request_is_expired_also_if_it_would_not_wait(running: Any) -> None:
+    sort = running(build(PolicySortOptions(), Setup("sort")))
+    outputs = impatient(sort, "r", 5.0, expires_s=4.0)
+    (end,) = [output.event for output in outputs if isinstance(output, Terminate)]
+    assert end.finish_reason == "expired"

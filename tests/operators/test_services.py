@@ -8,6 +8,7 @@ import trio
 from trio.testing import MockClock
 
 from sagellm.operators import decode, generate, kv_transfer, prefill
+from sagellm.runtime.feedback import KVMoved
 from sagellm.runtime.messages import LeaseRef, Prefilled, Request, Stamps, TokenEvent
 from sagellm.runtime.operator import Setup, Signal, Target
 from sagellm.runtime.port import (
@@ -94,6 +95,7 @@ class Context:
     name, replica = "op", 0
 
     def __init__(self, **refuses: bool) -> None:
+        self.reported: list[Any] = []
         self.engines = {name: Engine(name, refuses=refuses.get(name, False)) for name in "pd"}
         self.engine = self.engines["p"]
         self.sent: list[Any] = []
@@ -123,6 +125,9 @@ class Context:
 
     async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
         self.ended.append(event)
+
+    def report(self, feedback: Any) -> None:
+        self.reported.append(feedback)
 
     def release(self, key: tuple[str, int]) -> None:
         self.released.append(key)
@@ -206,6 +211,7 @@ async def test_a_transfer_frees_the_source_once_the_destination_has_all() -> Non
         lease("d"),
         9.0,
     )
+    assert ctx.reported == [KVMoved(num_tokens=4, seconds=0.0)]
 
 
 async def test_a_broken_transfer_frees_the_source() -> None:

@@ -100,7 +100,10 @@ class Corrected:
 
 def test_ttft_adds_what_was_waited_the_queue_and_the_first_token() -> None:
     forecast = waiting(learned(*[(100, 1.0)] * 20))
-    assert forecast.ttft_s(ask(100), 0.0) is None  # no time has passed
+    # No time has passed: the four waiting prompts take the time of their prefills.
+    assert forecast.ttft_s(ask(100), 0.0) == pytest.approx(4.0 + 1.0)
+    assert replace(forecast, num_engines=2).ttft_s(ask(100), 0.0) == pytest.approx(2.0 + 1.0)
+    assert waiting(Forecast()).ttft_s(ask(100), 0.0) is None  # no prefill was measured either
     forecast = waiting(forecast, 40)
     wait_s = forecast.pace.long_wait_s(3.0)
     assert wait_s is not None

@@ -35,8 +35,8 @@ def test_a_router_sees_the_engines_until_the_next_router() -> None:
     targets = targets_of(made.graph, made.graph.node("route"), Resolver().vocabulary, replicas)
     out = frozenset({"out"})
     assert targets == (
-        Target("prefill", 2, "p", True, out, True),
-        Target("decode", 2, "d", False, out),
+        Target("prefill", 2, "p", True, out, True, "prefill"),
+        Target("decode", 2, "d", False, out, False, "decode"),
     )
 
 

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
+from typing import Any
 
 import pytest
 import trio
 from endings import generate
 from trio.testing import MockClock
 
-from sagellm import Answer, Graph, Sampling
+from sagellm import Answer, Graph, Sampling, ops
 from sagellm.runtime.messages import PRIORITIES, SERVED
 from sagellm.session import Session
 
@@ -282,3 +283,28 @@ async def test_requests_that_can_wait_are_not_in_the_way_of_those_that_cannot(
                 assert (stamps.prefilled_s or inf) - stamps.arrived_s <= OBJECTIVE_S
             else:
                 assert (answer.finish_reason, answer.code) == ("refused", "slo_unreachable")
+
+
+@pytest.mark.parametrize(
+    "before", [(ops.admission(), ops.policy_sort("fifo")), (ops.policy_sort("fifo"),), ()]
+)
+async def test_a_request_that_will_not_wait_is_refused_at_once(
+    before: tuple[Any, ...], autojump_clock: MockClock
+) -> None:
+    graph = Graph("g").engine("g", model="null", device="null", decode_step_s=0.1)
+    for operator in before:
+        graph = graph >> operator
+    graph = graph >> ops.generate(engine="g", max_inflight=1)
+
+    async with graph.open() as session, trio.open_nursery() as nursery:
+        sampling = Sampling(max_tokens=8, ignore_eos=True)
+        answer = await generate(session, [1], sampling=sampling, no_queue=True)
+        assert answer.finish_reason == "length"
+        nursery.start_soon(partial(generate, session, [1], sampling=sampling))
+        await trio.sleep(0.05)
+        answer = await generate(session, [1], sampling=sampling, no_queue=True)
+        assert (answer.finish_reason, answer.code) == ("refused", "would_wait")
+        assert answer.stamps.finished_s == answer.stamps.arrived_s
+        assert (answer.retry_after_s or 0.0) >= 1
+        await session.idle()
+        session.executor.core.ledger.check()

@@ -25,17 +25,20 @@ class PiecewiseLinear:
         start, value, slope = self._piece(x)
         return value + (x - start) * slope
 
-    def total(self, first: float, count: int) -> float:
-        """The sum of the values at `first`, `first` + 1, ..., `count` of them. The running time
-        grows with the number of points, not with `count`.
+    def total(self, first: float, count: int, stride: int = 1) -> float:
+        """The sum of the values at `first`, `first` + `stride`, ..., `count` of them. The running
+        time grows with the number of points, not with `count`.
         """
+        if not stride:
+            return count * self(first)
         done, total = 0, 0.0
         while done < count:
-            x = first + done
+            x = first + done * stride
             start, value, slope = self._piece(x)
             end = self._end(x)
-            num = count - done if end is None else min(count - done, max(1, ceil(end - x)))
-            total += num * (value + (x - start) * slope) + slope * (num * (num - 1) // 2)
+            fitting = count if end is None else max(1, ceil((end - x) / stride))
+            num = min(count - done, fitting)
+            total += num * (value + (x - start) * slope) + slope * stride * (num * (num - 1) // 2)
             done += num
         return total
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -10,6 +11,7 @@ from sagellm.graphs.models import ModelFacts
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.costs.fitted import FittedCost, FittedForm
 from sagellm.runtime.engine.costs.roofline import RooflineCost, RooflineForm, RooflineModel
+from sagellm.runtime.engine.costs.spread import StepSpread, check_spread
 from sagellm.runtime.engine.costs.table import (
     KernelShape,
     TableError,
@@ -27,13 +29,29 @@ class ProfileError(ValueError):
     """A profile cannot be found, read or used. The message has the cause and the fix."""
 
 
+class HostCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The time of a request outside of steps, in seconds.
+
+    `submit_s`, `submit_token_s`: of a request, and of a token of its prompt, before it is in the
+    engine. `deliver_s`, `deliver_row_s`: of a step, and of a sequence in it, until its tokens reach
+    their readers.
+    """
+
+    submit_s: float
+    submit_token_s: float
+    deliver_s: float
+    deliver_row_s: float
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The cost of an engine's steps.
 
     `model`: the model that was measured; None: any. `device`: what computes. `method`: how the
     figures came about. `made_on`: the date. `machine`: where it was measured. `cost`: the cost
-    model. `spread`: quantiles of measured over predicted seconds, such as "p95". `kv_token_bytes`:
-    keys and values of one token, if known. `source`: where published figures are from.
+    model. `spread`: how measured steps vary about it, by their expected time; empty: not at all.
+    `host`: the time outside of steps; None: none. `kv_token_bytes`: keys and values of one token,
+    if known. `options`: the engine's when it was measured. `source`: where published figures are
+    from.
     """
 
     name: str
@@ -43,8 +61,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     made_on: str
     cost: FittedForm | RooflineForm | TableForm
     machine: str = ""
-    spread: dict[str, float] = {}
+    spread: tuple[StepSpread, ...] = ()
+    host: HostCost | None = None
     kv_token_bytes: float | None = None
+    options: dict[str, Any] = {}
     source: str = ""
 
 
@@ -84,10 +104,12 @@ def read_profile(name: str) -> Profile:
     """The profile of a shipped name or a file. Raises ProfileError."""
     path = profile_file(name)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Profile)
+        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+        check_spread(profile.spread)
+        return profile
     except OSError as error:
         raise ProfileError(f"profile: {path}: {error.strerror}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
         raise ProfileError(f"profile: {path} is no profile: {error}") from None
 
 
@@ -101,7 +123,8 @@ def cost_of(profile: Profile, model: CostedModel, folder: Path) -> CostModel:
 
     Raises ProfileError for a model that the profile was not made for, and for a faulty table.
     """
-    if profile.model is not None and model.name not in (profile.model, "null"):
+    names = (model.name, Path(model.name).name)  # a folder is known by its own name
+    if profile.model is not None and profile.model not in names and model.name != "null":
         raise ProfileError(
             f"profile: {profile.name} was measured with model {profile.model}, not {model.name}; "
             f"give another profile, or model: {profile.model}"

@@ -14,11 +14,14 @@ from sagellm.graphs.vocabulary import KV_TRANSFER, RESUME, TOKENS_IN, TOKENS_OUT
 from sagellm.runtime.engine.batch import Batch, rows_of
 from sagellm.runtime.engine.costs.profile import (
     CostedModel,
+    HostCost,
+    Profile,
     ProfileError,
     cost_of,
     profile_file,
     read_profile,
 )
+from sagellm.runtime.engine.costs.spread import StepSpread
 from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
 from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.options import EngineOptionError, PagedOptions
@@ -94,7 +97,7 @@ class ModelledOptions(PagedOptions):
     def cost(self) -> CostModel:
         """Raises EngineOptionError, ModelError, UnsupportedModel."""
         if self.profile is not None:
-            return _profiled(self, _changed_at(self.profile))
+            return _profiled(self, _changed_at(self.profile))[0]
         return StepCost(
             self.decode_step_s,
             self.prefill_token_s,
@@ -102,6 +105,22 @@ class ModelledOptions(PagedOptions):
             self.decode_row_s,
             self.context_token_s,
         )
+
+    @property
+    def spread(self) -> tuple[StepSpread, ...]:
+        """How steps vary about their cost; empty: not at all. Raises as `cost` does."""
+        if self.profile is None:
+            return ()
+        return _profiled(self, _changed_at(self.profile))[1].spread
+
+    @property
+    def host(self) -> HostCost | None:
+        """The time outside of steps, which only simulations add: an engine that steps spends its
+        own. None: none. Raises as `cost` does.
+        """
+        if self.profile is None:
+            return None
+        return _profiled(self, _changed_at(self.profile))[1].host
 
     @property
     def quantization(self) -> None:
@@ -121,16 +140,18 @@ def _changed_at(profile: str) -> int:
 
 
 @lru_cache(maxsize=64)
-def _profiled(options: ModelledOptions, changed_at: int) -> CostModel:
-    """The cost that a profile gives. Raises EngineOptionError, ModelError, UnsupportedModel."""
+def _profiled(options: ModelledOptions, changed_at: int) -> tuple[CostModel, Profile]:
+    """A profile, and the cost that it gives. Raises EngineOptionError, ModelError,
+    UnsupportedModel.
+    """
     assert options.profile is not None
     facts = modelled_folder(options).facts
     kv_bytes = kv_blocks(options, facts).block_bytes / options.block_size
     dtype = engine_dtype(options, facts)
     model = CostedModel(options.model, facts, dtype, kv_bytes, options.tensor_parallel_size)
     try:
-        folder = profile_file(options.profile).parent
-        return cost_of(read_profile(options.profile), model, folder)
+        folder, profile = profile_file(options.profile).parent, read_profile(options.profile)
+        return cost_of(profile, model, folder), profile
     except ProfileError as error:
         raise EngineOptionError(str(error)) from None
 

@@ -21,7 +21,10 @@ from sagellm.session.requests import Encoded
 
 _OVERLOADED = {
     "queue_full": "the server has too much to do; try again later",
-    "slo_unreachable": "the first token would come too late; try again later",
+    "slo_unreachable": "the tokens would come too late; try again later",
+    "decode_full": "the engines have too much to do; try again later",
+    "concurrency_limit": "the server has too much to do; try again later",
+    "would_wait": "the request would have to wait, and asked not to; try again later",
     "unavailable": "no engine is there to serve the request; try again later",
 }
 _RETRY_S = 1.0  # Retry-After if the graph gives no time
@@ -65,7 +68,8 @@ def _refused(event: TokenEvent, may_retry: MayRetry) -> ApiError:
         _OVERLOADED[event.code],
         code=event.code,
         retry_after_s=event.retry_after_s or _RETRY_S,
-        should_retry=may_retry(),
+        # Who does not want to wait would not want a client to try again and again, either.
+        should_retry=event.code != "would_wait" and may_retry(),
     )
 
 

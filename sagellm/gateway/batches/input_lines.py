@@ -47,6 +47,7 @@ class BodyFields(msgspec.Struct, frozen=True):
     stream: msgspec.Raw = _NULL
     priority: msgspec.Raw = _NULL
     slo_ttft_s: msgspec.Raw = _NULL
+    no_queue: msgspec.Raw = _NULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,3 +216,6 @@ def _check_body(body: bytes, max_bytes: int) -> None:
     if bytes(fields.slo_ttft_s) != b"null":
         message = "a batch has no objective for first tokens; leave slo_ttft_s out"
         raise _WrongLine("invalid_body", message, "body.slo_ttft_s")
+    if bytes(fields.no_queue) not in (b"null", b"false"):
+        message = "the requests of a batch wait for their turn; leave no_queue out"
+        raise _WrongLine("invalid_body", message, "body.no_queue")

@@ -206,6 +206,7 @@ class GenerationResponse:
                 model=card.key or card.id,
                 salt=salt,
                 slo_ttft_s=asked.slo_ttft_s,
+                no_queue=asked.no_queue,
                 tags=tags,
             )
             for request_id, prompt, sampling in zip(ids, work.prompts, work.samplings, strict=True)

@@ -149,6 +149,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     # ours
     slo_ttft_s: WaitSeconds | None = None
     timeout_s: WaitSeconds | None = None
+    no_queue: bool = False
     # hints
     user: Hint | None = None
     safety_identifier: Hint | None = None

@@ -218,6 +218,7 @@ SHARED = (
     "include_reasoning",
     "slo_ttft_s",
     "timeout_s",
+    "no_queue",
 )
 # Fields that a chat has under another name.
 RENAMED = {"max_output_tokens": "max_completion_tokens"}

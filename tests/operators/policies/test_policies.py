@@ -171,13 +171,31 @@ def test_smiths_rule_minimises_weighted_completion(jobs: Any) -> None:
     assert cost(best) <= cost(jobs)
 
 
-def test_adaptive_is_fifo_then_slack_then_shortest() -> None:
+def test_adaptive_is_least_slack_then_the_shortest_in_time() -> None:
     calm, busy, overloaded = find_policy("adaptive", PolicySortOptions(policy="adaptive")).orders
-    assert calm == order("fifo")
-    assert busy.lapses
+    assert calm.grace_s is not None
+    slack = order("least_slack").rank
+    request = ask(1.0, num_tokens=10, slo_ttft_s=3.0)
+    assert calm.rank(request) == slack(request)
+    for level in (busy, overloaded):
+        assert level.lapses
+        due = [ask(9.0, num_tokens=n, slo_ttft_s=99.0 - n) for n in (1, 10, 1000)]
+        assert ascend(level.rank, *due, ask(0.0, num_tokens=1))  # without an objective: last
+        prefill_s = level.prefill_s(request)
+        assert not level.is_late(request, 4.0 - prefill_s)
+        assert level.is_late(request, 4.0 - prefill_s + 1e-6)
+        assert not level.is_late(ask(0.0), 1e9)
     assert ascend(overloaded.rank, ask(1.0, num_tokens=10), ask(0.0, num_tokens=1000))
+    assert busy.rank(ask(1.0, num_tokens=10)) == busy.rank(ask(0.0, num_tokens=1000))  # arrival
     waited = ask(0.0, num_tokens=1000)  # ten times its own prefill of one second
     assert ascend(overloaded.rank, ask(9.9), waited, ask(10.1))
+
+
+def test_what_resumes_has_no_objective_in_adaptive() -> None:
+    _, busy, _ = find_policy("adaptive", PolicySortOptions(policy="adaptive")).orders
+    resumed = ask(0.0, slo_ttft_s=1.0, emitted_token_ids=(1,))
+    assert not busy.is_late(resumed, 99.0)
+    assert ascend(busy.rank, ask(5.0, num_tokens=9000, slo_ttft_s=1.0), resumed)
 
 
 def test_a_level_holds_until_the_load_has_halved() -> None:

@@ -98,3 +98,19 @@ def test_a_place_that_comes_later_is_taken_at_once_or_nothing_is() -> None:
     assert gates.accounts[GATE].requests == 3
     assert gates.give(later, ("a", 0))
     assert gates.take(GATE, request("b", 8), later) is None
+
+
+def test_a_gate_without_its_role_takes_no_request_until_it_has_it() -> None:
+    gates, gate = Gates(), CreditGate("prefill", 0)
+    gates.open(gate, Credit(requests=2))
+    gates.assign(gate, is_on=False)
+    request = Request(request_id="r")
+    assert gates.take(gate, request) == gate
+    assert gates.is_full("prefill")
+    assert gates.full == {"prefill"}
+    gates.close(gate)
+    gates.reopen(gate)  # a replica that was lost comes back: its role stays
+    assert gates.take(gate, request) == gate
+    gates.assign(gate, is_on=True)
+    assert gates.take(gate, request) is None
+    assert gates.full == set()

@@ -21,7 +21,11 @@ from sagellm.runtime.engine.costs.table import (
 from sagellm.runtime.engine.step_cost import StepShape, step_shape
 from sagellm.runtime.models.shapes import SHAPES
 
-FITTED = FittedCost.of(FittedForm(1.0, (0.0, 2.0, 4.0), (0.0, 4.0, 6.0), 0.5, 0.25, 8.0, 16.0))
+FITTED = FittedCost.of(
+    FittedForm(
+        1.0, (0.0, 2.0, 4.0), (0.0, 4.0, 6.0), 0.5, (0.0, 30.0, 700.0), (0.0, 7.5, 900.0), 8.0, 16.0
+    )
+)
 DEVICE = RooflineForm(100.0, 10.0, 1e3, 5.0, 0.5, 0.25, 0.5, 1.0, 0.5, 0.1)
 ROOFLINE = RooflineCost(DEVICE, RooflineModel(2, 4, 4, 100.0, 10.0, 2.0, 5.0, 2))
 TABLE = """kind,tokens,context,batch,seconds

@@ -84,7 +84,8 @@ def measured(tmp_path, **changes):
         "tokens": [0, 1],
         "token_seconds": [0, 1],
         "prefill_pair_s": 0.0,
-        "decode_context_s": 0.0,
+        "contexts": [0],
+        "context_seconds": [0],
         "row_s": 0.0,
     }
     profile = {"name": "m", "model": "sage-tiny", "device": "cpu", "method": "measured"}

@@ -1,6 +1,7 @@
 """`sagellm simulate`: a graph and a trace in, figures out."""
 
 import json
+import re
 
 import pytest
 
@@ -187,3 +188,64 @@ def test_an_async_function_has_no_model(files, simulate):
     (files / "own.yaml").write_text(text.replace("source -> sort", "source -> own -> sort"))
     shown = simulate("--import", str(files / "own.py"), code=2, graph=str(files / "own.yaml"))
     assert "waits for an async function" in shown
+
+
+MEASURED = {
+    "name": "m",
+    "model": None,
+    "device": "cpu",
+    "method": "measured",
+    "made_on": "2026-11-25",
+    "cost": {
+        "form": "fitted",
+        "step_s": 0.01,
+        "tokens": [0, 1],
+        "token_seconds": [0, 0.0001],
+        "prefill_pair_s": 0.0,
+        "contexts": [0],
+        "context_seconds": [0],
+        "row_s": 0.0,
+    },
+    "spread": [{"from_s": 0.0, "ratios": [0.7, 0.8, 0.85, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5]}],
+}
+
+
+@pytest.fixture
+def one_way(files):
+    """A graph without a random decision, and a function that writes a profile."""
+    graph = files / "one_way.yaml"
+    text = GRAPH.replace("replicas: 2, prefill_token_s: 0.001, decode_step_s: 0.01", "replicas: 1")
+    graph.write_text(text.replace("strategy: random", "strategy: load_balanced"))
+
+    def profiled(**changes):
+        file = files / "m.json"
+        file.write_text(json.dumps({**MEASURED, **changes}))
+        return str(graph), ("--set", f"g.profile={file}")
+
+    return profiled
+
+
+def test_each_seed_draws_step_times_within_the_spread(simulate, one_way):
+    graph, options = one_way()
+    printed = simulate("--json", "--seeds", "4", *options, graph=graph)
+    one = json.loads(printed)["estimates"]["ttft_ms.p50"]
+    assert one["low"] < one["mean"] < one["high"]
+    assert one["deviation"] > 0
+    assert simulate("--json", "--seeds", "4", *options, graph=graph) == printed
+
+
+def test_without_a_spread_all_seeds_are_alike(simulate, one_way):
+    graph, options = one_way(spread=[])
+    found = json.loads(simulate("--json", "--seeds", "3", *options, graph=graph))
+    assert {one["deviation"] for one in found["estimates"].values()} == {0.0}
+
+
+def test_the_table_shows_the_interval_over_the_seeds(simulate, one_way):
+    graph, options = one_way()
+    text = simulate("--seeds", "3", *options, graph=graph)
+    assert re.search(r"ttft_ms\.p50: [\d.]+ \+- [\d.]+, [\d.]+ to [\d.]+ over the seeds", text)
+
+
+def test_a_faulty_spread_is_refused(simulate, one_way):
+    graph, options = one_way(spread=[{"from_s": 0.0, "ratios": [1.0]}])
+    assert "1 ratios, but 9 quantiles" in simulate(*options, graph=graph, code=2)

@@ -263,12 +263,13 @@ def test_the_facts_of_an_entry_reach_the_graph(behind):
 
         await there.do(observe)
         facts = {"user_id": "t", "model": "m", "salt": "s", "priority": 1, "slo_ttft_s": 2.5}
+        facts["no_queue"] = True
         tags = {"traceparent": "00-a-b-01"}
         await read(bridge, asked(**facts, tags=tags), Timing(timeout_s=90.0))
         request = seen.request
         assert (request.prompt, request.prompt_token_ids) == ("ab", (1, 2))
         assert (request.user_id, request.model, request.salt) == ("t", "m", "s")
-        assert (request.priority, request.slo_ttft_s) == (1, 2.5)
+        assert (request.priority, request.slo_ttft_s, request.no_queue) == (1, 2.5, True)
         assert request.tags["traceparent"] == "00-a-b-01"
         assert request.expires_s - request.stamps.arrived_s == pytest.approx(90)
 

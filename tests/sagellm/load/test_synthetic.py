@@ -74,6 +74,13 @@ def test_lengths_of_a_trace(tmp_path: Path) -> None:
     assert {one.output_len for one in found} == {3, 4}
 
 
+def test_budgets_are_numbers_with_weights() -> None:
+    found = Counter(one.cost_budget for one in made("budgets=0.5:3+10:1,requests=8000"))
+    assert set(found) == {0.5, 10.0}
+    assert found[0.5] / found[10.0] == pytest.approx(3, rel=0.1)
+    assert made("requests=1")[0].cost_budget is None
+
+
 def test_users_priorities_and_models_have_their_weights() -> None:
     text = "users=a:3+b,priorities=critical:1+4:9,models=x,slo_ttft_s=0.5,requests=20000"
     found = made(text)
@@ -139,6 +146,8 @@ def test_one_key_does_not_change_what_others_sample() -> None:
         ("output=fixed:-3", "is no distribution"),
         ("input=uniform:9:3", "9 is above 3"),
         ("users=a:0", "'a:0' has no weight above 0"),
+        ("budgets=1:9+much:1", "budgets: 'much' is no number of at least 0"),
+        ("budgets=-1", "budgets: '-1' is no number of at least 0"),
         ("priorities=hihg", "priorities: no priority 'hihg': did you mean high"),
     ],
 )

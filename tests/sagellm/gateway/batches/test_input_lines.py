@@ -66,6 +66,7 @@ def body(**fields: Any) -> dict[str, Any]:
         (body(stream=True), "invalid_body", "body.stream"),
         (body(priority=0), "invalid_body", "body.priority"),
         (body(slo_ttft_s=1), "invalid_body", "body.slo_ttft_s"),
+        (body(no_queue=True), "invalid_body", "body.no_queue"),
         (GOOD, "duplicate_custom_id", None),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from gateway_calls import Client, event, gateway_before, last, playing, post
 from starlette.requests import ClientDisconnect, Request
 
+from sagellm.gateway.answers.writer import error_of
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.http.endpoints import chat, completions, detokenize, invocations, tokenize
@@ -35,13 +36,13 @@ async def request_of(endpoint: Any, body: Any, **call: Any) -> GraphRequest:
 async def test_the_facts_of_the_call_go_with_it(endpoint, body):
     request = await request_of(
         endpoint,
-        {**body, "priority": 4, "slo_ttft_s": 2.0, "timeout_s": 9.0, "seed": 5},
+        {**body, "priority": 4, "slo_ttft_s": 2.0, "timeout_s": 9.0, "no_queue": True, "seed": 5},
         tenant="acme",
         traceparent="00-a-b-01",
     )
     assert (request.user_id, request.model) == ("acme", "m")
     assert request.tags["traceparent"] == "00-a-b-01"
-    assert (request.priority, request.slo_ttft_s) == (4, 2.0)
+    assert (request.priority, request.slo_ttft_s, request.no_queue) == (4, 2.0, True)
     assert request.sampling.seed == 5
 
 
@@ -308,6 +309,13 @@ async def test_an_overload_says_when_to_come_back():
     for _ in range(20):
         error = await refused()
     assert error.should_retry is False
+
+
+def test_a_client_does_not_try_again_what_should_not_wait():
+    refusal = last("", "refused", code="would_wait", retry_after_s=2.5)
+    error = error_of(refusal, "r", lambda: True)
+    assert (error.status, error.retry_after_s, error.should_retry) == (503, 2.5, False)
+
 
 
 async def test_invocations_go_by_the_shape_of_the_body():

@@ -115,6 +115,7 @@ ROWS: list[tuple[str, list[Any], list[Any]]] = [
     ("cache_salt", ["x", "x" * 64, None], ["", "x" * 65, 5]),
     ("slo_ttft_s", [0.5, 86_400, None], [0, -1, 10**6]),
     ("timeout_s", [0.5, 60, None], [0, -1, 10**6]),
+    ("no_queue", [True, False, None], [0, "yes"]),
     ("user", ["me", "x" * 512, None], ["x" * 513, 5]),
     ("safety_identifier", ["me", None], ["x" * 513, 5]),
     ("prompt_cache_key", ["me", None], ["x" * 513, 5]),

@@ -1,0 +1,1 @@
+"""Calibration: measures the steps of a real engine, and fits a cost model to them."""
