@@ -23,6 +23,7 @@ SAYS = {
     "simulate_own_policy.py": "least_work       92.4% in time",
     "experiment.py": "TTFT: b - a = +26.73 ms: a is better",
     "simulated_scenarios.py": "objective, 2 + 2: 97% in time",
+    "plan_placement.py": "TP4; 64 seqs, 512 tokens; fifo: 100.0% in time",
     "own_strategy.py": "[0, 0, 0, 1, 1, 1]",
     "own_chat_format.py": """['I add.', '', '{"x"', ': 1}']""",
     "own_backend.py": "(0, 1, 2, 3, 4)",

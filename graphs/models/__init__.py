@@ -36,6 +36,7 @@ __all__ = [
     "Config",
     "Decoder",
     "EmbeddingHead",
+    "ExpertFacts",
     "ModelFacts",
     "ModelFamily",
     "UnsupportedModel",
@@ -48,13 +49,24 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertFacts:
+    """The experts of a mixture: each token takes `num_chosen` of `num_experts` in every layer.
+    `num_parameters`: of all experts of all layers.
+    """
+
+    num_experts: int
+    num_chosen: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Sizes, limits and memory of a model.
 
     `max_model_len`: tokens of prompt and output. `sliding_window`: None unless all layers have the
     same window. `weight_bits`: bits per weight, including its share of scales and zeros, if weights
     are stored quantised; None if they are floats. `kv_groups`: what layers keep between steps;
-    empty: keys and values of all tokens in all layers.
+    empty: keys and values of all tokens in all layers. `experts`: None for a dense model.
     """
 
     family: str
@@ -72,6 +84,7 @@ class ModelFacts:
     num_parameters: int
     weight_bits: float | None = None
     kv_groups: tuple[KVGroup, ...] = ()
+    experts: ExpertFacts | None = None
 
 
 def build(config: Config, head: EmbeddingHead | None = None) -> Graph:

@@ -3,7 +3,7 @@ to the next.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 from sagellm.runtime.containers import bucket_of
@@ -17,6 +17,7 @@ from sagellm.runtime.engine.step_cost import (
     ModelledSequence,
     SequenceKey,
     SequenceProgress,
+    StepShape,
     step_shape,
 )
 from sagellm.runtime.messages import NORMAL, FinishReason
@@ -59,6 +60,7 @@ class EngineModel:
         self.num_steps = 0
         self.num_rows = 0  # of the last step
         self.busy_s = 0.0  # the time of all steps
+        self.on_run: Callable[[StepShape, int, float], None] | None = None  # called after each run
         self.gaps: dict[int, int] = {}  # times between tokens: bucket of a histogram -> number
         self.blocks = BlockModel(num_blocks, block_size, span)
         self._cost = cost
@@ -156,7 +158,7 @@ class EngineModel:
         other.num_steps, other.busy_s, other.gaps = self.num_steps, self.busy_s, self.gaps
         other.blocks.num_evicted = blocks.num_evicted
         other._scheduler.count_on(self._scheduler)
-        other._time_s = now
+        other._time_s, other.on_run = now, self.on_run
         return other
 
     @property
@@ -274,6 +276,8 @@ class EngineModel:
         self.num_rows = len(run.rows)
         self.busy_s += run.end_s - run.begun_s
         step_s = (run.end_s - run.begun_s) / run.num_steps
+        if self.on_run is not None:
+            self.on_run(run.shape, run.num_steps, run.end_s - run.begun_s)
         for sequence, count in run.rows:
             is_sampling = count == sequence.num_pending
             if is_sampling:

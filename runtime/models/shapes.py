@@ -1,6 +1,8 @@
 """Public models as sizes without files: modelled engines take their names as `model:`."""
 
-from sagellm.graphs.models import ModelFacts
+from dataclasses import replace
+
+from sagellm.graphs.models import ExpertFacts, ModelFacts
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models import ModelError
 from sagellm.runtime.models.folder import BUILT_IN, ModelFolder, resolve_model
@@ -16,14 +18,15 @@ def _dense(
     heads: int,
     kv_heads: int,
     longest: int,
+    head_dim: int = 0,
     is_tied: bool = False,
     has_biases: bool = False,
 ) -> ModelFacts:
     """The facts of a decoder with gated linears, in bfloat16."""
-    head_dim = hidden // heads
-    kv_width = kv_heads * head_dim
-    biases = hidden + 2 * kv_width if has_biases else 0  # of queries, keys and values
-    layer = 2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * intermediate
+    head_dim = head_dim or hidden // heads
+    width, kv_width = heads * head_dim, kv_heads * head_dim
+    biases = width + 2 * kv_width if has_biases else 0  # of queries, keys and values
+    layer = 2 * hidden * (width + kv_width) + 3 * hidden * intermediate
     tables = vocab * hidden * (1 if is_tied else 2)
     return ModelFacts(
         family=family,
@@ -40,6 +43,15 @@ def _dense(
         eos_token_ids=(),
         num_parameters=layers * (layer + biases + 2 * hidden) + hidden + tables,
     )
+
+
+def _mixture(dense: ModelFacts, *, intermediate: int, num_experts: int, chosen: int) -> ModelFacts:
+    """A decoder without feed-forward layers, with experts instead, and a router for them."""
+    of_one = 3 * dense.hidden_size * intermediate * dense.num_layers
+    experts = ExpertFacts(num_experts, chosen, num_experts * of_one)
+    routers = dense.num_layers * dense.hidden_size * num_experts
+    total = dense.num_parameters + routers + experts.num_parameters
+    return replace(dense, num_parameters=total, experts=experts)
 
 
 SHAPES = {
@@ -94,6 +106,37 @@ SHAPES = {
         heads=32,
         kv_heads=8,
         longest=32768,
+    ),
+    "mixtral-8x7b": _mixture(
+        _dense(
+            "mixtral",
+            vocab=32000,
+            hidden=4096,
+            intermediate=0,
+            layers=32,
+            heads=32,
+            kv_heads=8,
+            longest=32768,
+        ),
+        intermediate=14336,
+        num_experts=8,
+        chosen=2,
+    ),
+    "qwen3-30b-a3b": _mixture(
+        _dense(
+            "qwen3_moe",
+            vocab=151936,
+            hidden=2048,
+            intermediate=0,
+            layers=48,
+            heads=32,
+            kv_heads=4,
+            longest=40960,
+            head_dim=128,
+        ),
+        intermediate=768,
+        num_experts=128,
+        chosen=8,
     ),
 }
 

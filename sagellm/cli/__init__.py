@@ -11,7 +11,8 @@ from typing import Literal
 import msgspec
 from cyclopts import App, Parameter
 
-from sagellm.cli.errors import explain, show_failure
+from sagellm.cli.errors import explain as failure_of
+from sagellm.cli.errors import show_failure
 from sagellm.logs import command_logs
 
 HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
@@ -31,6 +32,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "scale": ("sagellm.cli.workers:scale", "Have more or fewer replicas."),
     "simulate": ("sagellm.cli.simulate:run", "Run a graph in simulated time."),
     "calibrate": ("sagellm.cli.calibrate:run", "Measure a profile to simulate with."),
+    "plan": ("sagellm.cli.plan:run", "The cheapest placement of a model."),
+    "explain": ("sagellm.cli.explain:run", "What bounds a graph, in simulation."),
     "trace": ("sagellm.cli.trace:run", "Where the time of requests went."),
     "replay": ("sagellm.cli.replay:run", "Decide again what a log says."),
     "ab": ("sagellm.cli.ab:run", "Compare the arms of an A/B test."),
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command_logs():
             code = APP(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
-        failure = explain(error)
+        failure = failure_of(error)  # `explain` is a command, too
         if failure is None:
             raise
         show_failure(failure)

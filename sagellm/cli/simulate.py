@@ -143,7 +143,7 @@ def run(
     _check(seeds, sweep, processes, results)
     plots = None if results.plot is None else _plotter(results.plot)
     chosen, _ = choose_graph(graph, None, import_)
-    workload = _read(load)
+    workload = read_load(load)
     decisions = None if results.decisions is None else DecisionFile(results.decisions)
     point = SimulationPoint(
         chosen.document,
@@ -155,17 +155,18 @@ def run(
         decisions=decisions,
     )
     base = SweepPoint({}, point, results.objective, _prices(results.price, chosen.ir.engines))
-    with _failures(graph):
+    with simulation_failures(graph):
         if sweep:
             points = list(sweep_points(base, _axes(sweep)))
-            imports = _imports(graph, chosen.ir, import_)
+            imports = user_imports(graph, chosen.ir, import_)
             _run_sweep(points, processes, imports, results, plots)
         else:
             _run_seeds(base, seeds, results, plots)
     return 0
 
 
-def _read(load: SimulatedLoad) -> list[PlannedRequest]:
+def read_load(load: SimulatedLoad) -> list[PlannedRequest]:
+    """The requests of a simulation. Raises Failure."""
     try:
         return read_requests(load.trace, load.replay)[: load.num_requests]
     except OSError as error:
@@ -186,7 +187,7 @@ def _run_sweep(
         plots.plot_sweep(results.plot, [dict(one.values) for one in points], found)
 
 
-def _imports(name: str, graph: FrozenGraph, given: tuple[str, ...]) -> list[UserImport]:
+def user_imports(name: str, graph: FrozenGraph, given: tuple[str, ...]) -> list[UserImport]:
     """The imports of a graph, for another process, each with the folder of its path."""
     own = graph.attrs.get("imports", ())
     folder = str(graph_file(name).parent)
@@ -333,7 +334,7 @@ def _number(text: str) -> float | None:
 
 
 @contextmanager
-def _failures(graph: str) -> Iterator[None]:
+def simulation_failures(graph: str) -> Iterator[None]:
     """Raise Failure for what cannot be simulated."""
     try:
         yield

@@ -38,7 +38,7 @@ from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.simulation.engine import SimulatedEngine
 from sagellm.runtime.simulation.executor import SimulatedScaling, SimulationExecutor
 from sagellm.runtime.simulation.links import Links
-from sagellm.runtime.simulation.opening import open_simulated
+from sagellm.runtime.simulation.opening import OnEngineRun, open_simulated
 from sagellm.runtime.simulation.prompts import PromptHasher, TraceHasher, TracePrompt
 from sagellm.runtime.simulation.timeline import SimulationError, Timeline
 from sagellm.simulation.faults import ReplicaFault, plan_fault, refuse_overlaps
@@ -52,6 +52,7 @@ _COLLECT_EVERY = 20_000  # requests between two collections of garbage, which ta
 class SimulationPoint:
     """One simulation. `overrides`: options of the graph. `profile`: the profile of engines that
     are not modelled; empty: such engines are refused. `link_latency_s`: of a transfer of KV blocks.
+    `on_run`: is called with the steps of each engine.
     """
 
     document: Document
@@ -62,6 +63,7 @@ class SimulationPoint:
     link_latency_s: float = 0.0
     faults: tuple[ReplicaFault, ...] = ()
     decisions: DecisionFile | None = None
+    on_run: OnEngineRun | None = None
 
 
 @dataclass(slots=True)
@@ -194,9 +196,15 @@ def _opener(
     """A function that opens one replica of an engine."""
     options = {name: _options(graph, name) for name in graph.engines}
     block_len = BLOCK_LEN if any(one.block_ids for one in point.workload) else 0
-    shared = {"block_len": block_len, "seed": point.seed}
     return lambda place: open_simulated(
-        options[place.engine], place, timeline, links, hasher, **shared
+        options[place.engine],
+        place,
+        timeline,
+        links,
+        hasher,
+        block_len=block_len,
+        seed=point.seed,
+        on_run=point.on_run,
     )
 
 

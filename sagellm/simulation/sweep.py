@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +31,7 @@ from sagellm.simulation.simulation_run import (
 )
 
 UserImport: TypeAlias = tuple[str, str]  # the user's module or file, and the folder of its path
+_SHARES_OF_PROCESS = 4  # so that none waits long for the slowest
 SPEEDUP = "speedup"  # the axis that is no option of the graph: how fast the workload is played
 
 
@@ -41,6 +43,10 @@ class SweepPoint:
     point: SimulationPoint
     objective: Objective | None = None
     prices: Mapping[str, float] = field(default_factory=dict)
+
+
+# Simulates points, in order.
+MeasurePoints: TypeAlias = Callable[[Sequence[SweepPoint]], list[SimulationSummary]]
 
 
 def sweep_points(base: SweepPoint, axes: Mapping[str, Sequence[Any]]) -> Iterator[SweepPoint]:
@@ -74,8 +80,17 @@ def measure_all(
     if num_processes == 1:
         return [_ended(measure(point), on_end) for point in points]
     with ThreadPoolExecutor(num_processes) as threads:
-        running = [threads.submit(_measure_elsewhere, point, imports) for point in points]
-        return [_ended(one.result(), on_end) for one in running]
+        shares = _shares(points, num_processes)
+        running = [threads.submit(_measure_elsewhere, share, imports) for share in shares]
+        return [_ended(summary, on_end) for one in running for summary in one.result()]
+
+
+def _shares(points: Sequence[SweepPoint], num_processes: int) -> Iterator[Sequence[SweepPoint]]:
+    """The points of each process, in order: one each, or several where there are many, because a
+    process takes time to start.
+    """
+    size = ceil(len(points) / (num_processes * _SHARES_OF_PROCESS))
+    yield from (points[start : start + size] for start in range(0, len(points), size))
 
 
 def _ended(summary: SimulationSummary, on_end: Callable[[], None]) -> SimulationSummary:
@@ -84,7 +99,7 @@ def _ended(summary: SimulationSummary, on_end: Callable[[], None]) -> Simulation
 
 
 class _Job(msgspec.Struct):
-    """A point for another process."""
+    """A point for another process, with the user's code."""
 
     imports: list[UserImport]
     graph: bytes
@@ -98,10 +113,23 @@ class _Job(msgspec.Struct):
     prices: dict[str, float]
 
 
-def _measure_elsewhere(point: SweepPoint, imports: Sequence[UserImport]) -> SimulationSummary:
-    """Measure a point in a process of its own."""
+def _measure_elsewhere(
+    points: Sequence[SweepPoint], imports: Sequence[UserImport]
+) -> list[SimulationSummary]:
+    """MeasurePoints points in a process of its own."""
+    jobs = [_job(one, imports) for one in points]
+    command = [sys.executable, "-m", "sagellm.simulation.sweep"]
+    done = subprocess.run(
+        command, input=msgspec.msgpack.encode(jobs), stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        raise SimulationError(f"the process of a point ended with code {done.returncode}")
+    return msgspec.msgpack.decode(done.stdout, type=list[SimulationSummary])
+
+
+def _job(point: SweepPoint, imports: Sequence[UserImport]) -> _Job:
     one = point.point
-    job = _Job(
+    return _Job(
         list(imports),
         to_msgpack(one.document.graph),
         list(one.workload),
@@ -113,18 +141,15 @@ def _measure_elsewhere(point: SweepPoint, imports: Sequence[UserImport]) -> Simu
         point.objective,
         dict(point.prices),
     )
-    command = [sys.executable, "-m", "sagellm.simulation.sweep"]
-    done = subprocess.run(
-        command, input=msgspec.msgpack.encode(job), stdout=subprocess.PIPE, check=False
-    )
-    if done.returncode:
-        raise SimulationError(f"the process of a point ended with code {done.returncode}")
-    return msgspec.msgpack.decode(done.stdout, type=SimulationSummary)
 
 
 def _work(content: bytes) -> bytes:
-    """Measure the point of a job, and return its figures."""
-    job = msgspec.msgpack.decode(content, type=_Job)
+    """MeasurePoints the points of jobs, and return their figures."""
+    jobs = msgspec.msgpack.decode(content, type=list[_Job])
+    return msgspec.msgpack.encode([measure(_point(job)) for job in jobs])
+
+
+def _point(job: _Job) -> SweepPoint:
     for name, folder in job.imports:
         import_named(name, Path(folder))
     point = SimulationPoint(
@@ -136,7 +161,7 @@ def _work(content: bytes) -> bytes:
         job.link_latency_s,
         tuple(job.faults),
     )
-    return msgspec.msgpack.encode(measure(SweepPoint({}, point, job.objective, job.prices)))
+    return SweepPoint({}, point, job.objective, job.prices)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import msgspec
 from sagellm.graphs.models import ModelFacts
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.costs.fitted import FittedCost, FittedForm
+from sagellm.runtime.engine.costs.parallel import ALONE, Parallelism
 from sagellm.runtime.engine.costs.roofline import RooflineCost, RooflineForm, RooflineModel
 from sagellm.runtime.engine.costs.spread import StepSpread, check_spread
 from sagellm.runtime.engine.costs.table import (
@@ -71,14 +72,14 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @dataclass(frozen=True, slots=True)
 class CostedModel:
     """The model that a profile is combined with. `kv_bytes`: keys and values of one token, in
-    bytes. `num_devices`: how many devices split each layer.
+    bytes. `group`: the devices of one replica.
     """
 
     name: str
     facts: ModelFacts
     dtype: str
     kv_bytes: float
-    num_devices: int = 1
+    group: Parallelism = ALONE
 
 
 def shipped_profiles() -> list[str]:
@@ -95,7 +96,8 @@ def profile_file(name: str) -> Path:
         return path
     if name.endswith(_SUFFIX) or os.sep in name:
         raise ProfileError(f"profile: there is no file {name}; check the path")
-    close = nearest(name, shipped_profiles())
+    begun = (one for one in shipped_profiles() if name and one.startswith(name))
+    close = next(begun, nearest(name, shipped_profiles()))
     fix = f"did you mean {close}?" if close else f"there are {', '.join(shipped_profiles())}"
     raise ProfileError(f"profile: {name!r} is unknown; {fix}")
 
@@ -129,11 +131,14 @@ def cost_of(profile: Profile, model: CostedModel, folder: Path) -> CostModel:
             f"profile: {profile.name} was measured with model {profile.model}, not {model.name}; "
             f"give another profile, or model: {profile.model}"
         )
-    is_split = isinstance(profile.cost, RooflineForm) or model.num_devices == 1
-    if not is_split:
+    if not isinstance(profile.cost, RooflineForm) and model.group.num_devices > 1:
         raise ProfileError(
-            f"tensor_parallel_size: {profile.name} is of one engine as it was measured; drop it"
+            f"tensor_parallel_size, pipeline_parallel_size, expert_parallel_size: {profile.name} "
+            "is of one engine as it was measured; drop them"
         )
+    misfit = model.group.misfit(model.facts)
+    if misfit:
+        raise ProfileError(f"profile: {profile.name}: {misfit}")
     try:
         return _cost(profile.cost, model, folder)
     except (TableError, ValueError) as error:
@@ -147,9 +152,11 @@ def _cost(
         return FittedCost.of(form)
     if isinstance(form, RooflineForm):
         sizes = RooflineModel.of(model.facts, dtype=model.dtype, kv_bytes=model.kv_bytes)
-        return RooflineCost(form, sizes, model.num_devices)
+        return RooflineCost(form, sizes, model.group)
     file = folder / form.file
     if file.is_dir():
+        if model.facts.experts is not None:
+            raise TableError("tables of kernels are of dense models; give a roofline")
         return read_kernels(file, kernel_shape(model.facts), form.step_s)
     return read_steps(file, form.step_s)
 

@@ -12,6 +12,7 @@ from sagellm.backends import Sampled, get_backend
 from sagellm.backends.null import null_tokens
 from sagellm.graphs.vocabulary import KV_TRANSFER, RESUME, TOKENS_IN, TOKENS_OUT
 from sagellm.runtime.engine.batch import Batch, rows_of
+from sagellm.runtime.engine.costs.parallel import Parallelism
 from sagellm.runtime.engine.costs.profile import (
     CostedModel,
     HostCost,
@@ -50,6 +51,7 @@ _COSTS = (
     "decode_row_s",
     "context_token_s",
 )
+_GROUP = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
 _BACKEND = "null"  # its devices have memory for any pool
 
 
@@ -67,8 +69,9 @@ class ModelledOptions(PagedOptions):
     attends to. `decode_row_s`: the cost of each sequence that decodes. `context_token_s`: the cost
     of each token in the contexts of the step's sequences. `kv_bytes_per_s`: the speed of copies
     between pools, in bytes a second. `profile`: a shipped profile or a file, which gives the cost
-    of steps instead. `tensor_parallel_size`: the devices that split each layer, for a profile of
-    a device. Raises EngineOptionError.
+    of steps instead. For a profile of a device: `tensor_parallel_size` devices split each layer,
+    `pipeline_parallel_size` devices have consecutive layers, and `expert_parallel_size` devices
+    have each a part of the experts and of the sequences. Raises EngineOptionError.
     """
 
     prefill_token_s: float = _cost(1e-4)
@@ -80,12 +83,15 @@ class ModelledOptions(PagedOptions):
 
     profile: str | None = None
     tensor_parallel_size: int = field(default=1, metadata={"min": 1})
+    pipeline_parallel_size: int = field(default=1, metadata={"min": 1})
+    expert_parallel_size: int = field(default=1, metadata={"min": 1})
 
     def __post_init__(self) -> None:
         PagedOptions.__post_init__(self)
         if self.profile is None:
-            if self.tensor_parallel_size > 1:
-                raise EngineOptionError("tensor_parallel_size needs a profile of a device")
+            for name in _GROUP:
+                if getattr(self, name) > 1:
+                    raise EngineOptionError(f"{name} needs a profile of a device")
             return
         for one in fields(self):
             if one.name in _COSTS and getattr(self, one.name) != one.default:
@@ -148,7 +154,8 @@ def _profiled(options: ModelledOptions, changed_at: int) -> tuple[CostModel, Pro
     facts = modelled_folder(options).facts
     kv_bytes = kv_blocks(options, facts).block_bytes / options.block_size
     dtype = engine_dtype(options, facts)
-    model = CostedModel(options.model, facts, dtype, kv_bytes, options.tensor_parallel_size)
+    group = Parallelism(*(getattr(options, name) for name in _GROUP))
+    model = CostedModel(options.model, facts, dtype, kv_bytes, group)
     try:
         folder, profile = profile_file(options.profile).parent, read_profile(options.profile)
         return cost_of(profile, model, folder), profile

@@ -116,6 +116,22 @@ def test_a_profile_excludes_costs():
         ModelledOptions(profile="h200", prefill_token_s=1.0)
     with pytest.raises(EngineOptionError, match="tensor_parallel_size"):
         ModelledOptions(tensor_parallel_size=2)
+    with pytest.raises(EngineOptionError, match="pipeline_parallel_size"):
+        ModelledOptions(pipeline_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "group", "reason"),
+    [
+        ("llama-3-8b", {"expert_parallel_size": 2}, "dense"),
+        ("mixtral-8x7b", {"expert_parallel_size": 3}, "8 experts"),
+        ("qwen2.5-7b", {"tensor_parallel_size": 8}, "28 attention heads"),
+        ("llama-3-8b", {"pipeline_parallel_size": 33}, "32 layers"),
+    ],
+)
+def test_a_model_that_a_group_cannot_share_is_refused(model, group, reason):
+    with pytest.raises(EngineOptionError, match=reason):
+        _ = ModelledOptions(model=model, profile="h200", **group).cost
 
 
 @pytest.mark.parametrize("model", ["null", "llama-3-8b"])
@@ -142,4 +158,6 @@ def test_a_shape_has_the_parameters_that_its_publisher_states():
         "qwen2.5-7b": 7.62,
         "qwen2.5-72b": 72.71,
         "mistral-7b": 7.24,
+        "mixtral-8x7b": 46.7,
+        "qwen3-30b-a3b": 30.53,
     }

@@ -317,7 +317,6 @@ def test_a_client_does_not_try_again_what_should_not_wait():
     assert (error.status, error.retry_after_s, error.should_retry) == (503, 2.5, False)
 
 
-
 async def test_invocations_go_by_the_shape_of_the_body():
     whole = await post(invocations, playing([last("a")]), CHAT)
     assert whole.json["object"] == "chat.completion"
