@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sagellm.backends.cpu.attention import ForwardContext
 from sagellm.backends.cpu.binding import Binding
-from sagellm.graphs.kernels.token_mixers import PackedAttention, Pool
+from sagellm.graphs.kernels.token_mixers import PackedAttention, PoolRows
 
 _Kernel = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -74,7 +74,7 @@ def _window_mask(length: int, window: int) -> torch.Tensor:
     return (behind >= 0) & (behind < window)
 
 
-def pool(options: Pool, binding: Binding) -> _Kernel:
+def pool(options: PoolRows, binding: Binding) -> _Kernel:
     """One row [B, size] of each sequence."""
 
     def run(step: ForwardContext, *inlets: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -91,7 +91,7 @@ Pooling: TypeAlias = Literal["cls", "mean", "last"]
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class PoolRows:
     """One row of each sequence of the step: its first row, the mean of its rows, or its last."""
 
     mode: Pooling
@@ -174,7 +174,7 @@ def _packed_attention(
     return {"out": inlets["q"]}
 
 
-def _pool(options: Pool, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
+def _pool(options: PoolRows, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
     rows = inlets["in"]
     return {"out": TensorType(("B", *rows.shape[1:]), rows.dtype)}
 
@@ -203,7 +203,7 @@ TOKEN_MIXERS: tuple[Kernel, ...] = (
         _paged_attention,
     ),
     kernel("packed_attention", "q k v query_starts", "out", PackedAttention, _packed_attention),
-    kernel("pool", "in query_starts", "out", Pool, _pool),
+    kernel("pool", "in query_starts", "out", PoolRows, _pool),
     kernel(
         "linear_attention",
         "q k v gate query_starts context_lens states kv",
