@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sagellm.graphs.ir import SINK, SOURCE, Graph, Node
-from sagellm.graphs.kernels import KERNELS, KV, STEP_INPUTS
+from sagellm.graphs.ir import SOURCE, Graph, Node
+from sagellm.graphs.kernels import KERNELS, KV, STEP_INPUTS, result_of
 
 Wire = tuple[str, str]
 
@@ -31,7 +31,10 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class KernelPlan:
-    """The instructions of a step, and the registers of the step's inputs and of the logits."""
+    """The instructions of a step, and the registers of the step's inputs and of its result.
+
+    `logits`: the register of the logits, or of the vectors of a model that embeds.
+    """
 
     instructions: tuple[Instruction, ...]
     step_inputs: dict[str, int]
@@ -49,8 +52,8 @@ def plan_kernels(graph: Graph) -> KernelPlan:
     """
     registers = _Registers(graph)
     instructions = tuple(registers.instruction(node) for node in graph.topological())
-    (logits,) = (e for e in graph.inputs(SINK) if e.inlet == "logits")
-    held = registers.held[logits.source, logits.outlet]
+    result = result_of(graph)
+    held = registers.held[result.source, result.outlet]
     return KernelPlan(instructions, registers.step_inputs, held, registers.count)
 
 

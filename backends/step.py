@@ -276,6 +276,7 @@ class StepInputs:
     states: "BlockIds"  # [2, B, N] blocks to read states from (-1: zeros), and to write them to
     query_lens: tuple[int, ...]  # as in StepBatch, for code on the host
     contexts: tuple[int, ...]
+    token_types: "Integers | None" = None  # [T]; only of a batch to embed
 
 
 @dataclass(frozen=True, slots=True)

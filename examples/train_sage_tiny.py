@@ -475,9 +475,21 @@ def export(model: Decoder, folder: Path) -> None:
         {"do_sample": False, "eos_token_id": [END, END_OF_TEXT], "pad_token_id": END_OF_TEXT},
     )
     write_json(folder / "tokenizer_config.json", tokenizer_config(model.shape))
+    write_json(folder / "modules.json", pooling_steps())
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
 
 
-def write_json(path: Path, content: dict[str, object]) -> None:
+def pooling_steps() -> list[dict[str, object]]:
+    """The modules.json of sentence-transformers: vectors are means of rows, of length 1."""
+    steps = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+    return [
+        {"idx": number, "path": path, "type": f"sentence_transformers.models.{name}"}
+        for number, (name, path) in enumerate(steps)
+    ]
+
+
+def write_json(path: Path, content: object) -> None:
     """Writes JSON with a line a key."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -13,9 +13,11 @@ from sagellm.graphs.ir import FrozenMap, Graph, Value, downstream
 
 LOCAL = "local"  # the default kind of engine, which computes a model
 MODELLED = "modelled"  # the kind of engine for the device "null" and for the model "null"
+EMBEDDINGS = "embedding"  # the kind of engine that embeds texts
 OPENAI = "openai"  # the kind of engine for a server that speaks the OpenAI API
 KIND = "kind"
 ROUTE_MODEL = "route_model"
+EMBED = "embed"  # the operator, and the task
 MODELS_OPTION = "models"  # the option of `route_model` that lists its outlets
 AUTOSCALE = "autoscale"
 SCALED_OPTION = "engines"  # the option of `autoscale` that bounds the replicas of its engines
@@ -28,13 +30,14 @@ class ModelEntryOptions:
 
     `name`: the model's name for clients, in answers and in metrics; the key of the entry unless
     given. `aliases`: further names for clients. `max_model_len`: the limit of a prompt and its
-    answer in tokens, below the limit of the engines. `tasks`: the tasks that clients may request.
+    answer in tokens, below the limit of the engines. `tasks`: the tasks that clients may request;
+    None: those of the model's operators.
     """
 
     name: str | None = None
     aliases: tuple[str, ...] = ()
     max_model_len: int | None = field(default=None, metadata={"min": 2})
-    tasks: tuple[Literal["generate", "embed"], ...] = ("generate",)
+    tasks: tuple[Literal["generate", "embed"], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,15 @@ def model_operators(graph: Graph, key: str) -> tuple[str, ...]:
     routed = set[str]().union(*(_model_nodes(graph, name) for name in model_outlets(graph)))
     own = _model_nodes(graph, key)
     return tuple(name for name in graph.names if name in own or name not in routed)
+
+
+def model_tasks(graph: Graph, key: str) -> tuple[str, ...]:
+    """The tasks of a model: "embed" behind an operator `embed`, "generate" behind another one with
+    an engine.
+    """
+    nodes = [graph.node(name) for name in model_operators(graph, key)]
+    ops = {node.op == EMBED for node in nodes if "engine" in node.attrs}
+    return tuple(task for task, is_embed in (("generate", False), (EMBED, True)) if is_embed in ops)
 
 
 def model_names(key: str, values: Value) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ REQUEST = "request"  # a prompt and its sampling options
 PREFILLED = "prefilled"  # a request, its first token and the lease on its KV blocks
 EVENT = "event"  # tokens of an answer, or its end
 ANSWER = "answer"  # the whole answer to one request
+EMBEDDING = "embedding"  # the vector of a text, as the one event of its choice
 ANY = "any"
 
 SHADOW = "shadow"  # the key of an operator whose value has the options of its shadow
@@ -24,6 +25,7 @@ KV_TRANSFER = "kv_transfer"  # exports and imports KV blocks
 RESUME = "resume"  # continues a sequence that another engine began
 LOGPROBS = "logprobs"  # gives logprobs of sampled tokens and of prompt tokens
 GRAMMARS = "grammars"  # masks tokens that leave the grammar of a request
+EMBED = "embed"  # gives the vector of a prompt instead of an answer
 CAPABILITIES = (
     TOKENS_IN,
     TEXT_IN,
@@ -33,6 +35,7 @@ CAPABILITIES = (
     RESUME,
     LOGPROBS,
     GRAMMARS,
+    EMBED,
 )
 
 

@@ -1,4 +1,4 @@
-"""metrics_sink: emits token events and answers unchanged, and measures tokens, TTFT and ITL."""
+"""metrics_sink: emits events, answers and embeddings unchanged; measures tokens, TTFT and ITL."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from sagellm.runtime.operator import Arrival, Draw, Emit, EmitAll, Input, Setup,
 
 SPEC = OpSpec(
     "metrics_sink",
-    (Port("in", "event|answer"),),
+    (Port("in", "event|answer|embedding"),),
     (Port("out", "same"),),
     options=NoOptions,
     signals=frozenset({"forget"}),

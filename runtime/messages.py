@@ -61,6 +61,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     `messages`. A request whose answer was begun elsewhere resumes after its emitted tokens. These
     are `emitted_token_ids`, or for an engine without token ids `emitted_text`, a text of
     `num_emitted_without_ids` tokens.
+
+    `texts`: the token ids of each text of a request to embed, from which the session makes a choice
+    each; empty in the graph. `dimensions`: the length of the vectors; None: the model's own.
     """
 
     request_id: str
@@ -87,6 +90,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     num_emitted_without_ids: int = 0
     stamps: Stamps = Stamps()
     tags: dict[str, str] = {}
+    texts: tuple[tuple[int, ...], ...] = ()
+    dimensions: int | None = None
 
     @property
     def key(self) -> ChoiceKey:
@@ -132,6 +137,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
             lease=lease,
             priority=self.priority,
             expires_s=self.expires_s,
+            dimensions=self.dimensions,
         )
 
 
@@ -163,6 +169,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     lease: "LeaseRef | None" = None
     priority: int = NORMAL
     expires_s: float | None = None
+    dimensions: int | None = None
 
     @property
     def key(self) -> ChoiceKey:
@@ -228,6 +235,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=Fal
     num_cached_tokens: int = 0
     num_preemptions: int = 0  # how often the engine of this event preempted the sequence
     stamps: Stamps = Stamps()
+    vector: bytes = b""  # of a text that was embedded: float32, little-endian
 
     @property
     def key(self) -> ChoiceKey:
@@ -290,6 +298,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     stamps: Stamps = Stamps()
+    vector: bytes = b""
     value: object = None
 
     @property

@@ -96,6 +96,7 @@ class EngineFacts:
     `capabilities`: a subset of CAPABILITIES (`graphs/vocabulary.py`). `num_blocks` is 0 for an
     engine that manages its own memory; such an engine takes `max_num_seqs` sequences at a time.
     `lease_shape`: how many blocks a sequence takes; None: one block per `block_size` tokens.
+    `vector_len`: numbers of the vector of a text; 0 for an engine that does not embed.
     """
 
     model: str
@@ -108,6 +109,7 @@ class EngineFacts:
     kv_block_bytes: int = 0
     layout_hash: str = ""  # hash of the KV layout: equal in pools that exchange blocks
     lease_shape: LeaseShape | None = None
+    vector_len: int = 0
 
     @property
     def shape(self) -> LeaseShape:

@@ -30,6 +30,7 @@ SAYS = {
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',
     "client.py": "400 max_tokens",
+    "embeddings.py": "12 + 7 = 19",
     "structured.py": "Ada will be 32 in Rome",
     "tools.py": "It is sunny in Paris, 21 degrees.",
     "two_models.py": "echo reads 23 as (205, 204) and answers '68'",
@@ -54,8 +55,10 @@ def test_the_training_goes_on_from_a_folder(tmp_path: Path) -> None:
     shipped = ROOT / "runtime" / "models" / "sage_tiny"
     reported = train("--resume", str(shipped), "--tool-steps", "0", "--out", str(tmp_path))
     assert "sum 100.0%" in reported
-    for file in shipped.iterdir():
-        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    for file in shipped.rglob("*"):
+        if file.is_file():
+            written = tmp_path / file.relative_to(shipped)
+            assert written.read_bytes() == file.read_bytes(), file.name
 
 
 def train(*options: str) -> str:

@@ -103,7 +103,7 @@ def own_folder(site: Path) -> Path:
 
     folder = site / "own_model"
     folder.mkdir(exist_ok=True)
-    for path in BUILT_IN["sage-tiny"].iterdir():
+    for path in BUILT_IN["sage-tiny"].glob("*.*"):  # not how it embeds, in a subfolder
         text = path.read_bytes()
         if path.name == "config.json":
             text = text.replace(b"Qwen3ForCausalLM", b"OwnForCausalLM")

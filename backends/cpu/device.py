@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sagellm.backends.interface import KVStorage, Program, Progress, Queue, Stage, Weights, silent
 from sagellm.backends.quantised_weight import MODES
 from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.kernels import infer
+from sagellm.graphs.kernels import VECTORS, infer, result_of
 from sagellm.graphs.passes import KERNEL_PASSES, Pass
+
+if TYPE_CHECKING:  # graphs are checked without loading numpy
+    from sagellm.backends.text_batches import EmbeddingQueue
 
 _MEMORY = Path("/proc/meminfo")
 
@@ -77,6 +81,8 @@ class CpuDevice:
     ) -> Program:
         for stage in self.backend.stages.values():
             graph = stage(graph)
+        # Torch alone computes vectors: its threads and those of the C kernels would poll in turn.
+        embeds = result_of(graph).inlet == VECTORS
         program: Program = _module("program").lower(
             graph,
             weights,
@@ -85,9 +91,13 @@ class CpuDevice:
             deterministic=deterministic,
             quantization=quantization,
             progress=progress,
-            is_native=self.backend.native,
+            is_native=self.backend.native and not embeds,
         )
         return program
+
+    def open_embedding_queue(self, threads: int | None = None) -> "EmbeddingQueue":
+        queue: EmbeddingQueue = _module("embedding_queue").CpuEmbeddingQueue(threads)
+        return queue
 
     def open_queue(self, threads: int | None = None) -> Queue:
         queue: Queue = _module("program").CpuQueue(threads, is_native=self.backend.native)

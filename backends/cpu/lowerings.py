@@ -18,12 +18,13 @@ from sagellm.backends.cpu.attention import (
 )
 from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native_forms import fused_bias, rope_tables
+from sagellm.backends.cpu.packed_sequences import packed_attention, pool
 from sagellm.backends.cpu.program import NewLogits, StepProgram, each_bound, new_logits
-from sagellm.backends.cpu.torch_linear import array, linear, quantised_linear, tensor
+from sagellm.backends.cpu.torch_linear import array, gelu_linear, linear, quantised_linear, tensor
 from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.backends.step import StepInputs
 from sagellm.graphs.kernels import KERNELS, KV
-from sagellm.graphs.kernels.rowwise import Embedding, FusedLinear, Linear, RmsNorm
+from sagellm.graphs.kernels.rowwise import Embedding, FusedLinear, LayerNorm, Linear, RmsNorm
 from sagellm.graphs.kernels.token_mixers import KVWrite, PagedAttention, Rope, RopeKVWrite
 
 # Takes the step's ForwardContext and the tensors of the kernel's inlets; returns its outlets.
@@ -81,13 +82,17 @@ class CpuProgram(StepProgram):
     def _load(self, inputs: StepInputs, pool: torch.Tensor) -> list[torch.Tensor]:
         registers = [_EMPTY] * self._plan.num_registers
         for name, index in self._plan.step_inputs.items():
-            registers[index] = pool if name == KV else tensor(getattr(inputs, name))
+            if name == KV:
+                registers[index] = pool
+            elif (given := getattr(inputs, name)) is not None:
+                registers[index] = tensor(given)
         return registers
 
 
 def _embedding(options: Embedding, binding: Binding) -> BoundKernel:
     weight = tensor(binding.weight(options.weight, options.vocab_size, options.size))
-    return lambda step, ids: (F.embedding(ids, weight).float(),)
+    table = weight[options.first :]
+    return lambda step, ids: (F.embedding(ids, table).float(),)
 
 
 def _select_rows(_: object, binding: Binding) -> BoundKernel:
@@ -131,6 +136,31 @@ def _normed(rows: torch.Tensor, weight: torch.Tensor, options: RmsNorm) -> torch
     # Sizes are given in full: -1 cannot be inferred for 0 rows.
     heads = rows.reshape(len(rows), rows.shape[1] // options.size, options.size)
     return F.rms_norm(heads, (options.size,), weight, options.epsilon).flatten(1)
+
+
+def _layer_norm(options: LayerNorm, binding: Binding) -> BoundKernel:
+    """`layer_norm` of one inlet, or `add_layer_norm` of two."""
+    weight, bias = (
+        tensor(binding.vector(name, options.size)) for name in (options.weight, options.bias)
+    )
+    shape = (options.size,)
+
+    def run(step: ForwardContext, *inlets: torch.Tensor) -> Tensors:
+        rows = inlets[0] if len(inlets) == 1 else inlets[0] + inlets[1]
+        return (F.layer_norm(rows, shape, weight, bias, options.epsilon),)
+
+    return _row_by_row(binding, run)
+
+
+def _unit_norm(_: object, binding: Binding) -> BoundKernel:
+    return lambda step, rows: (F.normalize(rows, dim=1),)
+
+
+def _gelu_linear(options: Linear, binding: Binding) -> BoundKernel:
+    bias = tensor(binding.vector(options.bias, options.out_features)) if options.bias else None
+    weight = binding.weight(options.weight, options.out_features, options.in_features)
+    product = gelu_linear(binding, tensor(weight), bias)
+    return _row_by_row(binding, lambda step, rows: (product(rows),))
 
 
 def _linear(options: Linear, binding: Binding) -> BoundKernel:
@@ -228,6 +258,14 @@ def _paged_attention(options: PagedAttention, binding: Binding) -> BoundKernel:
     return lambda step, q, *_: (attend(step, q),)
 
 
+def _gelu(_: object, binding: Binding) -> BoundKernel:
+    return _row_by_row(binding, lambda step, rows: (F.gelu(rows),))
+
+
+def _tanh(_: object, binding: Binding) -> BoundKernel:
+    return _row_by_row(binding, lambda step, rows: (torch.tanh(rows),))
+
+
 def _silu(_: object, binding: Binding) -> BoundKernel:
     return _row_by_row(binding, lambda step, rows: (F.silu(rows),))
 
@@ -272,7 +310,11 @@ LOWERINGS: Mapping[str, Lowering] = {
     "select_rows": _select_rows,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
+    "layer_norm": _layer_norm,
+    "add_layer_norm": _layer_norm,
+    "unit_norm": _unit_norm,
     "linear": _linear,
+    "gelu_linear": _gelu_linear,
     "qkv_linear": _fused_linear,
     "gate_up_linear": _fused_linear,
     "gated_linear": _gated_linear,
@@ -281,6 +323,10 @@ LOWERINGS: Mapping[str, Lowering] = {
     "rope_kv_write": _rope_kv_write,
     "paged_attention": _paged_attention,
     "linear_attention": linear_attention,
+    "packed_attention": packed_attention,
+    "pool": pool,
+    "gelu": _gelu,
+    "tanh": _tanh,
     "silu": _silu,
     "mul": _mul,
     "add": _add,

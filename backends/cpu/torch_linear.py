@@ -86,15 +86,29 @@ def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
     return lambda rows: F.linear(rows, weight, bias)
 
 
-def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
-    """The product by oneDNN with a weight that oneDNN packed: three times faster for few rows."""
+def gelu_linear(
+    binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None
+) -> LinearFunction:
+    """As `linear`, with gelu of the product."""
+    is_free = binding.native is None and not binding.deterministic
+    if is_free and weight.dtype == torch.float32 and torch._C._has_mkldnn:
+        return packed(weight, bias, "gelu")
+    product = linear(binding, weight, bias)
+    return lambda rows: F.gelu(product(rows))
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, then: str = "none") -> LinearFunction:
+    """The product by oneDNN with a weight that oneDNN packed: three times faster for few rows.
+
+    `then`: what oneDNN makes of each number of the product, "none" or "gelu".
+    """
     dtype = weight.dtype
     order = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # 8: the expected number of rows
     offset = None if bias is None else bias.to(dtype)
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         product = torch.ops.mkldnn._linear_pointwise(
-            rows.to(dtype).contiguous(), order, offset, "none", [], ""
+            rows.to(dtype).contiguous(), order, offset, then, [], "none"
         )
         return torch.Tensor.float(product)
 

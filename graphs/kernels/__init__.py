@@ -4,8 +4,10 @@ from sagellm.graphs.kernels.dialect import (
     KERNEL_VOCABULARY,
     KERNELS,
     STEP_INPUTS,
+    VECTORS,
     infer,
     logits_type,
+    result_of,
     verify,
 )
 from sagellm.graphs.kernels.kernel import KV, Kernel, ShapeError
@@ -16,6 +18,7 @@ __all__ = [
     "KERNEL_VOCABULARY",
     "KV",
     "STEP_INPUTS",
+    "VECTORS",
     "KVBlocks",
     "KVGroup",
     "Kernel",
@@ -23,5 +26,6 @@ __all__ = [
     "infer",
     "kv_groups",
     "logits_type",
+    "result_of",
     "verify",
 ]

@@ -23,6 +23,7 @@ KERNEL_VOCABULARY = Vocabulary({name: kernel.spec for name, kernel in KERNELS.it
 STEP_INPUTS: dict[str, EdgeType] = {
     "token_ids": TensorType(("T",), "int64"),
     "positions": TensorType(("T",), "int64"),
+    "token_types": TensorType(("T",), "int64"),  # of an encoder: 0; 1 in the second of two texts
     "slots": TensorType(("T",), "int64"),
     "query_starts": TensorType(("B+1",), "int64"),
     "context_lens": TensorType(("B",), "int64"),
@@ -33,7 +34,8 @@ STEP_INPUTS: dict[str, EdgeType] = {
     ),  # [0]: blocks that the step reads; [1]: blocks that it writes
     "kv": KV,
 }
-STEP_OUTPUTS = ("logits", "kv")
+STEP_OUTPUTS = ("logits", "kv")  # of a step of a model that generates
+VECTORS = "vectors"  # the output of a step of a model that embeds: one row for each sequence
 
 KernelRule: TypeAlias = Callable[[Graph], Iterator[Diagnostic]]
 
@@ -150,7 +152,13 @@ def _outlet_names(graph: Graph) -> dict[str, tuple[str, ...]]:
 
 def _inlet_names(graph: Graph) -> dict[str, tuple[str, ...]]:
     ports = {n.name: tuple(p.name for p in KERNELS[n.op].spec.inlets) for n in _known_nodes(graph)}
-    return {SINK: STEP_OUTPUTS, **ports}
+    return {SINK: _sink_inlets(graph), **ports}
+
+
+def _sink_inlets(graph: Graph) -> tuple[str, ...]:
+    """The outputs that a graph must have: vectors, if it has any, or else logits and KV state."""
+    is_embedding = any(edge.inlet == VECTORS for edge in graph.inputs(SINK))
+    return (VECTORS,) if is_embedding else STEP_OUTPUTS
 
 
 def _known_nodes(graph: Graph) -> Iterator[Node]:
@@ -172,6 +180,12 @@ def infer(graph: Graph) -> Graph:
     return replace(
         graph, edges=tuple(replace(e, type=types[e.source, e.outlet]) for e in graph.edges)
     )
+
+
+def result_of(graph: Graph) -> Edge:
+    """The edge with the tensor that a step of the graph results in: logits, or vectors."""
+    (edge,) = (edge for edge in graph.inputs(SINK) if edge.inlet in ("logits", VECTORS))
+    return edge
 
 
 def logits_type(graph: Graph) -> EdgeType | None:

@@ -54,6 +54,11 @@ def _norm(options: Mapping[str, Value]) -> dict[str, Shape]:
     return {str(options["weight"]): (_whole(options["size"]),)}
 
 
+def _layer_norm(options: Mapping[str, Value]) -> dict[str, Shape]:
+    shape = (_whole(options["size"]),)
+    return {str(options["weight"]): shape, str(options["bias"]): shape}
+
+
 def _whole(value: Value) -> int:
     assert isinstance(value, int)
     return value
@@ -61,6 +66,7 @@ def _whole(value: Value) -> int:
 
 _SHAPES_OF: dict[str, Callable[[Mapping[str, Value]], dict[str, Shape]]] = {
     "embedding": _embedding,
+    "layer_norm": _layer_norm,
     "linear": _linear,
     "rms_norm": _norm,
 }

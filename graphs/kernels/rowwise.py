@@ -17,12 +17,16 @@ from sagellm.graphs.vocabulary import NoOptions
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Rows of `weight` [vocab_size, size] by token id. `dtype`: the dtype of the result."""
+    """Rows of `weight` [vocab_size, size] by token id, or by another number of each token.
+
+    `dtype`: the dtype of the result. `first`: the row of number 0.
+    """
 
     weight: str
     vocab_size: int
     size: int
     dtype: str
+    first: int = 0
 
 
 def _embedding(options: Embedding, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
@@ -64,6 +68,26 @@ def _rms_norm(options: RmsNorm, inlets: Mapping[str, TensorType]) -> dict[str, T
 def _add_rms_norm(options: RmsNorm, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
     kind = expect_same(inlets)
     return {"sum": kind, **_rms_norm(options, {"in": kind})}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """Layer norm (Ba et al. 2016, arXiv:1607.06450) of each row.
+
+    out = (in - mean(in)) / sqrt(variance(in) + epsilon) * weight + bias, with `weight` and `bias`
+    [size], computed in float32.
+    """
+
+    weight: str
+    bias: str
+    size: int
+    epsilon: float
+
+
+def _layer_norm(options: LayerNorm, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
+    kind = expect_same(inlets)
+    expect_last(kind, options.size, next(iter(inlets)))
+    return {"out": kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +139,17 @@ ROWWISE: tuple[Kernel, ...] = (
     kernel("select_rows", "in rows", "out", NoOptions, _select_rows),
     kernel("rms_norm", "in", "out", RmsNorm, _rms_norm),
     kernel("add_rms_norm", "a b", "sum out", RmsNorm, _add_rms_norm),
+    kernel("layer_norm", "in", "out", LayerNorm, _layer_norm),
+    kernel("add_layer_norm", "a b", "out", LayerNorm, _layer_norm),
+    kernel("unit_norm", "in", "out", NoOptions, _same),  # in / |in|, for each row
     kernel("linear", "in", "out", Linear, _linear),
+    kernel("gelu_linear", "in", "out", Linear, _linear),  # gelu(in @ weight.T + bias)
     kernel("qkv_linear", "in", "q k v", FusedLinear, _fused("q", "k", "v")),
     kernel("gate_up_linear", "in", "gate up", FusedLinear, _fused("gate", "up")),
     kernel("gated_linear", "in", "out", FusedLinear, _gated),  # silu(gate) * up
     kernel("silu", "in", "out", NoOptions, _same),
+    kernel("gelu", "in", "out", NoOptions, _same),  # by the error function, not by tanh
+    kernel("tanh", "in", "out", NoOptions, _same),
     kernel("mul", "a b", "out", NoOptions, _same),
     kernel("add", "a b", "out", NoOptions, _same),
     kernel("silu_mul", "gate up", "out", NoOptions, _same),  # silu(gate) * up

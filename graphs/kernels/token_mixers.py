@@ -1,7 +1,8 @@
-"""Kernels that combine the tokens of a sequence: paged and linear attention."""
+"""Kernels that combine the tokens of a sequence: attention of several kinds, and pooling."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from sagellm.graphs.ir import TensorType
 from sagellm.graphs.kernels.kernel import Kernel, ShapeError, expect_last, kernel
@@ -71,6 +72,32 @@ class PagedAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedAttention:
+    """softmax(scale * q k) v among the rows of each sequence of the step, which is whole.
+
+    `query_starts`: the first row of each sequence, and the number of rows. `causal`: a row attends
+    to itself and to earlier rows alone. `window`: it attends to at most so many of these.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    causal: bool = False
+    window: int | None = None
+
+
+Pooling: TypeAlias = Literal["cls", "mean", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRows:
+    """One row of each sequence of the step: its first row, the mean of its rows, or its last."""
+
+    mode: Pooling
+
+
+@dataclass(frozen=True, slots=True)
 class LinearAttention:
     """S_t = g_t S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, for each head and token.
 
@@ -133,6 +160,25 @@ def _expect_rows(inlets: Mapping[str, TensorType], rows: str, column: str) -> No
         raise ShapeError(f"{rows} is {inlets[rows]}, {column} is {inlets[column]}: rows differ")
 
 
+def _packed_attention(
+    options: PackedAttention, inlets: Mapping[str, TensorType]
+) -> dict[str, TensorType]:
+    widths = {"q": options.num_heads, "k": options.num_kv_heads, "v": options.num_kv_heads}
+    for name, num_heads in widths.items():
+        expect_last(inlets[name], num_heads * options.head_dim, name)
+        _expect_rows(inlets, "q", name)
+    if options.num_heads % options.num_kv_heads:
+        raise ShapeError(f"{options.num_heads} heads do not share {options.num_kv_heads} KV heads")
+    if options.window is not None and not options.causal:
+        raise ShapeError("only causal attention has a window")
+    return {"out": inlets["q"]}
+
+
+def _pool(options: PoolRows, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
+    rows = inlets["in"]
+    return {"out": TensorType(("B", *rows.shape[1:]), rows.dtype)}
+
+
 def _linear_attention(
     options: LinearAttention, inlets: Mapping[str, TensorType]
 ) -> dict[str, TensorType]:
@@ -156,6 +202,8 @@ TOKEN_MIXERS: tuple[Kernel, ...] = (
         PagedAttention,
         _paged_attention,
     ),
+    kernel("packed_attention", "q k v query_starts", "out", PackedAttention, _packed_attention),
+    kernel("pool", "in query_starts", "out", PoolRows, _pool),
     kernel(
         "linear_attention",
         "q k v gate query_starts context_lens states kv",

@@ -2,6 +2,7 @@
 the facts of a model that other packages need.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -12,6 +13,15 @@ from sagellm.graphs.kernels.memory_layout import weight_shapes
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config, stored_quantisation
 from sagellm.graphs.models.decoder import Decoder
+from sagellm.graphs.models.encoder import (
+    EmbedderShape,
+    EmbeddingHead,
+    Encoder,
+    embedder_graph,
+    embedder_shape,
+    is_encoder,
+    known_embedders,
+)
 from sagellm.graphs.models.family import (
     FAMILIES,
     ModelFamily,
@@ -25,6 +35,7 @@ __all__ = [
     "FAMILIES",
     "Config",
     "Decoder",
+    "EmbeddingHead",
     "ExpertFacts",
     "ModelFacts",
     "ModelFamily",
@@ -76,25 +87,51 @@ class ModelFacts:
     experts: ExpertFacts | None = None
 
 
-def build(config: Config) -> Graph:
+def build(config: Config, head: EmbeddingHead | None = None) -> Graph:
     """Build the kernel graph of one forward step of a ragged batch, without fusions and types.
 
-    Raises UnsupportedModel for an architecture or a field that sagellm would compute wrongly.
+    `head`: that of a model that embeds; None: the model generates. Raises UnsupportedModel for an
+    architecture or a field that sagellm would compute wrongly.
     """
+    if head is not None:
+        return embedder_graph(_embedder_shape(config), head)
     family = _family(config)
     return family.graph(family.shape(config))
 
 
-def facts(config: Config) -> ModelFacts:
+def facts(config: Config, head: EmbeddingHead | None = None) -> ModelFacts:
     """The facts of a model: sizes, limits and memory. Raises UnsupportedModel."""
+    if head is not None:
+        shape = _embedder_shape(config)
+        return _facts_of(config, shape, embedder_graph(shape, head))
     family = _family(config)
-    shape = family.shape(config)
-    return _facts_of(config, shape, family.graph(shape))
+    decoder = family.shape(config)
+    return _facts_of(config, decoder, family.graph(decoder))
 
 
-def check(config: Config) -> None:
+def check(config: Config, head: EmbeddingHead | None = None) -> None:
     """Raise UnsupportedModel if `facts` would, but without building a graph of all layers."""
-    _facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
+    shape = _embedder_shape(config) if head is not None else _family(config).shape(config)
+    _facts_of(config, shape, Graph("unbuilt", "kernel"))
+
+
+def _architecture(config: Config, known: Iterable[str]) -> str:
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list | tuple) and named else named
+    if not isinstance(name, str):
+        fix = "name one of " + ", ".join(known)
+        raise UnsupportedModel("it names no architecture", field="architectures", fix=fix)
+    return name
+
+
+def _embedder_shape(config: Config) -> EmbedderShape:
+    name = _architecture(config, known_embedders())
+    shape = embedder_shape(name, config)
+    if shape is None:
+        fix = f"use a model of one of {', '.join(known_embedders())}"
+        cause = f"architecture {name} is not built into sagellm for embeddings"
+        raise UnsupportedModel(cause, field="architectures", fix=fix)
+    return shape
 
 
 def _family(config: Config) -> ModelFamily:
@@ -103,12 +140,12 @@ def _family(config: Config) -> ModelFamily:
     The error does not propose the nearest name: an unknown architecture is not a typing error, and
     the nearest name is a different model.
     """
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list | tuple) and named else named
-    if not isinstance(name, str):
-        fix = "name one of " + ", ".join(known_architectures())
-        raise UnsupportedModel("it names no architecture", field="architectures", fix=fix)
+    name = _architecture(config, known_architectures())
     family = find_family(name)
+    if family is None and is_encoder(name):
+        cause = f"architecture {name} embeds texts, and generates none"
+        fix = "give its engine `kind: embedding`, and embed by an operator `embed`"
+        raise UnsupportedModel(cause, field="architectures", fix=fix)
     if family is None:
         known = ", ".join(known_architectures())
         fix = f"use a model of one of {known}, or install a package that offers the architecture"
@@ -117,7 +154,7 @@ def _family(config: Config) -> ModelFamily:
     return family
 
 
-def _facts_of(config: Config, shape: Decoder, graph: Graph) -> ModelFacts:
+def _facts_of(config: Config, shape: EmbedderShape, graph: Graph) -> ModelFacts:
     """Collect the facts of a config, of the `shape` that was read from it, and of the `graph` that
     was built from the shape. Raises UnsupportedModel.
     """
@@ -130,7 +167,9 @@ def _facts_of(config: Config, shape: Decoder, graph: Graph) -> ModelFacts:
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        max_model_len=read.whole(config, "max_position_embeddings", 2048),
+        max_model_len=shape.max_model_len
+        if isinstance(shape, Encoder)
+        else read.whole(config, "max_position_embeddings", 2048),
         dtype=shape.dtype,
         tie_embeddings=shape.tie_embeddings,
         sliding_window=shape.windows[0] if len(set(shape.windows)) == 1 else None,

@@ -99,6 +99,14 @@ def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
     `mixer` builds the token mixer of each layer; `attention` by default.
     """
     build = KernelGraphBuilder(shape.family, shape.dtype)
+    rows = decoder_rows(build, shape, mixer or attention)
+    build.sink("logits", _head(build, shape, rows))
+    build.sink("kv", build.state)
+    return build.graph
+
+
+def decoder_rows(build: KernelGraphBuilder, shape: Decoder, mixer: Mixer) -> NodeOutlet:
+    """Build the embedding and all layers. Returns the rows before the last norm."""
     rows = build.add(
         "embed",
         "embedding",
@@ -109,11 +117,9 @@ def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
         dtype=shape.dtype,
     )
     for layer in range(len(shape.windows)):
-        rows = _mixed(build, shape, layer, rows, mixer or attention)
+        rows = _mixed(build, shape, layer, rows, mixer)
         rows = _mlp(build, shape, layer, rows)
-    build.sink("logits", _head(build, shape, rows))
-    build.sink("kv", build.state)
-    return build.graph
+    return rows
 
 
 def _mixed(
@@ -131,9 +137,9 @@ def attention(
 ) -> NodeOutlet:
     """Build softmax attention with rotated queries and keys: the usual mixer."""
     name = f"layer{layer}"
-    q = _heads(build, shape, layer, "q", normed)
-    k = _heads(build, shape, layer, "k", normed)
-    v = _project(build, shape, layer, "v", normed)
+    q = heads_of(build, shape, layer, "q", normed)
+    k = heads_of(build, shape, layer, "k", normed)
+    v = project(build, shape, layer, "v", normed)
     kv = {"layer": layer, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
     build.add_stateful(f"{name}_kv_write", "kv_write", {"k": k, "v": v}, ("slots",), **kv)
     mixed = build.add_stateful(
@@ -171,17 +177,22 @@ def _head(build: KernelGraphBuilder, shape: Decoder, rows: NodeOutlet) -> NodeOu
     """Build the logits. Rows that need no logits are dropped before the last norm, to save work."""
     chosen = build.step_input("logit_rows")
     rows = build.add("logit_rows", "select_rows", {"in": rows, "rows": chosen})
-    rows = _norm(build, shape, "final_norm", "model.norm", rows)
+    rows = final_norm(build, shape, rows)
     path = "model.embed_tokens" if shape.tie_embeddings else "lm_head"
     return linear(build, "lm_head", path, rows, (shape.hidden_size, shape.vocab_size), False)
 
 
-def _heads(
+def final_norm(build: KernelGraphBuilder, shape: Decoder, rows: NodeOutlet) -> NodeOutlet:
+    """Build the norm after the last layer."""
+    return _norm(build, shape, "final_norm", "model.norm", rows)
+
+
+def heads_of(
     build: KernelGraphBuilder, shape: Decoder, layer: int, role: str, rows: NodeOutlet
 ) -> NodeOutlet:
     """Build queries or keys: a projection, a norm if the decoder has `qk_norm`, and a rotation."""
     name = f"layer{layer}_{role}"
-    heads = _project(build, shape, layer, role, rows)
+    heads = project(build, shape, layer, role, rows)
     if shape.qk_norm:
         weight = _path(layer, f"self_attn.{role}_norm.weight")
         options = {"weight": weight, "size": shape.head_dim, "epsilon": shape.epsilon}
@@ -190,7 +201,7 @@ def _heads(
     return build.add(f"{name}_rope", "rope", inlets, **asdict(shape.rope))
 
 
-def _project(
+def project(
     build: KernelGraphBuilder, shape: Decoder, layer: int, role: str, rows: NodeOutlet
 ) -> NodeOutlet:
     num_heads = shape.num_heads if role == "q" else shape.num_kv_heads

@@ -124,6 +124,12 @@ def _qkv(graph: Graph, write: Node) -> Fusion | None:
     return _merged_linears(graph, (q, k, v), "qkv_linear", ("q", "k", "v"))
 
 
+def _packed_qkv(graph: Graph, attention: Node) -> Fusion | None:
+    """Fuse the projections of one attention over packed rows to `qkv_linear`."""
+    linears = tuple(_projection(graph, attention.name, inlet) for inlet in ("q", "k", "v"))
+    return _merged_linears(graph, linears, "qkv_linear", ("q", "k", "v"))
+
+
 def _gate_up(graph: Graph, mul: Node) -> Fusion | None:
     """Fuse the projections to gate and up of silu(gate) * up to `gate_up_linear`."""
     silu = _sole_producer(graph, mul.name, "a")
@@ -178,6 +184,26 @@ def _add_norm(graph: Graph, norm: Node) -> Fusion | None:
     inlets = {(source, "a"): "a", (source, "b"): "b"}
     outlets = {(source, "out"): "sum", (norm.name, "out"): "out"}
     return Fusion(replace(norm, op="add_rms_norm"), (source, norm.name), inlets, outlets)
+
+
+def _add_layer_norm(graph: Graph, norm: Node) -> Fusion | None:
+    """Fuse add -> layer_norm to `add_layer_norm`, if nothing else uses the sum."""
+    add = _sole_producer(graph, norm.name)
+    if add is None or add.op != "add":
+        return None
+    inlets = {(add.name, "a"): "a", (add.name, "b"): "b"}
+    outlets = {(norm.name, "out"): "out"}
+    return Fusion(replace(norm, op="add_layer_norm"), (add.name, norm.name), inlets, outlets)
+
+
+def _gelu_linear(graph: Graph, gelu: Node) -> Fusion | None:
+    """Fuse linear -> gelu to `gelu_linear`."""
+    linear = _sole_producer(graph, gelu.name)
+    if linear is None or linear.op != "linear":
+        return None
+    node = replace(linear, op="gelu_linear")
+    inlets, outlets = {(linear.name, "in"): "in"}, {(gelu.name, "out"): "out"}
+    return Fusion(node, (linear.name, gelu.name), inlets, outlets)
 
 
 def _silu_mul(graph: Graph, mul: Node) -> Fusion | None:
@@ -237,8 +263,11 @@ def _rope_kv_write(graph: Graph, write: Node) -> Fusion | None:
 # The fusions of linears come first: later fusions remove nodes that their patterns contain.
 KERNEL_PASSES: tuple[FusionPass, ...] = (
     FusionPass("fuse_qkv", "kv_write", _qkv),
+    FusionPass("fuse_packed_qkv", "packed_attention", _packed_qkv),
     FusionPass("fuse_gate_up", "mul", _gate_up),
     FusionPass("fuse_add_norm", "rms_norm", _add_norm),
+    FusionPass("fuse_add_layer_norm", "layer_norm", _add_layer_norm),
+    FusionPass("fuse_gelu_linear", "gelu", _gelu_linear),
     FusionPass("fuse_silu_mul", "mul", _silu_mul),
     FusionPass("fuse_gated_linear", "silu_mul", _gated_linear),
     FusionPass("fuse_rope_kv_write", "kv_write", _rope_kv_write),

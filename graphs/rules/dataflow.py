@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Node
 from sagellm.graphs.rules.rule import CheckContext
-from sagellm.graphs.vocabulary import ANSWER, ANY, EVENT, PREFILLED, REQUEST, OpSpec, Port
+from sagellm.graphs.vocabulary import (
+    ANSWER,
+    ANY,
+    EMBEDDING,
+    EVENT,
+    PREFILLED,
+    REQUEST,
+    OpSpec,
+    Port,
+)
 
 Outlet = tuple[str, str]
 ItemTypes = frozenset[str]
 
 SAME = "same"  # an outlet that carries the item types of the first inlet
-_SINK_TYPES: ItemTypes = frozenset({EVENT, ANSWER})
+_SINK_TYPES: ItemTypes = frozenset({EVENT, ANSWER, EMBEDDING})
 TRANSFER = "kv_transfer"
 _AGREED = {  # each fact that must be equal on prefill and decode engine -> its name in messages
     "dtype": "dtype",

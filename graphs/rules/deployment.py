@@ -9,6 +9,7 @@ from sagellm.graphs.rules.option_types import check_options
 from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, choice
 from sagellm.graphs.sections import (
     AUTOSCALE,
+    EMBED,
     MODELS_OPTION,
     ROUTE_MODEL,
     SCALED_OPTION,
@@ -19,6 +20,7 @@ from sagellm.graphs.sections import (
     model_engines,
     model_outlets,
     model_routers,
+    model_tasks,
     most_replicas,
     num_replicas,
     router_outlets,
@@ -28,6 +30,7 @@ from sagellm.graphs.sections import (
 from sagellm.graphs.vocabulary import unmet_needs
 
 ROUTE = "route"
+_TASK_VERBS = {"generate": "generates", EMBED: "embeds"}
 
 
 def capabilities(context: CheckContext) -> Iterator[Diagnostic]:
@@ -246,15 +249,22 @@ def model_options(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def known_tasks(context: CheckContext) -> Iterator[Diagnostic]:
+    """The tasks that a model lists must be those of its operators."""
     for key, given in context.graph.models.items():
-        tasks = given.get("tasks", ("generate",)) if isinstance(given, FrozenMap) else ("generate",)
+        tasks = given.get("tasks") if isinstance(given, FrozenMap) else None
+        if not isinstance(tasks, tuple):
+            continue
         path: Path = ("models", key, "tasks", VALUE)
-        hint = "write `tasks: [generate]`, or leave it out"
-        if isinstance(tasks, tuple) and "embed" in tasks:
-            message = f"`{key}` is to embed, and no operator of this version computes embeddings"
-            yield Diagnostic("unbuilt-task", path, message, hint)
-        elif tasks == ():
+        built = model_tasks(context.graph, key)
+        hint = f"write `tasks: [{', '.join(built)}]`, or leave it out"
+        if not tasks:
             yield Diagnostic("wrong-value", path, f"`tasks` of `{key}` lists nothing", hint)
+        for task in dict.fromkeys(tasks):
+            if built and task in _TASK_VERBS and task not in built:
+                verb = _TASK_VERBS[str(task)]
+                message = f"`{key}` is to {task}, and no operator of the model {verb}"
+                more = f"; or lead its outlet to an operator `{EMBED}`" if task == EMBED else ""
+                yield Diagnostic("unbuilt-task", path, message, hint + more)
 
 
 def unique_model_names(context: CheckContext) -> Iterator[Diagnostic]:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from sagellm.backends.quantised_weight import MODES
 from sagellm.graphs.vocabulary import (
@@ -129,16 +129,12 @@ class PagedOptions:
     replicas: int = field(default=1, metadata={"min": 1})
 
     def __post_init__(self) -> None:
-        for name, option in self.__dataclass_fields__.items():
-            value, least = getattr(self, name), option.metadata.get("min")
-            # The checks of graphs compare with `min` too; Python callers come here unchecked.
-            if least is not None and value is not None and value < least:
-                raise EngineOptionError(f"{name}: {value} is too small; give at least {least}")
+        check_least(self)
         if self.num_blocks is not None and self.kv_memory is not None:
             raise EngineOptionError("num_blocks and kv_memory both size the KV pool; give one")
         if self.kv_memory is not None:
             num_bytes(self.kv_memory)
-        _check_known("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, " or ")
+        check_known("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, " or ")
 
     @property
     def limits(self) -> Limits:
@@ -147,8 +143,34 @@ class PagedOptions:
         )
 
 
+class OnDevice:
+    """Options of an engine with an option `device`: a backend, and which of its devices."""
+
+    __slots__ = ()
+    device: str
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that `device` names."""
+        return self.device.partition(":")[0]
+
+    @property
+    def device_index(self) -> int | None:
+        """The number of the device; None: each replica takes the next device."""
+        _, colon, index = self.device.partition(":")
+        return int(index) if colon else None
+
+    def check_device(self) -> None:
+        """Raises EngineOptionError for a device without the number that it announces."""
+        name, colon, index = self.device.partition(":")
+        if colon and not index.isdecimal():
+            raise EngineOptionError(
+                f"device: {self.device!r} has no number after the colon; write {name} or {name}:0"
+            )
+
+
 @dataclass(frozen=True, slots=True)
-class EngineOptions(PagedOptions):
+class EngineOptions(OnDevice, PagedOptions):
     """The options of kind `local`. Raises EngineOptionError for invalid values.
 
     `device`: a backend, and which of its devices ("cpu", "cuda:1"); without a number, replicas take
@@ -183,24 +205,9 @@ class EngineOptions(PagedOptions):
         """The most tokens to draft for a sequence in one step, if `speculation` is set."""
         return 4 if self.num_draft_tokens is None else self.num_draft_tokens
 
-    @property
-    def backend(self) -> str:
-        """The name of the backend that `device` names."""
-        return self.device.partition(":")[0]
-
-    @property
-    def device_index(self) -> int | None:
-        """The number of the device; None: each replica takes the next device."""
-        _, colon, index = self.device.partition(":")
-        return int(index) if colon else None
-
     def _check_device(self) -> None:
-        name, colon, index = self.device.partition(":")
-        if colon and not index.isdecimal():
-            raise EngineOptionError(
-                f"device: {self.device!r} has no number after the colon; write {name} or {name}:0"
-            )
-        for option, value in (("device", name), ("model", self.model)):
+        self.check_device()
+        for option, value in (("device", self.backend), ("model", self.model)):
             if value == "null":
                 raise EngineOptionError(
                     f"{option}: null computes nothing, and kind local does; write kind: modelled"
@@ -212,7 +219,7 @@ class EngineOptions(PagedOptions):
                 if getattr(self, name) is not None:
                     raise EngineOptionError(f"{name}: nothing is drafted without speculation")
             return
-        _check_known("speculation", self.speculation, _SPECULATIONS, " or ")
+        check_known("speculation", self.speculation, _SPECULATIONS, " or ")
         if self.speculation == "draft" and self.draft_model is None:
             raise EngineOptionError("speculation: draft needs draft_model; name one, or use ngram")
         if self.speculation != "draft" and self.draft_model is not None:
@@ -229,12 +236,33 @@ class EngineOptions(PagedOptions):
 
     def _check_quantization(self) -> None:
         if self.quantization is not None:
-            _check_known("quantization", self.quantization, tuple(MODES), ", ")
+            check_known("quantization", self.quantization, tuple(MODES), ", ")
 
 
-def _check_known(option: str, name: str, known: tuple[str, ...], comma: str) -> None:
+def check_known(option: str, name: str, known: tuple[str, ...], comma: str) -> None:
     """Raises EngineOptionError for a name that is not `known`."""
     if name not in known:
         close = nearest(name, known)
         fix = f"did you mean {close}?" if close else f"use {comma.join(known)}"
         raise EngineOptionError(f"{option}: {name!r} is unknown; {fix}")
+
+
+def check_least(options: Any) -> None:
+    """Raises EngineOptionError for a field below its metadata `min`."""
+    for name, option in options.__dataclass_fields__.items():
+        value, least = getattr(options, name), option.metadata.get("min")
+        # The checks of graphs compare with `min` too; Python callers come here unchecked.
+        if least is not None and value is not None and value < least:
+            raise EngineOptionError(f"{name}: {value} is too small; give at least {least}")
+
+
+def float_dtype(given: str | None, stored: str) -> str:
+    """The dtype of weights in memory. `given`: the option `dtype`. Float16 models are computed in
+    float32. Raises EngineOptionError.
+    """
+    dtype = given or stored
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise EngineOptionError(f"dtype: {dtype!r} is unknown; use float32 or bfloat16")
+    if given == "float16":
+        raise EngineOptionError("dtype: float16 is not built; use float32 or bfloat16")
+    return "float32" if dtype == "float16" else dtype

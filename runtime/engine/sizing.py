@@ -11,7 +11,13 @@ from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.kernels.memory_layout import ITEM_BYTES, SCALE_BYTES
 from sagellm.graphs.models import ModelFacts
 from sagellm.graphs.rules.rule import EngineFactsView
-from sagellm.runtime.engine.options import EngineOptionError, PagedOptions, SizedOptions, num_bytes
+from sagellm.runtime.engine.options import (
+    EngineOptionError,
+    PagedOptions,
+    SizedOptions,
+    float_dtype,
+    num_bytes,
+)
 from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.port import EngineFacts
@@ -45,12 +51,7 @@ def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
     """The dtype of weights, and of KV by default. Float16 models are computed in float32. Raises
     EngineOptionError.
     """
-    dtype = options.dtype or facts.dtype
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise EngineOptionError(f"dtype: {dtype!r} is unknown; use float32 or bfloat16")
-    if options.dtype == "float16":
-        raise EngineOptionError("dtype: float16 is not built; use float32 or bfloat16")
-    return "float32" if dtype == "float16" else dtype
+    return float_dtype(options.dtype, facts.dtype)
 
 
 def kv_dtype(options: SizedOptions, facts: ModelFacts) -> str:

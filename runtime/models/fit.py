@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagellm.graphs.kernels.memory_layout import Shape, linear_weights, weight_shapes
-from sagellm.graphs.models import build
+from sagellm.graphs.models import EmbeddingHead, build
 from sagellm.graphs.models.config import StoredQuantisation, num_layers, stored_quantisation
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models import ModelError
@@ -31,6 +31,8 @@ _HARMLESS = re.compile(
     """,
     re.VERBOSE,
 )
+# Heads of other tasks, which change no vector of a model that embeds.
+_OTHER_HEADS = re.compile(r"^((bert|roberta)\.)?pooler\.dense\.|^cls\.|^lm_head\.")
 # Tensors that change the result if they belong to a module of the decoder.
 _PARAMETER = re.compile(r"(\.(weight|bias)|scale|zero|absmax|quant|lora)[\w.]*$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -40,11 +42,15 @@ _FIX = "give the folder the config.json that these weights were saved with, or d
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """The config.json of a folder, and the tensors that the folder holds."""
+    """The config.json of a folder, and the tensors that the folder holds.
+
+    `head`: that of a model that embeds; None: the model generates.
+    """
 
     name: str
     config: Mapping[str, object]
     tensors: Mapping[str, StoredTensor]
+    head: EmbeddingHead | None = None
 
 
 def check_fit(stored: StoredModel) -> tuple[str, ...]:
@@ -57,7 +63,7 @@ def check_fit(stored: StoredModel) -> tuple[str, ...]:
     quantisation = stored_quantisation(stored.config)
     _check_quantisation(stored, quantisation)
     _check_layers(stored)
-    graph = build(stored.config)
+    graph = build(stored.config, stored.head)
     shapes, linears = weight_shapes(graph), linear_weights(graph)
     wanted = _as_stored(shapes, linears, stored.tensors, quantisation)
     unread = tuple(_unread(wanted, stored))
@@ -163,6 +169,8 @@ def _unread(wanted: Mapping[str, Shape | None], stored: StoredModel) -> Iterator
     tied = bool(stored.config.get("tie_word_embeddings"))
     for name in stored.tensors:
         is_known = _HARMLESS.search(name) or _belongs_to_packed(name, stored.tensors)
+        if stored.head is not None and _OTHER_HEADS.search(name):
+            continue
         if name not in wanted and not is_known and not (name == HEAD and tied):
             yield name
 

@@ -8,14 +8,20 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import huggingface_hub  # cheap: it imports its HTTP client and its errors at the first download
 
-from sagellm.graphs.models import ModelFacts, UnsupportedModel, check, facts
+from sagellm.graphs.models import EmbeddingHead, ModelFacts, UnsupportedModel, check, facts
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models import FolderWarning, ModelError
+from sagellm.runtime.models.embedding_files import (
+    HeadOptions,
+    longest_text,
+    read_head,
+    with_prefix,
+)
 from sagellm.runtime.models.files import (
     CONFIG,
     SHARD_INDEX,
@@ -35,7 +41,8 @@ __all__ = ["SHARD_INDEX", "ModelError", "ModelFolder", "open_folder", "resolve_m
 
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
-_NEVER_DOWNLOADED = ["*.py", "*.bin", "*.pt", "*.pth", "*/*"]  # code, pickles and subfolders
+# Code, pickles, and all files of subfolders but config.json, which says how a model embeds.
+_NEVER_DOWNLOADED = ["*.py", "*.bin", "*.pt", "*.pth", "*/[!c]*", "*/*.safetensors", "*/*_*.json"]
 
 
 class HubError(OSError):
@@ -120,7 +127,8 @@ class ModelFolder:
 
     `eos_token_ids`: the tokens that end an answer, from config.json and generation_config.json.
     `hash`: 16 hex digits; models with different hashes cannot continue each other's answers.
-    `warnings`: about the folder, which is served nevertheless.
+    `warnings`: about the folder, which is served nevertheless. `head`: None unless the model is to
+    embed.
     """
 
     name: str
@@ -130,6 +138,7 @@ class ModelFolder:
     eos_token_ids: tuple[int, ...] = ()
     hash: str = "null"
     warnings: tuple[FolderWarning, ...] = ()
+    head: EmbeddingHead | None = None
 
     @property
     def tokenizer_hash(self) -> str:
@@ -153,19 +162,19 @@ _MOST_KEPT = 8
 _kept: dict[tuple[object, ...], ModelFolder] = {}
 
 
-def resolve_model(name: str) -> ModelFolder:
+def resolve_model(name: str, embeds: HeadOptions | None = None) -> ModelFolder:
     """Find a built-in model, a folder or a Hub id, and check it without reading a weight.
 
-    Raises ModelError, UnsupportedModel.
+    `embeds`: how a model is to embed; None: it is to generate. Raises ModelError, UnsupportedModel.
     """
-    if name == "null":
+    if name == "null" and embeds is None:
         return ModelFolder("null", None, NULL_FACTS)
     path = _locate(name)
-    files = sorted(path.iterdir())
-    key = (name, path, *(file_state(file) for file in files))
+    files = sorted((*path.iterdir(), *path.glob(f"*/{CONFIG}")))
+    key = (name, embeds, path, *(file_state(file) for file in files))
     found = _kept.get(key)
     if found is None:
-        found = open_folder(name, path)
+        found = open_folder(name, path, embeds)
         if all(_is_settled(file) for file in files):
             _keep(key, found)
     return found
@@ -184,28 +193,35 @@ def _keep(key: tuple[object, ...], folder: ModelFolder) -> None:
     _kept[key] = folder
 
 
-def open_folder(name: str, path: Path) -> ModelFolder:
+def open_folder(name: str, path: Path, embeds: HeadOptions | None = None) -> ModelFolder:
     """Read and check one folder; weights by their headers. Raises ModelError, UnsupportedModel."""
     check_config(name, path)
     declared = read_json(path / CONFIG, name)
+    head = None if embeds is None else read_head(name, path, embeds)
     try:
         _refuse_remote_code(name, declared)
-        check(declared)
+        check(declared, head)
     except UnsupportedModel as error:
         raise error.in_file(str(path / CONFIG)) from None
     check_tokenizer(name, path)
     tensors = _stored(name, path)
-    config = untie_if_different(declared, path, tensors)
-    unread = check_fit(StoredModel(name, config, tensors))
-    model_facts = facts(config)
+    if head is not None:
+        head = with_prefix(head, tensors)
+    config = declared if head is not None else untie_if_different(declared, path, tensors)
+    unread = check_fit(StoredModel(name, config, tensors, head))
+    model_facts = facts(config, head)
+    if head is not None and (longest := longest_text(name, path)) is not None:
+        longest = min(longest, model_facts.max_model_len)
+        model_facts = replace(model_facts, max_model_len=longest)
     return ModelFolder(
         name,
         path,
         model_facts,
         config,
         _eos(name, path, model_facts),
-        _hash(name, path, config),
+        _hash(name, path, config if head is None else {**config, "head": asdict(head)}),
         tuple(_warnings(name, unread, is_untied=config is not declared)),
+        head,
     )
 
 

@@ -2,7 +2,8 @@
 
 `AutoTokenizer` of transformers chooses a class by `model_type` and `tokenizer_class`. Some classes
 replace the normalizer, the pre-tokenizer and the decoder of tokenizer.json. sagellm does the same,
-so that a text has the same tokens. Source: transformers 5.23, `Qwen2Tokenizer`, `LlamaTokenizer`.
+so that a text has the same tokens. Source: transformers 5.23, `Qwen2Tokenizer`, `LlamaTokenizer`,
+`BertTokenizer`.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordPiece
 
 from sagellm.runtime.models import FolderWarning
 from sagellm.runtime.models.helper_process import (
@@ -23,9 +24,11 @@ from sagellm.runtime.models.helper_process import (
 )
 
 AS_STORED, QWEN, LLAMA = "TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizer"
+BERT = "BertTokenizer"
 # The fields of config.json, and of tokenizer_config.json, that choose a pipeline.
 MODEL_FIELDS = ("model_type", "tokenizer_class")
-FIELDS = ("tokenizer_class", "add_prefix_space", "legacy")
+_OF_BERT = ("do_lower_case", "tokenize_chinese_chars", "strip_accents")
+FIELDS = ("tokenizer_class", "add_prefix_space", "legacy", *_OF_BERT)
 _STORED_CLASSES = ("PreTrainedTokenizer", "PythonBackend", AS_STORED)
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells a space
 _QWEN_SPLIT = (
@@ -74,6 +77,9 @@ def set_pipeline(
     chosen = class_name(model_config.get("model_type"), named, is_byte_level)
     if chosen == AS_STORED:
         return ()
+    if chosen == BERT and isinstance(tokenizer.model, WordPiece):
+        _bert(tokenizer, config)
+        return ()
     if chosen not in _PIPELINES:
         fix = f'set tokenizer_class to "{AS_STORED}" in tokenizer_config.json'
         return (_other_in_transformers(model, chosen, f"if that is right, {fix}"),)
@@ -99,6 +105,19 @@ def class_name(model_type: object, named: object, is_byte_level: bool) -> str:
     if not given:
         return QWEN if model_type == "qwen3" else AS_STORED
     return AS_STORED if given == LLAMA and is_byte_level else given
+
+
+def _bert(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    lowercase, chinese, accents = (config.get(name) for name in _OF_BERT)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=chinese is not False,
+        strip_accents=accents if isinstance(accents, bool) else None,
+        lowercase=lowercase is not False,
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.add_tokens([])  # as in `set_pipeline`
 
 
 def _qwen(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:

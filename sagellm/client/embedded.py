@@ -31,6 +31,7 @@ from sagellm.runtime.messages import SERVED, Answer
 from sagellm.session import Output, RequestError, RequestFailed, RequestRefused
 
 GRAPH = "joint"
+TWO_MODELS, EMBEDDER = "embed", "embedder"  # the graph with a model that embeds, and its key there
 
 
 class StreamUsage:
@@ -134,27 +135,47 @@ def _client_error(error: RequestError | RequestFailed) -> ClientError:
 
 
 def _no_embeddings() -> ClientError:
-    cause = "an embedded graph has no embeddings; use a server that has /v1/embeddings"
+    cause = "this client has no embeddings: name default_embedding_model when you create it"
     return ClientError(cause, code=NOT_OFFERED)
 
 
-class _EmbeddedGraph:
-    """The base of both services: the shipped graph with one model, opened by the subclass."""
+def _unknown_model(model: str | None, known: str) -> ClientError:
+    cause = f"model: {model!r} is not served here; the graph has {known!r}"
+    return ClientError(cause, status=404, code="model_not_found", param="model")
 
-    def __init__(self, model: str | None) -> None:
-        graph = Graph.load(GRAPH)
-        (engine,) = graph.ir.engines.values()  # the graph `joint` has one engine
+
+class _EmbeddedGraph:
+    """The base of both services: a shipped graph, opened by the subclass.
+
+    `model` generates, `embedding` embeds; None: the graph's own model generates, and none embeds.
+    """
+
+    def __init__(self, model: str | None, embedding: str | None = None) -> None:
+        graph = Graph.load(GRAPH if embedding is None else TWO_MODELS)
+        engine = graph.ir.engines["g"]
         assert isinstance(engine, FrozenMap)
         self._model = model or str(engine["model"])
-        self._opened = graph.open(model=model)
+        self._embedding = embedding
+        chosen = {"g.model": self._model, "e.model": embedding}
+        self._opened = graph.open(set={"g.model": self._model} if embedding is None else chosen)
         self._session: Any = None
+
+    def _check_embedding(self, model: str | None) -> None:
+        """Raise ClientError unless the graph has this model that embeds; None: any."""
+        if self._embedding is None:
+            raise _no_embeddings()
+        if model not in (None, self._embedding):
+            raise _unknown_model(model, self._embedding)
+
+    @property
+    def _models(self) -> list[str]:
+        return [self._model] if self._embedding is None else [self._model, self._embedding]
 
     def _read(
         self, path: str, call: Mapping[str, Any], options: Mapping[str, Any], model: str | None
     ) -> SessionCall:
         if model not in (None, self._model):
-            cause = f"model: {model!r} is not served here; the graph has {self._model!r}"
-            raise ClientError(cause, status=404, code="model_not_found", param="model")
+            raise _unknown_model(model, self._model)
         try:
             return read_call(path, call, options, self._session)
         except RequestError as error:
@@ -173,7 +194,7 @@ class _EmbeddedGraph:
             "mode": "embedded",
             "url": None,
             "is_ready": True,
-            "models": [self._model],
+            "models": self._models,
             "server_load": self._session.statistics().num_open,
             "version": sagellm.__version__,
         }
@@ -182,8 +203,8 @@ class _EmbeddedGraph:
 class Embedded(_EmbeddedGraph):
     """The service for plain threads. Creating an instance opens the graph."""
 
-    def __init__(self, model: str | None) -> None:
-        super().__init__(model)
+    def __init__(self, model: str | None, embedding: str | None = None) -> None:
+        super().__init__(model, embedding)
         self._session = self._opened.__enter__()
         self._is_open = True
 
@@ -206,13 +227,18 @@ class Embedded(_EmbeddedGraph):
         return reply_of(answers, self._model, read)
 
     def models(self) -> list[str]:
-        return [self._model]
+        return self._models
 
     def status(self) -> dict[str, Any]:
         return self._status()
 
     def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]:
-        raise _no_embeddings()
+        self._check_embedding(model)
+        try:
+            found: list[list[float]] = self._session.embed(texts, model=EMBEDDER)
+        except (RequestError, RequestFailed) as error:
+            raise _client_error(error) from error
+        return found
 
     def close(self) -> None:
         """Cancel running requests, and free the engine. Idempotent."""
@@ -270,13 +296,18 @@ class AsyncEmbedded(_EmbeddedGraph):
         return reply_of(answers, self._model, read)
 
     async def models(self) -> list[str]:
-        return [self._model]
+        return self._models
 
     async def status(self) -> dict[str, Any]:
         return self._status()
 
     async def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]:
-        raise _no_embeddings()
+        self._check_embedding(model)
+        try:
+            found: list[list[float]] = await self._session.embed(texts, model=EMBEDDER)
+        except (RequestError, RequestFailed) as error:
+            raise _client_error(error) from error
+        return found
 
     async def _streamed(self, read: SessionCall) -> AsyncReplyStream:
         usage = StreamUsage(read)

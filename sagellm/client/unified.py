@@ -89,17 +89,19 @@ class UnifiedInferenceClient:
         """Create a client of the server at `control_plane_url`, or else at SAGELLM_URL, or else on
         this machine.
 
-        `embedded` opens the shipped graph `joint` in this process instead, with
-        `default_llm_model` as its model. The API key is `api_key`, or else SAGELLM_API_KEY. A call
-        without a model uses the default model, or else the first model of the server. Raises
-        ClientError if no server is found.
+        `embedded` opens a shipped graph in this process instead: `joint` with `default_llm_model`
+        as its model, or `embed` if `default_embedding_model` is given too. The API key is
+        `api_key`, or else SAGELLM_API_KEY. A call without a model uses the default model, or else
+        the first model of the server. Raises ClientError if no server is found.
         """
         served: InferenceService
         if embedded:
             _check_place("UnifiedInferenceClient.create(embedded=True)")
             check_embedded(control_plane_url, api_key)
             # Imported on demand: a client of a server needs neither the gateway nor an engine.
-            served = import_module("sagellm.client.embedded").Embedded(default_llm_model)
+            served = import_module("sagellm.client.embedded").Embedded(
+                default_llm_model, default_embedding_model
+            )
         else:
             url = configured_url(control_plane_url) or find_server()
             served = ServerConnection(url, configured_key(api_key), timeout)

@@ -298,7 +298,9 @@ class AsyncUnifiedInferenceClient:
     async def __aenter__(self) -> "AsyncUnifiedInferenceClient":
         self._is_closed = False  # a closed client may be entered again
         if self._is_embedded and self._found is None:
-            opened = import_module("sagellm.client.embedded").AsyncEmbedded(self._llm)
+            opened = import_module("sagellm.client.embedded").AsyncEmbedded(
+                self._llm, self._embedding
+            )
             await opened.open()
             self._found = opened
         await self._served()

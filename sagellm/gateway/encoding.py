@@ -77,6 +77,24 @@ class PromptEncoder:
                 lambda: isolated.encode_async(text, add_special_tokens=add_special_tokens),
             )
 
+    async def texts(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, param: str = "input"
+    ) -> list[tuple[int, ...]]:
+        """Return the tokens of each text. Raises ApiError as `text` does."""
+
+        def encode() -> list[tuple[int, ...]]:
+            return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+        if not texts:
+            return []
+        if self._tokenizer.isolated_encoder is None:
+            return await self._tokenize(encode, sum(map(len, texts)))
+        if len(texts) == 1:
+            only = await self.text(texts[0], add_special_tokens=add_special_tokens, param=param)
+            return [only]
+        with _admitted(param):
+            return await self._within(self._encoders, lambda: self._tokenizing.run(encode))
+
     async def exceeds(self, text: str, max_len: int, *, param: str = "prompt") -> bool:
         """Whether the beginning of a text has more than 2 * `max_len` tokens.
 

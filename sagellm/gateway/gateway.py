@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sagellm.chat_formats import ChatFormat, SpecialTokens, format_of
 from sagellm.gateway.answers.logprobs import TokenTexts
-from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.batches.batch_store import Stores
 from sagellm.gateway.budgets import Budgets, Counter, LocalCounter
 from sagellm.gateway.encoding import PromptEncoder
@@ -176,6 +176,28 @@ def served_model(gateway: Gateway, name: str | None) -> HostedModel:
     found = next((served for served in gateway.models if name in served.card.names), None)
     if found is None:
         raise _unknown(gateway, name)
+    return found
+
+
+def generating_model(gateway: Gateway, name: str | None) -> HostedModel:
+    """Return the model with a name; for None, the first that generates. Raises ApiError."""
+    if name is None:
+        found = next((one for one in gateway.models if not one.card.embeds), gateway.models[0])
+    else:
+        found = served_model(gateway, name)
+    if found.card.embeds:
+        raise wrong("model", f"{found.card.id} embeds texts; send them to /v1/embeddings")
+    return found
+
+
+def embedding_model(gateway: Gateway, name: str | None) -> HostedModel:
+    """Return the model with a name; for None, the first that embeds. Raises ApiError."""
+    first = next((one for one in gateway.models if one.card.embeds), None)
+    found = first if name is None else served_model(gateway, name)
+    if first is None or found is None:
+        raise wrong("model", "none of this server embeds; give its graph an operator `embed`")
+    if not found.card.embeds:
+        raise wrong("model", f"{found.card.id} generates; {first.card.id} embeds texts")
     return found
 
 

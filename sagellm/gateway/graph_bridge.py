@@ -157,6 +157,7 @@ def event_of(output: Output) -> TokenEvent:
         num_prompt_tokens=output.num_prompt_tokens,
         num_cached_tokens=output.num_cached_tokens,
         stamps=output.stamps,
+        vector=output.vector,
     )
 
 

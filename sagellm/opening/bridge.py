@@ -3,7 +3,7 @@
 import asyncio
 import atexit
 import queue
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
 from typing import Any, Generic, TypeVar
@@ -177,6 +177,9 @@ class BlockingSession:
     def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
         return self._wait("generate_all", self._thread.session.generate_all, prompt, **fields)
 
+    def embed(self, texts: Sequence[Prompt], **fields: Any) -> list[list[float]]:
+        return self._wait("embed", self._thread.session.embed, texts, **fields)
+
     def idle(self) -> None:
         """Block the thread until every request has ended."""
         self._wait("idle", self._thread.session.idle)
@@ -270,6 +273,11 @@ class AsyncioSession:
     async def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
         return await asyncio.wrap_future(
             self._thread.call(self._thread.session.generate_all, prompt, **fields)
+        )
+
+    async def embed(self, texts: Sequence[Prompt], **fields: Any) -> list[list[float]]:
+        return await asyncio.wrap_future(
+            self._thread.call(self._thread.session.embed, texts, **fields)
         )
 
     async def idle(self) -> None:

@@ -37,6 +37,7 @@ from sagellm.session.stream import (
     UnreadLimits,
     gather,
 )
+from sagellm.session.vectors import embed_texts
 from sagellm.statistics import Health, Statistics, health_of, statistics_of
 
 __all__ = [
@@ -108,7 +109,7 @@ class Session:
         argument. Reading the stream raises as `generate` does.
         """
         known, timing = read_fields(fields)
-        known = {"request_id": self._free_id(), **known}
+        known = {"request_id": self.free_id(), **known}
         request = self.models.read(prompt, sampling or Sampling(), known)
         return self.start(request, timing, UnreadLimits(limit_tokens, limit_bytes))
 
@@ -151,6 +152,17 @@ class Session:
                         raise_unserved(answer, stream.cause_of(item.choice))
         return [gather(parts[choice]) for choice in sorted(parts)]
 
+    async def embed(
+        self, texts: Sequence[Prompt], *, dimensions: int | None = None, **fields: Any
+    ) -> list[list[float]]:
+        """Return the vector of each text, in order. `fields` are those of `stream`.
+
+        `dimensions`: the length of the vectors, for a model that was trained for shorter ones;
+        None: the model's own. Raises RequestError for a wrong request and for a model that
+        generates, and as `generate` for a text that the graph refuses or fails on.
+        """
+        return await embed_texts(self, texts, dimensions, fields)
+
     def encode(self, prompt: Prompt, *, model: str = "") -> Encoded:
         """Return the text and the tokens of a prompt, as a request would carry them.
 
@@ -189,6 +201,15 @@ class Session:
         every = (engine for name in served.engines for engine in engines[name])
         lengths = [engine.facts.max_model_len for engine in every]
         return min(lengths if served.max_model_len is None else [*lengths, served.max_model_len])
+
+    def vector_len_of(self, model: str) -> int:
+        """The numbers of a vector of a model that embeds; 0 for a model that generates.
+
+        Raises RequestError for an unknown model.
+        """
+        engines = self.executor.engines
+        every = (one for name in self.models.named(model).served.engines for one in engines[name])
+        return min(engine.facts.vector_len for engine in every)
 
     def is_able(self, capability: str, model: str = "") -> bool:
         """Whether all engines of a model have a capability (`graphs/vocabulary.py`).
@@ -297,7 +318,8 @@ class Session:
             except Exception as error:
                 log.error("observer_failed", observer=type(observer).__name__, exc_info=error)
 
-    def _free_id(self) -> str:
+    def free_id(self) -> str:
+        """Return an id that no open request has."""
         numbered = (f"req-{number}" for number in self._numbers)
         return next(request_id for request_id in numbered if not self.is_in_use(request_id))
 

@@ -145,6 +145,8 @@ class Models:
         Raises RequestError for an unknown model, an empty prompt, or a prompt that is too long.
         """
         model = self.named(request.model)
+        if request.texts:
+            return self._texts_of(request, model)
         if not (request.prompt_token_ids or model.takes_text):
             raise empty_prompt()
         if model.takes_text:  # with token ids, no text would reach the engine
@@ -160,6 +162,21 @@ class Models:
         return [
             msgspec.structs.replace(request, sampling=sampling, choice=choice)
             for choice in range(sampling.n)
+        ]
+
+    def _texts_of(self, request: Request, model: Model) -> list[Request]:
+        """Return one request for each text of a request to embed. Raises RequestError."""
+        texts, longest = request.texts, model.served.max_model_len
+        for token_ids in texts:
+            if not token_ids:
+                raise RequestError("a text is empty; give at least one token")
+            if longest is not None and len(token_ids) > longest:
+                raise RequestError(f"a text has {len(token_ids)} tokens; the limit is {longest}")
+        key = model.key if self.is_several else request.model
+        request = msgspec.structs.replace(request, texts=(), model=key)
+        return [
+            msgspec.structs.replace(request, prompt_token_ids=token_ids, choice=choice)
+            for choice, token_ids in enumerate(texts)
         ]
 
     def encode(self, text: str, name: str = "") -> tuple[int, ...]:

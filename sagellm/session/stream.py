@@ -294,6 +294,7 @@ def gather(parts: Sequence[Output]) -> Answer:
         num_cached_tokens=max([event.num_cached_tokens for event in events]),
         num_preemptions=max([event.num_preemptions for event in events]),
         stamps=_stamps(events[0], last),
+        vector=last.vector,
     )
 
 

@@ -26,6 +26,9 @@ def test_inputs_are_those_that_the_dialect_declares() -> None:
     sizes = {"T": 4, "B": 2, "B+1": 3, "M": 2, "R": 2, "2": 2, "N": 0}
     for name, kind in declared.items():
         tensor = getattr(inputs, name)
+        if name == "token_types":  # only of a batch to embed
+            assert tensor is None
+            continue
         assert str(tensor.dtype) == kind.dtype, name
         assert tuple(tensor.shape) == tuple(sizes[str(size)] for size in kind.shape), name
     of_the_host = {"query_lens", "contexts"}

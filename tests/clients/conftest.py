@@ -42,9 +42,9 @@ def is_ready(url):
 
 
 @contextmanager
-def serving(log, *options):
-    """The URL of graphs/pd.yaml with sage-tiny, served until the block ends."""
-    command_line = [command(), "serve", "pd", "--port", "0", "--api-key", KEY, *options]
+def serving(log, *options, graph="pd"):
+    """The URL of a graph that ships, with sage-tiny, served until the block ends."""
+    command_line = [command(), "serve", graph, "--port", "0", "--api-key", KEY, *options]
     with log.open("wb") as errors:
         process = subprocess.Popen(command_line, stderr=errors)
     until = time.monotonic() + START_S

@@ -5,7 +5,17 @@ from typing import Literal
 
 import pytest
 
-from sagellm.graphs.vocabulary import ANSWER, EVENT, PREFILLED, REQUEST, OpSpec, Port, Vocabulary
+from sagellm.graphs.vocabulary import (
+    ANSWER,
+    EMBEDDING,
+    EVENT,
+    PREFILLED,
+    REQUEST,
+    ListedPorts,
+    OpSpec,
+    Port,
+    Vocabulary,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,11 @@ class Function:
     function: str
 
 
+@dataclass(frozen=True, slots=True)
+class Models:
+    models: tuple[str, ...]
+
+
 MOVES = frozenset({"kv_transfer"})
 SPECS = (
     OpSpec("admission", (Port("in", REQUEST),), (Port("out", REQUEST),), Admission),
@@ -63,7 +78,17 @@ SPECS = (
     OpSpec("kv_transfer", (Port("in", PREFILLED),), (Port("out", PREFILLED),), role="service"),
     OpSpec("decode", (Port("in", PREFILLED),), (Port("out", EVENT),), role="service", engine=True),
     OpSpec("generate", (Port("in", REQUEST),), (Port("out", EVENT),), OnEngine, engine=True),
-    OpSpec("metrics_sink", (Port("in", f"{EVENT} | {ANSWER}"),), (Port("out", "same"),)),
+    OpSpec("embed", (Port("in", REQUEST),), (Port("out", EMBEDDING),), OnEngine, engine=True),
+    OpSpec(
+        "metrics_sink", (Port("in", f"{EVENT} | {ANSWER} | {EMBEDDING}"),), (Port("out", "same"),)
+    ),
+    OpSpec(
+        "route_model",
+        (Port("in", REQUEST),),
+        (),
+        Models,
+        listed_outlets=ListedPorts("models", REQUEST),
+    ),
     OpSpec("map", (Port("in"),), (Port("out", "same"),), Function),
     OpSpec("collect", (Port("in", EVENT),), (Port("out", ANSWER),)),
     OpSpec("join", (Port("left", REQUEST), Port("right", REQUEST)), (Port("out", REQUEST),)),

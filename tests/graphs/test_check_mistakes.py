@@ -151,7 +151,12 @@ FUNCTION = PD.replace("kv_transfer}", "kv_transfer}\n  guard: {op: map, function
 @pytest.mark.parametrize(
     ("text", "start", "word", "hint"),
     [
-        (WRONG_ITEM, "pd.yaml:16:48", "takes answer or event, not prefilled", "`decode`"),
+        (
+            WRONG_ITEM,
+            "pd.yaml:16:48",
+            "takes answer or embedding or event, not prefilled",
+            "`decode`",
+        ),
         (UNMOVED, "pd.yaml:12:3", "nothing moves the KV blocks", "op: kv_transfer"),
         (REPLICAS, "pd.yaml:14:3", "2 replicas; nothing chooses", "`op: route` before `generate`"),
         (FUNCTION, "pd.yaml:13:30", "registered as `gard`", "`guard`"),

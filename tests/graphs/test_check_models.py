@@ -107,7 +107,7 @@ def test_a_graph_without_route_model_serves_one_model_of_all_engines() -> None:
         ("[a, b]", "[a, b, x/y]", "bad-outlet", "`x/y` cannot name"),
         ("max_model_len: 64", "max_model_length: 64", "unknown-option", "max_model_length"),
         ("max_model_len: 64", "max_model_len: 1", "out-of-range", "at least 2"),
-        ("max_model_len: 64", "tasks: [embed]", "unbuilt-task", "no operator of this version"),
+        ("max_model_len: 64", "tasks: [embed]", "unbuilt-task", "no operator of the model embeds"),
         ("max_model_len: 64", "tasks: []", "wrong-value", "lists nothing"),
         ("max_model_len: 64", "aliases: [small]", "duplicate-model", "both called `small`"),
         ("max_model_len: 64", "name: a", "duplicate-model", "both called `a`"),

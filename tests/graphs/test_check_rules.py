@@ -202,8 +202,8 @@ def test_items_follow_same_along_the_graph(vocabulary: Vocabulary) -> None:
 def test_requests_may_not_leave_unanswered(vocabulary: Vocabulary) -> None:
     (found,) = check(chain("map", function="f"), vocabulary, Facts())
     assert found.code == "wrong-item"
-    assert found.message == "`sink` takes answer or event, not request"
-    assert found.hint == "put `generate` between"
+    assert found.message == "`sink` takes answer or embedding or event, not request"
+    assert found.hint == "put `embed` or `generate` between"
 
 
 def test_two_inlets_are_fed_each(vocabulary: Vocabulary) -> None:

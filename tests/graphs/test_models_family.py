@@ -95,7 +95,7 @@ def test_an_unknown_architecture_is_answered_with_all_that_packages_offer(
 ) -> None:
     offer(tmp_path, monkeypatch, "own_package:FAMILY")
     with pytest.raises(UnsupportedModel, match=f"Qwen3ForCausalLM, {NAME}"):
-        build({**CONFIG, "architectures": ["BertModel"]})
+        build({**CONFIG, "architectures": ["FalconForCausalLM"]})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 import sagellm.graphs
 from sagellm.graphs.check import Facts, check
+from sagellm.graphs.sections import model_tasks
 from sagellm.graphs.text.yaml import dump, load, load_file
 from sagellm.graphs.vocabulary import Vocabulary
 
@@ -13,8 +14,8 @@ FOLDER = Path(sagellm.graphs.__file__).parent
 FILES = sorted(FOLDER.glob("*.yaml"))
 
 
-def test_four_graphs_ship() -> None:
-    assert [path.stem for path in FILES] == ["joint", "map", "pd", "pd_many"]
+def test_five_graphs_ship() -> None:
+    assert [path.stem for path in FILES] == ["embed", "joint", "map", "pd", "pd_many"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -36,6 +37,11 @@ def test_pd_many_has_two_replicas_of_each_engine_and_routes_both_ways() -> None:
     assert [options["replicas"] for options in graph.engines.values()] == [2, 2]
     assert graph.inputs("prefill")[0].source == "route"
     assert graph.inputs("generate")[0].source == "route_aggregated"
+
+
+def test_embed_sends_texts_and_prompts_to_engines_of_their_own() -> None:
+    graph = load_file(FOLDER / "embed.yaml").graph
+    assert [model_tasks(graph, key) for key in graph.models] == [("generate",), ("embed",)]
 
 
 def test_map_runs_a_function_on_each_side_of_the_model() -> None:

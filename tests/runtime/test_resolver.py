@@ -8,7 +8,7 @@ from sagellm.runtime.resolver import Resolver, UnknownOperator
 SHIPPED = {
     "admission", "policy_sort", "pd_split", "route", "prefill", "kv_transfer", "decode",
     "generate", "metrics_sink", "map", "filter", "flat_map", "key_by", "collect", "route_model",
-    "roles", "autoscale", "ab_split",
+    "embed", "roles", "autoscale", "ab_split",
 }  # fmt: skip
 
 

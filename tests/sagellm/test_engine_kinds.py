@@ -116,7 +116,8 @@ def mistakes(**options: Any) -> list[str]:
     [
         (
             {"kind": "modelled", "threads": 2},
-            "`threads` is an option of kind `local`, and engine `e` is of kind `modelled` "
+            "`threads` is an option of kind `local` or `embedding`, and engine `e` is of kind "
+            "`modelled` "
             "(drop it, or write `kind: local`)",
         ),
         (
@@ -125,7 +126,7 @@ def mistakes(**options: Any) -> list[str]:
             "(drop it, or write `kind: modelled`)",
         ),
         ({"kind": "modeled"}, "unknown kind of engine: `modeled` (did you mean `modelled`?)"),
-        ({"kind": 3}, "unknown kind of engine: `3` (there are local, modelled, openai)"),
+        ({"kind": 3}, "unknown kind of engine: `3` (there are embedding, local, modelled, openai)"),
         ({"kind": "modelled", "model": "null", "step": 1}, "`e` has no option `step`"),
     ],
 )

@@ -274,7 +274,7 @@ async def test_an_unknown_field_says_where_it_belongs(field: str, says: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("jiont.yaml", "(did you mean joint?)"), ("a/b.yaml", "or one of joint, ")]
+    ("name", "hint"), [("jiont.yaml", "(did you mean joint?)"), ("a/b.yaml", "or one of embed, ")]
 )
 def test_a_graph_that_is_not_there(name: str, hint: str) -> None:
     with pytest.raises(FileNotFoundError, match="no such graph") as caught:

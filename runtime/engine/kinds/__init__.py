@@ -7,7 +7,7 @@ from typing import Any
 
 from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.rules.rule import EngineFactsView
-from sagellm.graphs.sections import LOCAL, MODELLED, OPENAI
+from sagellm.graphs.sections import EMBEDDINGS, LOCAL, MODELLED, OPENAI
 from sagellm.graphs.vocabulary import CAPABILITIES
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models import FolderWarning
@@ -130,6 +130,7 @@ KINDS: Registry[EngineKind] = Registry(
         {
             LOCAL: "sagellm.runtime.engine.kinds.local",
             MODELLED: "sagellm.runtime.engine.kinds.modelled",
+            EMBEDDINGS: "sagellm.runtime.engine.kinds.embedding",
             OPENAI: "sagellm.foreign.openai_kind",
         }
     ),

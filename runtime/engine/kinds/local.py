@@ -12,7 +12,12 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.drafters import draft_folder
 from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
 from sagellm.runtime.engine.local_engine import LocalEngine
-from sagellm.runtime.engine.options import LOCAL_CAPABILITIES, EngineOptionError, EngineOptions
+from sagellm.runtime.engine.options import (
+    LOCAL_CAPABILITIES,
+    EngineOptionError,
+    EngineOptions,
+    OnDevice,
+)
 from sagellm.runtime.engine.runner import EngineResources
 from sagellm.runtime.engine.sizing import engine_facts, facts_view, resized, size, sizes
 from sagellm.runtime.kv.transport import Sharing
@@ -57,7 +62,7 @@ def open_resources(
     return resources
 
 
-def open_device(options: EngineOptions, replica: int = 0) -> Device:
+def open_device(options: OnDevice, replica: int = 0) -> Device:
     """The device of one replica. Raises EngineOptionError."""
     try:
         backend = get_backend(options.backend)

@@ -32,6 +32,28 @@ class ApiUsage(msgspec.Struct, frozen=True):
     completion_tokens_details: CompletionTokensDetails
 
 
+class EmbeddingEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The vector of one text: numbers, or the base64 of float32, little-endian."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: msgspec.Raw
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of all texts."""
+
+    prompt_tokens: TokenCount
+    total_tokens: TokenCount
+
+
+class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[EmbeddingEntry]
+    model: str
+    usage: EmbeddingUsage
+
+
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     """Parallel lists over the tokens; a prompt's first token has no probability."""
 

@@ -189,7 +189,8 @@ _ELSEWHERE = {
     "/api/generate": _COMPLETIONS,
     "/api/tags": "/v1/models",
     "/generate": _COMPLETIONS,
-    "/v1/embeddings": _CHAT,
+    "/api/embed": "/v1/embeddings",
+    "/embed": "/v1/embeddings",
 }
 _UNSAFE = re.compile(rb"[^A-Za-z0-9/._~%{}:@!$&()*+,;=-]")
 

@@ -8,7 +8,7 @@ from sagellm.chat_formats import NO_TOOLS, OpenParser, ToolUse, open_plain_parse
 from sagellm.gateway.answers.forms import ChatForm
 from sagellm.gateway.answers.writer import MakeAnswerForm
 from sagellm.gateway.api_errors import wrong
-from sagellm.gateway.gateway import Gateway, HostedModel, served_model
+from sagellm.gateway.gateway import Gateway, HostedModel, generating_model
 from sagellm.gateway.http.bound_answers import chat_grammar, check_tool_use
 from sagellm.gateway.http.generation import GenerationCall, encoded, samplings_of
 from sagellm.gateway.protocol.bodies import ChatRequest, read_chat
@@ -32,7 +32,7 @@ async def chat_call(
 
     `make_form`: writes the answer in that API. `prefix`: the start of the answer's id.
     """
-    served = served_model(gateway, asked.model)
+    served = generating_model(gateway, asked.model)
     use = NO_TOOLS
     if asked.tools:
         use = tool_use_of(asked.tools, asked.tool_choice, parallel=asked.parallel_tool_calls)
@@ -76,7 +76,7 @@ def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
 
 async def num_prompt_tokens(gateway: Gateway, asked: ChatRequest) -> int:
     """Return the number of tokens that the model would read. Raises ApiError."""
-    served = served_model(gateway, asked.model)
+    served = generating_model(gateway, asked.model)
     if served.facts.takes_text:
         raise wrong("model", "has an engine that takes text; its tokens are not known here")
     return len((await chat_prompt(served, asked)).token_ids)

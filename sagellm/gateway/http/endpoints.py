@@ -17,7 +17,13 @@ from sagellm.gateway.answers.objects import (
     TokenizerFacts,
 )
 from sagellm.gateway.api_errors import ApiError, draining, wrong
-from sagellm.gateway.gateway import Gateway, HostedModel, plain_id, served_model
+from sagellm.gateway.gateway import (
+    Gateway,
+    HostedModel,
+    generating_model,
+    plain_id,
+    served_model,
+)
 from sagellm.gateway.http.bound_answers import response_grammar
 from sagellm.gateway.http.chats import read_chat_call
 from sagellm.gateway.http.generation import (
@@ -149,7 +155,7 @@ async def _invocation_call(gateway: Gateway, body: bytes) -> GenerationCall:
 
 async def _completion_call(gateway: Gateway, body: bytes) -> GenerationCall:
     asked = read_completion(body, gateway.settings.limits)
-    served = served_model(gateway, asked.model)
+    served = generating_model(gateway, asked.model)
     prompts = await _prompts(served, asked)
     return GenerationCall(
         request=asked,

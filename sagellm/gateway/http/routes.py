@@ -19,6 +19,7 @@ from starlette.responses import Response
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.http.call import EndpointRoute
 from sagellm.gateway.http.dialects import ANTHROPIC
+from sagellm.gateway.http.embeddings import embeddings
 from sagellm.gateway.http.endpoints import (
     VERSION,
     cancel,
@@ -232,6 +233,7 @@ ROUTES = (
     EndpointRoute("GET", "/v1/models/{id:path}", model),
     EndpointRoute("POST", "/v1/completions", completions, generates=True),
     EndpointRoute("POST", "/v1/chat/completions", chat, generates=True),
+    EndpointRoute("POST", "/v1/embeddings", embeddings, generates=True),
     EndpointRoute("POST", "/v1/responses", responses, generates=True),
     EndpointRoute("POST", "/v1/responses/input_tokens", input_tokens),
     EndpointRoute("GET", "/v1/responses/{id}", stored_response),

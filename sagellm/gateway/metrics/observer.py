@@ -187,6 +187,10 @@ class RequestObserver:
                 num_moved = last.num_prompt_tokens + track.request.num_emitted
                 counts.kv_transfer_bytes += track.measure.kv.num_bytes(num_moved)
                 counts.kv_transfer_tokens += num_moved
+        if isinstance(last, TokenEvent) and last.vector:  # the one event of a text
+            counts.prompt_tokens += last.num_prompt_tokens
+            counts.prompt_len.observe(last.num_prompt_tokens)
+            counts.computed_len.observe(last.num_prompt_tokens)
         call.num_open -= 1
         call.longest = max(call.longest, track.num_tokens)
         if not call.num_open and call.longest:

@@ -50,6 +50,7 @@ _CHOICES = {
     "role": get_args(Role),
     "reasoning_effort": get_args(Effort),
     "truncation_side": get_args(TruncationSide),
+    "encoding_format": ("float", "base64"),
     "type": ("text",),
     "tool_choice": get_args(ToolMode),
     "tool_choice.type": ("function", "allowed_tools"),

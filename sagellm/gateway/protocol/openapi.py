@@ -17,6 +17,7 @@ from sagellm.gateway.protocol.bodies import (
     TokenizeChat,
     TokenizePrompt,
 )
+from sagellm.gateway.protocol.embedding_body import EmbeddingRequest
 from sagellm.gateway.protocol.responses_fields import ResponsesRequest
 from sagellm.gateway.protocol.schemas import Schema, Struct, reference, schemas_of
 from sagellm.gateway.settings import RequestLimits
@@ -80,6 +81,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "/v1/chat/completions": Operation(
         "Answer a conversation", (ChatRequest,), (objects.ChatCompletion,), EVENTS
+    ),
+    "/v1/embeddings": Operation(
+        "The vectors of texts", (EmbeddingRequest,), (objects.EmbeddingList,)
     ),
     "/v1/responses": Operation(
         "Answer a conversation of items", (ResponsesRequest,), (ResponseObject,), EVENTS

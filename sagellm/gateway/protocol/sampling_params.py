@@ -200,10 +200,15 @@ class ModelCard:
     vocab_size: int
     created: int  # seconds since 1970, as in the OpenAI API
     takes_grammars: bool = False  # whether the engines bind an answer to a grammar
+    vector_len: int = 0  # numbers of a vector; 0 for a model that generates
 
     @property
     def id(self) -> str:
         return self.names[0]
+
+    @property
+    def embeds(self) -> bool:
+        return self.vector_len > 0
 
     @property
     def facts(self) -> ModelBounds:
@@ -229,6 +234,7 @@ def model_cards(session: Session, settings: Settings) -> tuple[ModelCard, ...]:
                 vocab_size=model.tokenizer.vocab_size,
                 created=created,
                 takes_grammars=session.is_able(GRAMMARS, model.key),
+                vector_len=session.vector_len_of(model.key),
             )
         )
     return tuple(cards)

@@ -7,7 +7,13 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from sagellm.gateway.answers.objects import ApiUsage, ModelEntry, ModelList, TokenizeAnswer
+from sagellm.gateway.answers.objects import (
+    ApiUsage,
+    EmbeddingEntry,
+    ModelEntry,
+    ModelList,
+    TokenizeAnswer,
+)
 from sagellm.gateway.protocol.anthropic_fields import SENT_OBJECTS
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
@@ -23,6 +29,7 @@ from sagellm.gateway.protocol.chat_messages import (
     TextPart,
     ToolCall,
 )
+from sagellm.gateway.protocol.embedding_body import EMBEDDING, EmbeddingRequest
 from sagellm.gateway.protocol.other_apis import (
     FUNCTION_CALL,
     JSON_SCHEMA,
@@ -66,6 +73,7 @@ _SENT: dict[Struct, Foreign] = {
     TokenizePrompt: REQUEST,
     TokenizeChat: REQUEST,
     DetokenizeRequest: REQUEST,
+    EmbeddingRequest: EMBEDDING,
     StreamOptions: STREAM_OPTIONS,
     ResponseFormat: RESPONSE_FORMAT,
     JsonSchemaFormat: JSON_SCHEMA,
@@ -123,6 +131,12 @@ def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Sc
         properties = schemas[_name(CompletionRequest)]["properties"]
         properties["prompt"] = _prompt(limits)
         properties["best_of"] = {"enum": [None, 1], "description": "or the value of `n`"}
+    if _name(EmbeddingRequest) in schemas:
+        schemas[_name(EmbeddingRequest)]["properties"]["input"] = _prompt(limits)
+    if _name(EmbeddingEntry) in schemas:
+        numbers = {"type": "array", "items": {"type": "number"}}
+        vector = {"anyOf": [numbers, {"type": "string", "contentEncoding": "base64"}]}
+        schemas[_name(EmbeddingEntry)]["properties"]["embedding"] = vector
     return schemas
 
 

@@ -83,8 +83,8 @@ def test_run_answers_as_the_graph_with_that_model_does(
     [
         ("sage-tny", "there is no graph and no model of that name", "did you mean sage-tiny?"),
         ("pdd", "there is no graph and no model of that name", "did you mean pd?"),
-        ("nothing-like-it", "there is no graph and no model", "graphs: joint, map, pd, pd_many"),
-        ("far-off.yaml", "no such graph", "give a file, or one of joint"),
+        ("nothing-like-it", "there is no graph and no model", "graphs: embed, joint, map, pd"),
+        ("far-off.yaml", "no such graph", "give a file, or one of embed"),
         ("pd.yaml", "no such graph", "did you mean pd?"),
         ("./pd.yaml", "no such graph", "did you mean pd?"),
         ("x/pd.yaml", "no such graph", "did you mean pd?"),

@@ -97,8 +97,43 @@ def test_another_model_is_not_found(client: Any) -> None:
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
+@pytest.fixture(scope="module")
+def both() -> Any:
+    """A client of one model that generates, and of one that embeds."""
+    with UnifiedInferenceClient.create(
+        embedded=True, default_embedding_model="sage-tiny"
+    ) as opened:
+        yield opened
+
+
+def test_texts_are_embedded_beside_chats(both: Any) -> None:
+    assert both.chat(ASK, temperature=0) == "68"
+    first, second, third = both.embed(["a b", "c d e", "a b"])
+    assert len(first) == 128
+    assert first == pytest.approx(third, abs=1e-6)
+    assert first != pytest.approx(second, abs=1e-3)
+    assert both.embed("a b")[0] == pytest.approx(first, abs=1e-6)
+    assert both.models() == ["sage-tiny", "sage-tiny"]
+    for texts, options, says in (
+        (["a"], {"model": "other"}, "not served here"),
+        ([""], {}, "empty"),
+    ):
+        with pytest.raises(ClientError, match=says):
+            both.embed(texts, **options)
+
+
+def test_texts_are_embedded_in_a_loop() -> None:
+    async def main() -> Any:
+        async with AsyncUnifiedInferenceClient.create(
+            embedded=True, default_embedding_model="sage-tiny"
+        ) as client:
+            return await client.embed(["a b", "c"])
+
+    assert [len(vector) for vector in anyio.run(main)] == [128, 128]
+
+
 def test_there_are_no_embeddings(client: Any) -> None:
-    with pytest.raises(ClientError, match="no embeddings") as caught:
+    with pytest.raises(ClientError, match="default_embedding_model") as caught:
         client.embed("a")
     assert caught.value.code == NOT_OFFERED
 

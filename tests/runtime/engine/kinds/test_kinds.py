@@ -21,8 +21,10 @@ async def no_engine(options: Options, place: ReplicaPlace):
     raise AssertionError
 
 
-def test_two_kinds_ship():
-    assert {name: KINDS[name] for name in KINDS.ours} == {"local": LOCAL, "modelled": MODELLED}
+def test_four_kinds_ship():
+    found = {name: KINDS[name] for name in KINDS.ours}
+    assert (found["local"], found["modelled"]) == (LOCAL, MODELLED)
+    assert list(found) == ["local", "modelled", "embedding", "openai"]
 
 
 def test_an_unknown_kind_names_the_nearest():
