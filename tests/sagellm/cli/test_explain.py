@@ -65,5 +65,11 @@ def test_an_engine_that_computes_needs_a_profile(explain):
     assert "memory bandwidth of g" in shown
 
 
+def test_the_parts_of_a_measured_profile_are_changed_one_by_one(explain):
+    found = json.loads(explain("--profile", "epyc-zen5-sage-tiny", "--json", graph="joint"))
+    names = {one["resource"] for one in found["resources"]}
+    assert {"time of tokens of g", "time of contexts of g", "fixed time of g"} < names
+
+
 def test_a_wrong_level_is_refused(explain):
     assert "did you mean ttft?" in explain(slo="tftt=1", code=2)

@@ -133,7 +133,8 @@ def test_a_measured_profile_needs_the_memory_of_its_device(plan, tmp_path):
             "tokens": [0, 1000],
             "token_seconds": [0, 0.02],
             "prefill_pair_s": 0,
-            "decode_context_s": 0,
+            "contexts": [0, 1000],
+            "context_seconds": [0, 0],
             "row_s": 0,
         },
     }
