@@ -67,6 +67,10 @@ class Registry(Mapping[str, T], Generic[T]):
         """Shipped and registered objects, without those of entry points."""
         return {**self.ours, **{name: value for name, (value, _) in self._registered.items()}}
 
+    def forget(self, name: str) -> None:
+        """Take a registered name out of the table again."""
+        self._registered.pop(name, None)
+
     def is_registered_here(self, name: str) -> bool:
         """Whether code in this process registered the name. Other processes do not know it."""
         return name in self._registered

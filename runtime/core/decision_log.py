@@ -125,11 +125,11 @@ def shown_effects(content: bytes) -> list[Any]:
 
 def are_same(recorded: object, replayed: object) -> bool:
     """Whether shown effects are equal. A log of an earlier version lacks the fields of later ones,
-    which replays leave null or false.
+    which replays leave null, false or empty.
     """
     if isinstance(recorded, dict) and isinstance(replayed, dict):
         later = [replayed[name] for name in replayed.keys() - recorded.keys()]
-        return all(value is None or value is False for value in later) and all(
+        return all(value is None or value is False or value in ("", []) for value in later) and all(
             name in replayed and are_same(value, replayed[name]) for name, value in recorded.items()
         )
     if isinstance(recorded, list) and isinstance(replayed, list):

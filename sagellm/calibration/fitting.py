@@ -34,7 +34,7 @@ def fit(steps: Sequence[Measured]) -> FittedForm:
     rows = np.array([_row(shape, tokens, contexts) for shape, _ in steps], dtype=float)
     found = absolute(rows, np.array([seconds for _, seconds in steps], dtype=float))
     step_s, row_s, pair_s, *kinds = map(float, found[:_NUM_FACTORS])
-    slopes = found[_NUM_FACTORS:].tolist()
+    slopes = list(map(float, found[_NUM_FACTORS:]))
     return FittedForm(
         step_s,
         *_points(tokens, slopes[: len(tokens)]),
@@ -64,7 +64,7 @@ def spread(form: FittedForm, steps: Sequence[Measured]) -> tuple[StepSpread, ...
         values = np.quantile([ratios[index] for index in chosen], SHARES)
         from_s = shortest_s if found else 0.0
         correlation = _correlation(steps, ratios, set(chosen))
-        found.append(StepSpread(from_s, tuple(values.round(4).tolist()), correlation))
+        found.append(StepSpread(from_s, tuple(map(float, values.round(4))), correlation))
     return tuple(found)
 
 

@@ -1,7 +1,8 @@
 """An engine of kind `local` that records its steps."""
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import trio
 from sagellm.backends import Sampled
 from sagellm.extensions import register_engine_kind
 from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.kinds import EngineKind, ReplicaPlace, local
+from sagellm.runtime.engine.kinds import KINDS, EngineKind, ReplicaPlace, local
 from sagellm.runtime.engine.kinds.local import open_resources
 from sagellm.runtime.engine.kinds.modelled import shape_of
 from sagellm.runtime.engine.local_engine import LocalEngine
@@ -134,6 +135,11 @@ RECORDED = "recorded"  # the name of the kind
 _KIND = EngineKind(EngineOptions, LOCAL_CAPABILITIES, _open, local.KIND.describe)
 
 
-def register_recorded() -> None:
-    """Make `kind: recorded` mean a local engine with a log of its steps."""
+@contextmanager
+def recorded_kind() -> Iterator[None]:
+    """During the block, `kind: recorded` means a local engine with a log of its steps."""
     register_engine_kind(RECORDED, _KIND)
+    try:
+        yield
+    finally:
+        KINDS.forget(RECORDED)

@@ -18,7 +18,7 @@ from sagellm.backends.cpu.native.tuning import default_threads
 from sagellm.builder import Graph
 from sagellm.calibration.fitting import fit, line, spread
 from sagellm.calibration.measuring import Measurement, Sizes, measure
-from sagellm.calibration.recording import RECORDED, RecordedEngine, register_recorded
+from sagellm.calibration.recording import RECORDED, RecordedEngine, recorded_kind
 from sagellm.cli.doctor import cpu_name
 from sagellm.cli.errors import Failure
 from sagellm.cli.graph_argument import (
@@ -122,11 +122,10 @@ class _Opened:
 
 
 def _measured(calibration: Calibration) -> tuple[Measurement, _Opened]:
-    register_recorded()
     folder = resolve_model(calibration.model)
     graph = Graph.load(_GRAPH)
     opening = graph.open(set=_overrides(calibration, folder), model=calibration.model)
-    with show_start_progress() as progress:
+    with recorded_kind(), show_start_progress() as progress:
         opening.report_to(progress)
         return trio.run(_measure, opening, calibration, folder)
 

@@ -45,7 +45,10 @@ def truncated(folder: Path) -> None:
 
 def emptied(folder: Path) -> None:
     for path in folder.iterdir():
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def gguf(folder: Path) -> None:
@@ -154,10 +157,10 @@ def test_a_file_is_refused_with_its_folder(folder: Path) -> None:
 
 
 def test_an_architecture_that_is_not_built_is_named_with_the_list_of_what_is(folder: Path) -> None:
-    config(folder, architectures=["BertModel"])
+    config(folder, architectures=["T5Model"])
     with pytest.raises(UnsupportedModel) as refused:
         resolve_model(str(folder))
-    assert refused.value.cause == "architecture BertModel is not built into sagellm"
+    assert refused.value.cause == "architecture T5Model is not built into sagellm"
     assert "LlamaForCausalLM" in refused.value.fix
     assert "did you mean" not in str(refused.value)
     assert refused.value.file == str(folder / CONFIG)

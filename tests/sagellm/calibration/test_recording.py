@@ -3,7 +3,7 @@
 import pytest
 
 from sagellm import Graph, Sampling
-from sagellm.calibration.recording import RECORDED, RecordedEngine, StepLog, register_recorded
+from sagellm.calibration.recording import RECORDED, RecordedEngine, StepLog, recorded_kind
 from sagellm.runtime.engine.step_cost import StepShape
 
 SHAPE = StepShape(0, 0, 1, 10)
@@ -50,13 +50,13 @@ def test_the_step_before_a_time_is_found():
 
 @pytest.mark.in_process
 async def test_an_engine_in_a_session_records_every_token():
-    register_recorded()
     options = {"g.kind": RECORDED, "g.threads": 1, "g.num_blocks": 64, "g.max_model_len": 256}
-    async with Graph.load("joint").open(set=options) as session:
-        (engine,) = session.executor.engines["g"]
-        assert isinstance(engine, RecordedEngine)
-        sampling = Sampling(max_tokens=8, ignore_eos=True)
-        answer = await session.generate([1, 2, 3, 4, 5], sampling=sampling)
+    with recorded_kind():
+        async with Graph.load("joint").open(set=options) as session:
+            (engine,) = session.executor.engines["g"]
+            assert isinstance(engine, RecordedEngine)
+            sampling = Sampling(max_tokens=8, ignore_eos=True)
+            answer = await session.generate([1, 2, 3, 4, 5], sampling=sampling)
     shapes = [step.shape for step in engine.log.steps]
     assert len(answer.token_ids) == 8
     assert shapes[0] == StepShape(5, 15, 0, 5, 1, 5)

@@ -16,5 +16,5 @@ def test_a_path_unlike_any_route_names_no_other() -> None:
 
 
 def test_paths_of_other_apis_name_what_is_here() -> None:
-    for path in (b"/v1/embeddings", b"/api/chat"):
-        assert "this server has /v1/chat/completions" in no_such_path(path, PATHS)
+    for path, here in ((b"/api/chat", "/v1/chat/completions"), (b"/api/embed", "/v1/embeddings")):
+        assert f"this server has {here}" in no_such_path(path, PATHS)

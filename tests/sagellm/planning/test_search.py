@@ -44,7 +44,12 @@ def everything(task, num_gpus):
     return {one: measure(task.point(one, task.workload)) for one in placements}
 
 
-@pytest.mark.parametrize("case", LOADS)
+_QUICK = "one device does"
+
+
+@pytest.mark.parametrize(
+    "case", [_QUICK, *(pytest.param(one, marks=pytest.mark.soak) for one in LOADS if one != _QUICK)]
+)
 def test_the_search_finds_what_trying_everything_finds(case, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_RUNG", 16)
     slo, load = LOADS[case]
@@ -62,7 +67,7 @@ def test_the_search_finds_what_trying_everything_finds(case, monkeypatch):
 
 
 def test_a_search_again_finds_the_same():
-    slo, load = LOADS["a long prompt lets others wait"]
+    slo, load = LOADS[_QUICK]
     first, second = (
         Search(plan_task(slo=slo, load=load), 2, AXES, measured).run(2) for _ in range(2)
     )
