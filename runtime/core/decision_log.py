@@ -129,7 +129,9 @@ def are_same(recorded: object, replayed: object) -> bool:
     """
     if isinstance(recorded, dict) and isinstance(replayed, dict):
         later = [replayed[name] for name in replayed.keys() - recorded.keys()]
-        return all(value is None or value is False or value in ("", []) for value in later) and all(
+        return all(
+            value is None or value is False or value in ("", b"", []) for value in later
+        ) and all(
             name in replayed and are_same(value, replayed[name]) for name, value in recorded.items()
         )
     if isinstance(recorded, list) and isinstance(replayed, list):

@@ -57,7 +57,7 @@ async def test_a_status_line_has_the_standard_phrase(server: str) -> None:
         ("/V1/models", "did you mean /v1/models?"),
         ("/api/chat", "/api/chat is not built; this server has /v1/chat/completions"),
         ("/v1/messages/batches", "did you mean /v1/messages?"),
-        ("/v1/embeddings/", "did you mean /v1/embeddings?"),
+        ("/api/embed", "/api/embed is not built; this server has /v1/embeddings"),
         ("/zzzz", "there is no such path: /zzzz"),
         ("/<b>`", "/%3Cb%3E%60"),
         ("/" + "x" * 4000, "x" * 100 + "..."),
