@@ -103,8 +103,8 @@ POLICIES: Registry[RegisteredPolicy] = Registry(
 # Policies that other systems have and this one cannot have yet, each with the reason.
 UNAVAILABLE = {
     "hybrid": (
-        "policy hybrid batches embedding requests between LLM requests, and no request of a graph "
-        "asks for an embedding yet: choose another policy"
+        "policy hybrid batches embedding requests between LLM requests of one engine, and texts to "
+        "embed have engines of their own here: choose another policy"
     )
 }
 OWN = "own"  # ranks by the option `function`; not in the table, as `policy_sort` makes it itself

@@ -211,7 +211,8 @@ def _is_ready(record: GatewayRecord) -> bool:
         connection = HTTPConnection(host, record.port, timeout=_PROBE_S)
     try:
         connection.request("GET", "/ready")
-        return connection.getresponse().status == 200
+        with connection.getresponse() as response:
+            return response.status == 200
     except (OSError, HTTPException):
         return False
     finally:

@@ -26,6 +26,7 @@ def test_adaptive_is_within_5_percent_of_the_best(
     assert found["adaptive"] >= 0.95 * max(found.values())
 
 
+@pytest.mark.soak
 def test_cost_optimized_is_the_cheapest_at_equal_attainment() -> None:
     """90 % of the value of all requests is served in time."""
     rates = (6, 8, 9, 10, 11, 12)

@@ -194,6 +194,7 @@ def test_the_document_has_every_option_with_its_default() -> None:
             assert re.search(rf"\| `{option.name}` \| ({shown}) ?\|", text), option.name
 
 
+@pytest.mark.soak
 async def test_a_replica_that_cannot_start_is_tried_again_after_pauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,9 +148,9 @@ def test_the_fixed_rank_is_the_order_of_the_aged_value_at_any_time(drawn: Any) -
 
 
 def test_hybrid_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="no request of a graph asks for an embedding yet"):
+    with pytest.raises(ValueError, match="have engines of their own here"):
         find_policy("hybrid", PolicySortOptions(policy="hybrid"))
-    with pytest.raises(GraphError, match="no request of a graph asks for an embedding yet"):
+    with pytest.raises(GraphError, match="have engines of their own here"):
         check_graph(graph_with("hybrid"), RESOLVER)
 
 

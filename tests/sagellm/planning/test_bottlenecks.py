@@ -80,6 +80,7 @@ def test_compute_of_prompts_bounds_a_graph(tmp_path):
     assert found.bound.change.resource == "compute of prompts of g"
 
 
+@pytest.mark.soak
 def test_prompts_that_interfere_with_answers(tmp_path):
     """A step of 4,096 prompt tokens takes 0.4 s: one token in 100 is late, and the mean is over."""
     workload = [PlannedRequest(0.0, 16, 100), *steady(3, 0.3, 4000, 2)]
@@ -91,6 +92,7 @@ def test_prompts_that_interfere_with_answers(tmp_path):
     )
 
 
+@pytest.mark.soak
 def test_a_short_queue_bounds_a_graph(tmp_path):
     found = explained(tmp_path, "ttft=60", steady(24, 0.01, 16, 10), max_num_seqs=1, max_queued=4)
     assert gains(found)["queue of admission"] > 0.4
@@ -136,6 +138,7 @@ def test_steps_after_the_death_of_a_replica_count():
     assert use.engines["g"].busy_s == pytest.approx(sum(one.model.busy_s for one in engines))
 
 
+@pytest.mark.soak
 def test_a_split_has_a_link(tmp_path):
     task = plan_task()
     placement = Placement((Pool(Parallelism(), 1), Pool(Parallelism(), 1)))

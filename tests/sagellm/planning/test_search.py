@@ -66,6 +66,7 @@ def test_the_search_finds_what_trying_everything_finds(case, monkeypatch):
     assert found.num_simulations < 10 * 3
 
 
+@pytest.mark.soak
 def test_a_search_again_finds_the_same():
     slo, load = LOADS[_QUICK]
     first, second = (
