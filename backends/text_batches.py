@@ -1,4 +1,4 @@
-"""What a device that embeds has beside the contract of all devices: batches in, vectors out."""
+"""The part of a device that embeds: batches in, vectors out."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future

@@ -94,7 +94,7 @@ def attainments(
 
 @dataclass(frozen=True)
 class Price:
-    """What a policy costs at the highest rate at which it serves a share of the value in time.
+    """The cost of a policy at the highest rate at which it serves a share of the value in time.
 
     `per_value`: of a thousand units of `cost_budget` that were served in time, for the hours in
     which requests arrive.

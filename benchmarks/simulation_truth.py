@@ -56,9 +56,9 @@ class Times(NamedTuple):
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """What was measured. `others_cpus`: the CPUs that other programs used meanwhile. `requests`:
-    arrival in seconds, tokens of prompt and answer, ids of shared blocks. `times`: TTFT and
-    end-to-end time of each request in milliseconds; `again`: those of a second run.
+    """The measurements of one cell. `others_cpus`: the CPUs that other programs used meanwhile.
+    `requests`: arrival in seconds, tokens of prompt and answer, ids of shared blocks. `times`: TTFT
+    and end-to-end time of each request in milliseconds; `again`: those of a second run.
     """
 
     graph: str

@@ -1,4 +1,4 @@
-"""How many devices do objectives of 1 s and 40 ms a token take? And what bounds the answer?
+"""The number of devices for objectives of 1 s and 40 ms a token, and what bounds the answer.
 
 The programs `sagellm plan` and `sagellm explain` do this from a command line.
 """

@@ -67,7 +67,7 @@ def disagreement(
 
 
 def decision(output: OperatorOutput, *, is_route: bool) -> str:
-    """What an answer decides, as a text."""
+    """The decision of an answer, as a text."""
     if isinstance(output, Terminate):
         return output.event.code or str(output.event.finish_reason)
     if not isinstance(output, Emit):

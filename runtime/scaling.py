@@ -51,9 +51,9 @@ class Need(NamedTuple):
 
 
 class Signs(NamedTuple):
-    """What an engine shows: the predicted requests a second; the predicted time until requests
-    that wait have left the queue; whether first tokens come too late because of this engine; the
-    number of requests that wait; and how long a replica takes to start.
+    """The measurements of an engine: the predicted requests a second; the predicted time until
+    requests that wait have left the queue; whether first tokens come too late because of this
+    engine; the number of requests that wait; and how long a replica takes to start.
     """
 
     per_s: float
@@ -207,8 +207,9 @@ class EngineScaling(msgspec.Struct, frozen=True):
         return ScalingChange(count - 1, "idle") if most_needed <= num_after else None
 
     def _most_added(self, pool: PoolWork, bounds: ReplicaBounds, now: float) -> int:
-        """How many replicas may be added. A replica that is down is given time to come back; if it
-        does not, one is added in its place. While two are down, more of them would be of no use.
+        """The number of replicas that may be added. A replica that is down is given time to come
+        back; if it does not, one is added in its place. While two are down, more of them would be
+        of no use.
         """
         down = [one.down_s for one in pool.replicas.values() if one.down_s is not None]
         if not down:

@@ -1,4 +1,4 @@
-"""What a request gains if its prompt is computed on another engine than its answer, predicted."""
+"""The predicted gain of a request whose prompt is computed on another engine than its answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class SideForecast(msgspec.Struct, frozen=True):
 
 
 class SplitForecast(msgspec.Struct, frozen=True):
-    """What was measured on both ways. Immutable.
+    """The measurements of both ways. Immutable.
 
     `sides`: by way. `pending`: by request id, its prompts without a first token, as (way, tokens).
     `steps`: of each engine that decodes. `transfers`: the time of a transfer by tokens.

@@ -89,7 +89,7 @@ def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
 def gelu_linear(
     binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> LinearFunction:
-    """As `linear`, with gelu of the product."""
+    """The operator `linear`, with gelu of the product."""
     is_free = binding.native is None and not binding.deterministic
     if is_free and weight.dtype == torch.float32 and torch._C._has_mkldnn:
         return packed(weight, bias, "gelu")

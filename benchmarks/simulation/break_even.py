@@ -1,4 +1,4 @@
-"""From which length of prompts on does it pay to give prompts and answers devices of their own?
+"""The length of prompts from which it pays to give prompts and answers devices of their own.
 
     python benchmarks/simulation/break_even.py --slo ttft=1,tpot=0.015 --lengths 128 1024 8192
 

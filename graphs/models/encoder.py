@@ -30,7 +30,7 @@ _MODEL = "model."  # how the weights of a decoder begin, unless the decoder was 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingHead:
-    """What a model that embeds makes of the rows of its last layer.
+    """How a model that embeds makes a vector of the rows of its last layer.
 
     `is_unit`: vectors are scaled to length 1. `prefix`: how the stored names of all weights begin,
     before their names in the model alone.

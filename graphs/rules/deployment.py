@@ -140,7 +140,7 @@ def scaled_paths(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def _unseen(context: CheckContext, engine: str, name: str) -> Iterator[tuple[str, str]]:
-    """What the operator `name` does not see of the requests of an engine, each with a fix."""
+    """The parts of the requests of an engine that the operator `name` does not see, with a fix."""
     graph = context.graph
     specs = tuple(context.specified)
     users = {node.name for node, spec in specs if context.engine_of(node, spec) == engine}

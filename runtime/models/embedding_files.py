@@ -35,7 +35,7 @@ _PREFIXES = ("", "bert.", "roberta.", "model.")
 
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
-    """What a user says of a model that embeds; None: as the folder says.
+    """The options of a user for a model that embeds; None: as the folder says.
 
     `normalize`: scale vectors to length 1; so is done where the folder says nothing.
     """
@@ -52,7 +52,8 @@ class _Module(msgspec.Struct):
 
 
 def read_head(name: str, path: Path, given: HeadOptions) -> EmbeddingHead:
-    """What the model of a folder makes of its last rows. The prefix of weights is not known yet.
+    """How the model of a folder makes a vector of its last rows. The prefix of weights is not known
+    yet.
 
     Raises ModelError if the folder does not say it, or wants a step that is not built.
     """

@@ -136,7 +136,7 @@ def launch(
 
 
 def state_of(record: GatewayRecord) -> GatewayState:
-    """What a gateway does now, from its process and from `/ready`."""
+    """The state of a gateway, from its process and from `/ready`."""
     if record.process is None:
         return "dead"
     return "ready" if _is_ready(record) else "not ready"

@@ -26,8 +26,8 @@ _MOST_TRIES = 3  # times the asked time, while other programs disturb
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What an engine takes. `longest`: the tokens of a prompt with its answer. `num_tokens`: of the
-    pool. `step_tokens`: the most tokens of a step.
+    """The limits of an engine. `longest`: the tokens of a prompt with its answer. `num_tokens`: of
+    the pool. `step_tokens`: the most tokens of a step.
     """
 
     longest: int
@@ -71,7 +71,7 @@ class MeasuredPeriod(NamedTuple):
 
 @dataclass(slots=True)
 class Measurement:
-    """What was measured, in order."""
+    """The measured steps and requests, in order."""
 
     periods: list[MeasuredPeriod] = field(default_factory=list)
 

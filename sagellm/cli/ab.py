@@ -127,7 +127,7 @@ def _counts(one: ArmsComparison) -> str:
 
 
 def _advice(one: ArmsComparison) -> str:
-    """What to do, by the metric that decides."""
+    """The advice, by the metric that decides."""
     if one.is_dependent:
         return (
             f"a block of time tells of the next (correlation {one.correlation:.2f}), so the "

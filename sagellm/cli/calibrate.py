@@ -46,7 +46,7 @@ _REFUSED = {"kind": "local", "replicas": "1", "speculation": "none"}
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What is measured. `options`: of the graph, by name."""
+    """The model to measure. `options`: of the graph, by name."""
 
     model: str
     options: Mapping[str, Any]
@@ -115,7 +115,7 @@ def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What is known of the engine that was measured."""
+    """The facts of the engine that was measured."""
 
     kv_token_bytes: float
     longest: int

@@ -98,7 +98,7 @@ def plan_failures(where: str = "") -> Iterator[None]:
 def explained(
     point: SweepPoint, level: ServiceLevel, processes: int, imports: Sequence[UserImport] = ()
 ) -> Explanation:
-    """What bounds a point, with changed profiles in a folder that is removed."""
+    """The bounds of a point, with changed profiles in a folder that is removed."""
     with tempfile.TemporaryDirectory(prefix="sagellm-explain-") as folder:
         return explain(point, level, measurer(processes, imports), Path(folder))
 
@@ -136,7 +136,7 @@ def show_explanation(console: Console, found: Explanation) -> None:
 
 
 def verdict(found: Explanation) -> str:
-    """What bounds the graph, in one line."""
+    """The bound of the graph, in one line."""
     bound = found.bound
     if bound is None:
         return "no resource alone: twice as much of any gains less than 1 %"

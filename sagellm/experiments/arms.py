@@ -52,7 +52,7 @@ class ArmRequest:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What is compared. `scale`: of its values when they are shown, in `unit`."""
+    """A metric to compare. `scale`: of its values when they are shown, in `unit`."""
 
     name: str
     title: str

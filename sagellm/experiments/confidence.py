@@ -216,8 +216,8 @@ class ABTest:
         return math.sqrt((1 + 1 / grown) * (math.log(1 + grown) - 2 * math.log(self.alpha)))
 
     def verdict(self, found: Comparison, *, lower_is_better: bool, margin: float = 0.0) -> str:
-        """What is known: one arm is better; the difference is within `margin`, either way; or
-        neither yet.
+        """The state of the test: one arm is better; the difference is within `margin`, either way;
+        or neither yet.
         """
         if found.always is None:
             return OPEN
@@ -226,7 +226,7 @@ class ABTest:
         return EQUAL if abs(found.difference) + found.always <= margin else OPEN
 
     def growth_needed(self, found: Comparison) -> float | None:
-        """How many times as many requests would end the test, if the difference and the spread stay
+        """The factor on the requests that would end the test, if the difference and the spread stay
         as they are; None: more than a thousand times as many, or nothing is known.
         """
         for step in range(145) if found.always is not None else ():

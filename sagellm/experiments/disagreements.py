@@ -1,4 +1,5 @@
-"""What shadows would have decided otherwise, from a decision log, and what is known of the cost.
+"""The decisions that shadows would have made otherwise, from a log, and what is known of their
+cost.
 
 The log is given to a new core, with the shadows that its graph had, or with others. A shadow does
 not act, so every live decision is as recorded, and each can be compared: a replay with another
@@ -55,7 +56,7 @@ class Difference:
 
     @property
     def known(self) -> str:
-        """What a replay knows of the cost, as a text."""
+        """The cost as far as a replay knows it, as a text."""
         note, path = self.note, self.path
         parts = []
         if note.gain_s is not None:

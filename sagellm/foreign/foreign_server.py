@@ -1,6 +1,7 @@
 """A server that speaks the OpenAI API, as an engine sees it: its models, its health, its calls."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,8 @@ class ForeignModel:
 
 
 class ForeignServer:
-    """Calls one server. `first_byte_s`: the longest wait for the beginning of an answer, and for
-    each of its next parts.
+    """Calls one server. `connect_s`: the timeout of a connection. `read_s`: the longest wait for
+    the beginning of an answer, and for each of its next parts.
     """
 
     def __init__(self, url: str, api_key: str | None, *, connect_s: float, read_s: float) -> None:
@@ -120,14 +121,37 @@ class ForeignServer:
                         yield tuple(chunks)
             await received.finish()
 
-    def _opened(self, path: str, body: Mapping[str, Any]) -> "_OpenedBody":
-        request = self._client.build_request(
-            "POST",
-            path,
-            content=encode_json(body),
-            headers={"Content-Type": "application/json"},
-        )
-        return _OpenedBody(self._client, request, self.url)
+    @asynccontextmanager
+    async def _opened(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[BodyBytes]:
+        """Send a call, and yield the bytes of its answer. Leaving the block closes the call.
+
+        Raises ClientError, also for an answer that is no stream.
+        """
+        headers = {"Content-Type": "application/json"}
+        content = encode_json(body)
+        request = self._client.build_request("POST", path, content=content, headers=headers)
+        try:
+            response = await self._client.send(request, stream=True)
+            received = BodyBytes(response, self.url)
+        except TRANSPORT as error:
+            raise transport_error(error, self.url) from error
+        try:
+            if not (response.is_success and is_stream(response.headers)):
+                await self._refuse(response)
+            yield received
+        finally:
+            with trio.CancelScope(shield=True):  # a cancel closes the call, too
+                await received.aclose()
+
+    async def _refuse(self, response: httpx2.Response) -> None:
+        """Raise ClientError for an answer that is no stream."""
+        try:
+            whole = await response.aread()
+        except TRANSPORT as error:
+            raise transport_error(error, self.url) from error
+        if not response.is_success:
+            raise response_error(response.status_code, response.headers, whole)
+        raise not_streamed(whole)
 
     async def _get(self, path: str) -> bytes:
         return (await self._request("GET", path)).content
@@ -143,40 +167,6 @@ class ForeignServer:
         if not response.is_success:
             raise response_error(response.status_code, response.headers, response.content)
         return response
-
-
-class _OpenedBody:
-    """Sends a request on entering, and yields the bytes of its answer. Raises ClientError for an
-    answer that is no stream.
-    """
-
-    def __init__(self, client: httpx2.AsyncClient, request: httpx2.Request, url: str) -> None:
-        self._client = client
-        self._request = request
-        self._url = url
-        self._body: BodyBytes | None = None
-
-    async def __aenter__(self) -> BodyBytes:
-        try:
-            response = await self._client.send(self._request, stream=True)
-        except TRANSPORT as error:
-            raise transport_error(error, self._url) from error
-        self._body = BodyBytes(response, self._url)
-        if response.is_success and is_stream(response.headers):
-            return self._body
-        async with self._body:
-            try:
-                whole = await response.aread()
-            except TRANSPORT as error:
-                raise transport_error(error, self._url) from error
-            if not response.is_success:
-                raise response_error(response.status_code, response.headers, whole)
-            raise not_streamed(whole)
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._body is not None
-        with trio.CancelScope(shield=True):  # a cancel closes the call, too
-            await self._body.aclose()
 
 
 def _listed(body: bytes) -> list[dict[str, Any]]:

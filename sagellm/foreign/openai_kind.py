@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from itertools import count
 
 import httpx2
 import trio
@@ -130,7 +129,7 @@ async def open_openai(options: OpenAIOptions, place: ReplicaPlace) -> ForeignEng
 async def _asked(server: ForeignServer, options: OpenAIOptions) -> ForeignModel:
     """The model of a server. Asks again until `start_s` while the server is not up."""
     begun_s = trio.current_time()
-    for _ in count():
+    while True:
         try:
             model = await server.model(options.model)
             if options.tokenizer and not await server.gives_token_ids(model.name):
@@ -144,7 +143,6 @@ async def _asked(server: ForeignServer, options: OpenAIOptions) -> ForeignModel:
             if is_answer or is_late or (error.status is None and error.code is None):
                 raise EngineOptionError(f"urls: {error.message}") from error
         await trio.sleep(_RETRY_S)
-    raise AssertionError
 
 
 def describe(options: OpenAIOptions) -> EngineDescription:

@@ -38,7 +38,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ResourceGain:
-    """What a change gains: `gain` of goodput, and `relief` of the worst latency over its bound,
+    """The effect of a change: `gain` of goodput, and `relief` of the worst latency over its bound,
     both as shares of what was.
     """
 
@@ -64,7 +64,7 @@ class Explanation:
 
     @property
     def bound(self) -> ResourceGain | None:
-        """What bounds the graph; None: no single resource does."""
+        """The resource that bounds the graph; None: no single one does."""
         first = self.effects[0] if self.effects else None
         return first if first is not None and first.bounds else None
 

@@ -1,4 +1,4 @@
-"""What is to be placed: a model, its devices and its requests; and what fits their memory."""
+"""The task of a plan: a model, its devices and its requests; and what fits their memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +140,7 @@ class PlanTask:
         return ModelledOptions(**options).cost
 
     def fit(self, group: Parallelism) -> MemoryFit:
-        """What a group of devices holds beside the weights of the model."""
+        """The memory of a group of devices beside the weights of the model."""
         facts, budget = self.facts, self.memory_bytes * self.memory_utilization
         weights, token_bytes = self._weights(group), self._token_bytes(group)
         num_tokens = int(max(0.0, budget - weights) / token_bytes)

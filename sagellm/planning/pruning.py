@@ -18,7 +18,7 @@ _MANY = 1_000_000  # tokens of a step in which arithmetic takes longer than read
 
 @dataclass(frozen=True, slots=True)
 class LeastWork:
-    """What one request needs at least. `uncached`: prompt tokens that no earlier request has, in a
+    """The least needs of one request. `uncached`: prompt tokens that no earlier request has, in a
     cache without bounds. `context`: the mean context of its decodes.
     """
 

@@ -75,7 +75,7 @@ class Certainty:
 
 @dataclass(slots=True)
 class PlanResult:
-    """What a search found. `winner`: None if nothing meets the level; then `nearest` is the
+    """The outcome of a search. `winner`: None if nothing meets the level; then `nearest` is the
     placement with the highest attainment, if any was simulated. `misfits`: why groups of devices
     cannot serve the model. `pruned`: placements that no schedule makes meet the level, by the
     bound. `num_dearer`: placements that cannot be cheaper than the winner.

@@ -1,4 +1,4 @@
-"""What the steps of a simulation consisted of: seconds of each kind, by engine."""
+"""The parts of the steps of a simulation: seconds of each kind, by engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

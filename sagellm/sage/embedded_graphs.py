@@ -81,7 +81,6 @@ class EmbeddedGraph:
         self._events: queue.SimpleQueue[PipelineEvent] = queue.SimpleQueue()
         self._num_open = 0
         self._num_submitted = 0
-        self.num_ended = 0
         self.is_finished = False  # no more requests will come
 
     @property
@@ -102,7 +101,12 @@ class EmbeddedGraph:
             self._num_submitted += 1
             self._num_open += 1
             identity = str(self._num_submitted - 1) if identity is None else identity
-        session.start(lambda item: self._put(identity, item), prompt, **fields)
+        try:
+            session.start(lambda item: self._put(identity, item), prompt, **fields)
+        except BaseException:  # the graph was closed meanwhile
+            with self._lock:
+                self._num_open -= 1
+            raise
         return identity
 
     def generate(self, data: PipelineRequest) -> Answer:
@@ -137,7 +141,6 @@ class EmbeddedGraph:
                 self._events.put(event)
             with self._lock:
                 self._num_open -= 1
-                self.num_ended += 1
         elif isinstance(item, TokenEvent | Answer):
             self._events.put(
                 PipelineEvent(

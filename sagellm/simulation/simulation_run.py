@@ -118,10 +118,11 @@ class SimulatedRequest:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """What one simulation gave. `engines`: every replica that there was, with its model. `links`:
-    between them. `begun_s`: the first arrival; `elapsed_s`: from there to the last event. `counts`:
-    by engine, each (time, number of replicas from then on). `preempted`: requests put back for
-    others, by class of priority. `paths`: of all requests, if the graph has a section `budgets`.
+    """The outcome of one simulation. `engines`: every replica that there was, with its model.
+    `links`: between them. `begun_s`: the first arrival; `elapsed_s`: from there to the last event.
+    `counts`: by engine, each (time, number of replicas from then on). `preempted`: requests put
+    back for others, by class of priority. `paths`: of all requests, if the graph has a section
+    `budgets`.
     """
 
     requests: Sequence[SimulatedRequest]

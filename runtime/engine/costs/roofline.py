@@ -75,7 +75,7 @@ class RooflineModel:
 
 
 class StepTerms(NamedTuple):
-    """What the time of a step consists of, in seconds.
+    """The parts of the time of a step, in seconds.
 
     `compute_s`: arithmetic, where it takes longer than memory. `weights_s`: reading weights, where
     that takes longer. `kv_s`: reading keys and values. `exchange_s`: between the devices of a
@@ -199,9 +199,9 @@ class RooflineCost:
         return Exchange(self.device.link_bytes_per_s, self.device.all_reduce_s)
 
     def _exchange_s(self, num_tokens: float) -> float:
-        """Of each layer: an all-reduce after attention and one after the feed-forward layer. With
-        experts on several devices, tokens are sent there and back instead of the second: each to at
-        most `num_chosen` of them.
+        """The exchange of each layer: an all-reduce after attention and one after the feed-forward
+        layer. With experts on several devices, tokens are sent there and back instead of the
+        second: each to at most `num_chosen` of them.
         """
         model, group, exchange = self.model, self.group, self._exchange
         num_bytes = num_tokens / group.expert * model.hidden_size * model.item_bytes
