@@ -16,7 +16,12 @@ from benchmarks.policies import (
 
 @pytest.mark.parametrize(
     ("lengths", "slo_ttft_s", "rate"),
-    [("different", 1.0, 5), ("different", 1.0, 8), ("different", 4.0, 14), ("alike", 4.0, 7)],
+    [
+        ("different", 1.0, 5),
+        pytest.param("different", 1.0, 8, marks=pytest.mark.soak),
+        pytest.param("different", 4.0, 14, marks=pytest.mark.soak),
+        ("alike", 4.0, 7),
+    ],
 )
 def test_adaptive_is_within_5_percent_of_the_best(
     lengths: str, slo_ttft_s: float, rate: float

@@ -115,7 +115,11 @@ async def one_process_answers(folder: Path, engine: str, numbers: int) -> dict[i
 
 @pytest.mark.parametrize(
     ("engine", "gap_s", "drain", "most"),
-    [(MODELLED, 0.08, 5.0, 3), (MODELLED, 0.08, 0.0, 3), (TINY, 0.05, 5.0, 2)],
+    [
+        (MODELLED, 0.08, 5.0, 3),
+        pytest.param(MODELLED, 0.08, 0.0, 3, marks=pytest.mark.soak),
+        (TINY, 0.05, 5.0, 2),
+    ],
     ids=["drained", "moved", "computed"],
 )
 async def test_replicas_come_with_the_load_and_go_with_it(

@@ -141,7 +141,10 @@ def test_another_process_of_the_same_number_is_not_the_gateway(port: int) -> Non
     assert gateways.kill(record)  # and ends nothing
 
 
-def test_force_ends_one_that_does_not_react(gateway: Command, port: int) -> None:
+def test_force_ends_one_that_does_not_react(
+    gateway: Command, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateways, "_KILL_S", 0.5)
     gateway("start", *GRAPH, "-p", port)
     pid = pid_of(port)
     os.kill(pid, signal.SIGSTOP)

@@ -55,6 +55,7 @@ def test_another_value_bounds_less(explain):
     assert found["attained"] == 1.0
 
 
+@pytest.mark.soak
 def test_processes_find_the_same(explain):
     assert explain("--json", "--processes", "2") == explain("--json")
 
